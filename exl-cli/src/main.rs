@@ -1,0 +1,2 @@
+//! The `exl` command.
+fn main() {}

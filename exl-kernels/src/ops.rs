@@ -1,0 +1,300 @@
+//! Every op as a plain struct of arguments.
+//!
+//! One struct per kernel family. The reference ([`crate::reference`]), the CPU implementation
+//! ([`crate::cpu`]) and a GPU implementation take the same struct. Shapes are numbers in the
+//! struct, element types travel with the regions, and [`check`] validates sizes without touching
+//! data. Matrices of activations are row-major `[rows, features]`, always `F32` unless a field
+//! says otherwise: the residual stream and all accumulation are 32-bit.
+
+mod check;
+
+pub use check::check;
+
+use crate::mem::{Mem, MemMut};
+use crate::quant::QuantMatrix;
+
+/// Tokens in one page of the KV cache.
+pub const PAGE_TOKENS: usize = 256;
+
+/// The weight of a linear layer.
+#[derive(Clone, Copy, Debug)]
+pub enum Matrix<'a> {
+    /// `[outputs, inputs]` row-major in F32, F16 or BF16 (the layout of Hugging Face files).
+    Dense(Mem<'a>),
+    /// EXL2 or GPTQ codes, repacked for the CPU.
+    Quant(&'a QuantMatrix),
+}
+
+/// Activation function of an MLP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Activation {
+    /// `x * sigmoid(x)`.
+    Silu,
+    /// `0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))`.
+    GeluTanh,
+    /// `0.5 x (1 + erf(x / sqrt 2))`.
+    Gelu,
+}
+
+/// How rotary embedding pairs the elements of a head.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum RopeStyle {
+    /// Element `i` with `i + r/2` (rotate-half).
+    Neox,
+    /// Element `2i` with `2i + 1` (interleaved).
+    GptJ,
+}
+
+/// `out[r, :] = table[ids[r], :] * scale`.
+#[derive(Debug)]
+pub struct Embed<'a> {
+    /// I32 `[rows]`; each in `0..vocab`.
+    pub ids: Mem<'a>,
+    /// F32, F16 or BF16 `[vocab, dim]`.
+    pub table: Mem<'a>,
+    /// F32 `[rows, dim]`.
+    pub out: MemMut<'a>,
+    /// Number of tokens.
+    pub rows: usize,
+    /// Rows of the table.
+    pub vocab: usize,
+    /// Hidden size.
+    pub dim: usize,
+    /// Embedding multiplier.
+    pub scale: f32,
+}
+
+/// `y = x / sqrt(mean(x^2) + eps) * (weight + offset)` over each row. `out` may equal `x`.
+#[derive(Debug)]
+pub struct RmsNorm<'a> {
+    /// F32 `[rows, dim]`.
+    pub x: Mem<'a>,
+    /// F32, F16 or BF16 `[dim]`.
+    pub weight: Mem<'a>,
+    /// F32 `[rows, dim]`.
+    pub out: MemMut<'a>,
+    /// Number of rows (tokens, or tokens times heads for a head norm).
+    pub rows: usize,
+    /// Normalised length.
+    pub dim: usize,
+    /// Added to the mean square.
+    pub eps: f32,
+    /// Added to the weight (1 for the Gemma family).
+    pub offset: f32,
+}
+
+/// One output of a [`Linear`].
+#[derive(Debug)]
+pub struct LinearPart<'a> {
+    /// The weight, `inputs` to `outputs` features.
+    pub matrix: Matrix<'a>,
+    /// F32, F16 or BF16 `[outputs]`.
+    pub bias: Option<Mem<'a>>,
+    /// F32 `[rows, outputs]`, added to the product; may equal `out`.
+    pub residual: Option<Mem<'a>>,
+    /// F32 `[rows, outputs]`.
+    pub out: MemMut<'a>,
+    /// Output features.
+    pub outputs: usize,
+}
+
+/// `out_p = x W_p^T + bias_p + residual_p` for every part: q, k and v in one launch.
+#[derive(Debug)]
+pub struct Linear<'a> {
+    /// F32 `[rows, inputs]`.
+    pub x: Mem<'a>,
+    /// Number of rows.
+    pub rows: usize,
+    /// Input features of every part.
+    pub inputs: usize,
+    /// The products.
+    pub parts: Vec<LinearPart<'a>>,
+}
+
+/// `out = act(x W_gate^T + b_gate) * (x W_up^T + b_up)`.
+#[derive(Debug)]
+pub struct GateUp<'a> {
+    /// F32 `[rows, inputs]`.
+    pub x: Mem<'a>,
+    /// Weight of the activated branch.
+    pub gate: Matrix<'a>,
+    /// Weight of the other branch.
+    pub up: Matrix<'a>,
+    /// F32, F16 or BF16 `[outputs]`.
+    pub gate_bias: Option<Mem<'a>>,
+    /// F32, F16 or BF16 `[outputs]`.
+    pub up_bias: Option<Mem<'a>>,
+    /// F32 `[rows, outputs]`.
+    pub out: MemMut<'a>,
+    /// Number of rows.
+    pub rows: usize,
+    /// Input features.
+    pub inputs: usize,
+    /// Intermediate size.
+    pub outputs: usize,
+    /// Activation of the gate.
+    pub act: Activation,
+}
+
+/// Rotates q in place and k, then writes k and v into the paged cache.
+#[derive(Debug)]
+pub struct RopeAppend<'a> {
+    /// F32 `[rows, heads, head_dim]`, rotated in place.
+    pub q: MemMut<'a>,
+    /// F32 `[rows, kv_heads, head_dim]`.
+    pub k: Mem<'a>,
+    /// F32 `[rows, kv_heads, head_dim]`.
+    pub v: Mem<'a>,
+    /// I32 `[rows]`: position of each token in its sequence.
+    pub positions: Mem<'a>,
+    /// I32 `[rows]`: `page * PAGE_TOKENS + offset` of each token in the cache.
+    pub slots: Mem<'a>,
+    /// F32 `[rotary_dim / 2]`: angle per position; empty for no rotation.
+    pub inv_freq: Mem<'a>,
+    /// F32 or F16 `[pages, PAGE_TOKENS, kv_heads, head_dim]`.
+    pub k_cache: MemMut<'a>,
+    /// As `k_cache`.
+    pub v_cache: MemMut<'a>,
+    /// Number of tokens.
+    pub rows: usize,
+    /// Query heads.
+    pub heads: usize,
+    /// Key/value heads.
+    pub kv_heads: usize,
+    /// Elements per head.
+    pub head_dim: usize,
+    /// Pairing of the rotation.
+    pub style: RopeStyle,
+    /// Multiplies sine and cosine (yarn, longrope), 1 otherwise.
+    pub attention_factor: f32,
+}
+
+/// Causal attention of new tokens over the paged cache, grouped-query.
+///
+/// Row `j` of the `n` rows of sequence `s` stands at position `kv_len[s] - n + j` and sees keys at
+/// positions `<=` its own, and `> own - window` when a window is set.
+#[derive(Debug)]
+pub struct PagedAttn<'a> {
+    /// F32 `[rows, heads, head_dim]`.
+    pub q: Mem<'a>,
+    /// F32 or F16 `[pages, PAGE_TOKENS, kv_heads, head_dim]`.
+    pub k_cache: Mem<'a>,
+    /// As `k_cache`.
+    pub v_cache: Mem<'a>,
+    /// I32 `[seqs, pages_per_seq]`: pages of each sequence in order.
+    pub block_table: Mem<'a>,
+    /// I32 `[seqs + 1]`: rows `q_start[s]..q_start[s + 1]` belong to sequence `s`.
+    pub q_start: Mem<'a>,
+    /// I32 `[seqs]`: tokens in the cache, the new rows included.
+    pub kv_len: Mem<'a>,
+    /// F32 `[rows, heads, head_dim]`.
+    pub out: MemMut<'a>,
+    /// Number of query rows over all sequences.
+    pub rows: usize,
+    /// Number of sequences.
+    pub seqs: usize,
+    /// Width of the block table.
+    pub pages_per_seq: usize,
+    /// Query heads.
+    pub heads: usize,
+    /// Key/value heads; divides `heads`.
+    pub kv_heads: usize,
+    /// Elements per head.
+    pub head_dim: usize,
+    /// Multiplies the scores.
+    pub scale: f32,
+    /// `c tanh(score / c)` when positive, before the mask.
+    pub softcap: f32,
+    /// Sliding window in tokens, 0 for none.
+    pub window: usize,
+}
+
+/// `out[i, :] = x[index[i], :]`: the rows that need logits.
+#[derive(Debug)]
+pub struct GatherRows<'a> {
+    /// F32 `[x_rows, dim]`.
+    pub x: Mem<'a>,
+    /// I32 `[rows]`; each in `0..x_rows`.
+    pub index: Mem<'a>,
+    /// F32 `[rows, dim]`.
+    pub out: MemMut<'a>,
+    /// Rows of the source.
+    pub x_rows: usize,
+    /// Rows taken.
+    pub rows: usize,
+    /// Row length.
+    pub dim: usize,
+}
+
+/// In place on logits: `x = softcap(x * scale)`, with `softcap(x) = c tanh(x / c)` when `c > 0`.
+#[derive(Debug)]
+pub struct ScaleLogits<'a> {
+    /// F32 `[rows, dim]`.
+    pub x: MemMut<'a>,
+    /// Number of rows.
+    pub rows: usize,
+    /// Row length.
+    pub dim: usize,
+    /// Logit multiplier.
+    pub scale: f32,
+    /// Final soft-cap, 0 for none.
+    pub softcap: f32,
+}
+
+/// `h += x^T x`, the Hessian of the squared output error of a linear layer (both triangles).
+#[derive(Debug)]
+pub struct HessianSyrk<'a> {
+    /// F32 `[rows, dim]`.
+    pub x: Mem<'a>,
+    /// F32 `[dim, dim]`.
+    pub h: MemMut<'a>,
+    /// Number of rows.
+    pub rows: usize,
+    /// Input features.
+    pub dim: usize,
+}
+
+/// Writes a quantized matrix as F32 `[inputs, outputs]` in original feature order, with the
+/// format's own rounding to 16-bit floats.
+#[derive(Debug)]
+pub struct Dequant<'a> {
+    /// The matrix.
+    pub matrix: &'a QuantMatrix,
+    /// F32 `[inputs, outputs]`.
+    pub out: MemMut<'a>,
+}
+
+/// Any op.
+#[derive(Debug)]
+#[non_exhaustive]
+#[allow(missing_docs)] // each variant is documented on its struct
+pub enum Op<'a> {
+    Embed(Embed<'a>),
+    RmsNorm(RmsNorm<'a>),
+    Linear(Linear<'a>),
+    GateUp(GateUp<'a>),
+    RopeAppend(RopeAppend<'a>),
+    PagedAttn(PagedAttn<'a>),
+    GatherRows(GatherRows<'a>),
+    ScaleLogits(ScaleLogits<'a>),
+    HessianSyrk(HessianSyrk<'a>),
+    Dequant(Dequant<'a>),
+}
+
+impl Op<'_> {
+    /// The snake-case name used for kernels, benches and conformance cases.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Op::Embed(_) => "embed",
+            Op::RmsNorm(_) => "rms_norm",
+            Op::Linear(_) => "linear",
+            Op::GateUp(_) => "gate_up",
+            Op::RopeAppend(_) => "rope_append",
+            Op::PagedAttn(_) => "paged_attn",
+            Op::GatherRows(_) => "gather_rows",
+            Op::ScaleLogits(_) => "scale_logits",
+            Op::HessianSyrk(_) => "hessian_syrk",
+            Op::Dequant(_) => "dequant",
+        }
+    }
+}

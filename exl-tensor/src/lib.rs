@@ -1,0 +1,27 @@
+#![doc = include_str!("../README.md")]
+
+mod arena;
+mod buffer;
+mod cost;
+mod error;
+mod exec;
+mod kv;
+mod plan;
+mod step;
+mod weight;
+
+pub use arena::{ARENA_ALIGN, ArenaLayout};
+pub use buffer::{Buffer, HostMemory};
+pub use cost::{Cost, CostReport, OpCost};
+pub use error::{Error, Result};
+pub use exec::{Bound, CheckReport, Executor, HostExecutor, SlotDiff, check};
+pub use exl_kernels::cpu::{Activations, Cpu, CpuOptions, Isa};
+pub use exl_kernels::ops::{Activation, PAGE_TOKENS, RopeStyle};
+pub use exl_kernels::{DType, Exl2Parts, GptqParts, Group};
+pub use kv::{KvBuffers, KvShape};
+pub use plan::{
+    AttnArgs, GateUpArgs, Part, Phase, Plan, PlanBuilder, PlanKey, PlanOp, RopeArgs, Slot,
+    SlotInfo, WeightId, WeightInfo,
+};
+pub use step::{StepBlock, StepField, StepSeq};
+pub use weight::{DenseWeight, QuantKind, QuantWeight, Weight, Weights};

@@ -1,0 +1,261 @@
+//! The recorded plan: a flat list of coarse ops over arena slots, for one concrete shape.
+
+mod builder;
+mod text;
+
+pub use builder::{AttnArgs, GateUpArgs, Part, PlanBuilder, RopeArgs};
+
+use exl_kernels::DType;
+use exl_kernels::ops::{Activation, RopeStyle};
+
+use crate::arena::ArenaLayout;
+
+/// A region of the arena.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Slot(pub(crate) u32);
+
+/// A weight the plan reads, an index into [`Plan::weights`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct WeightId(pub(crate) u32);
+
+/// What a plan is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Phase {
+    /// Several new tokens per sequence.
+    Prefill,
+    /// One new token per sequence.
+    Decode,
+    /// Hidden states in, tapped layer inputs and hidden states out.
+    Calibrate,
+}
+
+/// The concrete shape a plan is recorded for.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct PlanKey {
+    /// What it is for.
+    pub phase: Phase,
+    /// Token rows over all sequences.
+    pub rows: usize,
+    /// Sequences.
+    pub seqs: usize,
+    /// Width of the block table: pages a sequence can have.
+    pub pages_per_seq: usize,
+    /// Rows that get logits.
+    pub out_rows: usize,
+}
+
+/// A slot's name, element type, size and life.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SlotInfo {
+    /// Where it comes from, for people.
+    pub name: String,
+    /// Element type.
+    pub dtype: DType,
+    /// Rows.
+    pub rows: usize,
+    /// Elements per row.
+    pub dim: usize,
+    /// First op that touches it; inputs live from op 0.
+    pub first: usize,
+    /// Last op that touches it; outputs and taps live to the end.
+    pub last: usize,
+}
+
+impl SlotInfo {
+    /// Size in bytes.
+    pub fn bytes(&self) -> usize {
+        self.rows * self.dim * self.dtype.bytes()
+    }
+}
+
+/// A weight as the plan expects it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WeightInfo {
+    /// Name in [`crate::Weights`].
+    pub name: String,
+    /// `[outputs, inputs]` for matrices, `[n]` for vectors.
+    pub shape: Vec<usize>,
+}
+
+/// One product of [`PlanOp::Linear`].
+#[derive(Clone, Debug, PartialEq)]
+pub struct PlanPart {
+    /// The matrix.
+    pub weight: WeightId,
+    /// Added to every row.
+    pub bias: Option<WeightId>,
+    /// Added to the product; equals `out` for an in-place residual.
+    pub residual: Option<Slot>,
+    /// Where the product goes.
+    pub out: Slot,
+    /// Output features.
+    pub outputs: usize,
+}
+
+/// One op of a plan. Operands are slots, weights and arrays of the step block; the arguments'
+/// meaning is that of the structs in [`exl_kernels::ops`].
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+#[allow(missing_docs)] // fields mirror exl_kernels::ops
+pub enum PlanOp {
+    Embed { table: WeightId, out: Slot, vocab: usize, dim: usize, scale: f32 },
+    RmsNorm { x: Slot, weight: WeightId, out: Slot, rows: usize, dim: usize, eps: f32, offset: f32 },
+    Linear { x: Slot, rows: usize, inputs: usize, parts: Vec<PlanPart> },
+    GateUp { x: Slot, out: Slot, rows: usize, inputs: usize, args: GateUpOp },
+    RopeAppend { q: Slot, k: Slot, v: Slot, layer: usize, args: RopeOp },
+    PagedAttn { q: Slot, out: Slot, layer: usize, args: AttnOp },
+    GatherRows { x: Slot, out: Slot, rows: usize, dim: usize },
+    ScaleLogits { x: Slot, rows: usize, dim: usize, scale: f32, softcap: f32 },
+}
+
+/// Arguments of [`PlanOp::GateUp`].
+#[derive(Clone, Debug, PartialEq)]
+#[allow(missing_docs)] // fields mirror exl_kernels::ops::GateUp
+pub struct GateUpOp {
+    pub gate: WeightId,
+    pub up: WeightId,
+    pub gate_bias: Option<WeightId>,
+    pub up_bias: Option<WeightId>,
+    pub outputs: usize,
+    pub act: Activation,
+}
+
+/// Arguments of [`PlanOp::RopeAppend`].
+#[derive(Clone, Debug, PartialEq)]
+#[allow(missing_docs)] // fields mirror exl_kernels::ops::RopeAppend
+pub struct RopeOp {
+    pub inv_freq: Option<WeightId>,
+    pub heads: usize,
+    pub kv_heads: usize,
+    pub head_dim: usize,
+    pub style: RopeStyle,
+    pub attention_factor: f32,
+}
+
+/// Arguments of [`PlanOp::PagedAttn`].
+#[derive(Clone, Debug, PartialEq)]
+#[allow(missing_docs)] // fields mirror exl_kernels::ops::PagedAttn
+pub struct AttnOp {
+    pub heads: usize,
+    pub kv_heads: usize,
+    pub head_dim: usize,
+    pub scale: f32,
+    pub softcap: f32,
+    pub window: usize,
+}
+
+impl PlanOp {
+    /// The op's name, as in [`exl_kernels::ops::Op::name`].
+    pub fn name(&self) -> &'static str {
+        match self {
+            PlanOp::Embed { .. } => "embed",
+            PlanOp::RmsNorm { .. } => "rms_norm",
+            PlanOp::Linear { .. } => "linear",
+            PlanOp::GateUp { .. } => "gate_up",
+            PlanOp::RopeAppend { .. } => "rope_append",
+            PlanOp::PagedAttn { .. } => "paged_attn",
+            PlanOp::GatherRows { .. } => "gather_rows",
+            PlanOp::ScaleLogits { .. } => "scale_logits",
+        }
+    }
+
+    /// Slots the op reads.
+    pub fn reads(&self) -> Vec<Slot> {
+        match self {
+            PlanOp::Embed { .. } => vec![],
+            PlanOp::RmsNorm { x, .. }
+            | PlanOp::GateUp { x, .. }
+            | PlanOp::GatherRows { x, .. }
+            | PlanOp::ScaleLogits { x, .. } => vec![*x],
+            PlanOp::Linear { x, parts, .. } => {
+                std::iter::once(*x).chain(parts.iter().filter_map(|p| p.residual)).collect()
+            }
+            PlanOp::RopeAppend { q, k, v, .. } => vec![*q, *k, *v],
+            PlanOp::PagedAttn { q, .. } => vec![*q],
+        }
+    }
+
+    /// Slots the op writes.
+    pub fn writes(&self) -> Vec<Slot> {
+        match self {
+            PlanOp::Embed { out, .. }
+            | PlanOp::RmsNorm { out, .. }
+            | PlanOp::GateUp { out, .. }
+            | PlanOp::PagedAttn { out, .. }
+            | PlanOp::GatherRows { out, .. } => vec![*out],
+            PlanOp::Linear { parts, .. } => parts.iter().map(|p| p.out).collect(),
+            PlanOp::RopeAppend { q, .. } => vec![*q],
+            PlanOp::ScaleLogits { x, .. } => vec![*x],
+        }
+    }
+}
+
+/// A recorded forward pass. Immutable data: printable ([`std::fmt::Display`]), comparable,
+/// countable; it points at nothing.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Plan {
+    pub(crate) key: PlanKey,
+    pub(crate) ops: Vec<PlanOp>,
+    pub(crate) slots: Vec<SlotInfo>,
+    pub(crate) weights: Vec<WeightInfo>,
+    pub(crate) inputs: Vec<(String, Slot)>,
+    pub(crate) outputs: Vec<(String, Slot)>,
+    pub(crate) taps: Vec<(String, Slot)>,
+    pub(crate) arena: ArenaLayout,
+}
+
+impl Plan {
+    /// The shape it was recorded for.
+    pub fn key(&self) -> &PlanKey {
+        &self.key
+    }
+
+    /// The ops in order.
+    pub fn ops(&self) -> &[PlanOp] {
+        &self.ops
+    }
+
+    /// The slots.
+    pub fn slots(&self) -> &[SlotInfo] {
+        &self.slots
+    }
+
+    /// A slot's description.
+    pub fn slot(&self, slot: Slot) -> &SlotInfo {
+        &self.slots[slot.0 as usize]
+    }
+
+    /// The weights it reads.
+    pub fn weights(&self) -> &[WeightInfo] {
+        &self.weights
+    }
+
+    /// Name and shape of a weight.
+    pub fn weight(&self, id: WeightId) -> &WeightInfo {
+        &self.weights[id.0 as usize]
+    }
+
+    /// Where the slots lie in the arena.
+    pub fn arena(&self) -> &ArenaLayout {
+        &self.arena
+    }
+
+    /// Slots the host writes before a run.
+    pub fn input(&self, name: &str) -> Option<Slot> {
+        find(&self.inputs, name)
+    }
+
+    /// Slots the host reads after a run.
+    pub fn output(&self, name: &str) -> Option<Slot> {
+        find(&self.outputs, name)
+    }
+
+    /// Slots kept for the host to look at: layer inputs for calibration.
+    pub fn taps(&self) -> &[(String, Slot)] {
+        &self.taps
+    }
+}
+
+fn find(list: &[(String, Slot)], name: &str) -> Option<Slot> {
+    list.iter().find(|(n, _)| n == name).map(|&(_, s)| s)
+}

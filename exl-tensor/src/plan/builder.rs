@@ -1,0 +1,318 @@
+//! Records a plan: what architecture code talks to.
+
+use std::collections::HashMap;
+
+use exl_kernels::DType;
+use exl_kernels::ops::{Activation, RopeStyle};
+
+use super::{
+    AttnOp, GateUpOp, Plan, PlanKey, PlanOp, PlanPart, RopeOp, Slot, SlotInfo, WeightId, WeightInfo,
+};
+use crate::arena::ArenaLayout;
+
+/// One product of [`PlanBuilder::linear`].
+#[derive(Clone, Debug)]
+pub struct Part {
+    /// The matrix, `[outputs, inputs]`.
+    pub weight: WeightId,
+    /// Its bias.
+    pub bias: Option<WeightId>,
+}
+
+/// Arguments of [`PlanBuilder::gate_up`].
+#[derive(Clone, Debug)]
+pub struct GateUpArgs {
+    /// Activated branch.
+    pub gate: Part,
+    /// Multiplied branch.
+    pub up: Part,
+    /// Activation of the gate.
+    pub act: Activation,
+}
+
+/// Arguments of [`PlanBuilder::rope_append`].
+#[derive(Clone, Debug)]
+pub struct RopeArgs {
+    /// Angles per position, F32 `[rotary_dim / 2]`; `None` for no rotation.
+    pub inv_freq: Option<WeightId>,
+    /// Query heads.
+    pub heads: usize,
+    /// Key/value heads.
+    pub kv_heads: usize,
+    /// Elements per head.
+    pub head_dim: usize,
+    /// Pairing.
+    pub style: RopeStyle,
+    /// Multiplies sine and cosine.
+    pub attention_factor: f32,
+}
+
+/// Arguments of [`PlanBuilder::attention`].
+#[derive(Clone, Debug)]
+pub struct AttnArgs {
+    /// Query heads.
+    pub heads: usize,
+    /// Key/value heads.
+    pub kv_heads: usize,
+    /// Elements per head.
+    pub head_dim: usize,
+    /// Score multiplier.
+    pub scale: f32,
+    /// Score soft-cap, 0 for none.
+    pub softcap: f32,
+    /// Sliding window in tokens, 0 for none.
+    pub window: usize,
+}
+
+/// Records ops in order. Methods return the slot they write; the shapes of slots are the
+/// builder's knowledge, so that arch code only names weights.
+#[derive(Debug)]
+pub struct PlanBuilder {
+    key: PlanKey,
+    ops: Vec<PlanOp>,
+    slots: Vec<SlotInfo>,
+    weights: Vec<WeightInfo>,
+    weight_ids: HashMap<String, WeightId>,
+    inputs: Vec<(String, Slot)>,
+    outputs: Vec<(String, Slot)>,
+    taps: Vec<(String, Slot)>,
+    tapping: bool,
+}
+
+impl PlanBuilder {
+    /// A recorder for one shape. `tapping` keeps the slots passed to [`Self::tap`].
+    pub fn new(key: PlanKey, tapping: bool) -> Self {
+        Self {
+            key,
+            ops: Vec::new(),
+            slots: Vec::new(),
+            weights: Vec::new(),
+            weight_ids: HashMap::new(),
+            inputs: Vec::new(),
+            outputs: Vec::new(),
+            taps: Vec::new(),
+            tapping,
+        }
+    }
+
+    /// The shape being recorded.
+    pub fn key(&self) -> &PlanKey {
+        &self.key
+    }
+
+    /// Refers to a weight by name; `shape` is `[outputs, inputs]` or `[n]`.
+    pub fn weight(&mut self, name: &str, shape: &[usize]) -> WeightId {
+        if let Some(&id) = self.weight_ids.get(name) {
+            return id;
+        }
+        let id = WeightId(self.weights.len() as u32);
+        self.weights.push(WeightInfo { name: name.to_owned(), shape: shape.to_vec() });
+        self.weight_ids.insert(name.to_owned(), id);
+        id
+    }
+
+    /// A slot the host fills before each run: F32 `[rows, dim]`.
+    pub fn input(&mut self, name: &str, rows: usize, dim: usize) -> Slot {
+        let slot = self.new_slot(name, rows, dim);
+        self.slots[slot.0 as usize].first = 0;
+        self.inputs.push((name.to_owned(), slot));
+        slot
+    }
+
+    /// Names a slot the host reads after each run.
+    pub fn output(&mut self, name: &str, slot: Slot) {
+        self.outputs.push((name.to_owned(), slot));
+    }
+
+    /// Keeps the value of a slot for calibration, when taps are on. The slot must not be written
+    /// again afterwards.
+    pub fn tap(&mut self, name: &str, slot: Slot) {
+        if self.tapping {
+            self.taps.push((name.to_owned(), slot));
+        }
+    }
+
+    /// Elements per row of a slot.
+    pub fn dim(&self, slot: Slot) -> usize {
+        self.slots[slot.0 as usize].dim
+    }
+
+    /// Rows of a slot.
+    pub fn rows(&self, slot: Slot) -> usize {
+        self.slots[slot.0 as usize].rows
+    }
+
+    /// Token embedding: `[rows, dim]`.
+    pub fn embed(&mut self, table: WeightId, scale: f32) -> Slot {
+        let (vocab, dim) = self.matrix_shape(table);
+        let out = self.new_slot("embed", self.key.rows, dim);
+        self.push(PlanOp::Embed { table, out, vocab, dim, scale });
+        out
+    }
+
+    /// RMS norm over a slot's rows.
+    pub fn rms_norm(&mut self, x: Slot, weight: WeightId, eps: f32, offset: f32) -> Slot {
+        let (rows, dim) = (self.rows(x), self.dim(x));
+        let out = self.new_slot("norm", rows, dim);
+        self.push(PlanOp::RmsNorm { x, weight, out, rows, dim, eps, offset });
+        out
+    }
+
+    /// RMS norm over each head of a slot `[rows, heads * head_dim]`, in place.
+    pub fn head_norm(&mut self, x: Slot, weight: WeightId, head_dim: usize, eps: f32, offset: f32) {
+        let rows = self.rows(x) * self.dim(x) / head_dim;
+        self.push(PlanOp::RmsNorm { x, weight, out: x, rows, dim: head_dim, eps, offset });
+    }
+
+    /// Products of one input with several matrices; one output slot each.
+    pub fn linear(&mut self, x: Slot, parts: &[Part]) -> Vec<Slot> {
+        let rows = self.rows(x);
+        let plan_parts: Vec<PlanPart> = parts
+            .iter()
+            .map(|p| {
+                let (outputs, _) = self.matrix_shape(p.weight);
+                let name = self.short_name(p.weight);
+                let out = self.new_slot(&name, rows, outputs);
+                PlanPart { weight: p.weight, bias: p.bias, residual: None, out, outputs }
+            })
+            .collect();
+        let outs = plan_parts.iter().map(|p| p.out).collect();
+        self.push(PlanOp::Linear { x, rows, inputs: self.dim(x), parts: plan_parts });
+        outs
+    }
+
+    /// `residual += x W^T + bias`, in place; returns `residual`.
+    pub fn linear_add(&mut self, x: Slot, part: &Part, residual: Slot) -> Slot {
+        let (outputs, _) = self.matrix_shape(part.weight);
+        let part = PlanPart {
+            weight: part.weight,
+            bias: part.bias,
+            residual: Some(residual),
+            out: residual,
+            outputs,
+        };
+        self.push(PlanOp::Linear {
+            x,
+            rows: self.rows(x),
+            inputs: self.dim(x),
+            parts: vec![part],
+        });
+        residual
+    }
+
+    /// Gated half of an MLP.
+    pub fn gate_up(&mut self, x: Slot, args: &GateUpArgs) -> Slot {
+        let (outputs, _) = self.matrix_shape(args.up.weight);
+        let (rows, inputs) = (self.rows(x), self.dim(x));
+        let out = self.new_slot("gate_up", rows, outputs);
+        let args = GateUpOp {
+            gate: args.gate.weight,
+            up: args.up.weight,
+            gate_bias: args.gate.bias,
+            up_bias: args.up.bias,
+            outputs,
+            act: args.act,
+        };
+        self.push(PlanOp::GateUp { x, out, rows, inputs, args });
+        out
+    }
+
+    /// Rotates q (in place) and k and appends k and v to the layer's cache.
+    pub fn rope_append(&mut self, qkv: [Slot; 3], layer: usize, args: &RopeArgs) {
+        let [q, k, v] = qkv;
+        let args = RopeOp {
+            inv_freq: args.inv_freq,
+            heads: args.heads,
+            kv_heads: args.kv_heads,
+            head_dim: args.head_dim,
+            style: args.style,
+            attention_factor: args.attention_factor,
+        };
+        self.push(PlanOp::RopeAppend { q, k, v, layer, args });
+    }
+
+    /// Attention over the layer's cache.
+    pub fn attention(&mut self, q: Slot, layer: usize, args: &AttnArgs) -> Slot {
+        let out = self.new_slot("attn", self.rows(q), self.dim(q));
+        let args = AttnOp {
+            heads: args.heads,
+            kv_heads: args.kv_heads,
+            head_dim: args.head_dim,
+            scale: args.scale,
+            softcap: args.softcap,
+            window: args.window,
+        };
+        self.push(PlanOp::PagedAttn { q, out, layer, args });
+        out
+    }
+
+    /// The rows that get logits.
+    pub fn gather_out_rows(&mut self, x: Slot) -> Slot {
+        let dim = self.dim(x);
+        let rows = self.key.out_rows;
+        let out = self.new_slot("out_rows", rows, dim);
+        self.push(PlanOp::GatherRows { x, out, rows, dim });
+        out
+    }
+
+    /// Logit multiplier and final soft-cap, in place; records nothing when both are neutral.
+    pub fn scale_logits(&mut self, x: Slot, scale: f32, softcap: f32) {
+        if scale != 1.0 || softcap > 0.0 {
+            let (rows, dim) = (self.rows(x), self.dim(x));
+            self.push(PlanOp::ScaleLogits { x, rows, dim, scale, softcap });
+        }
+    }
+
+    /// Ends recording and lays out the arena.
+    pub fn finish(mut self) -> Plan {
+        let end = self.ops.len();
+        for (_, slot) in self.outputs.iter().chain(&self.taps) {
+            self.slots[slot.0 as usize].last = end;
+        }
+        let arena = ArenaLayout::plan(&self.slots);
+        Plan {
+            key: self.key,
+            ops: self.ops,
+            slots: self.slots,
+            weights: self.weights,
+            inputs: self.inputs,
+            outputs: self.outputs,
+            taps: self.taps,
+            arena,
+        }
+    }
+
+    fn matrix_shape(&self, id: WeightId) -> (usize, usize) {
+        let shape = &self.weights[id.0 as usize].shape;
+        (shape[0], shape.get(1).copied().unwrap_or(1))
+    }
+
+    /// `q_proj` of `model.layers.0.self_attn.q_proj`.
+    fn short_name(&self, id: WeightId) -> String {
+        let name = &self.weights[id.0 as usize].name;
+        name.rsplit('.').next().unwrap_or(name).to_owned()
+    }
+
+    fn new_slot(&mut self, name: &str, rows: usize, dim: usize) -> Slot {
+        let slot = Slot(self.slots.len() as u32);
+        let at = self.ops.len();
+        self.slots.push(SlotInfo {
+            name: name.to_owned(),
+            dtype: DType::F32,
+            rows,
+            dim,
+            first: at,
+            last: at,
+        });
+        slot
+    }
+
+    fn push(&mut self, op: PlanOp) {
+        let at = self.ops.len();
+        for slot in op.reads().into_iter().chain(op.writes()) {
+            let info = &mut self.slots[slot.0 as usize];
+            info.last = info.last.max(at);
+        }
+        self.ops.push(op);
+    }
+}

@@ -1,0 +1,133 @@
+//! A plan as text: one line per op, for snapshots, diffs and people.
+
+use std::fmt;
+
+use super::{Phase, Plan, PlanKey, PlanOp, Slot, WeightId};
+
+impl fmt::Display for PlanKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let phase = match self.phase {
+            Phase::Prefill => "prefill",
+            Phase::Decode => "decode",
+            Phase::Calibrate => "calibrate",
+        };
+        write!(
+            f,
+            "{phase} rows={} seqs={} pages_per_seq={} out_rows={}",
+            self.rows, self.seqs, self.pages_per_seq, self.out_rows
+        )
+    }
+}
+
+impl fmt::Display for Slot {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "%{}", self.0)
+    }
+}
+
+impl fmt::Display for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "plan {}", self.key)?;
+        for (name, slot) in &self.inputs {
+            writeln!(f, "input {name} = {slot} {}", self.slot_shape(*slot))?;
+        }
+        for op in &self.ops {
+            writeln!(f, "{}", OpText { plan: self, op })?;
+        }
+        for (name, slot) in &self.taps {
+            writeln!(f, "tap {name} = {slot} {}", self.slot_shape(*slot))?;
+        }
+        for (name, slot) in &self.outputs {
+            writeln!(f, "output {name} = {slot} {}", self.slot_shape(*slot))?;
+        }
+        writeln!(f, "ops={} arena={} bytes", self.ops.len(), self.arena.bytes())
+    }
+}
+
+impl Plan {
+    fn slot_shape(&self, slot: Slot) -> String {
+        let s = self.slot(slot);
+        format!("[{}, {}]@{}", s.rows, s.dim, self.arena.offset(slot))
+    }
+}
+
+struct OpText<'a> {
+    plan: &'a Plan,
+    op: &'a PlanOp,
+}
+
+impl OpText<'_> {
+    fn name(&self, id: WeightId) -> &str {
+        &self.plan.weight(id).name
+    }
+
+    fn out(&self, slot: Slot) -> String {
+        format!("{slot} {}", self.plan.slot_shape(slot))
+    }
+
+    fn bias(&self, id: Option<WeightId>) -> String {
+        id.map(|b| format!(" + {}", self.name(b))).unwrap_or_default()
+    }
+}
+
+impl fmt::Display for OpText<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.op {
+            PlanOp::Embed { table, out, scale, .. } => {
+                write!(f, "{} = embed({}) scale={scale}", self.out(*out), self.name(*table))
+            }
+            PlanOp::RmsNorm { x, weight, out, dim, eps, offset, .. } => write!(
+                f,
+                "{} = rms_norm({x}, {}) dim={dim} eps={eps} offset={offset}",
+                self.out(*out),
+                self.name(*weight)
+            ),
+            PlanOp::Linear { x, parts, .. } => {
+                for (i, p) in parts.iter().enumerate() {
+                    let sep = if i > 0 { "; " } else { "" };
+                    let residual = p.residual.map(|r| format!(" + {r}")).unwrap_or_default();
+                    let (out, name) = (self.out(p.out), self.name(p.weight));
+                    let bias = self.bias(p.bias);
+                    write!(f, "{sep}{out} = linear({x}, {name}){bias}{residual}")?;
+                }
+                Ok(())
+            }
+            PlanOp::GateUp { x, out, args, .. } => write!(
+                f,
+                "{} = gate_up({x}, {}{}, {}{}) act={:?}",
+                self.out(*out),
+                self.name(args.gate),
+                self.bias(args.gate_bias),
+                self.name(args.up),
+                self.bias(args.up_bias),
+                args.act
+            ),
+            PlanOp::RopeAppend { q, k, v, layer, args } => write!(
+                f,
+                "rope_append({q}, {k}, {v}) layer={layer} heads={}/{} head_dim={} {:?} {} factor={}",
+                args.heads,
+                args.kv_heads,
+                args.head_dim,
+                args.style,
+                args.inv_freq.map_or("no rotation", |w| self.name(w)),
+                args.attention_factor
+            ),
+            PlanOp::PagedAttn { q, out, layer, args } => write!(
+                f,
+                "{} = paged_attn({q}) layer={layer} heads={}/{} head_dim={} scale={} softcap={} \
+                 window={}",
+                self.out(*out),
+                args.heads,
+                args.kv_heads,
+                args.head_dim,
+                args.scale,
+                args.softcap,
+                args.window
+            ),
+            PlanOp::GatherRows { x, out, .. } => write!(f, "{} = gather_rows({x})", self.out(*out)),
+            PlanOp::ScaleLogits { x, scale, softcap, .. } => {
+                write!(f, "scale_logits({x}) scale={scale} softcap={softcap}")
+            }
+        }
+    }
+}

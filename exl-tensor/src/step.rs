@@ -1,0 +1,194 @@
+//! Everything that changes from step to step, in one buffer at fixed offsets.
+
+use exl_kernels::ops::PAGE_TOKENS;
+use exl_kernels::{DType, Mem};
+
+use crate::{Error, HostMemory, PlanKey, Result};
+
+/// One array of the step block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum StepField {
+    /// `[rows]` token ids.
+    Tokens,
+    /// `[rows]` positions in their sequences.
+    Positions,
+    /// `[rows]` cache slots, `page * PAGE_TOKENS + offset`.
+    Slots,
+    /// `[seqs + 1]` first row of each sequence.
+    QStart,
+    /// `[seqs]` tokens in the cache after this step.
+    KvLen,
+    /// `[seqs, pages_per_seq]` pages of each sequence.
+    BlockTable,
+    /// `[out_rows]` rows whose logits are wanted.
+    OutRows,
+}
+
+/// One sequence's share of a step.
+#[derive(Clone, Copy, Debug)]
+pub struct StepSeq<'a> {
+    /// New tokens.
+    pub tokens: &'a [u32],
+    /// Position of the first of them.
+    pub start: usize,
+    /// Pages of the sequence in order, enough for `start + tokens.len()`.
+    pub pages: &'a [u32],
+    /// Which of the new tokens' rows want logits, as a range of indices into `tokens`.
+    pub logits: (usize, usize),
+}
+
+/// The step's integers (I32) for plans of one key.
+#[derive(Debug)]
+pub struct StepBlock {
+    key: PlanKey,
+    data: HostMemory,
+}
+
+impl StepBlock {
+    /// A block for plans with this key.
+    ///
+    /// # Errors
+    /// Out of memory.
+    pub fn new(key: &PlanKey) -> Result<Self> {
+        let data = HostMemory::zeroed(Self::bytes_for(key), "the step block")?;
+        Ok(Self { key: key.clone(), data })
+    }
+
+    /// Bytes of a block for this key.
+    pub fn bytes_for(key: &PlanKey) -> usize {
+        offset(key, StepField::OutRows).0 + key.out_rows * 4
+    }
+
+    /// The key it was made for.
+    pub fn key(&self) -> &PlanKey {
+        &self.key
+    }
+
+    /// Fills the block. Rows and sequences beyond the given ones become padding: they read token
+    /// 0 and write to the reserved page 0.
+    ///
+    /// # Errors
+    /// [`Error::Step`] when the sequences exceed the key, or pages are missing.
+    pub fn fill(&mut self, seqs: &[StepSeq<'_>]) -> Result<()> {
+        self.check(seqs)?;
+        let key = self.key.clone();
+        let mut row = 0;
+        let mut out = 0;
+        for (s, seq) in seqs.iter().enumerate() {
+            self.field_mut(StepField::QStart)[s] = row as i32;
+            self.field_mut(StepField::KvLen)[s] = (seq.start + seq.tokens.len()) as i32;
+            let width = key.pages_per_seq;
+            let table = &mut self.field_mut(StepField::BlockTable)[s * width..][..width];
+            table.fill(0);
+            for (t, &p) in table.iter_mut().zip(seq.pages) {
+                *t = p as i32;
+            }
+            for i in seq.logits.0..seq.logits.1 {
+                self.field_mut(StepField::OutRows)[out] = (row + i) as i32;
+                out += 1;
+            }
+            for (i, &token) in seq.tokens.iter().enumerate() {
+                let position = seq.start + i;
+                let page = seq.pages[position / PAGE_TOKENS] as usize;
+                let slot = page * PAGE_TOKENS + position % PAGE_TOKENS;
+                self.set_row(row, token as i32, position as i32, slot as i32);
+                row += 1;
+            }
+        }
+        self.pad(seqs.len(), row, out);
+        Ok(())
+    }
+
+    fn set_row(&mut self, row: usize, token: i32, position: i32, slot: i32) {
+        self.field_mut(StepField::Tokens)[row] = token;
+        self.field_mut(StepField::Positions)[row] = position;
+        self.field_mut(StepField::Slots)[row] = slot;
+    }
+
+    fn pad(&mut self, seqs: usize, rows: usize, outs: usize) {
+        let key = self.key.clone();
+        // Distinct slots of the reserved page, so that no two rows write the same place.
+        for row in rows..key.rows {
+            self.set_row(row, 0, 0, ((row - rows) % PAGE_TOKENS) as i32);
+        }
+        let spare = key.rows - rows;
+        for s in seqs..key.seqs {
+            let first = rows + (s - seqs).min(spare);
+            self.field_mut(StepField::QStart)[s] = first as i32;
+            self.field_mut(StepField::KvLen)[s] = i32::from(s - seqs < spare);
+            let width = key.pages_per_seq;
+            self.field_mut(StepField::BlockTable)[s * width..][..width].fill(0);
+        }
+        let end = rows + key.seqs.saturating_sub(seqs).min(spare);
+        self.field_mut(StepField::QStart)[key.seqs] = end as i32;
+        self.field_mut(StepField::OutRows)[outs..].fill(0);
+    }
+
+    fn check(&self, seqs: &[StepSeq<'_>]) -> Result<()> {
+        let key = &self.key;
+        let rows: usize = seqs.iter().map(|s| s.tokens.len()).sum();
+        let outs: usize = seqs.iter().map(|s| s.logits.1.saturating_sub(s.logits.0)).sum();
+        let spare = key.rows.checked_sub(rows);
+        if seqs.len() > key.seqs || outs > key.out_rows || spare.is_none_or(|s| s > PAGE_TOKENS) {
+            return Err(Error::Step(format!(
+                "{} sequences, {rows} rows, {outs} outputs do not fit a plan for {key}",
+                seqs.len()
+            )));
+        }
+        for (i, seq) in seqs.iter().enumerate() {
+            let pages = (seq.start + seq.tokens.len()).div_ceil(PAGE_TOKENS);
+            if seq.pages.len() < pages || pages > key.pages_per_seq {
+                return Err(Error::Step(format!(
+                    "sequence {i} needs {pages} pages, has {}, the plan holds {}",
+                    seq.pages.len(),
+                    key.pages_per_seq
+                )));
+            }
+            if seq.logits.1 > seq.tokens.len() {
+                return Err(Error::Step(format!("sequence {i} wants logits of rows it lacks")));
+            }
+        }
+        Ok(())
+    }
+
+    /// An array of the block for kernels.
+    pub fn mem(&self, field: StepField) -> Mem<'_> {
+        let (start, len) = offset(&self.key, field);
+        self.data.mem(start, len * 4, DType::I32)
+    }
+
+    /// An array of the block.
+    pub fn field(&self, field: StepField) -> &[i32] {
+        self.mem(field).slice().expect("the step block is host I32 memory")
+    }
+
+    fn field_mut(&mut self, field: StepField) -> &mut [i32] {
+        let (start, len) = offset(&self.key, field);
+        // SAFETY: `&mut self` excludes every other region of the block.
+        let mut region = unsafe { self.data.mem_mut(start, len * 4, DType::I32) };
+        let view = region.slice_mut::<i32>().expect("the step block is host I32 memory");
+        // SAFETY: the region borrows `self.data`, which lives as long as `self`.
+        unsafe { std::slice::from_raw_parts_mut(view.as_mut_ptr(), len) }
+    }
+}
+
+/// Byte offset and length in elements of an array.
+fn offset(key: &PlanKey, field: StepField) -> (usize, usize) {
+    let sizes = [
+        (StepField::Tokens, key.rows),
+        (StepField::Positions, key.rows),
+        (StepField::Slots, key.rows),
+        (StepField::QStart, key.seqs + 1),
+        (StepField::KvLen, key.seqs),
+        (StepField::BlockTable, key.seqs * key.pages_per_seq),
+        (StepField::OutRows, key.out_rows),
+    ];
+    let mut start = 0;
+    for (f, len) in sizes {
+        if f == field {
+            return (start * 4, len);
+        }
+        start += len;
+    }
+    unreachable!("every field is in the table")
+}

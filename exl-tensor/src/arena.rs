@@ -40,7 +40,10 @@ impl ArenaLayout {
             total = total.max(at + size);
             placed.push(i);
         }
-        Self { offsets, bytes: total }
+        Self {
+            offsets,
+            bytes: total,
+        }
     }
 
     /// Size of the arena.
@@ -65,7 +68,14 @@ mod tests {
     use proptest::prelude::*;
 
     fn slot(dim: usize, first: usize, last: usize) -> SlotInfo {
-        SlotInfo { name: String::new(), dtype: DType::F32, rows: 1, dim, first, last }
+        SlotInfo {
+            name: String::new(),
+            dtype: DType::F32,
+            rows: 1,
+            dim,
+            first,
+            last,
+        }
     }
 
     proptest! {

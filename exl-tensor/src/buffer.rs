@@ -35,7 +35,10 @@ impl HostMemory {
         let layout = Layout::from_size_align(size, HOST_ALIGN).map_err(|_| oom())?;
         // SAFETY: the layout has a non-zero size.
         let ptr = unsafe { alloc_zeroed(layout) };
-        Ok(Self { ptr: NonNull::new(ptr).ok_or_else(oom)?, bytes })
+        Ok(Self {
+            ptr: NonNull::new(ptr).ok_or_else(oom)?,
+            bytes,
+        })
     }
 
     /// Length in bytes.
@@ -77,13 +80,19 @@ impl HostMemory {
         self.check(to, bytes);
         // SAFETY: both ranges are in bounds and `&mut self` excludes other access.
         unsafe {
-            std::ptr::copy(self.ptr.as_ptr().add(from), self.ptr.as_ptr().add(to), bytes);
+            std::ptr::copy(
+                self.ptr.as_ptr().add(from),
+                self.ptr.as_ptr().add(to),
+                bytes,
+            );
         }
     }
 
     fn check(&self, offset: usize, bytes: usize) {
         assert!(
-            offset.checked_add(bytes).is_some_and(|end| end <= self.bytes),
+            offset
+                .checked_add(bytes)
+                .is_some_and(|end| end <= self.bytes),
             "range {offset}+{bytes} outside an allocation of {} bytes",
             self.bytes
         );
@@ -95,7 +104,10 @@ impl Drop for HostMemory {
         let size = self.bytes.max(HOST_ALIGN);
         // SAFETY: same size and alignment as in `zeroed`, where the layout was valid.
         unsafe {
-            dealloc(self.ptr.as_ptr(), Layout::from_size_align_unchecked(size, HOST_ALIGN));
+            dealloc(
+                self.ptr.as_ptr(),
+                Layout::from_size_align_unchecked(size, HOST_ALIGN),
+            );
         }
     }
 }

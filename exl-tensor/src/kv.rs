@@ -47,8 +47,14 @@ impl KvBuffers {
     pub fn new(shape: KvShape, pages: usize) -> Result<Self> {
         let bytes = pages * shape.page_bytes();
         let one = || HostMemory::zeroed(bytes, "the KV cache");
-        let layers = (0..shape.layers).map(|_| Ok((one()?, one()?))).collect::<Result<_>>()?;
-        Ok(Self { shape, pages, layers })
+        let layers = (0..shape.layers)
+            .map(|_| Ok((one()?, one()?)))
+            .collect::<Result<_>>()?;
+        Ok(Self {
+            shape,
+            pages,
+            layers,
+        })
     }
 
     /// The shape it was made with.
@@ -81,7 +87,10 @@ impl KvBuffers {
     /// K and V of a layer for reading.
     pub(crate) fn read(&self, layer: usize) -> (Mem<'_>, Mem<'_>) {
         let (k, v) = &self.layers[layer];
-        (k.mem(0, k.bytes(), self.shape.dtype), v.mem(0, v.bytes(), self.shape.dtype))
+        (
+            k.mem(0, k.bytes(), self.shape.dtype),
+            v.mem(0, v.bytes(), self.shape.dtype),
+        )
     }
 
     /// K and V of a layer for writing.
@@ -89,6 +98,11 @@ impl KvBuffers {
         let dtype = self.shape.dtype;
         let (k, v) = &mut self.layers[layer];
         // SAFETY: K and V are separate allocations and `&mut self` excludes any other region.
-        unsafe { (k.mem_mut(0, k.bytes(), dtype), v.mem_mut(0, v.bytes(), dtype)) }
+        unsafe {
+            (
+                k.mem_mut(0, k.bytes(), dtype),
+                v.mem_mut(0, v.bytes(), dtype),
+            )
+        }
     }
 }

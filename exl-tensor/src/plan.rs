@@ -98,14 +98,61 @@ pub struct PlanPart {
 #[non_exhaustive]
 #[allow(missing_docs)] // fields mirror exl_kernels::ops
 pub enum PlanOp {
-    Embed { table: WeightId, out: Slot, vocab: usize, dim: usize, scale: f32 },
-    RmsNorm { x: Slot, weight: WeightId, out: Slot, rows: usize, dim: usize, eps: f32, offset: f32 },
-    Linear { x: Slot, rows: usize, inputs: usize, parts: Vec<PlanPart> },
-    GateUp { x: Slot, out: Slot, rows: usize, inputs: usize, args: GateUpOp },
-    RopeAppend { q: Slot, k: Slot, v: Slot, layer: usize, args: RopeOp },
-    PagedAttn { q: Slot, out: Slot, layer: usize, args: AttnOp },
-    GatherRows { x: Slot, out: Slot, rows: usize, dim: usize },
-    ScaleLogits { x: Slot, rows: usize, dim: usize, scale: f32, softcap: f32 },
+    Embed {
+        table: WeightId,
+        out: Slot,
+        vocab: usize,
+        dim: usize,
+        scale: f32,
+    },
+    RmsNorm {
+        x: Slot,
+        weight: WeightId,
+        out: Slot,
+        rows: usize,
+        dim: usize,
+        eps: f32,
+        offset: f32,
+    },
+    Linear {
+        x: Slot,
+        rows: usize,
+        inputs: usize,
+        parts: Vec<PlanPart>,
+    },
+    GateUp {
+        x: Slot,
+        out: Slot,
+        rows: usize,
+        inputs: usize,
+        args: GateUpOp,
+    },
+    RopeAppend {
+        q: Slot,
+        k: Slot,
+        v: Slot,
+        layer: usize,
+        args: RopeOp,
+    },
+    PagedAttn {
+        q: Slot,
+        out: Slot,
+        layer: usize,
+        args: AttnOp,
+    },
+    GatherRows {
+        x: Slot,
+        out: Slot,
+        rows: usize,
+        dim: usize,
+    },
+    ScaleLogits {
+        x: Slot,
+        rows: usize,
+        dim: usize,
+        scale: f32,
+        softcap: f32,
+    },
 }
 
 /// Arguments of [`PlanOp::GateUp`].
@@ -167,9 +214,9 @@ impl PlanOp {
             | PlanOp::GateUp { x, .. }
             | PlanOp::GatherRows { x, .. }
             | PlanOp::ScaleLogits { x, .. } => vec![*x],
-            PlanOp::Linear { x, parts, .. } => {
-                std::iter::once(*x).chain(parts.iter().filter_map(|p| p.residual)).collect()
-            }
+            PlanOp::Linear { x, parts, .. } => std::iter::once(*x)
+                .chain(parts.iter().filter_map(|p| p.residual))
+                .collect(),
             PlanOp::RopeAppend { q, k, v, .. } => vec![*q, *k, *v],
             PlanOp::PagedAttn { q, .. } => vec![*q],
         }

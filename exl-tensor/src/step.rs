@@ -51,7 +51,10 @@ impl StepBlock {
     /// Out of memory.
     pub fn new(key: &PlanKey) -> Result<Self> {
         let data = HostMemory::zeroed(Self::bytes_for(key), "the step block")?;
-        Ok(Self { key: key.clone(), data })
+        Ok(Self {
+            key: key.clone(),
+            data,
+        })
     }
 
     /// Bytes of a block for this key.
@@ -127,7 +130,10 @@ impl StepBlock {
     fn check(&self, seqs: &[StepSeq<'_>]) -> Result<()> {
         let key = &self.key;
         let rows: usize = seqs.iter().map(|s| s.tokens.len()).sum();
-        let outs: usize = seqs.iter().map(|s| s.logits.1.saturating_sub(s.logits.0)).sum();
+        let outs: usize = seqs
+            .iter()
+            .map(|s| s.logits.1.saturating_sub(s.logits.0))
+            .sum();
         let spare = key.rows.checked_sub(rows);
         if seqs.len() > key.seqs || outs > key.out_rows || spare.is_none_or(|s| s > PAGE_TOKENS) {
             return Err(Error::Step(format!(
@@ -145,7 +151,9 @@ impl StepBlock {
                 )));
             }
             if seq.logits.1 > seq.tokens.len() {
-                return Err(Error::Step(format!("sequence {i} wants logits of rows it lacks")));
+                return Err(Error::Step(format!(
+                    "sequence {i} wants logits of rows it lacks"
+                )));
             }
         }
         Ok(())
@@ -159,14 +167,18 @@ impl StepBlock {
 
     /// An array of the block.
     pub fn field(&self, field: StepField) -> &[i32] {
-        self.mem(field).slice().expect("the step block is host I32 memory")
+        self.mem(field)
+            .slice()
+            .expect("the step block is host I32 memory")
     }
 
     fn field_mut(&mut self, field: StepField) -> &mut [i32] {
         let (start, len) = offset(&self.key, field);
         // SAFETY: `&mut self` excludes every other region of the block.
         let mut region = unsafe { self.data.mem_mut(start, len * 4, DType::I32) };
-        let view = region.slice_mut::<i32>().expect("the step block is host I32 memory");
+        let view = region
+            .slice_mut::<i32>()
+            .expect("the step block is host I32 memory");
         // SAFETY: the region borrows `self.data`, which lives as long as `self`.
         unsafe { std::slice::from_raw_parts_mut(view.as_mut_ptr(), len) }
     }

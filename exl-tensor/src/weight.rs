@@ -48,7 +48,9 @@ impl Weight {
     /// # Errors
     /// [`Error::Shape`] when `shape` and the byte count disagree.
     pub fn dense(name: &str, dtype: DType, shape: &[usize], data: Buffer) -> Result<Self> {
-        let wanted = shape.iter().try_fold(dtype.bytes(), |n, &d| n.checked_mul(d));
+        let wanted = shape
+            .iter()
+            .try_fold(dtype.bytes(), |n, &d| n.checked_mul(d));
         if wanted != Some(data.len()) {
             return Err(Error::Shape {
                 name: name.to_owned(),
@@ -57,14 +59,26 @@ impl Weight {
             });
         }
         let aligned = data.as_bytes().as_ptr().align_offset(dtype.bytes()) == 0;
-        let data = if aligned { data } else { realigned(data.as_bytes()) };
-        Ok(Weight::Dense(DenseWeight { dtype, shape: shape.to_vec(), data }))
+        let data = if aligned {
+            data
+        } else {
+            realigned(data.as_bytes())
+        };
+        Ok(Weight::Dense(DenseWeight {
+            dtype,
+            shape: shape.to_vec(),
+            data,
+        }))
     }
 
     /// A dense F32 constant.
     pub fn constant(values: &[f32]) -> Self {
         let data = Buffer::from_slice(values);
-        Weight::Dense(DenseWeight { dtype: DType::F32, shape: vec![values.len()], data })
+        Weight::Dense(DenseWeight {
+            dtype: DType::F32,
+            shape: vec![values.len()],
+            data,
+        })
     }
 
     /// Repacks an EXL2 matrix.
@@ -73,7 +87,10 @@ impl Weight {
     /// [`Error::Weight`] when the parts break a rule of the format.
     pub fn exl2(name: &str, parts: &Exl2Parts<'_>) -> Result<Self> {
         let matrix = QuantMatrix::from_exl2(parts).map_err(|e| weight_error(name, e))?;
-        Ok(Weight::Quant(QuantWeight { kind: QuantKind::Exl2, matrix }))
+        Ok(Weight::Quant(QuantWeight {
+            kind: QuantKind::Exl2,
+            matrix,
+        }))
     }
 
     /// Repacks a GPTQ matrix.
@@ -82,7 +99,10 @@ impl Weight {
     /// [`Error::Weight`] when the parts break a rule of the format.
     pub fn gptq(name: &str, parts: &GptqParts<'_>) -> Result<Self> {
         let matrix = QuantMatrix::from_gptq(parts).map_err(|e| weight_error(name, e))?;
-        Ok(Weight::Quant(QuantWeight { kind: QuantKind::Gptq, matrix }))
+        Ok(Weight::Quant(QuantWeight {
+            kind: QuantKind::Gptq,
+            matrix,
+        }))
     }
 
     /// Bytes this weight occupies in memory (mapped bytes count).
@@ -135,7 +155,9 @@ impl Weight {
             Weight::Quant(q) => {
                 let (k, n) = (q.matrix.inputs(), q.matrix.outputs());
                 let mut rows = vec![0.0; k * n];
-                q.matrix.dequantize(&mut rows).map_err(|e| weight_error(name, e))?;
+                q.matrix
+                    .dequantize(&mut rows)
+                    .map_err(|e| weight_error(name, e))?;
                 let mut out = vec![0.0; k * n];
                 for (i, row) in rows.chunks_exact(n).enumerate() {
                     for (j, &v) in row.iter().enumerate() {
@@ -165,20 +187,26 @@ impl DenseWeight {
         let bytes = self.data.as_bytes();
         let two = |i: usize| u16::from_le_bytes([bytes[2 * i], bytes[2 * i + 1]]);
         match self.dtype {
-            DType::F32 => bytemuck::pod_collect_to_vec(bytes),
-            DType::F16 => {
-                (0..bytes.len() / 2).map(|i| half::f16::from_bits(two(i)).to_f32()).collect()
-            }
-            DType::Bf16 => {
-                (0..bytes.len() / 2).map(|i| half::bf16::from_bits(two(i)).to_f32()).collect()
-            }
+            DType::F32 => bytes
+                .chunks_exact(4)
+                .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
+                .collect(),
+            DType::F16 => (0..bytes.len() / 2)
+                .map(|i| half::f16::from_bits(two(i)).to_f32())
+                .collect(),
+            DType::Bf16 => (0..bytes.len() / 2)
+                .map(|i| half::bf16::from_bits(two(i)).to_f32())
+                .collect(),
             DType::I32 | DType::U8 => bytes.iter().map(|&b| f32::from(b)).collect(),
         }
     }
 }
 
 fn weight_error(name: &str, source: exl_kernels::Error) -> Error {
-    Error::Weight { name: name.to_owned(), source }
+    Error::Weight {
+        name: name.to_owned(),
+        source,
+    }
 }
 
 fn realigned(bytes: &[u8]) -> Buffer {
@@ -231,6 +259,10 @@ impl Weights {
     /// Bytes of all weights; shared ones count once.
     pub fn bytes(&self) -> usize {
         let mut seen = std::collections::HashSet::new();
-        self.0.values().filter(|w| seen.insert(Arc::as_ptr(w))).map(|w| w.bytes()).sum()
+        self.0
+            .values()
+            .filter(|w| seen.insert(Arc::as_ptr(w)))
+            .map(|w| w.bytes())
+            .sum()
     }
 }

@@ -106,7 +106,10 @@ impl PlanBuilder {
             return id;
         }
         let id = WeightId(self.weights.len() as u32);
-        self.weights.push(WeightInfo { name: name.to_owned(), shape: shape.to_vec() });
+        self.weights.push(WeightInfo {
+            name: name.to_owned(),
+            shape: shape.to_vec(),
+        });
         self.weight_ids.insert(name.to_owned(), id);
         id
     }
@@ -146,7 +149,13 @@ impl PlanBuilder {
     pub fn embed(&mut self, table: WeightId, scale: f32) -> Slot {
         let (vocab, dim) = self.matrix_shape(table);
         let out = self.new_slot("embed", self.key.rows, dim);
-        self.push(PlanOp::Embed { table, out, vocab, dim, scale });
+        self.push(PlanOp::Embed {
+            table,
+            out,
+            vocab,
+            dim,
+            scale,
+        });
         out
     }
 
@@ -154,14 +163,30 @@ impl PlanBuilder {
     pub fn rms_norm(&mut self, x: Slot, weight: WeightId, eps: f32, offset: f32) -> Slot {
         let (rows, dim) = (self.rows(x), self.dim(x));
         let out = self.new_slot("norm", rows, dim);
-        self.push(PlanOp::RmsNorm { x, weight, out, rows, dim, eps, offset });
+        self.push(PlanOp::RmsNorm {
+            x,
+            weight,
+            out,
+            rows,
+            dim,
+            eps,
+            offset,
+        });
         out
     }
 
     /// RMS norm over each head of a slot `[rows, heads * head_dim]`, in place.
     pub fn head_norm(&mut self, x: Slot, weight: WeightId, head_dim: usize, eps: f32, offset: f32) {
         let rows = self.rows(x) * self.dim(x) / head_dim;
-        self.push(PlanOp::RmsNorm { x, weight, out: x, rows, dim: head_dim, eps, offset });
+        self.push(PlanOp::RmsNorm {
+            x,
+            weight,
+            out: x,
+            rows,
+            dim: head_dim,
+            eps,
+            offset,
+        });
     }
 
     /// Products of one input with several matrices; one output slot each.
@@ -173,11 +198,22 @@ impl PlanBuilder {
                 let (outputs, _) = self.matrix_shape(p.weight);
                 let name = self.short_name(p.weight);
                 let out = self.new_slot(&name, rows, outputs);
-                PlanPart { weight: p.weight, bias: p.bias, residual: None, out, outputs }
+                PlanPart {
+                    weight: p.weight,
+                    bias: p.bias,
+                    residual: None,
+                    out,
+                    outputs,
+                }
             })
             .collect();
         let outs = plan_parts.iter().map(|p| p.out).collect();
-        self.push(PlanOp::Linear { x, rows, inputs: self.dim(x), parts: plan_parts });
+        self.push(PlanOp::Linear {
+            x,
+            rows,
+            inputs: self.dim(x),
+            parts: plan_parts,
+        });
         outs
     }
 
@@ -213,7 +249,13 @@ impl PlanBuilder {
             outputs,
             act: args.act,
         };
-        self.push(PlanOp::GateUp { x, out, rows, inputs, args });
+        self.push(PlanOp::GateUp {
+            x,
+            out,
+            rows,
+            inputs,
+            args,
+        });
         out
     }
 
@@ -228,7 +270,13 @@ impl PlanBuilder {
             style: args.style,
             attention_factor: args.attention_factor,
         };
-        self.push(PlanOp::RopeAppend { q, k, v, layer, args });
+        self.push(PlanOp::RopeAppend {
+            q,
+            k,
+            v,
+            layer,
+            args,
+        });
     }
 
     /// Attention over the layer's cache.
@@ -242,7 +290,12 @@ impl PlanBuilder {
             softcap: args.softcap,
             window: args.window,
         };
-        self.push(PlanOp::PagedAttn { q, out, layer, args });
+        self.push(PlanOp::PagedAttn {
+            q,
+            out,
+            layer,
+            args,
+        });
         out
     }
 
@@ -259,7 +312,13 @@ impl PlanBuilder {
     pub fn scale_logits(&mut self, x: Slot, scale: f32, softcap: f32) {
         if scale != 1.0 || softcap > 0.0 {
             let (rows, dim) = (self.rows(x), self.dim(x));
-            self.push(PlanOp::ScaleLogits { x, rows, dim, scale, softcap });
+            self.push(PlanOp::ScaleLogits {
+                x,
+                rows,
+                dim,
+                scale,
+                softcap,
+            });
         }
     }
 

@@ -40,7 +40,12 @@ impl fmt::Display for Plan {
         for (name, slot) in &self.outputs {
             writeln!(f, "output {name} = {slot} {}", self.slot_shape(*slot))?;
         }
-        writeln!(f, "ops={} arena={} bytes", self.ops.len(), self.arena.bytes())
+        writeln!(
+            f,
+            "ops={} arena={} bytes",
+            self.ops.len(),
+            self.arena.bytes()
+        )
     }
 }
 
@@ -66,17 +71,33 @@ impl OpText<'_> {
     }
 
     fn bias(&self, id: Option<WeightId>) -> String {
-        id.map(|b| format!(" + {}", self.name(b))).unwrap_or_default()
+        id.map(|b| format!(" + {}", self.name(b)))
+            .unwrap_or_default()
     }
 }
 
 impl fmt::Display for OpText<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.op {
-            PlanOp::Embed { table, out, scale, .. } => {
-                write!(f, "{} = embed({}) scale={scale}", self.out(*out), self.name(*table))
+            PlanOp::Embed {
+                table, out, scale, ..
+            } => {
+                write!(
+                    f,
+                    "{} = embed({}) scale={scale}",
+                    self.out(*out),
+                    self.name(*table)
+                )
             }
-            PlanOp::RmsNorm { x, weight, out, dim, eps, offset, .. } => write!(
+            PlanOp::RmsNorm {
+                x,
+                weight,
+                out,
+                dim,
+                eps,
+                offset,
+                ..
+            } => write!(
                 f,
                 "{} = rms_norm({x}, {}) dim={dim} eps={eps} offset={offset}",
                 self.out(*out),
@@ -102,7 +123,13 @@ impl fmt::Display for OpText<'_> {
                 self.bias(args.up_bias),
                 args.act
             ),
-            PlanOp::RopeAppend { q, k, v, layer, args } => write!(
+            PlanOp::RopeAppend {
+                q,
+                k,
+                v,
+                layer,
+                args,
+            } => write!(
                 f,
                 "rope_append({q}, {k}, {v}) layer={layer} heads={}/{} head_dim={} {:?} {} factor={}",
                 args.heads,
@@ -112,7 +139,12 @@ impl fmt::Display for OpText<'_> {
                 args.inv_freq.map_or("no rotation", |w| self.name(w)),
                 args.attention_factor
             ),
-            PlanOp::PagedAttn { q, out, layer, args } => write!(
+            PlanOp::PagedAttn {
+                q,
+                out,
+                layer,
+                args,
+            } => write!(
                 f,
                 "{} = paged_attn({q}) layer={layer} heads={}/{} head_dim={} scale={} softcap={} \
                  window={}",
@@ -125,7 +157,9 @@ impl fmt::Display for OpText<'_> {
                 args.window
             ),
             PlanOp::GatherRows { x, out, .. } => write!(f, "{} = gather_rows({x})", self.out(*out)),
-            PlanOp::ScaleLogits { x, scale, softcap, .. } => {
+            PlanOp::ScaleLogits {
+                x, scale, softcap, ..
+            } => {
                 write!(f, "scale_logits({x}) scale={scale} softcap={softcap}")
             }
         }

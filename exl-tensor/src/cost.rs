@@ -1,0 +1,198 @@
+//! What a plan costs, exactly and without running it.
+
+use crate::plan::{PlanOp, PlanPart};
+use crate::{KvShape, PAGE_TOKENS, Plan, StepBlock, WeightId};
+
+/// Bytes moved and arithmetic done.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Cost {
+    /// Bytes of weights read.
+    pub weight_bytes: u64,
+    /// Bytes of the KV cache read and written.
+    pub kv_bytes: u64,
+    /// Bytes of activations read and written.
+    pub activation_bytes: u64,
+    /// Multiplications and additions.
+    pub flops: u64,
+}
+
+impl Cost {
+    fn add(&mut self, other: &Cost) {
+        self.weight_bytes += other.weight_bytes;
+        self.kv_bytes += other.kv_bytes;
+        self.activation_bytes += other.activation_bytes;
+        self.flops += other.flops;
+    }
+
+    /// All bytes.
+    pub fn bytes(&self) -> u64 {
+        self.weight_bytes + self.kv_bytes + self.activation_bytes
+    }
+}
+
+/// One op's cost.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OpCost {
+    /// Name of the op.
+    pub op: &'static str,
+    /// Its cost.
+    pub cost: Cost,
+}
+
+/// A plan's cost.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CostReport {
+    /// Op by op.
+    pub ops: Vec<OpCost>,
+    /// The sum.
+    pub total: Cost,
+    /// Ops, each one kernel launch.
+    pub launches: usize,
+    /// Arena plus step block.
+    pub scratch_bytes: usize,
+}
+
+impl CostReport {
+    /// Costs of a plan when `context` tokens per sequence are in the cache. `weight_bytes` tells
+    /// the stored size of a weight by name.
+    pub fn new(
+        plan: &Plan,
+        kv: &KvShape,
+        context: usize,
+        weight_bytes: impl Fn(&str) -> u64,
+    ) -> Self {
+        let meter = Meter {
+            plan,
+            kv,
+            context: context as u64,
+            weight_bytes: &weight_bytes,
+        };
+        let ops: Vec<OpCost> = plan
+            .ops()
+            .iter()
+            .map(|op| OpCost {
+                op: op.name(),
+                cost: meter.cost(op),
+            })
+            .collect();
+        let mut total = Cost::default();
+        for op in &ops {
+            total.add(&op.cost);
+        }
+        let scratch_bytes = plan.arena().bytes() + StepBlock::bytes_for(plan.key());
+        Self {
+            launches: ops.len(),
+            ops,
+            total,
+            scratch_bytes,
+        }
+    }
+}
+
+struct Meter<'a> {
+    plan: &'a Plan,
+    kv: &'a KvShape,
+    context: u64,
+    weight_bytes: &'a dyn Fn(&str) -> u64,
+}
+
+impl Meter<'_> {
+    fn weight(&self, id: WeightId) -> u64 {
+        (self.weight_bytes)(&self.plan.weight(id).name)
+    }
+
+    fn optional(&self, id: Option<WeightId>) -> u64 {
+        id.map_or(0, |w| self.weight(w))
+    }
+
+    fn activations(&self, op: &PlanOp) -> u64 {
+        op.reads()
+            .iter()
+            .chain(&op.writes())
+            .map(|&s| self.plan.slot(s).bytes() as u64)
+            .sum()
+    }
+
+    fn cost(&self, op: &PlanOp) -> Cost {
+        let rows = self.plan.key().rows as u64;
+        let mut cost = Cost {
+            activation_bytes: self.activations(op),
+            ..Cost::default()
+        };
+        match op {
+            PlanOp::Embed { dim, table, .. } => {
+                // Only the rows of the step's tokens are read.
+                let elements = self
+                    .plan
+                    .weight(*table)
+                    .shape
+                    .iter()
+                    .product::<usize>()
+                    .max(1);
+                let per_element = self.weight(*table) / elements as u64;
+                cost.weight_bytes = rows * *dim as u64 * per_element.max(1);
+            }
+            PlanOp::RmsNorm {
+                weight, rows, dim, ..
+            } => {
+                cost.weight_bytes = self.weight(*weight);
+                cost.flops = 4 * (rows * dim) as u64;
+            }
+            PlanOp::Linear {
+                rows,
+                inputs,
+                parts,
+                ..
+            } => {
+                cost.weight_bytes = parts.iter().map(|p| self.part(p)).sum();
+                let outputs: usize = parts.iter().map(|p| p.outputs).sum();
+                cost.flops = 2 * (*rows as u64) * (*inputs as u64) * outputs as u64;
+            }
+            PlanOp::GateUp {
+                rows, inputs, args, ..
+            } => {
+                cost.weight_bytes = self.weight(args.gate)
+                    + self.weight(args.up)
+                    + self.optional(args.gate_bias)
+                    + self.optional(args.up_bias);
+                cost.flops = 4 * (*rows as u64) * (*inputs as u64) * args.outputs as u64;
+            }
+            PlanOp::RopeAppend { args, .. } => {
+                let kv_elements = rows * (2 * args.kv_heads * args.head_dim) as u64;
+                cost.kv_bytes = kv_elements * self.kv.dtype.bytes() as u64;
+                cost.flops = 3 * rows * ((args.heads + args.kv_heads) * args.head_dim) as u64;
+            }
+            PlanOp::PagedAttn { args, .. } => self.attention(args, &mut cost),
+            PlanOp::GatherRows { .. } => {}
+            PlanOp::ScaleLogits { rows, dim, .. } => cost.flops = (rows * dim) as u64,
+        }
+        cost
+    }
+
+    fn part(&self, part: &PlanPart) -> u64 {
+        self.weight(part.weight) + self.optional(part.bias)
+    }
+
+    fn attention(&self, args: &crate::plan::AttnOp, cost: &mut Cost) {
+        let key = self.plan.key();
+        let rows = key.rows as u64;
+        let per_seq = rows / (key.seqs as u64).max(1);
+        let limit = (key.pages_per_seq * PAGE_TOKENS) as u64;
+        let mut keys = (self.context + per_seq).min(limit);
+        if args.window > 0 {
+            keys = keys.min(args.window as u64 + per_seq);
+        }
+        let token = 2 * (args.kv_heads * args.head_dim * self.kv.dtype.bytes()) as u64;
+        cost.kv_bytes = key.seqs as u64 * keys * token;
+        // A query row sees on average half of the keys that arrive in its own step.
+        let seen = keys - per_seq / 2;
+        cost.flops = 4 * rows * seen * (args.heads * args.head_dim) as u64;
+    }
+}
+
+impl KvShape {
+    /// Bytes one token takes over all layers.
+    pub fn token_bytes(&self) -> usize {
+        2 * self.layers * self.kv_heads * self.head_dim * self.dtype.bytes()
+    }
+}

@@ -1,0 +1,119 @@
+//! Executors: what runs a plan.
+
+mod check;
+mod host;
+
+pub use check::{CheckReport, SlotDiff, check};
+pub use host::HostExecutor;
+
+use std::sync::Arc;
+
+use crate::{Error, KvBuffers, Plan, Result, Slot, StepBlock, Weight, Weights};
+
+/// A plan with its weights resolved, ready to run.
+#[derive(Clone, Debug)]
+pub struct Bound {
+    plan: Arc<Plan>,
+    weights: Vec<Arc<Weight>>,
+}
+
+impl Bound {
+    /// Looks up every weight of the plan and checks its shape.
+    ///
+    /// # Errors
+    /// [`Error::MissingWeight`], [`Error::Shape`].
+    pub fn new(plan: Arc<Plan>, weights: &Weights) -> Result<Self> {
+        let found = plan
+            .weights()
+            .iter()
+            .map(|info| {
+                let weight = weights
+                    .get(&info.name)
+                    .ok_or_else(|| Error::MissingWeight {
+                        name: info.name.clone(),
+                    })?;
+                let shape = weight.shape();
+                if fits(&info.shape, &shape, weight.quant_kind().is_some()) {
+                    return Ok(weight.clone());
+                }
+                Err(Error::Shape {
+                    name: info.name.clone(),
+                    expected: format!("{:?}", info.shape),
+                    found: format!("{shape:?}"),
+                })
+            })
+            .collect::<Result<_>>()?;
+        Ok(Self {
+            plan,
+            weights: found,
+        })
+    }
+
+    /// The plan.
+    pub fn plan(&self) -> &Arc<Plan> {
+        &self.plan
+    }
+
+    pub(crate) fn weight(&self, id: crate::WeightId) -> &Weight {
+        &self.weights[id.0 as usize]
+    }
+}
+
+/// Quantized matrices may have more outputs than the layer: files pad them to a multiple of 32.
+fn fits(wanted: &[usize], found: &[usize], quantized: bool) -> bool {
+    if !quantized {
+        return wanted == found;
+    }
+    let [outputs, inputs] = wanted else {
+        return false;
+    };
+    found[1] == *inputs && (found[0] == *outputs || found[0] == outputs.next_multiple_of(32))
+}
+
+/// Something that runs plans.
+pub trait Executor {
+    /// Name for reports.
+    fn name(&self) -> String;
+
+    /// Makes room for a plan: afterwards, running it allocates nothing.
+    ///
+    /// # Errors
+    /// Out of memory.
+    fn prepare(&mut self, bound: &Bound) -> Result<()>;
+
+    /// Runs one op of a prepared plan.
+    ///
+    /// # Errors
+    /// [`Error::Op`] when the kernel refuses its arguments.
+    fn run_op(
+        &mut self,
+        bound: &Bound,
+        index: usize,
+        step: &StepBlock,
+        kv: &mut KvBuffers,
+    ) -> Result<()>;
+
+    /// Copies a slot to the host.
+    fn read(&self, bound: &Bound, slot: Slot) -> Vec<f32>;
+
+    /// Fills a slot from the host.
+    ///
+    /// # Errors
+    /// [`Error::Step`] when the length is not the slot's.
+    fn write(&mut self, bound: &Bound, slot: Slot, values: &[f32]) -> Result<()>;
+
+    /// Runs a prepared plan.
+    ///
+    /// # Errors
+    /// As [`Executor::run_op`]; [`Error::Step`] when the step block was made for another shape.
+    fn run(&mut self, bound: &Bound, step: &StepBlock, kv: &mut KvBuffers) -> Result<()> {
+        if step.key() != bound.plan().key() {
+            return Err(Error::Step(format!(
+                "block for {} with a plan for {}",
+                step.key(),
+                bound.plan().key()
+            )));
+        }
+        (0..bound.plan().ops().len()).try_for_each(|i| self.run_op(bound, i, step, kv))
+    }
+}

@@ -1,10 +1,12 @@
 #![doc = include_str!("../README.md")]
 
+pub mod cpu;
 mod error;
 mod mem;
 pub mod ops;
 mod quant;
+pub mod reference;
 
 pub use error::{Error, Mismatch, Result};
 pub use mem::{DType, Element, Mem, MemMut, Place};
-pub use quant::{Exl2Parts, GptqParts, Group};
+pub use quant::{Exl2Parts, GptqParts, Group, QuantMatrix};

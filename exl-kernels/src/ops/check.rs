@@ -1,0 +1,150 @@
+//! Size and type checks that touch no data.
+
+use super::{Matrix, Op};
+use crate::mem::{DType, Mem, MemMut};
+use crate::{Error, Result};
+
+const FLOATS: &[DType] = &[DType::F32, DType::F16, DType::Bf16];
+const F32: &[DType] = &[DType::F32];
+const KV: &[DType] = &[DType::F32, DType::F16];
+const INT: &[DType] = &[DType::I32];
+
+/// Checks every region of an op against the op's shape.
+///
+/// # Errors
+/// [`Error::Argument`] naming the op and the field.
+pub fn check(op: &Op<'_>) -> Result<()> {
+    let c = Check { op: op.name() };
+    match op {
+        Op::Embed(o) => {
+            c.read("ids", &o.ids, INT, &[o.rows])?;
+            c.read("table", &o.table, FLOATS, &[o.vocab, o.dim])?;
+            c.write("out", &o.out, F32, &[o.rows, o.dim])
+        }
+        Op::RmsNorm(o) => {
+            c.read("x", &o.x, F32, &[o.rows, o.dim])?;
+            c.read("weight", &o.weight, FLOATS, &[o.dim])?;
+            c.write("out", &o.out, F32, &[o.rows, o.dim])
+        }
+        Op::Linear(o) => {
+            c.read("x", &o.x, F32, &[o.rows, o.inputs])?;
+            o.parts.iter().try_for_each(|p| {
+                c.matrix("matrix", &p.matrix, p.outputs, o.inputs)?;
+                c.optional("bias", &p.bias, FLOATS, &[p.outputs])?;
+                c.optional("residual", &p.residual, F32, &[o.rows, p.outputs])?;
+                c.write("out", &p.out, F32, &[o.rows, p.outputs])
+            })
+        }
+        Op::GateUp(o) => {
+            c.read("x", &o.x, F32, &[o.rows, o.inputs])?;
+            c.matrix("gate", &o.gate, o.outputs, o.inputs)?;
+            c.matrix("up", &o.up, o.outputs, o.inputs)?;
+            c.optional("gate_bias", &o.gate_bias, FLOATS, &[o.outputs])?;
+            c.optional("up_bias", &o.up_bias, FLOATS, &[o.outputs])?;
+            c.write("out", &o.out, F32, &[o.rows, o.outputs])
+        }
+        Op::RopeAppend(o) => {
+            let kv = [o.rows, o.kv_heads, o.head_dim];
+            c.write("q", &o.q, F32, &[o.rows, o.heads, o.head_dim])?;
+            c.read("k", &o.k, F32, &kv)?;
+            c.read("v", &o.v, F32, &kv)?;
+            c.read("positions", &o.positions, INT, &[o.rows])?;
+            c.read("slots", &o.slots, INT, &[o.rows])?;
+            c.rule("inv_freq", 2 * o.inv_freq.len() <= o.head_dim, "at most head_dim / 2 angles")?;
+            c.read("inv_freq", &o.inv_freq, F32, &[o.inv_freq.len()])?;
+            c.cache("k_cache", &o.k_cache.as_mem(), (o.kv_heads, o.head_dim))?;
+            c.cache("v_cache", &o.v_cache.as_mem(), (o.kv_heads, o.head_dim))?;
+            c.rule("v_cache", o.k_cache.bytes() == o.v_cache.bytes(), "the size of k_cache")
+        }
+        Op::PagedAttn(o) => {
+            c.rule("kv_heads", o.kv_heads > 0 && o.heads % o.kv_heads == 0, "a divisor of heads")?;
+            c.read("q", &o.q, F32, &[o.rows, o.heads, o.head_dim])?;
+            c.cache("k_cache", &o.k_cache, (o.kv_heads, o.head_dim))?;
+            c.cache("v_cache", &o.v_cache, (o.kv_heads, o.head_dim))?;
+            c.rule("v_cache", o.k_cache.bytes() == o.v_cache.bytes(), "the size of k_cache")?;
+            c.read("block_table", &o.block_table, INT, &[o.seqs, o.pages_per_seq])?;
+            c.read("q_start", &o.q_start, INT, &[o.seqs + 1])?;
+            c.read("kv_len", &o.kv_len, INT, &[o.seqs])?;
+            c.write("out", &o.out, F32, &[o.rows, o.heads, o.head_dim])
+        }
+        Op::GatherRows(o) => {
+            c.read("x", &o.x, F32, &[o.x_rows, o.dim])?;
+            c.read("index", &o.index, INT, &[o.rows])?;
+            c.write("out", &o.out, F32, &[o.rows, o.dim])
+        }
+        Op::ScaleLogits(o) => c.write("x", &o.x, F32, &[o.rows, o.dim]),
+        Op::HessianSyrk(o) => {
+            c.read("x", &o.x, F32, &[o.rows, o.dim])?;
+            c.write("h", &o.h, F32, &[o.dim, o.dim])
+        }
+        Op::Dequant(o) => c.write("out", &o.out, F32, &[o.matrix.inputs(), o.matrix.outputs()]),
+    }
+}
+
+struct Check {
+    op: &'static str,
+}
+
+impl Check {
+    fn fail(&self, field: &str, expected: String, found: String) -> Result<()> {
+        Err(Error::argument(format!("{}.{field}", self.op), expected, found))
+    }
+
+    fn read(&self, field: &str, mem: &Mem<'_>, types: &[DType], shape: &[usize]) -> Result<()> {
+        if !types.contains(&mem.dtype()) {
+            return self.fail(field, format!("one of {types:?}"), format!("{:?}", mem.dtype()));
+        }
+        let bytes = shape.iter().try_fold(mem.dtype().bytes(), |n, &d| n.checked_mul(d));
+        if bytes != Some(mem.bytes()) {
+            let found = format!("{} elements", mem.len());
+            return self.fail(field, format!("{shape:?} of {:?}", mem.dtype()), found);
+        }
+        Ok(())
+    }
+
+    fn write(&self, field: &str, mem: &MemMut<'_>, types: &[DType], shape: &[usize]) -> Result<()> {
+        self.read(field, &mem.as_mem(), types, shape)
+    }
+
+    fn optional(
+        &self,
+        field: &str,
+        mem: &Option<Mem<'_>>,
+        types: &[DType],
+        shape: &[usize],
+    ) -> Result<()> {
+        mem.as_ref().map_or(Ok(()), |m| self.read(field, m, types, shape))
+    }
+
+    fn rule(&self, field: &str, holds: bool, rule: &str) -> Result<()> {
+        if holds { Ok(()) } else { self.fail(field, rule.to_owned(), "something else".to_owned()) }
+    }
+
+    /// Quantized matrices may have padding columns beyond the layer's outputs.
+    fn matrix(&self, field: &str, matrix: &Matrix<'_>, outputs: usize, inputs: usize) -> Result<()> {
+        match matrix {
+            Matrix::Dense(mem) => self.read(field, mem, FLOATS, &[outputs, inputs]),
+            Matrix::Quant(q) => {
+                let fits = q.inputs() == inputs
+                    && (outputs..=outputs.next_multiple_of(32)).contains(&q.outputs());
+                if fits {
+                    return Ok(());
+                }
+                let found = format!("[{}, {}]", q.outputs(), q.inputs());
+                self.fail(field, format!("[{outputs}, {inputs}]"), found)
+            }
+        }
+    }
+
+    fn cache(&self, field: &str, mem: &Mem<'_>, (heads, head_dim): (usize, usize)) -> Result<()> {
+        if !KV.contains(&mem.dtype()) {
+            return self.fail(field, format!("one of {KV:?}"), format!("{:?}", mem.dtype()));
+        }
+        let page = super::PAGE_TOKENS * heads * head_dim;
+        if page == 0 || mem.len() % page != 0 {
+            let found = format!("{} elements", mem.len());
+            return self.fail(field, format!("a multiple of {page} elements"), found);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,68 @@
+use crate::SeqId;
+
+/// What can go wrong in a page table or a layout.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The pool has no room now; it may have later.
+    #[error("the KV cache has {free} free pages of 256 tokens and {needed} are needed")]
+    OutOfPages {
+        /// Pages asked for.
+        needed: usize,
+        /// Pages free at that moment.
+        free: usize,
+    },
+    /// The sequence can never fit, however long one waits.
+    #[error(
+        "{tokens} tokens need {needed} cache pages of 256 tokens, the whole cache has {capacity} \
+         ({} tokens): shorten the prompt, ask for fewer new tokens or enlarge the cache",
+        capacity.saturating_mul(crate::PAGE_TOKENS)
+    )]
+    NeverFits {
+        /// Tokens asked for.
+        tokens: usize,
+        /// Pages those need.
+        needed: usize,
+        /// Usable pages of the pool.
+        capacity: usize,
+    },
+    /// No such sequence: released, or of another table.
+    #[error("sequence {0} is not in this page table")]
+    UnknownSequence(SeqId),
+    /// A position outside the pages the sequence owns.
+    #[error("sequence {seq} owns cache for {reserved} tokens, position {position} lies behind it")]
+    OutOfRange {
+        /// The sequence.
+        seq: SeqId,
+        /// Tokens its pages hold.
+        reserved: usize,
+        /// The position asked for.
+        position: usize,
+    },
+    /// A pool without a usable page, or larger than page ids reach.
+    #[error(
+        "a cache of {pages} pages cannot work: 2 is the least (one is reserved), {max} the most"
+    )]
+    PoolSize {
+        /// Pages asked for, the reserved one included.
+        pages: usize,
+        /// The largest pool.
+        max: usize,
+    },
+    /// Unknown name of a storage type.
+    #[error("unknown cache type `{0}`: use f16 or f32")]
+    UnknownDtype(String),
+    /// A memory budget below one usable page.
+    #[error("{budget} bytes hold {pages} cache pages of {page_bytes} bytes: 2 are the least")]
+    Budget {
+        /// Bytes given.
+        budget: usize,
+        /// Pages that fit in them.
+        pages: usize,
+        /// Bytes of one page over all layers.
+        page_bytes: usize,
+    },
+}
+
+/// Result with this crate's error.
+pub type Result<T, E = Error> = std::result::Result<T, E>;

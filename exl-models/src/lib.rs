@@ -1,1 +1,22 @@
 #![doc = include_str!("../README.md")]
+#![forbid(unsafe_code)]
+
+pub mod arch;
+pub mod blocks;
+mod error;
+mod layout;
+mod load;
+mod model;
+mod params;
+pub mod rope;
+mod runner;
+mod spec;
+
+pub use arch::{Arch, detect, parse};
+pub use error::{Error, Result};
+pub use layout::{Module, Site, WeightKey, WeightKind, layout, sites};
+pub use load::{LoadOptions, ModelSource, Progress, Storage, check_finite};
+pub use model::{BlockPart, MemoryRequest, MemoryUse, Model, block_plan, memory_for, plan};
+pub use params::Params;
+pub use runner::{Backend, LogitRows, Runner, RunnerOptions, SeqSlice};
+pub use spec::{AttnSpec, EmbedSpec, HeadSpec, LayerSpec, LinearSpec, MlpSpec, NormSpec, Spec};

@@ -1,0 +1,28 @@
+//! Mistral 7B, Nemo (heads wider than `hidden / heads`), Small, Ministral.
+
+use super::Arch;
+use super::dense::{Dense, windows};
+use crate::rope::RopeOptions;
+use crate::{Params, Result, Spec};
+
+pub(super) const ARCH: Arch = Arch {
+    family: "mistral",
+    names: &["MistralForCausalLM"],
+    parse,
+};
+
+fn parse(p: &Params<'_>, options: &RopeOptions) -> Result<Spec> {
+    let bias = p.flag(&["attention_bias"])?;
+    // transformers would take 4096 for an absent key; published files say null from 0.2 on.
+    let window = p
+        .positive(&["sliding_window", "sliding_window_size"])?
+        .unwrap_or(0);
+    Dense {
+        family: "mistral",
+        qkv_bias: bias,
+        o_bias: bias,
+        head_norm: false,
+        windows: windows(p, window, |_| true)?,
+    }
+    .spec(p, options)
+}

@@ -1,0 +1,25 @@
+//! Qwen3 dense: RMS norms over the heads of q and k, head width independent of the hidden size.
+
+use super::Arch;
+use super::dense::Dense;
+use super::qwen2::upper_windows;
+use crate::rope::RopeOptions;
+use crate::{Params, Result, Spec};
+
+pub(super) const ARCH: Arch = Arch {
+    family: "qwen3",
+    names: &["Qwen3ForCausalLM"],
+    parse,
+};
+
+fn parse(p: &Params<'_>, options: &RopeOptions) -> Result<Spec> {
+    let bias = p.flag(&["attention_bias"])?;
+    Dense {
+        family: "qwen3",
+        qkv_bias: bias,
+        o_bias: bias,
+        head_norm: true,
+        windows: upper_windows(p)?,
+    }
+    .spec(p, options)
+}

@@ -1,0 +1,203 @@
+use std::path::Path;
+
+use serde_json::{Value, json};
+
+use super::*;
+use crate::{Module, WeightKind, layout, sites};
+
+fn llama() -> Value {
+    json!({
+        "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 96,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "vocab_size": 250, "rms_norm_eps": 1e-6, "max_position_embeddings": 256
+    })
+}
+
+fn with(changes: Value) -> Value {
+    let mut config = llama();
+    for (key, value) in changes.as_object().unwrap() {
+        config[key] = value.clone();
+    }
+    config
+}
+
+fn spec(changes: Value) -> Result<Spec> {
+    let config = with(changes);
+    parse(
+        &Params::new(Path::new("m/config.json"), &config),
+        &RopeOptions::default(),
+        false,
+    )
+}
+
+fn message(changes: Value) -> String {
+    spec(changes).unwrap_err().to_string()
+}
+
+#[test]
+fn unknown_architecture_names_the_nearest_and_the_way_out() {
+    let text = message(json!({"architectures": ["Qwen7ForCausalLM"]}));
+    assert!(
+        text.starts_with("m/config.json: unknown architecture \"Qwen7ForCausalLM\""),
+        "{text}"
+    );
+    assert!(
+        text.contains("\"Qwen2ForCausalLM\"") && text.contains("--assume-llama"),
+        "{text}"
+    );
+    let config = with(json!({"architectures": ["MyLlama"]}));
+    let params = Params::new(Path::new("config.json"), &config);
+    let spec = parse(&params, &RopeOptions::default(), true).unwrap();
+    assert_eq!(
+        (spec.family, spec.architecture.as_str()),
+        ("llama", "MyLlama")
+    );
+}
+
+#[test]
+fn architectures_must_be_one_name() {
+    assert!(message(json!({"architectures": []})).contains("expected one name, found 0"));
+    assert!(message(json!({"architectures": null})).contains("architectures: missing"));
+    assert!(message(json!({"architectures": "Llama"})).contains("expected a list of texts"));
+}
+
+#[test]
+fn impossible_sizes_are_refused() {
+    assert!(message(json!({"num_key_value_heads": 3})).contains("3 does not divide 4 heads"));
+    assert!(
+        message(json!({"num_attention_heads": 6, "num_key_value_heads": 6})).contains("divide")
+    );
+    assert!(message(json!({"vocab_size": null})).contains("vocab_size: missing"));
+    assert!(message(json!({"hidden_act": "relu6"})).contains("unknown activation \"relu6\""));
+}
+
+#[test]
+fn biases_follow_the_family() {
+    let biased = |architecture: &str, changes: Value| {
+        let mut changes = changes;
+        changes["architectures"] = json!([architecture]);
+        let spec = spec(changes).unwrap();
+        let names: Vec<String> = layout(&spec)
+            .into_iter()
+            .filter(|k| k.bias.is_some() && k.module <= Module::Mlp(0))
+            .map(|k| k.name.rsplit('.').next().unwrap().to_owned())
+            .collect();
+        names.join(" ")
+    };
+    assert_eq!(biased("LlamaForCausalLM", json!({})), "");
+    assert_eq!(
+        biased(
+            "LlamaForCausalLM",
+            json!({"attention_bias": true, "mlp_bias": true})
+        ),
+        "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"
+    );
+    assert_eq!(
+        biased("Qwen2ForCausalLM", json!({})),
+        "q_proj k_proj v_proj"
+    );
+    assert_eq!(biased("Qwen3ForCausalLM", json!({})), "");
+}
+
+#[test]
+fn windows_follow_the_family() {
+    let windows = |changes: Value| -> Vec<usize> {
+        spec(changes)
+            .unwrap()
+            .layers
+            .iter()
+            .map(|l| l.attn.window)
+            .collect()
+    };
+    let mistral = json!(["MistralForCausalLM"]);
+    assert_eq!(
+        windows(json!({"architectures": mistral, "sliding_window": 8})),
+        [8, 8]
+    );
+    assert_eq!(
+        windows(json!({"architectures": mistral, "sliding_window": null})),
+        [0, 0]
+    );
+    let qwen = json!(["Qwen2ForCausalLM"]);
+    assert_eq!(
+        windows(json!({"architectures": qwen, "sliding_window": 8})),
+        [0, 0]
+    );
+    let mut on = json!({"architectures": qwen, "sliding_window": 8, "use_sliding_window": true,
+        "max_window_layers": 1});
+    assert_eq!(windows(on.clone()), [0, 8]);
+    on["layer_types"] = json!(["sliding_attention", "full_attention"]);
+    assert_eq!(windows(on.clone()), [8, 0]);
+    on["layer_types"] = json!(["sliding_attention"]);
+    assert!(message(on).contains("expected 2 entries, found 1"));
+}
+
+#[test]
+fn head_dim_is_independent_of_the_hidden_size() {
+    let spec = spec(json!({"head_dim": 32})).unwrap();
+    let attn = &spec.layers[0].attn;
+    assert_eq!(
+        (attn.q.outputs, attn.k.outputs, attn.o.inputs),
+        (128, 64, 128)
+    );
+    assert_eq!(attn.scale, 1.0 / 32f32.sqrt());
+    assert_eq!(spec.ropes[0].inv_freq.len(), 16);
+}
+
+#[test]
+fn layout_lists_every_tensor_once_in_model_order() {
+    let spec = spec(
+        json!({"architectures": ["Qwen3ForCausalLM"], "head_dim": 16,
+        "tie_word_embeddings": true}),
+    )
+    .unwrap();
+    let keys = layout(&spec);
+    let names: Vec<&str> = keys.iter().map(|k| k.name.as_str()).collect();
+    assert_eq!(names.len(), 1 + 2 * 11 + 2);
+    assert_eq!(
+        names[..3],
+        [
+            "model.embed_tokens",
+            "model.layers.0.input_layernorm",
+            "model.layers.0.self_attn.q_proj"
+        ]
+    );
+    assert_eq!(names[names.len() - 2..], ["model.norm", "lm_head"]);
+    assert!(keys.is_sorted_by_key(|k| match k.module {
+        Module::Embedding => 0,
+        Module::Attention(i) => 2 * i + 1,
+        Module::Mlp(i) => 2 * i + 2,
+        Module::Head => usize::MAX,
+    }));
+    let head = keys.last().unwrap();
+    assert_eq!(
+        head.kind,
+        WeightKind::Head {
+            tied_to: Some("model.embed_tokens".to_owned())
+        }
+    );
+    assert_eq!(
+        spec.parameters(),
+        250 * 64 + 2 * (64 * (64 + 32 + 32 + 64) + 3 * 64 * 96 + 160) + 64
+    );
+}
+
+#[test]
+fn sites_group_the_linears_that_share_an_input() {
+    let found: Vec<(String, usize, usize)> = sites(&spec(json!({})).unwrap())
+        .into_iter()
+        .map(|s| (s.name, s.inputs, s.linears.len()))
+        .collect();
+    let at = |name: &str, inputs, linears| (format!("model.layers.0.{name}"), inputs, linears);
+    assert_eq!(
+        found[..4],
+        [
+            at("self_attn.qkv", 64, 3),
+            at("self_attn.o_proj", 64, 1),
+            at("mlp.gate_up", 64, 2),
+            at("mlp.down_proj", 96, 1)
+        ]
+    );
+    assert_eq!(found.len(), 9);
+    assert_eq!(found[8], ("lm_head".to_owned(), 64, 1));
+}

@@ -1,0 +1,252 @@
+//! From a model directory to weights that executors read.
+//!
+//! Every tensor is checked against the spec before any is loaded. Unquantized tensors stay in the
+//! mapped file; quantized ones are repacked once for this machine.
+
+mod finite;
+mod probe;
+mod read;
+
+pub use finite::check_finite;
+pub use probe::Storage;
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+
+use exl_format::ModelFiles;
+use exl_tensor::{Weight, Weights};
+
+use crate::model::{MemoryRequest, MemoryUse, Model, memory_for};
+use crate::rope::RopeOptions;
+use crate::{Module, Params, Result, Spec, WeightKey, layout, parse};
+
+/// How to open a model.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct LoadOptions {
+    /// Context length and position scaling.
+    pub rope: RopeOptions,
+    /// Take an unknown architecture for Llama.
+    pub assume_llama: bool,
+    /// Threads that load, 0 for all.
+    pub threads: usize,
+}
+
+/// How far loading is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Progress {
+    /// Bytes of tensors loaded.
+    pub done: u64,
+    /// Bytes of tensors in all.
+    pub total: u64,
+}
+
+/// An opened and checked model whose weights are loaded on demand, so that a converter holds one
+/// layer at a time.
+#[derive(Debug)]
+pub struct ModelSource {
+    files: ModelFiles,
+    spec: Arc<Spec>,
+    layout: Vec<WeightKey>,
+    storage: HashMap<String, Storage>,
+    threads: usize,
+}
+
+impl ModelSource {
+    /// Opens a directory, reads its configuration and checks that every tensor is there with the
+    /// right shape and type.
+    ///
+    /// # Errors
+    /// Damaged or missing files, an unknown architecture, tensors that do not fit it.
+    pub fn open(dir: &Path, options: &LoadOptions) -> Result<Self> {
+        Self::from_files(ModelFiles::open(dir)?, options)
+    }
+
+    /// As [`ModelSource::open`], over files opened already.
+    ///
+    /// # Errors
+    /// As [`ModelSource::open`].
+    pub fn from_files(files: ModelFiles, options: &LoadOptions) -> Result<Self> {
+        let config = files.dir().join("config.json");
+        let params = Params::new(&config, files.config().value());
+        let spec = parse(&params, &options.rope, options.assume_llama)?;
+        let layout = layout(&spec);
+        let storage = probe::probe(&files, &layout)?;
+        Ok(Self {
+            files,
+            spec: Arc::new(spec),
+            layout,
+            storage,
+            threads: options.threads,
+        })
+    }
+
+    /// What the model is.
+    pub fn spec(&self) -> &Arc<Spec> {
+        &self.spec
+    }
+
+    /// Its files.
+    pub fn files(&self) -> &ModelFiles {
+        &self.files
+    }
+
+    /// Every weight in model order.
+    pub fn layout(&self) -> &[WeightKey] {
+        &self.layout
+    }
+
+    /// A weight of the layout by name.
+    pub fn key(&self, name: &str) -> Option<&WeightKey> {
+        self.layout.iter().find(|k| k.name == name)
+    }
+
+    /// How a weight is stored.
+    pub fn storage(&self, key: &WeightKey) -> Storage {
+        self.storage
+            .get(&key.name)
+            .copied()
+            .unwrap_or(Storage::Dense)
+    }
+
+    /// Bytes a weight and its bias take in the files; none for a head that is the embedding.
+    pub fn file_bytes(&self, key: &WeightKey) -> u64 {
+        probe::file_bytes(&self.files, key, self.storage(key))
+    }
+
+    /// Loads a weight without its bias. A head that is the embedding is loaded from there.
+    ///
+    /// # Errors
+    /// A damaged tensor, NaN or infinity where it is looked for (see [`check_finite`]).
+    pub fn load_weight(&self, key: &WeightKey) -> Result<Weight> {
+        read::weight(&self.files, key, self.storage(key))
+    }
+
+    /// Loads a weight and its bias under their names.
+    ///
+    /// # Errors
+    /// As [`ModelSource::load_weight`].
+    pub fn load_key(&self, key: &WeightKey, into: &mut Weights) -> Result<()> {
+        into.insert(key.name.clone(), self.load_weight(key)?);
+        if let Some(bias) = &key.bias {
+            into.insert(bias.clone(), read::bias(&self.files, key, bias)?);
+        }
+        Ok(())
+    }
+
+    /// Loads the weights of one module.
+    ///
+    /// # Errors
+    /// As [`ModelSource::load_weight`].
+    pub fn load_module(&self, module: Module) -> Result<Weights> {
+        let mut weights = Weights::new();
+        for key in self.layout.iter().filter(|k| k.module == module) {
+            self.load_key(key, &mut weights)?;
+        }
+        Ok(weights)
+    }
+
+    /// Loads both halves of a layer, and the constants its plans need.
+    ///
+    /// # Errors
+    /// As [`ModelSource::load_weight`].
+    pub fn load_layer(&self, layer: usize) -> Result<Weights> {
+        let mut weights = self.constants();
+        let halves = [Module::Attention(layer), Module::Mlp(layer)];
+        for key in self.layout.iter().filter(|k| halves.contains(&k.module)) {
+            self.load_key(key, &mut weights)?;
+        }
+        Ok(weights)
+    }
+
+    /// The weights that are in no file: rope tables.
+    pub fn constants(&self) -> Weights {
+        let mut weights = Weights::new();
+        for (i, rope) in self.spec.ropes.iter().enumerate() {
+            weights.insert(Spec::rope_weight(i), Weight::constant(&rope.inv_freq));
+        }
+        weights
+    }
+
+    /// Memory needed to run the model, with the weights at their size in the files.
+    pub fn memory_for(&self, request: &MemoryRequest) -> MemoryUse {
+        memory_for(&self.spec, self.total_bytes(), request)
+    }
+
+    /// Bytes of all weights in the files.
+    pub fn total_bytes(&self) -> u64 {
+        self.layout.iter().map(|k| self.file_bytes(k)).sum()
+    }
+
+    /// Loads everything, several weights at a time.
+    ///
+    /// # Errors
+    /// As [`ModelSource::load_weight`]; the first in model order.
+    pub fn load(&self, progress: &(dyn Fn(Progress) + Sync)) -> Result<Model> {
+        let total = self.total_bytes();
+        let done = AtomicU64::new(0);
+        progress(Progress { done: 0, total });
+        let parts = self.for_each_key(|key| {
+            let mut part = Weights::new();
+            self.load_key(key, &mut part)?;
+            let bytes = self.file_bytes(key);
+            let before = done.fetch_add(bytes, Ordering::Relaxed);
+            progress(Progress {
+                done: before + bytes,
+                total,
+            });
+            Ok(part)
+        })?;
+        let mut weights = self.constants();
+        for part in &parts {
+            for (name, weight) in part.iter() {
+                weights.insert_shared(name, weight.clone());
+            }
+        }
+        self.share_tied_head(&mut weights);
+        Ok(Model::from_parts(self.spec.clone(), weights))
+    }
+
+    /// One memory for a head that is the embedding.
+    fn share_tied_head(&self, weights: &mut Weights) {
+        let head = &self.spec.head.linear.key;
+        if self.storage.get(head) == Some(&Storage::Tied)
+            && let Some(table) = weights.get(&self.spec.embed.key).cloned()
+        {
+            weights.insert_shared(head.clone(), table);
+        }
+    }
+
+    /// Runs `load` for every key on several threads; results in model order.
+    fn for_each_key<T: Send>(
+        &self,
+        load: impl Fn(&WeightKey) -> Result<T> + Sync,
+    ) -> Result<Vec<T>> {
+        let keys: Vec<&WeightKey> = self.layout.iter().collect();
+        let results: Vec<Mutex<Option<Result<T>>>> =
+            keys.iter().map(|_| Mutex::new(None)).collect();
+        let (next, failed) = (AtomicUsize::new(0), AtomicBool::new(false));
+        let worker = || {
+            while !failed.load(Ordering::Relaxed) {
+                let i = next.fetch_add(1, Ordering::Relaxed);
+                let Some(key) = keys.get(i) else { break };
+                let result = load(key);
+                failed.fetch_or(result.is_err(), Ordering::Relaxed);
+                *results[i].lock().expect("no holder of this lock panics") = Some(result);
+            }
+        };
+        let all = std::thread::available_parallelism().map_or(1, usize::from);
+        let threads = if self.threads == 0 { all } else { self.threads };
+        std::thread::scope(|scope| {
+            for _ in 1..threads.min(keys.len()) {
+                scope.spawn(worker);
+            }
+            worker();
+        });
+        let taken = results.into_iter();
+        taken
+            .filter_map(|slot| slot.into_inner().expect("no holder of this lock panics"))
+            .collect()
+    }
+}

@@ -1,0 +1,176 @@
+//! One tensor set at a time, from the files to a weight.
+
+use exl_format::{Exl2Linear, GptqLinear, ModelFiles, TensorView};
+use exl_tensor::{Buffer, DType, Weight};
+
+use super::Storage;
+use super::finite::spot_check;
+use crate::{Error, Result, WeightKey, WeightKind};
+
+/// Loads a weight.
+pub(super) fn weight(files: &ModelFiles, key: &WeightKey, storage: Storage) -> Result<Weight> {
+    match storage {
+        Storage::Dense => dense(files, key, &key.name),
+        Storage::Exl2 => exl2(files, key),
+        Storage::Gptq => gptq(files, key),
+        Storage::Tied => match &key.kind {
+            WeightKind::Head {
+                tied_to: Some(table),
+            } => dense(files, key, table),
+            _ => dense(files, key, &key.name),
+        },
+    }
+}
+
+/// Loads the bias of a weight; padding of quantized files is cut off.
+pub(super) fn bias(files: &ModelFiles, key: &WeightKey, name: &str) -> Result<Weight> {
+    let outputs = key.shape[0];
+    let view = dense_view(files, name, &[&[outputs], &[outputs.next_multiple_of(32)]])?;
+    spot_check(&view)?;
+    head_of(&view, name, outputs)
+}
+
+fn dense(files: &ModelFiles, key: &WeightKey, base: &str) -> Result<Weight> {
+    let name = format!("{base}.weight");
+    let WeightKind::HeadNorm { heads } = key.kind else {
+        let view = dense_view(files, &name, &[&key.shape])?;
+        spot_check(&view)?;
+        let buffer = Buffer::from_owner(view.data.clone());
+        return Ok(Weight::dense(&key.name, dtype(&view)?, &key.shape, buffer)?);
+    };
+    let dim = key.shape[0];
+    let view = dense_view(files, &name, &[&[dim], &[heads, dim]])?;
+    spot_check(&view)?;
+    check_equal_rows(&view, dim)?;
+    head_of(&view, &key.name, dim)
+}
+
+/// The first `n` elements of a tensor, as a vector.
+fn head_of(view: &TensorView, name: &str, n: usize) -> Result<Weight> {
+    let dtype = dtype(view)?;
+    let bytes = view.data[..n * dtype.bytes()].to_vec();
+    Ok(Weight::dense(name, dtype, &[n], Buffer::from_owner(bytes))?)
+}
+
+/// Converters write one norm for all heads as a row per head.
+fn check_equal_rows(view: &TensorView, dim: usize) -> Result<()> {
+    let row = dim * dtype(view)?.bytes();
+    let mut rows = view.data.chunks_exact(row);
+    let first = rows.next();
+    if rows.all(|r| Some(r) == first) {
+        return Ok(());
+    }
+    Err(Error::Tensor {
+        file: view.file.clone(),
+        name: view.name.clone(),
+        expected: "the same row for every head".to_owned(),
+        found: "rows that differ".to_owned(),
+    })
+}
+
+fn exl2(files: &ModelFiles, key: &WeightKey) -> Result<Weight> {
+    let linear = Exl2Linear::read(files, &key.name)?;
+    check_linear(files, key, "q_weight", (linear.inputs, linear.outputs))?;
+    let groups: Vec<exl_tensor::Group> = linear
+        .groups
+        .iter()
+        .map(|g| exl_tensor::Group {
+            bits: g.bits,
+            rows: g.rows,
+        })
+        .collect();
+    let parts = exl_tensor::Exl2Parts {
+        q_weight: &linear.q_weight,
+        q_scale: &linear.q_scale,
+        q_scale_max: &linear.q_scale_max,
+        groups: &groups,
+        q_invperm: &linear.q_invperm,
+        inputs: linear.inputs,
+        outputs: linear.outputs,
+        // Multipliers of the architecture are applied in f32 by the plan: inside the 16-bit
+        // scales they would cost precision.
+        prescale: 1.0,
+    };
+    Ok(Weight::exl2(&key.name, &parts)?)
+}
+
+fn gptq(files: &ModelFiles, key: &WeightKey) -> Result<Weight> {
+    let linear = GptqLinear::read(files, &key.name)?;
+    check_linear(files, key, "qweight", (linear.inputs, linear.outputs))?;
+    let parts = exl_tensor::GptqParts {
+        qweight: &linear.qweight,
+        qzeros: &linear.qzeros,
+        scales: &linear.scales,
+        g_idx: linear.g_idx.as_deref(),
+        group_size: linear.group_size,
+        zero_offset: linear.zero_offset,
+        inputs: linear.inputs,
+        outputs: linear.outputs,
+    };
+    Ok(Weight::gptq(&key.name, &parts)?)
+}
+
+/// Quantized files may pad the outputs to a multiple of 32.
+fn check_linear(
+    files: &ModelFiles,
+    key: &WeightKey,
+    suffix: &str,
+    (inputs, outputs): (usize, usize),
+) -> Result<()> {
+    let (wanted_outputs, wanted_inputs) = (key.shape[0], key.shape[1]);
+    let fits = outputs == wanted_outputs || outputs == wanted_outputs.next_multiple_of(32);
+    if inputs == wanted_inputs && fits {
+        return Ok(());
+    }
+    let name = format!("{}.{suffix}", key.name);
+    Err(Error::Tensor {
+        file: files.tensor(&name)?.file.clone(),
+        name,
+        expected: format!("{wanted_inputs} inputs and {wanted_outputs} outputs"),
+        found: format!("{inputs} inputs and {outputs} outputs"),
+    })
+}
+
+/// A dense tensor of one of the given shapes (empty ones do not count).
+pub(super) fn dense_view(
+    files: &ModelFiles,
+    name: &str,
+    shapes: &[&[usize]],
+) -> Result<TensorView> {
+    let view = files.tensor(name)?;
+    dtype(&view)?;
+    let wanted: Vec<&&[usize]> = shapes.iter().filter(|s| !s.is_empty()).collect();
+    if wanted.iter().any(|s| view.shape == **s) {
+        return Ok(view);
+    }
+    Err(Error::Tensor {
+        file: view.file.clone(),
+        name: name.to_owned(),
+        expected: format!("shape {:?}", wanted[0]),
+        found: format!("shape {:?}", view.shape),
+    })
+}
+
+/// Element type of a dense weight.
+pub(super) fn dtype(view: &TensorView) -> Result<DType> {
+    match view.dtype {
+        exl_format::Dtype::F32 => Ok(DType::F32),
+        exl_format::Dtype::F16 => Ok(DType::F16),
+        exl_format::Dtype::Bf16 => Ok(DType::Bf16),
+        other => Err(Error::Tensor {
+            file: view.file.clone(),
+            name: view.name.clone(),
+            expected: "F32, F16 or BF16".to_owned(),
+            found: format!("{other:?}"),
+        }),
+    }
+}
+
+/// Whether a tensor holds nothing but zeros, of either sign.
+pub(super) fn zero_bias(files: &ModelFiles, name: &str) -> Result<bool> {
+    let view = files.tensor(name)?;
+    let width = dtype(&view)?.bytes();
+    // Little-endian: the sign bit is the top bit of the last byte of a value.
+    let zero = |v: &[u8]| v.iter().rev().skip(1).all(|&b| b == 0) && v[width - 1] & 0x7f == 0;
+    Ok(view.data.chunks_exact(width).all(zero))
+}

@@ -1,0 +1,293 @@
+//! Runs steps of a model: plans by shape, the KV cache, the executor.
+
+mod plans;
+
+use std::sync::Arc;
+
+use exl_tensor::{
+    Activations, Cpu, CpuOptions, DType, Executor, HostExecutor, Isa, KvBuffers, PAGE_TOKENS,
+    Phase, PlanKey, StepSeq,
+};
+
+use crate::model::{MemoryUse, Model};
+use crate::{Error, Result};
+use plans::{PlanCache, Ready};
+
+/// Logits kept at a time by [`Runner::forward_row`].
+const LOGITS_BYTES: usize = 64 << 20;
+
+/// Which rows of a slice get logits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LogitRows {
+    /// None: a prefill chunk that is not the last.
+    None,
+    /// The last token's.
+    Last,
+    /// Every token's.
+    All,
+}
+
+/// One sequence's share of a step.
+#[derive(Clone, Copy, Debug)]
+pub struct SeqSlice<'a> {
+    /// New tokens, at least one.
+    pub tokens: &'a [u32],
+    /// Position of the first of them; everything before it is in the cache.
+    pub start: usize,
+    /// Pages of the sequence in order, enough for `start + tokens.len()`; never page 0.
+    pub pages: &'a [u32],
+    /// Rows that get logits.
+    pub logits: LogitRows,
+}
+
+/// Kernels that run the plans.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Backend {
+    /// SIMD kernels of the CPU.
+    #[default]
+    Cpu,
+    /// The f64 reference kernels: slow, for checking.
+    Reference,
+}
+
+/// Settings of a [`Runner`].
+#[derive(Clone, Debug)]
+pub struct RunnerOptions {
+    /// Pages of [`PAGE_TOKENS`] tokens in the cache, the reserved page 0 included.
+    pub pages: usize,
+    /// Storage of the cache: F16 or F32.
+    pub kv_dtype: DType,
+    /// Most token rows of one step.
+    pub max_rows: usize,
+    /// Most sequences of one step.
+    pub max_seqs: usize,
+    /// CPU threads, 0 for all.
+    pub threads: usize,
+    /// Instruction set, the best one by default.
+    pub isa: Option<Isa>,
+    /// Precision of activations at quantized weights.
+    pub activations: Activations,
+    /// Kernels.
+    pub backend: Backend,
+    /// Plans kept ready; the least recently used one goes first.
+    pub plans: usize,
+}
+
+impl Default for RunnerOptions {
+    /// One sequence of 2048 tokens in an F16 cache, all threads.
+    fn default() -> Self {
+        Self {
+            pages: 2048 / PAGE_TOKENS + 1,
+            kv_dtype: DType::F16,
+            max_rows: 512,
+            max_seqs: 64,
+            threads: 0,
+            isa: None,
+            activations: Activations::Exact16,
+            backend: Backend::Cpu,
+            plans: 32,
+        }
+    }
+}
+
+/// A model with a cache and an executor.
+#[derive(Debug)]
+pub struct Runner {
+    model: Arc<Model>,
+    options: RunnerOptions,
+    executor: HostExecutor,
+    kv: KvBuffers,
+    plans: PlanCache,
+}
+
+impl Runner {
+    /// Allocates the cache and starts the threads.
+    ///
+    /// # Errors
+    /// [`Error::Step`] on impossible options, out of memory.
+    pub fn new(model: Arc<Model>, options: RunnerOptions) -> Result<Self> {
+        if options.pages < 2 || options.max_rows == 0 || options.max_seqs == 0 {
+            return Err(Error::Step(format!(
+                "{} pages, {} rows and {} sequences; at least 2, 1 and 1 are needed",
+                options.pages, options.max_rows, options.max_seqs
+            )));
+        }
+        let executor = match options.backend {
+            Backend::Reference => HostExecutor::reference()?,
+            Backend::Cpu => HostExecutor::cpu(Cpu::new(CpuOptions {
+                threads: options.threads,
+                isa: options.isa,
+                activations: options.activations,
+            }))?,
+        };
+        let kv = KvBuffers::new(model.kv_shape(options.kv_dtype), options.pages)?;
+        let plans = PlanCache::new(options.plans);
+        Ok(Self {
+            model,
+            options,
+            executor,
+            kv,
+            plans,
+        })
+    }
+
+    /// The model.
+    pub fn model(&self) -> &Arc<Model> {
+        &self.model
+    }
+
+    /// The settings.
+    pub fn options(&self) -> &RunnerOptions {
+        &self.options
+    }
+
+    /// The executor, for its name and counters.
+    pub fn executor(&self) -> &HostExecutor {
+        &self.executor
+    }
+
+    /// The cache, for copying pages.
+    pub fn kv_mut(&mut self) -> &mut KvBuffers {
+        &mut self.kv
+    }
+
+    /// Memory held: weights, cache, and the largest arena used so far.
+    pub fn memory(&self) -> MemoryUse {
+        MemoryUse {
+            weights: self.model.weights().bytes() as u64,
+            cache: self.kv.bytes() as u64,
+            arena: self.executor.arena_bytes() as u64,
+            step: self.plans.step_bytes() as u64,
+        }
+    }
+
+    /// Runs one step: appends every slice's tokens to its sequence and returns the logits asked
+    /// for, `[rows, vocab]`, slice by slice and token by token; valid until the next step.
+    ///
+    /// # Errors
+    /// [`Error::Step`] when a token, a page or a length is out of range.
+    pub fn step(&mut self, slices: &[SeqSlice<'_>]) -> Result<&[f32]> {
+        let key = self.key(slices)?;
+        let ready = self.plans.ready(&self.model, &key)?;
+        let seqs: Vec<StepSeq<'_>> = slices.iter().map(step_seq).collect();
+        ready.step.fill(&seqs)?;
+        let Ready {
+            bound,
+            step,
+            logits,
+        } = ready;
+        self.executor.prepare(bound)?;
+        self.executor.run(bound, step, &mut self.kv)?;
+        Ok(logits.map_or(&[], |slot| self.executor.slot(bound, slot)))
+    }
+
+    /// Runs a row of tokens from position 0 in pages 1 and up, and hands the logits of all
+    /// positions to `each` chunk by chunk: first position, `[n, vocab]`. Whatever the cache held
+    /// in those pages is lost.
+    ///
+    /// # Errors
+    /// [`Error::Step`] when the row is longer than the cache; whatever `each` returns.
+    pub fn forward_row<E: From<Error>>(
+        &mut self,
+        tokens: &[u32],
+        mut each: impl FnMut(usize, &[f32]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let room = (self.options.pages - 1) * PAGE_TOKENS;
+        if tokens.len() > room {
+            let message = format!("a row of {} tokens, the cache holds {room}", tokens.len());
+            return Err(Error::Step(message).into());
+        }
+        let pages: Vec<u32> = (1..=tokens.len().div_ceil(PAGE_TOKENS) as u32).collect();
+        let by_memory = LOGITS_BYTES / (4 * self.model.spec().vocab);
+        let rows = by_memory.clamp(1, self.options.max_rows);
+        for (i, chunk) in tokens.chunks(rows).enumerate() {
+            let start = i * rows;
+            let slice = SeqSlice {
+                tokens: chunk,
+                start,
+                pages: &pages,
+                logits: LogitRows::All,
+            };
+            each(start, self.step(&[slice])?)?;
+        }
+        Ok(())
+    }
+
+    /// The shape of a step: exact rows and sequences, pages rounded up to a power of two.
+    fn key(&self, slices: &[SeqSlice<'_>]) -> Result<PlanKey> {
+        for (i, slice) in slices.iter().enumerate() {
+            self.check(i, slice)?;
+        }
+        let rows = slices.iter().map(|s| s.tokens.len()).sum();
+        let o = &self.options;
+        if slices.is_empty() || slices.len() > o.max_seqs || rows > o.max_rows {
+            return Err(Error::Step(format!(
+                "{} sequences with {rows} tokens, the runner takes 1 to {} with up to {}",
+                slices.len(),
+                o.max_seqs,
+                o.max_rows
+            )));
+        }
+        let pages = slices.iter().map(|s| pages_needed(s)).max().unwrap_or(1);
+        let single = slices.iter().all(|s| s.tokens.len() == 1);
+        Ok(PlanKey {
+            phase: if single {
+                Phase::Decode
+            } else {
+                Phase::Prefill
+            },
+            rows,
+            seqs: slices.len(),
+            pages_per_seq: pages.next_power_of_two(),
+            out_rows: slices.iter().map(|s| out_rows(s)).sum(),
+        })
+    }
+
+    fn check(&self, index: usize, slice: &SeqSlice<'_>) -> Result<()> {
+        let refuse = |what: String| Err(Error::Step(format!("sequence {index}: {what}")));
+        let vocab = self.model.spec().vocab;
+        if slice.tokens.is_empty() {
+            return refuse("no tokens".to_owned());
+        }
+        if let Some(token) = slice.tokens.iter().find(|&&t| t as usize >= vocab) {
+            return refuse(format!("token {token}, the vocabulary has {vocab}"));
+        }
+        let needed = pages_needed(slice);
+        let Some(pages) = slice.pages.get(..needed) else {
+            return refuse(format!("needs {needed} pages, has {}", slice.pages.len()));
+        };
+        if let Some(page) = pages
+            .iter()
+            .find(|&&p| p == 0 || p as usize >= self.options.pages)
+        {
+            return refuse(format!(
+                "page {page}, the cache has 1 to {}",
+                self.options.pages - 1
+            ));
+        }
+        Ok(())
+    }
+}
+
+fn pages_needed(slice: &SeqSlice<'_>) -> usize {
+    (slice.start + slice.tokens.len()).div_ceil(PAGE_TOKENS)
+}
+
+fn out_rows(slice: &SeqSlice<'_>) -> usize {
+    match slice.logits {
+        LogitRows::None => 0,
+        LogitRows::Last => 1,
+        LogitRows::All => slice.tokens.len(),
+    }
+}
+
+fn step_seq<'a>(slice: &SeqSlice<'a>) -> StepSeq<'a> {
+    let n = slice.tokens.len();
+    StepSeq {
+        tokens: slice.tokens,
+        start: slice.start,
+        // Pages beyond those in use may not fit the plan's block table.
+        pages: &slice.pages[..pages_needed(slice)],
+        logits: (n - out_rows(slice), n),
+    }
+}

@@ -1,0 +1,79 @@
+//! Plans that are ready to run, the least recently used dropped first.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use exl_tensor::{Bound, PlanKey, Slot, StepBlock};
+
+use crate::{Model, Result};
+
+/// A recorded plan with its weights and step block.
+#[derive(Debug)]
+pub(super) struct Ready {
+    pub(super) bound: Bound,
+    pub(super) step: StepBlock,
+    /// Where the logits lie, if the plan computes any.
+    pub(super) logits: Option<Slot>,
+}
+
+#[derive(Debug)]
+pub(super) struct PlanCache {
+    capacity: usize,
+    /// Counts uses; each entry keeps the count of its last one.
+    clock: u64,
+    entries: HashMap<PlanKey, (u64, Ready)>,
+}
+
+impl PlanCache {
+    pub(super) fn new(capacity: usize) -> Self {
+        Self {
+            capacity: capacity.max(1),
+            clock: 0,
+            entries: HashMap::new(),
+        }
+    }
+
+    /// The plan for a shape, recorded now if need be.
+    pub(super) fn ready(&mut self, model: &Model, key: &PlanKey) -> Result<&mut Ready> {
+        self.clock += 1;
+        if !self.entries.contains_key(key) {
+            let ready = Ready::new(model, key)?;
+            self.make_room();
+            self.entries.insert(key.clone(), (self.clock, ready));
+        }
+        let (used, ready) = self
+            .entries
+            .get_mut(key)
+            .expect("it was there or inserted above");
+        *used = self.clock;
+        Ok(ready)
+    }
+
+    /// Bytes of all step blocks.
+    pub(super) fn step_bytes(&self) -> usize {
+        self.entries.keys().map(StepBlock::bytes_for).sum()
+    }
+
+    fn make_room(&mut self) {
+        if self.entries.len() < self.capacity {
+            return;
+        }
+        let oldest = self.entries.iter().min_by_key(|(_, (used, _))| *used);
+        if let Some(key) = oldest.map(|(key, _)| key.clone()) {
+            self.entries.remove(&key);
+        }
+    }
+}
+
+impl Ready {
+    fn new(model: &Model, key: &PlanKey) -> Result<Self> {
+        let plan = Arc::new(model.plan(key));
+        let logits = plan.output("logits");
+        let step = StepBlock::new(key)?;
+        Ok(Self {
+            bound: Bound::new(plan, model.weights())?,
+            step,
+            logits,
+        })
+    }
+}

@@ -1,5 +1,6 @@
 //! The CPU implementation of every op.
 
+mod interim;
 mod isa;
 mod pool;
 
@@ -70,6 +71,11 @@ impl Cpu {
     /// [`crate::Error::Argument`] when sizes, types or places do not fit.
     pub fn run(&self, op: &mut Op<'_>) -> Result<()> {
         ops::check(op)?;
-        reference::run(op)
+        match op {
+            Op::Linear(op) => interim::linear(op, self),
+            Op::GateUp(op) => interim::gate_up(op, self),
+            Op::HessianSyrk(op) => interim::syrk(op, self),
+            op => reference::run(op),
+        }
     }
 }

@@ -105,7 +105,13 @@ impl<'a> Mem<'a> {
     /// `ptr..ptr + bytes` must be one allocation in `place`, readable for `'a`, aligned for
     /// `dtype`, and not written while this value is used.
     pub unsafe fn from_raw(ptr: *const u8, bytes: usize, dtype: DType, place: Place) -> Self {
-        Self { ptr, bytes, dtype, place, owner: PhantomData }
+        Self {
+            ptr,
+            bytes,
+            dtype,
+            place,
+            owner: PhantomData,
+        }
     }
 
     /// Length in bytes.
@@ -168,7 +174,13 @@ impl<'a> MemMut<'a> {
     /// As [`Mem::from_raw`], and nothing else may read or write the range while this value is
     /// used, except the regions of the same op that its documentation allows to coincide.
     pub unsafe fn from_raw(ptr: *mut u8, bytes: usize, dtype: DType, place: Place) -> Self {
-        Self { ptr, bytes, dtype, place, owner: PhantomData }
+        Self {
+            ptr,
+            bytes,
+            dtype,
+            place,
+            owner: PhantomData,
+        }
     }
 
     /// The same region for reading.
@@ -238,10 +250,18 @@ impl<'a> MemMut<'a> {
 
 fn host_view<T: Element>(place: Place, dtype: DType, ptr: *const u8) -> Result<()> {
     if place != Place::Host {
-        return Err(Error::argument("region", "host memory", format!("{place:?}")));
+        return Err(Error::argument(
+            "region",
+            "host memory",
+            format!("{place:?}"),
+        ));
     }
     if dtype != T::DTYPE || !ptr.cast::<T>().is_aligned() {
-        return Err(Error::argument("region", format!("aligned {:?}", T::DTYPE), format!("{dtype:?}")));
+        return Err(Error::argument(
+            "region",
+            format!("aligned {:?}", T::DTYPE),
+            format!("{dtype:?}"),
+        ));
     }
     Ok(())
 }

@@ -73,7 +73,11 @@ impl QuantMatrix {
         let (k, n) = (p.inputs, p.outputs);
         let rows: usize = p.groups.iter().map(|g| g.rows as usize).sum();
         if rows != k || p.q_invperm.len() != k || p.q_scale.len() != p.groups.len() * n / 8 {
-            return Err(Error::argument("q_groups", format!("{k} rows"), format!("{rows} rows")));
+            return Err(Error::argument(
+                "q_groups",
+                format!("{k} rows"),
+                format!("{rows} rows"),
+            ));
         }
         let mut perm = vec![0; k];
         for (i, &r) in p.q_invperm.iter().enumerate() {
@@ -104,7 +108,12 @@ impl QuantMatrix {
             word += group.rows as usize * bits / 32;
         }
         let file_bytes = p.q_weight.len() * 4 + p.q_scale.len() * 4 + p.groups.len() * 6 + k * 4;
-        Ok(Self { inputs: k, outputs: n, file_bytes, values })
+        Ok(Self {
+            inputs: k,
+            outputs: n,
+            file_bytes,
+            values,
+        })
     }
 
     /// Decodes a GPTQ matrix.
@@ -125,7 +134,12 @@ impl QuantMatrix {
             }
         }
         let file_bytes = p.qweight.len() * 4 + p.qzeros.len() * 4 + p.scales.len() * 2;
-        Ok(Self { inputs: k, outputs: n, file_bytes, values })
+        Ok(Self {
+            inputs: k,
+            outputs: n,
+            file_bytes,
+            values,
+        })
     }
 
     /// Input features.
@@ -154,7 +168,11 @@ impl QuantMatrix {
     /// [`Error::Argument`] when `out` has another length.
     pub fn dequantize(&self, out: &mut [f32]) -> Result<()> {
         if out.len() != self.values.len() {
-            return Err(Error::argument("dequant.out", self.values.len().to_string(), out.len().to_string()));
+            return Err(Error::argument(
+                "dequant.out",
+                self.values.len().to_string(),
+                out.len().to_string(),
+            ));
         }
         out.copy_from_slice(&self.values);
         Ok(())

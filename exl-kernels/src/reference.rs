@@ -34,7 +34,13 @@ fn floats(mem: &Mem<'_>) -> Result<Vec<f64>> {
         DType::F32 => mem.slice::<f32>()?.iter().map(|&v| f64::from(v)).collect(),
         DType::F16 => mem.slice::<f16>()?.iter().map(|v| v.to_f64()).collect(),
         DType::Bf16 => mem.slice::<bf16>()?.iter().map(|v| v.to_f64()).collect(),
-        other => return Err(Error::argument("region", "a float type", format!("{other:?}"))),
+        other => {
+            return Err(Error::argument(
+                "region",
+                "a float type",
+                format!("{other:?}"),
+            ));
+        }
     })
 }
 
@@ -55,7 +61,13 @@ fn index(values: &[i32], at: usize, limit: usize, what: &str) -> Result<usize> {
     usize::try_from(value)
         .ok()
         .filter(|&v| v < limit)
-        .ok_or_else(|| Error::argument(format!("{what}[{at}]"), format!("0..{limit}"), value.to_string()))
+        .ok_or_else(|| {
+            Error::argument(
+                format!("{what}[{at}]"),
+                format!("0..{limit}"),
+                value.to_string(),
+            )
+        })
 }
 
 fn embed(op: &mut Embed<'_>) -> Result<()> {
@@ -63,7 +75,11 @@ fn embed(op: &mut Embed<'_>) -> Result<()> {
     for r in 0..op.rows {
         let id = index(ids, r, op.vocab, "embed.ids")?;
         for c in 0..op.dim {
-            store(&mut op.out, r * op.dim + c, table[id * op.dim + c] * f64::from(op.scale))?;
+            store(
+                &mut op.out,
+                r * op.dim + c,
+                table[id * op.dim + c] * f64::from(op.scale),
+            )?;
         }
     }
     Ok(())
@@ -122,7 +138,11 @@ fn linear(op: &mut Linear<'_>) -> Result<()> {
         let y = product(&x, &part.matrix, &part.bias, (op.inputs, part.outputs))?;
         let residual = optional(&part.residual)?;
         for (i, v) in y.iter().enumerate() {
-            store(&mut part.out, i, v + residual.as_ref().map_or(0.0, |r| r[i]))?;
+            store(
+                &mut part.out,
+                i,
+                v + residual.as_ref().map_or(0.0, |r| r[i]),
+            )?;
         }
     }
     Ok(())
@@ -221,7 +241,11 @@ fn paged_attn(op: &mut PagedAttn<'_>) -> Result<()> {
         let (first, end) = (starts[s] as usize, starts[s + 1] as usize);
         for r in first..end {
             let own = lens[s] as usize + r - end;
-            let from = if op.window > 0 { (own + 1).saturating_sub(op.window) } else { 0 };
+            let from = if op.window > 0 {
+                (own + 1).saturating_sub(op.window)
+            } else {
+                0
+            };
             let mut rows = Vec::with_capacity(own + 1 - from);
             for p in from..=own {
                 let at = s * op.pages_per_seq + p / PAGE_TOKENS;
@@ -254,9 +278,17 @@ fn attend(
     let scores: Vec<f64> = rows
         .iter()
         .map(|&row| {
-            let dot: f64 = query.iter().zip(&k[row + shift..][..d]).map(|(a, b)| a * b).sum();
+            let dot: f64 = query
+                .iter()
+                .zip(&k[row + shift..][..d])
+                .map(|(a, b)| a * b)
+                .sum();
             let score = dot * f64::from(scale);
-            if cap > 0.0 { cap * (score / cap).tanh() } else { score }
+            if cap > 0.0 {
+                cap * (score / cap).tanh()
+            } else {
+                score
+            }
         })
         .collect();
     let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
@@ -318,7 +350,12 @@ mod tests {
     #[test]
     fn erf_matches_tables() {
         // Abramowitz & Stegun, table 7.1.
-        for (x, y) in [(0.1, 0.1124629160), (1.0, 0.8427007929), (2.9, 0.9999589021), (3.5, 0.9999992569)] {
+        for (x, y) in [
+            (0.1, 0.1124629160),
+            (1.0, 0.8427007929),
+            (2.9, 0.9999589021),
+            (3.5, 0.9999992569),
+        ] {
             assert!((erf(x) - y).abs() < 2e-10, "{x}");
             assert_eq!(erf(-x), -erf(x));
         }

@@ -19,7 +19,10 @@ impl Isa {
 
     /// Every set this processor has, weakest first.
     pub fn available() -> Vec<Self> {
-        [Isa::Scalar, Isa::Avx2, Isa::Avx512].into_iter().filter(|i| i.is_available()).collect()
+        [Isa::Scalar, Isa::Avx2, Isa::Avx512]
+            .into_iter()
+            .filter(|i| i.is_available())
+            .collect()
     }
 
     #[cfg(target_arch = "x86_64")]

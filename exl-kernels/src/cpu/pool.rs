@@ -79,7 +79,11 @@ impl Pool {
                     .ok()
             })
             .collect();
-        Self { shared, workers, region: Mutex::new(()) }
+        Self {
+            shared,
+            workers,
+            region: Mutex::new(()),
+        }
     }
 
     /// Threads that take part, the caller included.
@@ -102,7 +106,10 @@ impl Pool {
         let pointer: *const Task<'_> = task;
         // SAFETY: only the lifetime changes; workers stop using the pointer before `run` returns.
         let pointer: *const Task<'static> = unsafe { std::mem::transmute(pointer) };
-        *lock(&shared.job) = Some(Job { task: pointer, tasks });
+        *lock(&shared.job) = Some(Job {
+            task: pointer,
+            tasks,
+        });
         shared.next.store(0, Ordering::Relaxed);
         shared.running.store(self.workers.len(), Ordering::Relaxed);
         shared.epoch.fetch_add(1, Ordering::SeqCst);
@@ -110,7 +117,14 @@ impl Pool {
             let _guard = lock(&shared.lock);
             shared.wake.notify_all();
         }
-        claim(shared, Job { task: pointer, tasks }, 0);
+        claim(
+            shared,
+            Job {
+                task: pointer,
+                tasks,
+            },
+            0,
+        );
         self.wait_for_workers();
         if let Some(payload) = lock(&shared.panic).take() {
             resume_unwind(payload);
@@ -127,7 +141,10 @@ impl Pool {
         }
         let mut guard = lock(&shared.lock);
         while shared.running.load(Ordering::Acquire) != 0 {
-            guard = shared.done.wait(guard).unwrap_or_else(PoisonError::into_inner);
+            guard = shared
+                .done
+                .wait(guard)
+                .unwrap_or_else(PoisonError::into_inner);
         }
     }
 }
@@ -203,7 +220,10 @@ fn wait_for_epoch(shared: &Shared, seen: u64, spins: u32) -> u64 {
             shared.sleepers.fetch_sub(1, Ordering::SeqCst);
             return epoch;
         }
-        guard = shared.wake.wait(guard).unwrap_or_else(PoisonError::into_inner);
+        guard = shared
+            .wake
+            .wait(guard)
+            .unwrap_or_else(PoisonError::into_inner);
     }
 }
 

@@ -50,19 +50,40 @@ pub fn check(op: &Op<'_>) -> Result<()> {
             c.read("v", &o.v, F32, &kv)?;
             c.read("positions", &o.positions, INT, &[o.rows])?;
             c.read("slots", &o.slots, INT, &[o.rows])?;
-            c.rule("inv_freq", 2 * o.inv_freq.len() <= o.head_dim, "at most head_dim / 2 angles")?;
+            c.rule(
+                "inv_freq",
+                2 * o.inv_freq.len() <= o.head_dim,
+                "at most head_dim / 2 angles",
+            )?;
             c.read("inv_freq", &o.inv_freq, F32, &[o.inv_freq.len()])?;
             c.cache("k_cache", &o.k_cache.as_mem(), (o.kv_heads, o.head_dim))?;
             c.cache("v_cache", &o.v_cache.as_mem(), (o.kv_heads, o.head_dim))?;
-            c.rule("v_cache", o.k_cache.bytes() == o.v_cache.bytes(), "the size of k_cache")
+            c.rule(
+                "v_cache",
+                o.k_cache.bytes() == o.v_cache.bytes(),
+                "the size of k_cache",
+            )
         }
         Op::PagedAttn(o) => {
-            c.rule("kv_heads", o.kv_heads > 0 && o.heads % o.kv_heads == 0, "a divisor of heads")?;
+            c.rule(
+                "kv_heads",
+                o.kv_heads > 0 && o.heads % o.kv_heads == 0,
+                "a divisor of heads",
+            )?;
             c.read("q", &o.q, F32, &[o.rows, o.heads, o.head_dim])?;
             c.cache("k_cache", &o.k_cache, (o.kv_heads, o.head_dim))?;
             c.cache("v_cache", &o.v_cache, (o.kv_heads, o.head_dim))?;
-            c.rule("v_cache", o.k_cache.bytes() == o.v_cache.bytes(), "the size of k_cache")?;
-            c.read("block_table", &o.block_table, INT, &[o.seqs, o.pages_per_seq])?;
+            c.rule(
+                "v_cache",
+                o.k_cache.bytes() == o.v_cache.bytes(),
+                "the size of k_cache",
+            )?;
+            c.read(
+                "block_table",
+                &o.block_table,
+                INT,
+                &[o.seqs, o.pages_per_seq],
+            )?;
             c.read("q_start", &o.q_start, INT, &[o.seqs + 1])?;
             c.read("kv_len", &o.kv_len, INT, &[o.seqs])?;
             c.write("out", &o.out, F32, &[o.rows, o.heads, o.head_dim])
@@ -87,14 +108,24 @@ struct Check {
 
 impl Check {
     fn fail(&self, field: &str, expected: String, found: String) -> Result<()> {
-        Err(Error::argument(format!("{}.{field}", self.op), expected, found))
+        Err(Error::argument(
+            format!("{}.{field}", self.op),
+            expected,
+            found,
+        ))
     }
 
     fn read(&self, field: &str, mem: &Mem<'_>, types: &[DType], shape: &[usize]) -> Result<()> {
         if !types.contains(&mem.dtype()) {
-            return self.fail(field, format!("one of {types:?}"), format!("{:?}", mem.dtype()));
+            return self.fail(
+                field,
+                format!("one of {types:?}"),
+                format!("{:?}", mem.dtype()),
+            );
         }
-        let bytes = shape.iter().try_fold(mem.dtype().bytes(), |n, &d| n.checked_mul(d));
+        let bytes = shape
+            .iter()
+            .try_fold(mem.dtype().bytes(), |n, &d| n.checked_mul(d));
         if bytes != Some(mem.bytes()) {
             let found = format!("{} elements", mem.len());
             return self.fail(field, format!("{shape:?} of {:?}", mem.dtype()), found);
@@ -113,15 +144,26 @@ impl Check {
         types: &[DType],
         shape: &[usize],
     ) -> Result<()> {
-        mem.as_ref().map_or(Ok(()), |m| self.read(field, m, types, shape))
+        mem.as_ref()
+            .map_or(Ok(()), |m| self.read(field, m, types, shape))
     }
 
     fn rule(&self, field: &str, holds: bool, rule: &str) -> Result<()> {
-        if holds { Ok(()) } else { self.fail(field, rule.to_owned(), "something else".to_owned()) }
+        if holds {
+            Ok(())
+        } else {
+            self.fail(field, rule.to_owned(), "something else".to_owned())
+        }
     }
 
     /// Quantized matrices may have padding columns beyond the layer's outputs.
-    fn matrix(&self, field: &str, matrix: &Matrix<'_>, outputs: usize, inputs: usize) -> Result<()> {
+    fn matrix(
+        &self,
+        field: &str,
+        matrix: &Matrix<'_>,
+        outputs: usize,
+        inputs: usize,
+    ) -> Result<()> {
         match matrix {
             Matrix::Dense(mem) => self.read(field, mem, FLOATS, &[outputs, inputs]),
             Matrix::Quant(q) => {
@@ -138,7 +180,11 @@ impl Check {
 
     fn cache(&self, field: &str, mem: &Mem<'_>, (heads, head_dim): (usize, usize)) -> Result<()> {
         if !KV.contains(&mem.dtype()) {
-            return self.fail(field, format!("one of {KV:?}"), format!("{:?}", mem.dtype()));
+            return self.fail(
+                field,
+                format!("one of {KV:?}"),
+                format!("{:?}", mem.dtype()),
+            );
         }
         let page = super::PAGE_TOKENS * heads * head_dim;
         if page == 0 || mem.len() % page != 0 {

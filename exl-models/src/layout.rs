@@ -25,7 +25,7 @@ pub enum WeightKind {
 }
 
 /// Which part of the model a weight belongs to, in model order.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Module {
     /// Token embedding.
     Embedding,
@@ -35,6 +35,29 @@ pub enum Module {
     Mlp(usize),
     /// Final norm and head.
     Head,
+}
+
+impl Module {
+    fn position(self) -> usize {
+        match self {
+            Module::Embedding => 0,
+            Module::Attention(i) => 2 * i + 1,
+            Module::Mlp(i) => 2 * i + 2,
+            Module::Head => usize::MAX,
+        }
+    }
+}
+
+impl Ord for Module {
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        self.position().cmp(&other.position())
+    }
+}
+
+impl PartialOrd for Module {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
 }
 
 /// One logical weight of a model.

@@ -1,0 +1,134 @@
+//! Logits against Hugging Face transformers on tiny random models (tests/golden/make.py).
+
+use crate::common::{CASES, golden};
+use exl_models::{Backend, LogitRows, Runner, SeqSlice};
+
+/// Relative to the range of the logits, fp32 on both sides.
+const TOLERANCE: f32 = 1e-4;
+
+/// All logits of a row fed in pieces of the given size.
+fn in_pieces(runner: &mut Runner, ids: &[u32], size: usize) -> Vec<f32> {
+    let pages = [3, 1, 2];
+    let mut all = Vec::new();
+    for (i, tokens) in ids.chunks(size).enumerate() {
+        let slice = SeqSlice {
+            tokens,
+            start: i * size,
+            pages: &pages,
+            logits: LogitRows::All,
+        };
+        all.extend_from_slice(runner.step(&[slice]).unwrap());
+    }
+    all
+}
+
+#[test]
+fn logits_equal_transformers() {
+    println!(
+        "{:<16} {:>10} {:>10} {:>10} {:>10}",
+        "case", "prefill", "chunks", "tokens", "f64"
+    );
+    let mut failures = Vec::new();
+    for case in CASES {
+        let golden = golden(case);
+        let mut cpu = golden.runner(Backend::Cpu);
+        let n = golden.ids.len();
+        let mut errors =
+            [n, 7, 1].map(|size| golden.error(&in_pieces(&mut cpu, &golden.ids, size)));
+        let mut reference = golden.runner(Backend::Reference);
+        let exact = golden.error(&in_pieces(&mut reference, &golden.ids, n));
+        println!(
+            "{case:<16} {:>10.1e} {:>10.1e} {:>10.1e} {exact:>10.1e}",
+            errors[0], errors[1], errors[2]
+        );
+        errors.sort_by(f32::total_cmp);
+        if errors[2].max(exact) > TOLERANCE {
+            failures.push(case);
+        }
+    }
+    assert!(failures.is_empty(), "beyond {TOLERANCE}: {failures:?}");
+}
+
+#[test]
+fn sequences_in_one_step_do_not_touch_each_other() {
+    let golden = golden("qwen3");
+    let (vocab, ids) = (golden.model.spec().vocab, &golden.ids);
+    let mut runner = golden.runner(Backend::Cpu);
+    let alone = in_pieces(&mut runner, ids, ids.len());
+    let slice = |page, range: std::ops::Range<usize>, logits| SeqSlice {
+        tokens: &ids[range.clone()],
+        start: range.start,
+        pages: match page {
+            1 => &[1],
+            _ => &[4],
+        },
+        logits,
+    };
+    runner
+        .step(&[
+            slice(1, 0..20, LogitRows::None),
+            slice(4, 0..7, LogitRows::None),
+        ])
+        .unwrap();
+    let two = [
+        slice(1, 20..21, LogitRows::Last),
+        slice(4, 7..40, LogitRows::Last),
+    ];
+    let mixed = runner.step(&two).unwrap();
+    assert_eq!(mixed.len(), 2 * vocab);
+    let close = |a: &[f32], b: &[f32]| a.iter().zip(b).all(|(x, y)| (x - y).abs() < 1e-4);
+    assert!(close(&mixed[..vocab], &alone[20 * vocab..][..vocab]));
+    assert!(close(&mixed[vocab..], &alone[39 * vocab..]));
+}
+
+#[test]
+fn forward_row_gives_every_position_in_order() {
+    let golden = golden("llama-yarn");
+    let vocab = golden.model.spec().vocab;
+    let mut runner = golden.runner(Backend::Cpu);
+    let mut all = Vec::new();
+    let each = |start: usize, logits: &[f32]| {
+        assert_eq!(start * vocab, all.len());
+        all.extend_from_slice(logits);
+        Ok::<_, exl_models::Error>(())
+    };
+    runner.forward_row(&golden.ids, each).unwrap();
+    assert!(golden.error(&all) < TOLERANCE);
+    let long = vec![1; 4 * 256 + 1];
+    let refused = runner.forward_row(&long, |_, _| Ok::<_, exl_models::Error>(()));
+    let text = refused.unwrap_err().to_string();
+    assert_eq!(text, "step: a row of 1025 tokens, the cache holds 1024");
+}
+
+#[test]
+fn impossible_steps_are_refused() {
+    let golden = golden("llama-plain");
+    let mut runner = golden.runner(Backend::Cpu);
+    let mut message = |tokens: &[u32], start, pages: &[u32]| {
+        let slice = SeqSlice {
+            tokens,
+            start,
+            pages,
+            logits: LogitRows::Last,
+        };
+        runner.step(&[slice]).unwrap_err().to_string()
+    };
+    assert_eq!(message(&[], 0, &[1]), "step: sequence 0: no tokens");
+    assert_eq!(
+        message(&[250], 0, &[1]),
+        "step: sequence 0: token 250, the vocabulary has 250"
+    );
+    assert_eq!(
+        message(&[1], 256, &[1]),
+        "step: sequence 0: needs 2 pages, has 1"
+    );
+    assert_eq!(
+        message(&[1], 0, &[0]),
+        "step: sequence 0: page 0, the cache has 1 to 4"
+    );
+    assert_eq!(
+        message(&[1], 0, &[5]),
+        "step: sequence 0: page 5, the cache has 1 to 4"
+    );
+    assert!(message(&[1; 129], 0, &[1]).contains("1 sequences with 129 tokens"));
+}

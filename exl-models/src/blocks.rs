@@ -44,13 +44,20 @@ pub fn layer(
 }
 
 /// The whole model: tokens of the step in, logits out unless no row wants them.
+///
+/// The last MLP runs only for the rows that get logits: nothing else reads its result.
 pub fn decoder(b: &mut PlanBuilder, spec: &Spec) {
     let mut hidden = embed(b, spec);
-    for (i, l) in spec.layers.iter().enumerate() {
+    let Some((last, before)) = spec.layers.split_last() else {
+        return;
+    };
+    for (i, l) in before.iter().enumerate() {
         hidden = layer(b, spec, l, i, hidden);
     }
+    hidden = attention(b, spec, last, before.len(), hidden);
     if b.key().out_rows > 0 {
         let rows = b.gather_out_rows(hidden);
+        let rows = mlp(b, last, rows);
         let out = logits(b, spec, rows);
         b.output("logits", out);
     }

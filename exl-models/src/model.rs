@@ -117,9 +117,9 @@ impl Model {
     }
 }
 
-/// The forward pass of a spec for one shape.
+/// The forward pass of a spec for one shape. It has no taps: those are in [`block_plan`]s.
 pub fn plan(spec: &Spec, key: &PlanKey) -> Plan {
-    let mut b = PlanBuilder::new(key.clone(), key.phase == Phase::Calibrate);
+    let mut b = PlanBuilder::new(key.clone(), false);
     blocks::decoder(&mut b, spec);
     b.finish()
 }

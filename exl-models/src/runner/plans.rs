@@ -77,3 +77,32 @@ impl Ready {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::LoadOptions;
+    use exl_tensor::Phase;
+    use std::path::Path;
+
+    #[test]
+    fn the_least_recently_used_plan_goes_first() {
+        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/llama-plain-tiny");
+        let model = Model::open(&dir, &LoadOptions::default()).unwrap();
+        let key = |rows| PlanKey {
+            phase: Phase::Prefill,
+            rows,
+            seqs: 1,
+            pages_per_seq: 1,
+            out_rows: 1,
+        };
+        let mut cache = PlanCache::new(2);
+        for rows in [3, 4, 3, 5] {
+            let ready = cache.ready(&model, &key(rows)).unwrap();
+            assert_eq!(ready.bound.plan().key().rows, rows);
+        }
+        let mut kept: Vec<usize> = cache.entries.keys().map(|k| k.rows).collect();
+        kept.sort_unstable();
+        assert_eq!(kept, [3, 5]);
+    }
+}

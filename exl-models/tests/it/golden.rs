@@ -1,7 +1,12 @@
 //! Logits against Hugging Face transformers on tiny random models (tests/golden/make.py).
 
-use crate::common::{CASES, golden};
-use exl_models::{Backend, LogitRows, Runner, SeqSlice};
+use std::sync::Arc;
+
+use exl_models::rope::RopeTable;
+use exl_models::{Backend, LogitRows, MemoryRequest, Model, Runner, SeqSlice, Spec};
+use exl_tensor::{DType, Weight};
+
+use crate::common::{CASES, golden, runner};
 
 /// Relative to the range of the logits, fp32 on both sides.
 const TOLERANCE: f32 = 1e-4;
@@ -131,4 +136,76 @@ fn impossible_steps_are_refused() {
         "step: sequence 0: page 5, the cache has 1 to 4"
     );
     assert!(message(&[1; 129], 0, &[1]).contains("1 sequences with 129 tokens"));
+}
+
+/// Each fixture would notice if the setting it is about were ignored.
+#[test]
+fn fixtures_notice_their_settings() {
+    let plain = |spec: &mut Spec| {
+        let freq = |i: u16| 10_000f32.powf(-f32::from(i) / 8.0);
+        let table = RopeTable {
+            inv_freq: (0..8).map(freq).collect(),
+            attention_factor: 1.0,
+        };
+        assert_ne!(spec.ropes[0], table);
+        spec.ropes = vec![table];
+    };
+    let window = |spec: &mut Spec| spec.layers.iter_mut().for_each(|l| l.attn.window = 0);
+    let biases = |spec: &mut Spec| {
+        spec.layers.iter_mut().for_each(|l| l.mlp.down.bias = false);
+    };
+    let qkv = |spec: &mut Spec| spec.layers.iter_mut().for_each(|l| l.attn.k.bias = false);
+    let norms = |spec: &mut Spec| spec.layers.iter_mut().for_each(|l| l.attn.k_norm = None);
+    let changes: [(&str, &dyn Fn(&mut Spec)); 9] = [
+        ("llama-llama3", &plain),
+        ("llama-linear", &plain),
+        ("llama-yarn", &plain),
+        ("llama-v5", &plain),
+        ("llama-bias", &biases),
+        ("mistral-window", &window),
+        ("qwen2-window", &window),
+        ("qwen2", &qkv),
+        ("qwen3", &norms),
+    ];
+    for (case, change) in changes {
+        let golden = golden(case);
+        let mut spec = Spec::clone(golden.model.spec());
+        change(&mut spec);
+        let mut weights = golden.model.weights().clone();
+        weights.insert("rope.inv_freq.0", Weight::constant(&spec.ropes[0].inv_freq));
+        let changed = Arc::new(Model::from_parts(Arc::new(spec), weights));
+        let logits = in_pieces(
+            &mut runner(changed, Backend::Cpu),
+            &golden.ids,
+            golden.ids.len(),
+        );
+        assert!(golden.error(&logits) > 100.0 * TOLERANCE, "{case}");
+    }
+}
+
+#[test]
+fn memory_is_what_was_announced() {
+    let golden = golden("llama-plain");
+    let request = MemoryRequest {
+        context: 1024,
+        seqs: 1,
+        kv_dtype: DType::F32,
+        rows: 40,
+    };
+    let announced = golden.model.memory_for(&request);
+    let mut runner = golden.runner(Backend::Cpu);
+    let slice = SeqSlice {
+        tokens: &golden.ids,
+        start: 0,
+        pages: &[1],
+        logits: LogitRows::Last,
+    };
+    runner.step(&[slice]).unwrap();
+    let used = runner.memory();
+    assert_eq!(
+        (used.weights, used.cache),
+        (announced.weights, announced.cache)
+    );
+    assert_eq!(used.arena, announced.arena);
+    assert!(used.total() <= announced.total());
 }

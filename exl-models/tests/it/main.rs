@@ -1,4 +1,5 @@
 //! Tests on whole models: against transformers, of plans, of damaged directories.
+#![allow(clippy::unwrap_used)] // helpers of tests count as no tests for the lint
 
 mod bad_input;
 mod common;

@@ -1,2 +1,19 @@
-//! The `exl` command.
-fn main() {}
+//! The `exl` command: quantize, judge, run and inspect EXL2 language models.
+#![forbid(unsafe_code)]
+
+mod args;
+mod cmd;
+mod failure;
+mod hub;
+mod machine;
+mod session;
+mod signal;
+mod synth;
+mod ui;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    failure::install_panic_hook();
+    failure::guard(cmd::run)
+}

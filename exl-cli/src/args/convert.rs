@@ -1,0 +1,130 @@
+//! Flags of `exl convert`.
+
+use super::{DeviceArgs, LoadArgs};
+use clap::Args;
+use std::path::PathBuf;
+
+/// Fewest bits per weight that the format can hold on average.
+pub(crate) const MIN_BITS: f64 = 2.0;
+/// Most bits per weight that the format can hold on average.
+pub(crate) const MAX_BITS: f64 = 8.0;
+
+const EXAMPLES: &str = "\
+ExLlamaV2's short flags work where they mean the same: -b -hb -c -r -l -mr -ml -om -m -ss -rs -ra.
+With one --bits the checkpoint is written to --out itself, with several to OUT/2.5bpw and so on.
+A stopped conversion goes on where it was when the same command runs again.
+
+Examples:
+  exl convert ./model --out ./model-4.0bpw --bits 4.0
+  exl convert ./model --out ./quants --bits 2.5,4.0,6.0 --cal text.parquet
+  exl convert ./model --out ./q --save-measurement m.json --measure-only";
+
+/// Quantize a model to EXL2
+#[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
+pub(crate) struct ConvertArgs {
+    /// Model to quantize: a Hugging Face directory with safetensors weights
+    #[arg(value_name = "SRC")]
+    pub(crate) source: PathBuf,
+    /// Directory to write
+    #[arg(long, value_name = "DIR", required_unless_present = "measure_only")]
+    pub(crate) out: Option<PathBuf>,
+    /// Bits per weight, 2.0 to 8.0, or a list: 2.5,4.0,6.0
+    #[arg(short, long, value_name = "BITS", value_delimiter = ',', value_parser = parse_bits,
+          required_unless_present = "measure_only")]
+    pub(crate) bits: Vec<f64>,
+    /// Bits of the output head: 2, 3, 4, 5, 6, 8 or 16 (kept as it is) [-hb]
+    #[arg(long, value_name = "BITS", default_value_t = 6, value_parser = parse_head_bits)]
+    pub(crate) head_bits: u8,
+
+    /// Calibration text: .parquet, .jsonl, .txt, or .safetensors with `input_ids` [default: built in]
+    #[arg(short, long, value_name = "FILE", help_heading = "Calibration")]
+    pub(crate) cal: Option<PathBuf>,
+    /// Calibration rows
+    #[arg(short, long, value_name = "N", default_value_t = 100, help_heading = "Calibration",
+          value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) rows: u32,
+    /// Tokens per calibration row
+    #[arg(short, long, value_name = "N", default_value_t = 2048, help_heading = "Calibration",
+          value_parser = clap::value_parser!(u32).range(2..))]
+    pub(crate) length: u32,
+    /// Rows for the measurement [-mr]
+    #[arg(long, value_name = "N", default_value_t = 16, help_heading = "Calibration",
+          value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) measure_rows: u32,
+    /// Tokens per row of the measurement [-ml] [default: as --length]
+    #[arg(long, value_name = "N", help_heading = "Calibration",
+          value_parser = clap::value_parser!(u32).range(2..))]
+    pub(crate) measure_length: Option<u32>,
+    /// Write the measurement here, for later conversions [-om]
+    #[arg(long, value_name = "FILE", help_heading = "Measurement")]
+    pub(crate) save_measurement: Option<PathBuf>,
+    /// Use this measurement instead of measuring
+    #[arg(short, long, value_name = "FILE", help_heading = "Measurement")]
+    pub(crate) measurement: Option<PathBuf>,
+    /// Measure, write the measurement, and stop
+    #[arg(
+        long,
+        help_heading = "Measurement",
+        requires = "save_measurement",
+        conflicts_with = "measurement"
+    )]
+    pub(crate) measure_only: bool,
+
+    /// Journal of a running conversion [default: beside --out]
+    #[arg(long, value_name = "DIR", help_heading = "Work")]
+    pub(crate) work: Option<PathBuf>,
+    /// Throw away an unfinished conversion's journal and begin again
+    #[arg(long, help_heading = "Work")]
+    pub(crate) restart: bool,
+    /// Largest file to write, in MiB; 0 writes one file [-ss]
+    #[arg(long, value_name = "MB", default_value_t = 8192, help_heading = "Work")]
+    pub(crate) shard_size: u64,
+    /// Do not decode and compare what was written
+    #[arg(long, help_heading = "Work")]
+    pub(crate) no_verify: bool,
+    /// Memory to stay below, in GB [default: no limit]
+    #[arg(long, value_name = "GB", help_heading = "Work", value_parser = parse_positive)]
+    pub(crate) max_ram: Option<f64>,
+    /// GPU memory to stay below, in GB
+    #[arg(long, value_name = "GB", help_heading = "Work", value_parser = parse_positive)]
+    pub(crate) max_vram: Option<f64>,
+
+    /// Linear position scaling factor to calibrate with [-rs]
+    #[arg(long, value_name = "F", help_heading = "Position scaling", value_parser = parse_positive)]
+    pub(crate) rope_scale: Option<f64>,
+    /// NTK position scaling factor to calibrate with [-ra]
+    #[arg(long, value_name = "F", help_heading = "Position scaling", value_parser = parse_positive)]
+    pub(crate) rope_alpha: Option<f64>,
+
+    /// One JSON object on stdout
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) load: LoadArgs,
+    #[command(flatten)]
+    pub(crate) device: DeviceArgs,
+}
+
+fn parse_bits(text: &str) -> Result<f64, String> {
+    match text.trim().parse::<f64>() {
+        Ok(bits) if (MIN_BITS..=MAX_BITS).contains(&bits) => Ok(bits),
+        _ => Err(format!(
+            "bits per weight must be a number from {MIN_BITS:.1} to {MAX_BITS:.1}"
+        )),
+    }
+}
+
+fn parse_head_bits(text: &str) -> Result<u8, String> {
+    match text.parse::<u8>() {
+        Ok(bits @ (2..=6 | 8 | 16)) => Ok(bits),
+        _ => Err("head bits must be 2, 3, 4, 5, 6, 8, or 16 to keep the head as it is".to_owned()),
+    }
+}
+
+fn parse_positive(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(value) if value > 0.0 && value.is_finite() => Ok(value),
+        _ => Err("must be a number above 0".to_owned()),
+    }
+}

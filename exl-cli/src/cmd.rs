@@ -1,0 +1,40 @@
+//! The commands, one file each.
+
+mod pages;
+mod pull;
+
+use crate::args::{Cli, Command, exllama_short_flags};
+use crate::ui::Ui;
+use anyhow::Result;
+use clap::Parser;
+
+/// Reads the command line and does what it says.
+pub(crate) fn run() -> Result<()> {
+    let cli = Cli::parse_from(exllama_short_flags(std::env::args_os()));
+    init_tracing(cli.verbose, cli.quiet);
+    let ui = Ui::new(cli.quiet);
+    match cli.command {
+        Command::Pull(args) => pull::run(&args, &ui),
+        Command::Completions(args) => pages::completions(&args),
+        Command::Man(_) => pages::man(),
+        _ => unreachable!(),
+    }
+}
+
+/// Warnings of the libraries go to stderr; -v and -vv or EXL_LOG show more.
+fn init_tracing(verbose: u8, quiet: bool) {
+    use tracing_subscriber::EnvFilter;
+    let level = match (quiet, verbose) {
+        (true, _) => "error",
+        (_, 0) => "warn",
+        (_, 1) => "info",
+        _ => "debug",
+    };
+    let filter = EnvFilter::try_from_env("EXL_LOG").unwrap_or_else(|_| EnvFilter::new(level));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_target(false)
+        .without_time()
+        .init();
+}

@@ -1,0 +1,125 @@
+//! `exl bench`: how fast a model runs here, and how far that is from what memory allows.
+
+mod measure;
+mod plot;
+mod report;
+
+use crate::args::BenchArgs;
+use crate::failure::Usage;
+use crate::machine;
+use crate::session;
+use crate::signal;
+use crate::synth::{self, Recipe, Shape};
+use crate::ui::{self, Ui};
+use anyhow::{Context, Result};
+use measure::{Decode, Prefill, Settings};
+use serde::Serialize;
+use std::path::{Path, PathBuf};
+
+/// Everything measured; its JSON is the contract of `--json`.
+#[derive(Debug, Serialize)]
+pub(super) struct Report {
+    pub(super) device: String,
+    pub(super) model: String,
+    pub(super) threads: usize,
+    pub(super) activations: &'static str,
+    pub(super) cache: &'static str,
+    /// Bytes of weights that a decode step reads.
+    pub(super) weight_bytes: u64,
+    /// Bytes of the checkpoint's tensors.
+    pub(super) checkpoint_bytes: u64,
+    pub(super) read_bandwidth_gb_s: f64,
+    pub(super) load_seconds: f64,
+    pub(super) prefill: Vec<Prefill>,
+    pub(super) decode: Vec<Decode>,
+    /// Resident bytes after the measurements.
+    pub(super) memory_bytes: u64,
+    /// Most resident bytes since loading began.
+    pub(super) memory_peak_bytes: u64,
+    pub(super) cache_bytes: u64,
+}
+
+pub(crate) fn run(args: &BenchArgs, ui: &Ui) -> Result<()> {
+    let settings = settings(args)?;
+    session::check_device(args.compute.device.device, ui)?;
+    let stop = signal::stop_flag()?;
+    let subject = Subject::prepare(args, ui)?;
+    let threads = session::threads(&args.compute.device);
+    ui.note("measuring the memory's read bandwidth");
+    let bandwidth = machine::read_bandwidth(threads);
+    machine::reset_peak();
+    let report = measure::measure(&subject.dir, &settings, bandwidth, &stop, ui)?;
+    let report = Report { model: subject.name.clone(), ..report };
+    if let Some(path) = &args.out {
+        write(path, &report::markdown(&report))?;
+    }
+    if let Some(path) = &args.plot {
+        write(path, &plot::svg(&report)?)?;
+    }
+    if args.json {
+        ui::print_json(&report)?;
+    } else {
+        ui::print(&report::text(&report))?;
+    }
+    Ok(())
+}
+
+fn write(path: &Path, text: &str) -> Result<()> {
+    std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))
+}
+
+fn settings(args: &BenchArgs) -> Result<Settings> {
+    let positive = [("--prefill", &args.prefill), ("--batch", &args.batch)];
+    for (flag, values) in positive {
+        if values.contains(&0) {
+            return Err(Usage(format!("{flag}: 0 is nothing to measure")).into());
+        }
+    }
+    if args.steps == 0 || args.repeats == 0 {
+        return Err(Usage("--steps and --repeats must be at least 1".to_owned()).into());
+    }
+    Ok(Settings {
+        prefill: args.prefill.clone(),
+        batch: args.batch.clone(),
+        context: args.context.clone(),
+        cache: args.cache,
+        steps: args.steps,
+        repeats: args.repeats,
+        compute: args.compute.clone(),
+    })
+}
+
+/// The model to measure; a temporary one is removed in the end.
+struct Subject {
+    dir: PathBuf,
+    name: String,
+    temporary: bool,
+}
+
+impl Subject {
+    fn prepare(args: &BenchArgs, ui: &Ui) -> Result<Self> {
+        let Some(shape) = &args.synthetic else {
+            let dir = args.model.clone().ok_or_else(|| Usage("name a model with -m".to_owned()))?;
+            let name = dir.display().to_string();
+            return Ok(Self { dir, name, temporary: false });
+        };
+        let (shape, recipe) = (Shape::named(shape)?, Recipe::named(&args.recipe)?);
+        let name = format!("{} (random weights, recipe {})", shape.name, args.recipe);
+        let dir = args.keep.clone().unwrap_or_else(|| {
+            std::env::temp_dir().join(format!("exl-bench-{}", std::process::id()))
+        });
+        // Made first, so that a failure while writing removes the temporary files as well.
+        let subject = Self { dir, name, temporary: args.keep.is_none() };
+        synth::write_checkpoint(&shape, recipe, &subject.dir, session::threads(&args.compute.device), ui)?;
+        Ok(subject)
+    }
+}
+
+impl Drop for Subject {
+    fn drop(&mut self) {
+        if self.temporary {
+            // The system clears its temporary folder anyway.
+            let _ = std::fs::remove_dir_all(&self.dir);
+        }
+    }
+}

@@ -1,0 +1,258 @@
+//! Times prefill and decode steps of a loaded model.
+
+use super::Report;
+use crate::args::{CacheMode, ComputeArgs};
+use crate::failure::Interrupted;
+use crate::machine;
+use crate::session;
+use crate::signal::StopFlag;
+use crate::ui::Ui;
+use anyhow::{Result, bail};
+use exl_models::{LogitRows, Runner, SeqSlice};
+use exl_tensor::{PAGE_TOKENS, Phase, PlanKey};
+use serde::Serialize;
+use std::path::Path;
+use std::time::Instant;
+
+/// Steps run before the clock starts: they record plans, touch memory and wake threads.
+const WARMUP_STEPS: usize = 2;
+/// Token rows of one prefill step, as in the engine.
+const CHUNK_ROWS: usize = 512;
+
+/// What to measure.
+#[derive(Debug)]
+pub(super) struct Settings {
+    pub(super) prefill: Vec<usize>,
+    pub(super) batch: Vec<usize>,
+    pub(super) context: Vec<usize>,
+    pub(super) cache: CacheMode,
+    pub(super) steps: usize,
+    pub(super) repeats: usize,
+    pub(super) compute: ComputeArgs,
+}
+
+/// Speed of reading a prompt.
+#[derive(Clone, Debug, Serialize)]
+pub(super) struct Prefill {
+    pub(super) tokens: usize,
+    pub(super) tok_s: f64,
+}
+
+/// Speed of writing.
+#[derive(Clone, Debug, Serialize)]
+pub(super) struct Decode {
+    pub(super) batch: usize,
+    pub(super) context: usize,
+    /// Tokens per second of the whole batch.
+    pub(super) tok_s: f64,
+    pub(super) ms_per_step: f64,
+    /// Weights and cache read, per second.
+    pub(super) gb_s: f64,
+    /// Share of the measured read bandwidth.
+    pub(super) roofline: f64,
+    pub(super) launches: usize,
+}
+
+/// Loads the model and measures everything in `settings`.
+pub(super) fn measure(
+    dir: &Path,
+    settings: &Settings,
+    bandwidth: f64,
+    stop: &StopFlag,
+    ui: &Ui,
+) -> Result<Report> {
+    let start = Instant::now();
+    let longest = longest(settings);
+    let loaded = session::load(dir, Some(longest), stop, ui)?;
+    let load_seconds = start.elapsed().as_secs_f64();
+    let mut options = session::runner_options(&settings.compute, settings.cache)?;
+    options.pages = pages(settings) + 1;
+    options.max_rows = CHUNK_ROWS.max(settings.batch.iter().copied().max().unwrap_or(1));
+    options.max_seqs = settings.batch.iter().copied().max().unwrap_or(1);
+    let mut runner = Runner::new(loaded.model, options)?;
+    let total = settings.prefill.len() + settings.batch.len() * settings.context.len();
+    let mut progress = ui.steps("measuring", total as u64);
+
+    let mut prefill = Vec::new();
+    for &tokens in &settings.prefill {
+        progress.set_label(&format!("prefill of {tokens}"));
+        prefill.push(time_prefill(&mut runner, tokens, settings.repeats, stop)?);
+        progress.add(1);
+    }
+    let mut decode = Vec::new();
+    for &batch in &settings.batch {
+        for &context in &settings.context {
+            progress.set_label(&format!("decode of {batch} at {context}"));
+            decode.push(time_decode(&mut runner, (batch, context), settings, bandwidth, stop)?);
+            progress.add(1);
+        }
+    }
+    let cost = runner.model().cost(&decode_key(1, 1), runner.options().kv_dtype, 0);
+    let resident = machine::resident();
+    Ok(Report {
+        device: session::device_name(&runner),
+        model: String::new(),
+        threads: session::threads(&settings.compute.device),
+        activations: session::activations_name(&settings.compute),
+        cache: settings.cache.name(),
+        weight_bytes: cost.total.weight_bytes,
+        checkpoint_bytes: loaded.checkpoint_bytes,
+        read_bandwidth_gb_s: bandwidth / 1e9,
+        load_seconds,
+        prefill,
+        decode,
+        memory_bytes: resident.map_or(0, |r| r.now),
+        memory_peak_bytes: resident.map_or(0, |r| r.peak),
+        cache_bytes: runner.memory().cache,
+    })
+}
+
+/// Tokens of the longest sequence any measurement makes.
+fn longest(settings: &Settings) -> usize {
+    let decode = settings.context.iter().max().map_or(0, |c| c + decode_tokens(settings));
+    settings.prefill.iter().copied().max().unwrap_or(0).max(decode)
+}
+
+/// Pages that the hungriest measurement needs.
+fn pages(settings: &Settings) -> usize {
+    let prefill = settings.prefill.iter().copied().max().unwrap_or(0).div_ceil(PAGE_TOKENS);
+    let batch = settings.batch.iter().copied().max().unwrap_or(0);
+    let context = settings.context.iter().copied().max().unwrap_or(0) + decode_tokens(settings);
+    prefill.max(batch * context.div_ceil(PAGE_TOKENS))
+}
+
+fn decode_tokens(settings: &Settings) -> usize {
+    WARMUP_STEPS + settings.steps
+}
+
+fn time_prefill(
+    runner: &mut Runner,
+    tokens: usize,
+    repeats: usize,
+    stop: &StopFlag,
+) -> Result<Prefill> {
+    let pages: Vec<u32> = (1..=tokens.div_ceil(PAGE_TOKENS) as u32).collect();
+    let text = some_tokens(runner, tokens);
+    let chunk_rows = runner.options().max_rows.min(CHUNK_ROWS);
+    let mut times = Vec::new();
+    // One round more than asked: the first one warms up.
+    for round in 0..=repeats {
+        let start = Instant::now();
+        for (at, chunk) in text.chunks(chunk_rows).enumerate() {
+            check(stop)?;
+            let first = at * chunk_rows;
+            let last = first + chunk.len() == tokens;
+            let logits = if last { LogitRows::Last } else { LogitRows::None };
+            let out =
+                runner.step(&[SeqSlice { tokens: chunk, start: first, pages: &pages, logits }])?;
+            if last {
+                check_finite(out)?;
+            }
+        }
+        if round > 0 {
+            times.push(start.elapsed().as_secs_f64());
+        }
+    }
+    Ok(Prefill { tokens, tok_s: tokens as f64 / median(times) })
+}
+
+/// Decodes with `context` tokens in the cache. They are not computed: zeros cost as much to read.
+fn time_decode(
+    runner: &mut Runner,
+    (batch, context): (usize, usize),
+    settings: &Settings,
+    bandwidth: f64,
+    stop: &StopFlag,
+) -> Result<Decode> {
+    let per_seq = (context + decode_tokens(settings)).div_ceil(PAGE_TOKENS) as u32;
+    let pages: Vec<Vec<u32>> = (0..batch as u32)
+        .map(|seq| (1 + seq * per_seq..1 + (seq + 1) * per_seq).collect())
+        .collect();
+    let tokens = some_tokens(runner, batch);
+    let mut times = Vec::new();
+    for _ in 0..settings.repeats {
+        let mut start = Instant::now();
+        for step in 0..decode_tokens(settings) {
+            check(stop)?;
+            if step == WARMUP_STEPS {
+                start = Instant::now();
+            }
+            let slices: Vec<SeqSlice<'_>> = (0..batch)
+                .map(|seq| SeqSlice {
+                    tokens: &tokens[seq..=seq],
+                    start: context + step,
+                    pages: &pages[seq],
+                    logits: LogitRows::Last,
+                })
+                .collect();
+            check_finite(runner.step(&slices)?)?;
+        }
+        times.push(start.elapsed().as_secs_f64() / settings.steps as f64);
+    }
+    let seconds = median(times);
+    let middle = context + WARMUP_STEPS + settings.steps / 2;
+    let key = decode_key(batch, per_seq as usize);
+    let cost = runner.model().cost(&key, runner.options().kv_dtype, middle);
+    let rate = (cost.total.weight_bytes + cost.total.kv_bytes) as f64 / seconds;
+    Ok(Decode {
+        batch,
+        context,
+        tok_s: batch as f64 / seconds,
+        ms_per_step: seconds * 1e3,
+        gb_s: rate / 1e9,
+        roofline: rate / bandwidth,
+        launches: cost.launches,
+    })
+}
+
+fn decode_key(batch: usize, pages_per_seq: usize) -> PlanKey {
+    PlanKey {
+        phase: Phase::Decode,
+        rows: batch,
+        seqs: batch,
+        pages_per_seq: pages_per_seq.next_power_of_two(),
+        out_rows: batch,
+    }
+}
+
+/// Tokens spread over the vocabulary.
+fn some_tokens(runner: &Runner, n: usize) -> Vec<u32> {
+    let vocab = runner.model().spec().vocab as u64;
+    (0..n as u64).map(|i| ((i * 2_654_435_761 + 17) % vocab) as u32).collect()
+}
+
+/// A speed means nothing when the numbers broke down.
+fn check_finite(logits: &[f32]) -> Result<()> {
+    if logits.iter().all(|v| v.is_finite()) {
+        return Ok(());
+    }
+    bail!("the model computes NaN or infinity: its weights are damaged")
+}
+
+fn check(stop: &StopFlag) -> Result<()> {
+    if stop.is_set() {
+        return Err(Interrupted("nothing was measured to the end".to_owned()).into());
+    }
+    Ok(())
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    let middle = values.len() / 2;
+    match values.len() {
+        0 => f64::NAN,
+        n if n % 2 == 1 => values[middle],
+        _ => f64::midpoint(values[middle - 1], values[middle]),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_median_is_the_middle() {
+        assert_eq!(median(vec![3.0, 1.0, 2.0]), 2.0);
+        assert_eq!(median(vec![4.0, 1.0, 2.0, 3.0]), 2.5);
+    }
+}

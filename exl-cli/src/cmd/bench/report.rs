@@ -1,0 +1,78 @@
+//! The measurements as text and as Markdown.
+
+use super::Report;
+use crate::machine;
+use crate::ui::{self, Align, Table};
+
+/// For a terminal.
+pub(super) fn text(report: &Report) -> String {
+    let mut text = facts(report).iter().map(|(k, v)| format!("{k:<16}{v}\n")).collect::<String>();
+    for table in [prefill(report), decode(report)].into_iter().flatten() {
+        text.push('\n');
+        text.push_str(&table.render());
+    }
+    text
+}
+
+/// For a file.
+pub(super) fn markdown(report: &Report) -> String {
+    let mut text = format!("# Speed of {}\n\n", report.model);
+    for (key, value) in facts(report).iter().skip(1) {
+        text.push_str(&format!("- {key}: {value}\n"));
+    }
+    let titles = ["## Prefill", "## Decode"];
+    for (title, table) in titles.iter().zip([prefill(report), decode(report)]) {
+        if let Some(table) = table {
+            text.push_str(&format!("\n{title}\n\n{}", table.markdown()));
+        }
+    }
+    text
+}
+
+fn facts(report: &Report) -> Vec<(&'static str, String)> {
+    let memory = format!(
+        "{} resident, {} at most, {} of it cache",
+        ui::bytes(report.memory_bytes),
+        ui::bytes(report.memory_peak_bytes),
+        ui::bytes(report.cache_bytes)
+    );
+    let settings = format!(
+        "{} threads, activations {}, cache {}",
+        report.threads, report.activations, report.cache
+    );
+    vec![
+        ("model", report.model.clone()),
+        ("device", format!("{} ({})", report.device, machine::processor())),
+        ("settings", settings),
+        ("weights", format!("{} read per step", ui::bytes(report.weight_bytes))),
+        ("checkpoint", ui::bytes(report.checkpoint_bytes)),
+        ("read bandwidth", format!("{:.1} GB/s measured", report.read_bandwidth_gb_s)),
+        ("loading", format!("{:.1} s", report.load_seconds)),
+        ("memory", memory),
+    ]
+}
+
+fn prefill(report: &Report) -> Option<Table> {
+    let mut table = Table::new(&[("prefill tokens", Align::Right), ("tok/s", Align::Right)]);
+    for row in &report.prefill {
+        table.row([row.tokens.to_string(), format!("{:.1}", row.tok_s)]);
+    }
+    (!report.prefill.is_empty()).then_some(table)
+}
+
+fn decode(report: &Report) -> Option<Table> {
+    let names = ["batch", "context", "tok/s", "ms/step", "GB/s", "of bandwidth", "launches"];
+    let mut table = Table::new(&names.map(|name| (name, Align::Right)));
+    for row in &report.decode {
+        table.row([
+            row.batch.to_string(),
+            row.context.to_string(),
+            format!("{:.1}", row.tok_s),
+            format!("{:.2}", row.ms_per_step),
+            format!("{:.1}", row.gb_s),
+            format!("{:.0}%", row.roofline * 100.0),
+            row.launches.to_string(),
+        ]);
+    }
+    (!report.decode.is_empty()).then_some(table)
+}

@@ -1,0 +1,150 @@
+//! `exl doctor`: what this machine has, what is missing, and what fixes it.
+
+mod selftest;
+
+use crate::args::DoctorArgs;
+use crate::machine::{self, GpuDriver};
+use crate::ui::{self, Ui};
+use anyhow::{Result, bail};
+use exl_tensor::Isa;
+use serde::Serialize;
+use std::fmt::Write;
+
+#[derive(Serialize)]
+struct Output {
+    version: &'static str,
+    processor: String,
+    cores: usize,
+    features: Vec<Feature>,
+    /// Instruction set that the kernels use.
+    isa: String,
+    isa_available: Vec<String>,
+    memory_bytes: Option<u64>,
+    available_bytes: Option<u64>,
+    read_bandwidth_gb_s: f64,
+    gpu: Gpu,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    selftest: Option<selftest::Results>,
+    /// What could be better, each with what to do.
+    advice: Vec<String>,
+}
+
+#[derive(Serialize)]
+struct Feature {
+    name: &'static str,
+    present: bool,
+}
+
+#[derive(Serialize)]
+struct Gpu {
+    /// Whether this version can compute on GPUs.
+    supported: bool,
+    driver_version: Option<String>,
+    driver_library: Option<String>,
+}
+
+pub(crate) fn run(args: &DoctorArgs, ui: &Ui) -> Result<()> {
+    ui.note("measuring the memory's read bandwidth");
+    let bandwidth = machine::read_bandwidth(machine::cores());
+    let selftest = if args.selftest { Some(selftest::run(ui)?) } else { None };
+    let driver = GpuDriver::probe();
+    let memory = machine::memory();
+    let features = machine::cpu_features();
+    let output = Output {
+        version: env!("CARGO_PKG_VERSION"),
+        processor: machine::processor(),
+        cores: machine::cores(),
+        features: features.iter().map(|&(name, present)| Feature { name, present }).collect(),
+        isa: isa_name(Isa::detect()),
+        isa_available: Isa::available().into_iter().map(isa_name).collect(),
+        memory_bytes: memory.map(|(total, _)| total),
+        available_bytes: memory.map(|(_, available)| available),
+        read_bandwidth_gb_s: bandwidth / 1e9,
+        gpu: Gpu {
+            supported: false,
+            driver_version: driver.version.clone(),
+            driver_library: driver.library.as_ref().map(|p| p.display().to_string()),
+        },
+        advice: advice(&driver),
+        selftest,
+    };
+    if args.json {
+        ui::print_json(&output)?;
+    } else {
+        ui::print(&text(&output)?)?;
+    }
+    match output.selftest.map_or(0, |results| results.failed()) {
+        0 => Ok(()),
+        n => bail!("{n} kernels disagree with the reference: this build is not usable on this machine (please report the table above)"),
+    }
+}
+
+pub(super) fn isa_name(isa: Isa) -> String {
+    format!("{isa:?}").to_lowercase()
+}
+
+fn advice(driver: &GpuDriver) -> Vec<String> {
+    let mut advice = Vec::new();
+    if Isa::detect() == Isa::Scalar {
+        advice.push(
+            "this processor has no AVX2: everything works, slowly (nothing to install)".to_owned(),
+        );
+    }
+    match (&driver.version, &driver.library) {
+        (Some(version), None) => advice.push(format!(
+            "the NVIDIA kernel module {version} is loaded but libcuda.so.1 was not found: install the driver's user-space libraries (or set LD_LIBRARY_PATH to where they are)"
+        )),
+        (None, Some(library)) => advice.push(format!(
+            "{} is installed but no NVIDIA kernel module is loaded: load it with `modprobe nvidia`, or give the container access to the GPU",
+            library.display()
+        )),
+        _ => {}
+    }
+    advice
+}
+
+fn text(o: &Output) -> Result<String> {
+    let mut out = String::new();
+    let features: Vec<&str> = o.features.iter().filter(|f| f.present).map(|f| f.name).collect();
+    let missing: Vec<&str> = o.features.iter().filter(|f| !f.present).map(|f| f.name).collect();
+    let gpu = match (&o.gpu.driver_version, &o.gpu.driver_library) {
+        (None, None) => "no NVIDIA driver".to_owned(),
+        (version, library) => format!(
+            "NVIDIA driver {}, library {}",
+            version.as_deref().unwrap_or("not loaded"),
+            library.as_deref().unwrap_or("not found")
+        ),
+    };
+    let memory = match (o.memory_bytes, o.available_bytes) {
+        (Some(total), Some(free)) => format!("{}, {} free", ui::bytes(total), ui::bytes(free)),
+        _ => "unknown".to_owned(),
+    };
+    for (name, value) in [
+        ("exl", o.version.to_owned()),
+        ("processor", format!("{}, {} threads", o.processor, o.cores)),
+        ("features", format!("{} (missing: {})", or_none(&features), or_none(&missing))),
+        ("kernels", format!("{} (this machine also runs {})", o.isa, others(o))),
+        ("memory", memory),
+        ("bandwidth", format!("{:.1} GB/s reading", o.read_bandwidth_gb_s)),
+        ("gpu", format!("{gpu}; this version computes on the CPU only")),
+    ] {
+        writeln!(out, "{name:<12}{value}")?;
+    }
+    if let Some(results) = &o.selftest {
+        write!(out, "\n{}", results.table().render())?;
+    }
+    for line in &o.advice {
+        writeln!(out, "\n! {line}")?;
+    }
+    Ok(out)
+}
+
+fn or_none(names: &[&str]) -> String {
+    if names.is_empty() { "none".to_owned() } else { names.join(" ") }
+}
+
+fn others(o: &Output) -> String {
+    let others: Vec<&str> =
+        o.isa_available.iter().map(String::as_str).filter(|name| *name != o.isa).collect();
+    or_none(&others)
+}

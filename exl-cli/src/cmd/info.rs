@@ -1,0 +1,202 @@
+//! `exl info`: what a model is made of and what it needs.
+
+mod bits;
+
+pub(super) use bits::{Bits, bits};
+
+use crate::args::{CacheMode, InfoArgs};
+use crate::failure::Usage;
+use crate::session;
+use crate::ui::{self, Align, Table, Ui};
+use crate::machine;
+use anyhow::Result;
+use exl_models::{LoadOptions, MemoryRequest, MemoryUse, ModelSource};
+use serde::Serialize;
+use std::fmt::Write;
+
+/// Context planned for when the user names none.
+const DEFAULT_CONTEXT: usize = 4096;
+/// Rows of a prefill step that memory is planned for.
+const PREFILL_ROWS: usize = 512;
+/// Width of the bars in characters.
+const BAR_WIDTH: usize = 32;
+
+#[derive(Serialize)]
+struct Output<'a> {
+    architecture: &'a str,
+    family: &'a str,
+    layers: usize,
+    hidden: usize,
+    heads: usize,
+    kv_heads: usize,
+    head_dim: usize,
+    vocab: usize,
+    max_context: usize,
+    parameters: u64,
+    #[serde(flatten)]
+    bits: &'a Bits,
+    memory: Memory,
+    machine: Machine,
+    /// Whether the memory that is free now suffices; absent where the system does not tell.
+    fits: Option<bool>,
+}
+
+#[derive(Serialize)]
+struct Memory {
+    context: usize,
+    cache: &'static str,
+    weight_bytes: u64,
+    cache_bytes: u64,
+    activation_bytes: u64,
+    total_bytes: u64,
+}
+
+#[derive(Serialize)]
+struct Machine {
+    memory_bytes: Option<u64>,
+    available_bytes: Option<u64>,
+}
+
+pub(crate) fn run(args: &InfoArgs, ui: &Ui) -> Result<()> {
+    let dir = args.dir.as_ref().or(args.model.as_ref());
+    let dir = dir.ok_or_else(|| Usage("name a model directory".to_owned()))?;
+    let context = args.context.map(|n| n as usize);
+    let options = LoadOptions {
+        assume_llama: args.load.assume_llama,
+        rope: exl_models::rope::RopeOptions { context, ..Default::default() },
+        ..LoadOptions::default()
+    };
+    let source = session::open(dir, &options, ui)?;
+    let bits = bits(&source);
+    let memory = memory(&source, context, args.cache)?;
+    let found = machine::memory();
+    let spec = source.spec();
+    let attn = spec.layers.first().map(|layer| &layer.attn);
+    let output = Output {
+        architecture: &spec.architecture,
+        family: spec.family,
+        layers: spec.layers.len(),
+        hidden: spec.hidden,
+        heads: attn.map_or(0, |a| a.heads),
+        kv_heads: attn.map_or(0, |a| a.kv_heads),
+        head_dim: attn.map_or(0, |a| a.head_dim),
+        vocab: spec.vocab,
+        max_context: spec.max_context,
+        parameters: spec.parameters(),
+        bits: &bits,
+        fits: found.map(|(_, available)| memory.total_bytes <= available),
+        memory,
+        machine: Machine {
+            memory_bytes: found.map(|(total, _)| total),
+            available_bytes: found.map(|(_, available)| available),
+        },
+    };
+    if args.json {
+        return ui::print_json(&output);
+    }
+    ui::print(&text(&output)?)?;
+    Ok(())
+}
+
+fn memory(source: &ModelSource, context: Option<usize>, cache: CacheMode) -> Result<Memory> {
+    let context = context.unwrap_or(DEFAULT_CONTEXT.min(source.spec().max_context));
+    let used: MemoryUse = source.memory_for(&MemoryRequest {
+        context,
+        seqs: 1,
+        kv_dtype: session::kv_dtype(cache)?,
+        rows: PREFILL_ROWS.min(context),
+    });
+    Ok(Memory {
+        context,
+        cache: cache.name(),
+        weight_bytes: used.weights,
+        cache_bytes: used.cache,
+        activation_bytes: used.arena + used.step,
+        total_bytes: used.total(),
+    })
+}
+
+fn text(o: &Output<'_>) -> Result<String> {
+    let mut out = String::new();
+    let shape = format!(
+        "{} layers, hidden {}, {} heads of {} ({} for keys and values)",
+        o.layers, o.hidden, o.heads, o.head_dim, o.kv_heads
+    );
+    let size = format!(
+        "{} in {} ({:.2} bits per layer weight, head {:.2})",
+        ui::bytes(o.bits.bytes),
+        o.bits.storage,
+        o.bits.bpw,
+        o.bits.head_bpw
+    );
+    for (name, value) in [
+        ("architecture", format!("{} ({})", o.architecture, o.family)),
+        ("shape", shape),
+        ("vocabulary", o.vocab.to_string()),
+        ("context", format!("up to {} tokens", o.max_context)),
+        ("parameters", ui::count(o.parameters)),
+        ("files", size),
+    ] {
+        writeln!(out, "{name:<14}{value}")?;
+    }
+    write!(out, "\n{}", tensors(o.bits).render())?;
+    writeln!(out, "\nbits per weight of each layer")?;
+    let most = o.bits.layers.iter().copied().fold(8.0, f64::max);
+    for (layer, bits) in o.bits.layers.iter().enumerate() {
+        writeln!(out, "{layer:>4} {}{bits:6.2}", ui::bar(bits / most, BAR_WIDTH))?;
+    }
+    write!(out, "\n{}", needs(o))?;
+    Ok(out)
+}
+
+fn tensors(bits: &Bits) -> Table {
+    let mut table = Table::new(&[
+        ("tensors", Align::Left),
+        ("stored", Align::Left),
+        ("count", Align::Right),
+        ("parameters", Align::Right),
+        ("bytes", Align::Right),
+        ("bits", Align::Right),
+    ]);
+    for row in &bits.tensors {
+        table.row([
+            row.name.clone(),
+            row.storage.clone(),
+            row.count.to_string(),
+            ui::count(row.parameters),
+            ui::bytes(row.bytes),
+            format!("{:.3}", row.bpw),
+        ]);
+    }
+    table
+}
+
+fn needs(o: &Output<'_>) -> String {
+    let m = &o.memory;
+    let mut text = format!(
+        "memory at {} tokens, cache {}: {} (weights {}, cache {}, activations {})\n",
+        m.context,
+        m.cache,
+        ui::bytes(m.total_bytes),
+        ui::bytes(m.weight_bytes),
+        ui::bytes(m.cache_bytes),
+        ui::bytes(m.activation_bytes)
+    );
+    if let (Some(total), Some(free), Some(fits)) =
+        (o.machine.memory_bytes, o.machine.available_bytes, o.fits)
+    {
+        let verdict = if fits {
+            "fits this machine"
+        } else if m.total_bytes <= total {
+            "fits this machine only when other programs free memory"
+        } else {
+            "does not fit this machine"
+        };
+        text.push_str(&format!(
+            "{verdict} ({} free of {})\n",
+            ui::bytes(free),
+            ui::bytes(total)
+        ));
+    }
+    text
+}

@@ -1,0 +1,145 @@
+//! How errors reach the user: one line, causes below it, and the exit code.
+
+use std::any::Any;
+use std::fmt;
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+/// The work failed.
+const FAILED: u8 = 1;
+/// The command line makes no sense.
+const USAGE: u8 = 2;
+/// The user pressed Ctrl-C.
+const INTERRUPTED: u8 = 130;
+
+/// A command line that clap accepts but that cannot be meant.
+#[derive(Debug)]
+pub(crate) struct Usage(pub(crate) String);
+
+/// The user stopped the command; the text says what there is and how to go on.
+#[derive(Debug)]
+pub(crate) struct Interrupted(pub(crate) String);
+
+impl fmt::Display for Usage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl fmt::Display for Interrupted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Usage {}
+impl std::error::Error for Interrupted {}
+
+/// Runs a command, prints its error if any, and turns the outcome into an exit code.
+pub(crate) fn guard(run: fn() -> anyhow::Result<()>) -> ExitCode {
+    match std::panic::catch_unwind(run) {
+        Ok(Ok(())) => ExitCode::SUCCESS,
+        Ok(Err(error)) => {
+            if is_broken_pipe(&error) {
+                return ExitCode::SUCCESS;
+            }
+            let mut stderr = io::stderr().lock();
+            // Nothing is left to do when stderr itself is gone.
+            let _ = stderr.write_all(describe(&error).as_bytes());
+            ExitCode::from(code(&error))
+        }
+        Err(_) => ExitCode::from(FAILED),
+    }
+}
+
+/// Replaces Rust's panic message by one line that says what to do.
+pub(crate) fn install_panic_hook() {
+    std::panic::set_hook(Box::new(|info| {
+        let place = info
+            .location()
+            .map_or_else(String::new, |l| format!(" at {}:{}", l.file(), l.line()));
+        let _ = writeln!(
+            io::stderr().lock(),
+            "error: internal fault in exl {}{place}: {} (a bug: please report it with the command line)",
+            env!("CARGO_PKG_VERSION"),
+            panic_text(info.payload()),
+        );
+    }));
+}
+
+fn panic_text(payload: &dyn Any) -> &str {
+    payload
+        .downcast_ref::<&str>()
+        .copied()
+        .or_else(|| payload.downcast_ref::<String>().map(String::as_str))
+        .unwrap_or("no message")
+}
+
+/// The reader of our output went away (`exl info | head`): not a failure of ours.
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    error
+        .chain()
+        .filter_map(|cause| cause.downcast_ref::<io::Error>())
+        .any(|cause| cause.kind() == io::ErrorKind::BrokenPipe)
+}
+
+fn code(error: &anyhow::Error) -> u8 {
+    if error.is::<Interrupted>() {
+        INTERRUPTED
+    } else if error.is::<Usage>() {
+        USAGE
+    } else {
+        FAILED
+    }
+}
+
+/// `error: what`, then one indented line per cause that adds something.
+fn describe(error: &anyhow::Error) -> String {
+    let label = if error.is::<Interrupted>() {
+        "interrupted"
+    } else {
+        "error"
+    };
+    let mut said = error.to_string();
+    let mut text = format!("{label}: {}\n", one_line(&said));
+    for cause in error.chain().skip(1) {
+        let cause = cause.to_string();
+        // Many errors repeat their source in their own text; a repeat tells nobody anything.
+        if !said.contains(&cause) {
+            text.push_str(&format!("  because: {}\n", one_line(&cause)));
+            said = cause;
+        }
+    }
+    text
+}
+
+fn one_line(text: &str) -> String {
+    text.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use anyhow::anyhow;
+
+    #[test]
+    fn causes_stand_below_and_repeats_are_dropped() {
+        let error = anyhow!("no such file").context("cannot read a.json: no such file");
+        assert_eq!(
+            describe(&error),
+            "error: cannot read a.json: no such file\n"
+        );
+        let error = anyhow!("disk full").context("cannot write\nx");
+        assert_eq!(
+            describe(&error),
+            "error: cannot write x\n  because: disk full\n"
+        );
+    }
+
+    #[test]
+    fn codes_follow_the_kind_even_under_context() {
+        assert_eq!(code(&anyhow!("x")), 1);
+        assert_eq!(code(&anyhow::Error::new(Usage("x".into())).context("y")), 2);
+        assert_eq!(code(&Interrupted("x".into()).into()), 130);
+    }
+}

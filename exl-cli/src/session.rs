@@ -1,0 +1,144 @@
+//! From flags to a loaded model that can run.
+
+use crate::args::{ActivationMode, CacheMode, ComputeArgs, Device, DeviceArgs, LoadArgs};
+use crate::failure::Interrupted;
+use crate::machine::{self, GpuDriver};
+use crate::signal::StopFlag;
+use crate::ui::{self, Ui};
+use anyhow::{Context, Result, bail};
+use exl_models::rope::RopeOptions;
+use exl_models::{LoadOptions, MemoryRequest, Model, ModelSource, Runner, RunnerOptions};
+use exl_tensor::{Activations, DType};
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+
+/// A model in memory.
+#[derive(Debug)]
+pub(crate) struct Loaded {
+    pub(crate) model: Arc<Model>,
+    /// Bytes of its weights in the files.
+    pub(crate) checkpoint_bytes: u64,
+}
+
+/// Says which device computes, or why the wanted one cannot.
+pub(crate) fn check_device(device: Device, ui: &Ui) -> Result<()> {
+    match device {
+        Device::Cpu => Ok(()),
+        Device::Auto if GpuDriver::probe().is_present() => {
+            ui.note("an NVIDIA driver is installed, but this version has no GPU support: using the CPU");
+            Ok(())
+        }
+        Device::Auto => {
+            ui.note("no GPU support in this version and none found: using the CPU");
+            Ok(())
+        }
+        Device::Cuda(n) => bail!(
+            "--device cuda:{n}: this version of exl has no GPU support (use --device cpu, or leave the flag out)"
+        ),
+    }
+}
+
+/// Threads that computing uses.
+pub(crate) fn threads(device: &DeviceArgs) -> usize {
+    if device.threads == 0 { machine::cores() } else { device.threads }
+}
+
+/// Name of the activation mode, as on the command line.
+pub(crate) fn activations_name(compute: &ComputeArgs) -> &'static str {
+    match compute.activations {
+        ActivationMode::Exact16 => "exact16",
+        ActivationMode::Fast8 => "fast8",
+    }
+}
+
+/// The mode as the kernels know it.
+pub(crate) fn activations(compute: &ComputeArgs) -> Activations {
+    match compute.activations {
+        ActivationMode::Exact16 => Activations::Exact16,
+        ActivationMode::Fast8 => Activations::Fast8,
+    }
+}
+
+/// Element type of a cache mode.
+pub(crate) fn kv_dtype(mode: CacheMode) -> Result<DType> {
+    match mode {
+        CacheMode::F16 => Ok(DType::F16),
+        CacheMode::F32 => Ok(DType::F32),
+        CacheMode::Q8 | CacheMode::Q6 | CacheMode::Q4 => bail!(
+            "--cache {}: quantized caches are not supported yet (use --cache f16 or f32)",
+            mode.name()
+        ),
+    }
+}
+
+/// Settings of a runner; the caller sets its sizes.
+pub(crate) fn runner_options(compute: &ComputeArgs, cache: CacheMode) -> Result<RunnerOptions> {
+    Ok(RunnerOptions {
+        kv_dtype: kv_dtype(cache)?,
+        threads: threads(&compute.device),
+        activations: activations(compute),
+        ..RunnerOptions::default()
+    })
+}
+
+/// Name of what computes, the instruction set included.
+pub(crate) fn device_name(runner: &Runner) -> String {
+    runner
+        .executor()
+        .kernels()
+        .map_or_else(|| "cpu".to_owned(), |cpu| format!("cpu/{:?}", cpu.isa()).to_lowercase())
+}
+
+/// Settings of opening a model.
+pub(crate) fn load_options(
+    load: LoadArgs,
+    compute: &ComputeArgs,
+    context: Option<usize>,
+) -> LoadOptions {
+    LoadOptions {
+        rope: RopeOptions { context, ..RopeOptions::default() },
+        assume_llama: load.assume_llama,
+        threads: threads(&compute.device),
+    }
+}
+
+/// Opens a model's files and passes on what they had to remark.
+pub(crate) fn open(dir: &Path, options: &LoadOptions, ui: &Ui) -> Result<ModelSource> {
+    let source = ModelSource::open(dir, options)
+        .with_context(|| format!("cannot open the model in {}", dir.display()))?;
+    for notice in source.files().notices() {
+        ui.note(&format!("note: {notice}"));
+    }
+    Ok(source)
+}
+
+/// Loads an opened model, with progress; Ctrl-C ends it.
+pub(crate) fn load(source: &ModelSource, stop: &StopFlag, ui: &Ui) -> Result<Loaded> {
+    let total = source.total_bytes();
+    let progress = Mutex::new(ui.bytes("loading", total));
+    let model = source.load(&|at| {
+        if let Ok(mut progress) = progress.lock() {
+            progress.set(at.done);
+        }
+    })?;
+    drop(progress);
+    if stop.is_set() {
+        return Err(Interrupted("stopped while loading".to_owned()).into());
+    }
+    Ok(Loaded { model: Arc::new(model), checkpoint_bytes: total })
+}
+
+/// Refuses work that cannot fit into this machine's memory, before anything is loaded.
+pub(crate) fn check_memory(source: &ModelSource, request: &MemoryRequest) -> Result<()> {
+    let need = source.memory_for(request).total();
+    match machine::memory() {
+        Some((total, _)) if need > total => bail!(
+            "{} with {} tokens of context needs {} of memory, this machine has {} (use a smaller --context, or a model with fewer bits)",
+            source.files().dir().display(),
+            request.context * request.seqs,
+            ui::bytes(need),
+            ui::bytes(total),
+        ),
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,15 @@
+//! Random checkpoints in the shape of known models: files as real as any, values without meaning.
+//!
+//! Speed depends on shapes and bit mixes only, so these stand in for models of tens of gigabytes.
+
+mod recipe;
+mod shape;
+mod tokenizer;
+mod weights;
+#[cfg(any())]
+mod write;
+
+pub(crate) use recipe::Recipe;
+pub(crate) use shape::Shape;
+#[cfg(any())]
+pub(crate) use write::write_checkpoint;

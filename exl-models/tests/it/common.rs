@@ -1,10 +1,12 @@
 //! Shared by the integration tests.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use exl_models::{Backend, LoadOptions, Model, ModelSource, Runner, RunnerOptions};
 use exl_tensor::DType;
+use serde_json::{Value, json};
 
 pub(crate) const CASES: [&str; 14] = [
     "llama-plain",
@@ -103,4 +105,70 @@ pub(crate) fn runner(model: Arc<Model>, backend: Backend) -> Runner {
         ..Default::default()
     };
     Runner::new(model, options).unwrap()
+}
+
+/// Type, shape and bytes by name.
+pub(crate) type Tensors = BTreeMap<String, (String, Vec<usize>, Vec<u8>)>;
+
+/// The contents of a safetensors file.
+pub(crate) fn tensors(path: &Path) -> Tensors {
+    let file = std::fs::read(path).unwrap();
+    let split = 8 + u64::from_le_bytes(file[..8].try_into().unwrap()) as usize;
+    let header: Value = serde_json::from_slice(&file[8..split]).unwrap();
+    let number = |v: &Value| v.as_u64().unwrap() as usize;
+    let entries = header
+        .as_object()
+        .unwrap()
+        .iter()
+        .filter(|(name, _)| *name != "__metadata__");
+    let tensor = |(name, t): (&String, &Value)| {
+        let shape = t["shape"].as_array().unwrap().iter().map(number).collect();
+        let range = number(&t["data_offsets"][0])..number(&t["data_offsets"][1]);
+        let dtype = t["dtype"].as_str().unwrap().to_owned();
+        (name.clone(), (dtype, shape, file[split..][range].to_vec()))
+    };
+    entries.map(tensor).collect()
+}
+
+/// A model directory taken apart.
+pub(crate) struct Parts {
+    pub(crate) config: Value,
+    pub(crate) tensors: Tensors,
+}
+
+impl Parts {
+    pub(crate) fn of(case: &str) -> Self {
+        let text = std::fs::read_to_string(dir(case).join("config.json")).unwrap();
+        let tensors = tensors(&dir(case).join("model.safetensors"));
+        Self {
+            config: serde_json::from_str(&text).unwrap(),
+            tensors,
+        }
+    }
+
+    pub(crate) fn tensor(&mut self, name: &str) -> &mut (String, Vec<usize>, Vec<u8>) {
+        self.tensors.get_mut(name).unwrap()
+    }
+
+    pub(crate) fn write(&self, name: &str) -> PathBuf {
+        let dir = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(name);
+        std::fs::create_dir_all(&dir).unwrap();
+        let (mut header, mut data) = (serde_json::Map::new(), Vec::new());
+        for (name, (dtype, shape, bytes)) in &self.tensors {
+            let offsets = [data.len(), data.len() + bytes.len()];
+            let entry = json!({"dtype": dtype, "shape": shape, "data_offsets": offsets});
+            header.insert(name.clone(), entry);
+            data.extend_from_slice(bytes);
+        }
+        let mut header = Value::Object(header).to_string();
+        while !header.len().is_multiple_of(8) {
+            header.push(' ');
+        }
+        let mut file = (header.len() as u64).to_le_bytes().to_vec();
+        file.extend_from_slice(header.as_bytes());
+        file.extend_from_slice(&data);
+        std::fs::write(dir.join("model.safetensors"), file).unwrap();
+        std::fs::write(dir.join("config.json"), self.config.to_string()).unwrap();
+        dir
+    }
 }

@@ -156,7 +156,8 @@ fn fixtures_notice_their_settings() {
     };
     let qkv = |spec: &mut Spec| spec.layers.iter_mut().for_each(|l| l.attn.k.bias = false);
     let norms = |spec: &mut Spec| spec.layers.iter_mut().for_each(|l| l.attn.k_norm = None);
-    let changes: [(&str, &dyn Fn(&mut Spec)); 9] = [
+    type Change<'a> = (&'a str, &'a dyn Fn(&mut Spec));
+    let changes: [Change<'_>; 9] = [
         ("llama-llama3", &plain),
         ("llama-linear", &plain),
         ("llama-yarn", &plain),

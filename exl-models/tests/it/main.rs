@@ -6,3 +6,4 @@ mod common;
 mod golden;
 mod greedy;
 mod plans;
+mod quantized;

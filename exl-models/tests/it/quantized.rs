@@ -1,0 +1,261 @@
+//! EXL2 and GPTQ checkpoints through the same forward code.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use exl_models::{
+    Backend, LoadOptions, LogitRows, Model, ModelSource, SeqSlice, Storage, WeightKey, layout,
+};
+use exl_tensor::{Buffer, DType, Weight};
+use serde_json::json;
+
+use crate::common::{Parts, golden, runner};
+
+/// Deterministic noise.
+struct Noise(u64);
+
+impl Noise {
+    fn word(&mut self) -> u32 {
+        self.0 = self
+            .0
+            .wrapping_mul(6364136223846793005)
+            .wrapping_add(1442695040888963407);
+        (self.0 >> 32) as u32
+    }
+
+    fn words(&mut self, n: usize) -> Vec<u8> {
+        (0..n).flat_map(|_| self.word().to_le_bytes()).collect()
+    }
+
+    /// Bits of binary16 numbers between `low` and `2 low`.
+    fn scales(&mut self, n: usize, low: f32) -> Vec<u8> {
+        let one = |w: u32| half::f16::from_f32(low * (1.0 + (w >> 8) as f32 / (1 << 24) as f32));
+        (0..n)
+            .flat_map(|_| one(self.word()).to_le_bytes())
+            .collect()
+    }
+}
+
+fn le(values: &[i32]) -> Vec<u8> {
+    values.iter().flat_map(|v| v.to_le_bytes()).collect()
+}
+
+/// The fixture with every linear replaced by noise in one of the formats.
+fn quantized(case: &str, write: fn(&mut Parts, &WeightKey, &mut Noise)) -> Parts {
+    let mut parts = Parts::of(case);
+    let spec = golden(case).model.spec().clone();
+    let mut noise = Noise(7);
+    for key in layout(&spec).iter().filter(|k| k.is_linear()) {
+        parts.tensors.remove(&format!("{}.weight", key.name));
+        write(&mut parts, key, &mut noise);
+    }
+    parts
+}
+
+/// Groups of 32 rows of falling width, rows reversed.
+fn exl2(parts: &mut Parts, key: &WeightKey, noise: &mut Noise) {
+    let (k, n) = (key.shape[1], key.shape[0].next_multiple_of(32));
+    let bits: Vec<usize> = [8, 6, 5, 4, 3, 2]
+        .into_iter()
+        .cycle()
+        .take(k / 32)
+        .collect();
+    let (mut groups, mut row) = (Vec::new(), 0);
+    let mut sorted = bits.clone();
+    sorted.sort_unstable_by(|a, b| b.cmp(a));
+    for b in &sorted {
+        groups.extend_from_slice(&(*b as i16).to_le_bytes());
+        groups.extend_from_slice(&(row as i16).to_le_bytes());
+        row += b;
+    }
+    let g = sorted.len();
+    let perm: Vec<i32> = (0..k as i32).rev().collect();
+    let mut put = |suffix: &str, dtype: &str, shape: Vec<usize>, bytes| {
+        parts.tensors.insert(
+            format!("{}.{suffix}", key.name),
+            (dtype.to_owned(), shape, bytes),
+        );
+    };
+    put("q_weight", "I32", vec![row, n], noise.words(row * n));
+    put("q_scale", "I32", vec![g, n / 8], noise.words(g * n / 8));
+    // Codes reach 2^(bits - 1), scale codes 256; a maximum of 0.01 keeps 8-bit weights below 1.3.
+    put("q_scale_max", "F16", vec![g], noise.scales(g, 0.005));
+    put("q_groups", "I16", vec![2 * g], groups);
+    put("q_invperm", "I32", vec![k], le(&perm));
+}
+
+/// Groups of 32 features, interleaved by `g_idx`.
+fn gptq(parts: &mut Parts, key: &WeightKey, noise: &mut Noise) {
+    parts.config["quantization_config"] =
+        json!({"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": true});
+    let (k, n) = (key.shape[1], key.shape[0].next_multiple_of(32));
+    let g = k / 32;
+    let order: Vec<i32> = (0..k).map(|i| (i % g) as i32).collect();
+    let mut put = |suffix: &str, dtype: &str, shape: Vec<usize>, bytes| {
+        parts.tensors.insert(
+            format!("{}.{suffix}", key.name),
+            (dtype.to_owned(), shape, bytes),
+        );
+    };
+    put("qweight", "I32", vec![k / 8, n], noise.words(k / 8 * n));
+    put("qzeros", "I32", vec![g, n / 8], noise.words(g * n / 8));
+    put("scales", "F16", vec![g, n], noise.scales(g * n, 0.01));
+    put("g_idx", "I32", vec![k], le(&order));
+}
+
+/// The same model with every quantized weight decoded.
+fn decoded(model: &Model) -> Model {
+    let mut weights = model.weights().clone();
+    for key in layout(model.spec()).iter().filter(|k| k.is_linear()) {
+        let values = model
+            .weights()
+            .get(&key.name)
+            .unwrap()
+            .to_f32(&key.name)
+            .unwrap();
+        // Padded outputs are the last rows.
+        let values = &values[..key.shape[0] * key.shape[1]];
+        let buffer = Buffer::from_slice(values);
+        let dense = Weight::dense(&key.name, DType::F32, &key.shape, buffer).unwrap();
+        weights.insert(key.name.clone(), dense);
+    }
+    Model::from_parts(model.spec().clone(), weights)
+}
+
+fn logits(model: Arc<Model>, ids: &[u32], size: usize) -> Vec<f32> {
+    let mut runner = runner(model, Backend::Cpu);
+    let mut all = Vec::new();
+    for (i, tokens) in ids.chunks(size).enumerate() {
+        let slice = SeqSlice {
+            tokens,
+            start: i * size,
+            pages: &[1],
+            logits: LogitRows::All,
+        };
+        all.extend_from_slice(runner.step(&[slice]).unwrap());
+    }
+    all
+}
+
+/// Largest difference relative to the range of `b`.
+fn relative(a: &[f32], b: &[f32]) -> f32 {
+    assert_eq!(a.len(), b.len());
+    assert!(a.iter().all(|v| v.is_finite()));
+    let worst = a.iter().zip(b).fold(0f32, |w, (x, y)| w.max((x - y).abs()));
+    let high = b.iter().fold(f32::MIN, |m, &v| m.max(v));
+    worst / (high - b.iter().fold(f32::MAX, |m, &v| m.min(v)))
+}
+
+#[test]
+fn quantized_weights_act_as_their_decoded_values() {
+    type Case<'a> = (&'a str, fn(&mut Parts, &WeightKey, &mut Noise), Storage);
+    let cases: [Case<'_>; 3] = [
+        ("qwen2", exl2, Storage::Exl2),
+        ("llama-bias", gptq, Storage::Gptq),
+        ("qwen3", exl2, Storage::Exl2),
+    ];
+    for (case, write, storage) in cases {
+        let dir = quantized(case, write).write(&format!("quantized-{case}"));
+        let source = ModelSource::open(&dir, &LoadOptions::default()).unwrap();
+        let linears = || source.layout().iter().filter(|k| k.is_linear());
+        assert!(linears().all(|k| source.storage(k) == storage));
+        assert!(linears().all(|k| source.file_bytes(k) > 0));
+        let model = Arc::new(source.load(&|_| ()).unwrap());
+        let ids = golden(case).ids;
+        let exact = logits(Arc::new(decoded(&model)), &ids, ids.len());
+        for size in [ids.len(), 1] {
+            let found = logits(model.clone(), &ids, size);
+            assert_eq!(found.len(), ids.len() * 250);
+            let error = relative(&found, &exact);
+            println!("{case} in pieces of {size}: {error:.1e}");
+            assert!(error < 2e-4, "{case} in pieces of {size}: {error}");
+        }
+    }
+}
+
+/// A tied model that comes with a quantized head uses that one.
+#[test]
+fn a_tied_model_may_have_a_quantized_head() {
+    let parts = quantized("qwen2-tied", exl2);
+    let source =
+        ModelSource::open(&parts.write("quantized-tied"), &LoadOptions::default()).unwrap();
+    assert_eq!(
+        source.storage(source.key("lm_head").unwrap()),
+        Storage::Exl2
+    );
+    let model = source.load(&|_| ()).unwrap();
+    assert!(
+        model
+            .weights()
+            .get("lm_head")
+            .unwrap()
+            .quant_kind()
+            .is_some()
+    );
+    assert!(
+        model
+            .weights()
+            .get("model.embed_tokens")
+            .unwrap()
+            .quant_kind()
+            .is_none()
+    );
+}
+
+#[test]
+fn quantized_shapes_are_checked() {
+    let mut parts = quantized("llama-plain", exl2);
+    parts.config["vocab_size"] = json!(320);
+    parts
+        .tensors
+        .get_mut("model.embed_tokens.weight")
+        .unwrap()
+        .1[0] = 320;
+    let table = &mut parts
+        .tensors
+        .get_mut("model.embed_tokens.weight")
+        .unwrap()
+        .2;
+    table.resize(320 * 64 * 2, 0);
+    let dir = parts.write("quantized-shape");
+    let text = Model::open(&dir, &LoadOptions::default())
+        .unwrap_err()
+        .to_string();
+    assert!(
+        text.ends_with(
+            "tensor lm_head.q_weight: expected 64 inputs and 320 outputs, found 64 inputs and \
+             256 outputs"
+        ),
+        "{text}"
+    );
+}
+
+/// Checkpoints written by ExLlamaV2 against its own logits (its attention ran in 16 bits).
+#[test]
+fn published_checkpoints_give_the_published_logits() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared/golden");
+    if !folder.exists() {
+        println!("skipped: no EXL2 checkpoints beside the repository");
+        return;
+    }
+    for bits in ["2.3", "3.0", "4.0", "5.0", "6.0", "8.0"] {
+        let dir = folder.join(format!("demo-4m-exl2-{bits}bpw"));
+        let golden = crate::common::tensors(&dir.join("golden.safetensors.ref"));
+        let (kind, _, bytes) = &golden["input_ids"];
+        assert_eq!(kind, "I64");
+        let ids: Vec<u32> = bytes
+            .chunks_exact(8)
+            .map(|b| u32::from(b[0]) | u32::from(b[1]) << 8)
+            .collect();
+        let (kind, _, bytes) = &golden["logits"];
+        assert_eq!(kind, "F16");
+        let halves = bytes
+            .chunks_exact(2)
+            .map(|b| half::f16::from_le_bytes([b[0], b[1]]));
+        let expected: Vec<f32> = halves.map(half::f16::to_f32).collect();
+        let model = Arc::new(Model::open(&dir, &LoadOptions::default()).unwrap());
+        let error = relative(&logits(model, &ids, ids.len()), &expected);
+        println!("{bits} bpw: {error:.1e}");
+        assert!(error < 1e-2, "{bits} bpw: {error}");
+    }
+}

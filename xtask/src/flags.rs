@@ -1,0 +1,32 @@
+//! The command line of `cargo xtask`.
+#![allow(missing_docs, unreachable_pub, reason = "the structs are generated")]
+
+use std::ffi::OsString;
+
+xflags::xflags! {
+    /// Tasks of the exl workspace.
+    cmd xtask {
+        /// Run every test, doc tests included (with cargo-nextest when it is installed).
+        cmd test {
+            /// Passed on to the test runner; put them after `--`, as in `-- -p exl-format`.
+            repeated args: OsString
+        }
+
+        /// Build `exl`, quantize the bundled model, compare it with its original, let it speak.
+        cmd demo {}
+
+        /// Check the rules of the repository that no compiler checks.
+        cmd tidy {}
+
+        /// Run a fuzz target of exl-format (needs cargo-fuzz and a nightly toolchain).
+        cmd fuzz {
+            /// Name of the target: a file of exl-format/fuzz/fuzz_targets.
+            required name: String
+            /// How long to run (default: 60).
+            optional --seconds seconds: u32
+        }
+
+        /// Compute the golden fixtures of exl-models anew, with PyTorch and transformers from PyPI.
+        cmd golden {}
+    }
+}

@@ -1,0 +1,99 @@
+//! Fences of the documents: each says its language, and commands are marked as such.
+
+use super::File;
+
+/// Words that begin a line of commands.
+const COMMANDS: [&str; 4] = ["exl ", "cargo ", "git ", "$ "];
+/// Fences whose lines are commands, checked by `commands`.
+pub(super) const SHELL: &str = "sh";
+
+/// One fenced block: its language, the line of its first line of content, and its content.
+#[derive(Debug)]
+pub(super) struct Fence<'a> {
+    pub(super) language: &'a str,
+    pub(super) line: usize,
+    pub(super) lines: Vec<&'a str>,
+}
+
+pub(super) fn check(files: &[File]) -> Vec<String> {
+    files
+        .iter()
+        .filter(|f| f.is("md"))
+        .flat_map(check_document)
+        .collect()
+}
+
+fn check_document(file: &File) -> Vec<String> {
+    let mut problems = Vec::new();
+    for fence in fences(&file.text) {
+        if fence.language.is_empty() {
+            problems.push(file.problem(
+                fence.line - 1,
+                "code fence without a language; use sh, rust or text",
+            ));
+        }
+        if fence.language == SHELL || fence.language == "rust" {
+            continue;
+        }
+        for (number, line) in (fence.line..).zip(&fence.lines) {
+            if COMMANDS.iter().any(|c| line.starts_with(c)) {
+                problems.push(file.problem(number, "a command outside a `sh` fence"));
+            }
+        }
+    }
+    problems
+}
+
+/// The fenced blocks of a Markdown text.
+pub(super) fn fences(text: &str) -> Vec<Fence<'_>> {
+    let mut found = Vec::new();
+    let mut open: Option<Fence<'_>> = None;
+    for (number, line) in (1..).zip(text.lines()) {
+        let Some(info) = line.trim_start().strip_prefix("```") else {
+            if let Some(fence) = &mut open {
+                fence.lines.push(line);
+            }
+            continue;
+        };
+        match open.take() {
+            Some(fence) => found.push(fence),
+            None => {
+                open = Some(Fence {
+                    language: info.split([',', ' ']).next().unwrap_or_default(),
+                    line: number + 1,
+                    lines: Vec::new(),
+                });
+            }
+        }
+    }
+    found.extend(open);
+    found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::file;
+    use super::*;
+
+    #[test]
+    fn fences_are_found_with_their_language() {
+        let found = fences("a\n```sh\nexl info\n```\n\n```rust,no_run\nfn f() {}\n```\n");
+        assert_eq!(found.len(), 2);
+        assert_eq!((found[0].language, found[0].line), ("sh", 3));
+        assert_eq!(found[0].lines, ["exl info"]);
+        assert_eq!(found[1].language, "rust");
+    }
+
+    #[test]
+    fn bare_fences_and_unmarked_commands_are_problems() {
+        let found = check_document(&file("a.md", "```\ncargo test\n```\n"));
+        assert_eq!(found.len(), 2, "{found:?}");
+        assert!(found[0].starts_with("a.md:1: code fence without"));
+        assert!(found[1].starts_with("a.md:2: a command outside"));
+    }
+
+    #[test]
+    fn marked_commands_are_fine() {
+        assert!(check_document(&file("a.md", "```sh\ncargo test\n```\n")).is_empty());
+    }
+}

@@ -12,7 +12,7 @@ pub use probe::Storage;
 
 use std::collections::HashMap;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use exl_format::ModelFiles;
@@ -73,6 +73,7 @@ impl ModelSource {
         let spec = parse(&params, &options.rope, options.assume_llama)?;
         let layout = layout(&spec);
         let storage = probe::probe(&files, &layout)?;
+        probe::check_gptq_bits(&params, &storage)?;
         Ok(Self {
             files,
             spec: Arc::new(spec),
@@ -160,6 +161,20 @@ impl ModelSource {
         Ok(weights)
     }
 
+    /// Looks at every value of an unquantized weight and its bias (loading only samples large
+    /// ones); quantized weights have nothing to look at.
+    ///
+    /// # Errors
+    /// [`crate::Error::NotFinite`] with the position of the first NaN or infinity.
+    pub fn check_finite(&self, key: &WeightKey) -> Result<()> {
+        let weight = match self.storage(key) {
+            Storage::Dense => Some(format!("{}.weight", key.name)),
+            _ => None,
+        };
+        let mut names = weight.into_iter().chain(key.bias.clone());
+        names.try_for_each(|name| check_finite(&self.files.tensor(&name)?))
+    }
+
     /// The weights that are in no file: rope tables.
     pub fn constants(&self) -> Weights {
         let mut weights = Weights::new();
@@ -185,17 +200,15 @@ impl ModelSource {
     /// As [`ModelSource::load_weight`]; the first in model order.
     pub fn load(&self, progress: &(dyn Fn(Progress) + Sync)) -> Result<Model> {
         let total = self.total_bytes();
-        let done = AtomicU64::new(0);
+        let done = Mutex::new(0);
         progress(Progress { done: 0, total });
         let parts = self.for_each_key(|key| {
             let mut part = Weights::new();
             self.load_key(key, &mut part)?;
-            let bytes = self.file_bytes(key);
-            let before = done.fetch_add(bytes, Ordering::Relaxed);
-            progress(Progress {
-                done: before + bytes,
-                total,
-            });
+            // Held over the call, so that the figures only grow.
+            let mut done = done.lock().expect("no holder of this lock panics");
+            *done += self.file_bytes(key);
+            progress(Progress { done: *done, total });
             Ok(part)
         })?;
         let mut weights = self.constants();

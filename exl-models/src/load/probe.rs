@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use exl_format::ModelFiles;
 
 use super::read::{dense_view, zero_bias};
-use crate::{Error, Module, Result, WeightKey, WeightKind};
+use crate::{Error, Module, Params, Result, WeightKey, WeightKind};
 
 /// How a weight is stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -84,6 +84,19 @@ pub(super) fn probe(files: &ModelFiles, layout: &[WeightKey]) -> Result<HashMap<
         check_tensors(files, key, found[&key.name])?;
     }
     Ok(found)
+}
+
+/// Other widths than 4 bits are packed alike and would be misread.
+pub(super) fn check_gptq_bits(p: &Params<'_>, found: &HashMap<String, Storage>) -> Result<()> {
+    let keys = ["quantization_config->bits"];
+    let any = found.values().any(|s| *s == Storage::Gptq);
+    match p.number(&keys)? {
+        Some(bits) if any && bits != 4.0 => Err(p.error(
+            &keys,
+            format!("GPTQ with {bits} bits; only 4 bits can be read"),
+        )),
+        _ => Ok(()),
+    }
 }
 
 /// Bytes of a weight and its bias in the files.

@@ -1,6 +1,6 @@
 //! Damaged and mismatched directories: one clear line each.
 
-use exl_models::{LoadOptions, Model, ModelSource, check_finite};
+use exl_models::{LoadOptions, Model, ModelSource};
 use serde_json::json;
 
 use crate::common::{Parts, dir};
@@ -126,9 +126,9 @@ fn not_a_number() {
         "{text}"
     );
     let source = ModelSource::open(&parts.write("nan"), &LoadOptions::default()).unwrap();
-    let view = |name: &str| source.files().tensor(name).unwrap();
-    check_finite(&view("model.embed_tokens.weight")).unwrap();
-    check_finite(&view("model.layers.0.mlp.down_proj.weight")).unwrap_err();
+    let check = |name: &str| source.check_finite(source.key(name).unwrap());
+    check("model.embed_tokens").unwrap();
+    check("model.layers.0.mlp.down_proj").unwrap_err();
 }
 
 /// EXL2 files store one row per head.

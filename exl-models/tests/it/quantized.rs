@@ -230,6 +230,20 @@ fn quantized_shapes_are_checked() {
     );
 }
 
+#[test]
+fn gptq_of_another_width_is_refused() {
+    let mut parts = quantized("llama-bias", gptq);
+    parts.config["quantization_config"]["bits"] = json!(8);
+    let dir = parts.write("quantized-bits");
+    let text = Model::open(&dir, &LoadOptions::default())
+        .unwrap_err()
+        .to_string();
+    assert!(
+        text.contains("quantization_config->bits: GPTQ with 8 bits"),
+        "{text}"
+    );
+}
+
 /// Checkpoints written by ExLlamaV2 against its own logits (its attention ran in 16 bits).
 #[test]
 fn published_checkpoints_give_the_published_logits() {

@@ -1,0 +1,126 @@
+use std::path::PathBuf;
+
+/// What can go wrong between a prompt and its answer.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A model directory without tokenizer.json.
+    #[error(
+        "{path}: no tokenizer here; copy tokenizer.json from the original model's repository into \
+         this directory (a SentencePiece .model alone has to be converted with transformers first)"
+    )]
+    TokenizerMissing {
+        /// The file looked for.
+        path: PathBuf,
+    },
+    /// A file that cannot be read.
+    #[error("{path}: {source}")]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// A tokenizer.json that is none.
+    #[error("{path}: not a usable tokenizer: {reason}")]
+    TokenizerInvalid {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong in it.
+        reason: String,
+    },
+    /// An entry of a configuration file has the wrong shape.
+    #[error("{file}: `{key}` must be {expected}")]
+    Config {
+        /// The file.
+        file: String,
+        /// The entry.
+        key: String,
+        /// What it should be.
+        expected: &'static str,
+    },
+    /// A text the tokenizer refuses.
+    #[error("the tokenizer cannot encode this text: {reason}")]
+    Encode {
+        /// Its own words.
+        reason: String,
+    },
+    /// A token id outside the vocabulary.
+    #[error("token {id} is outside the vocabulary of {vocab} tokens")]
+    UnknownToken {
+        /// The id.
+        id: u32,
+        /// Size of the vocabulary.
+        vocab: usize,
+    },
+    /// A chat template that does not compile or refuses a conversation.
+    #[error("the chat template {what}{}: {reason}", at_line(*line))]
+    Template {
+        /// What happened.
+        what: &'static str,
+        /// Line in the template, 0 when unknown.
+        line: usize,
+        /// The construct, or the template's own words.
+        reason: String,
+    },
+    /// Several templates and none of them the default.
+    #[error("no chat template named `default` among: {names}")]
+    NoTemplate {
+        /// Those there are.
+        names: String,
+    },
+    /// A sampling setting outside its range.
+    #[error("{name} is {value}, but must be {expected}")]
+    Setting {
+        /// The setting.
+        name: &'static str,
+        /// Its value.
+        value: f64,
+        /// The range.
+        expected: &'static str,
+    },
+    /// Prompt and answer can never fit into the cache.
+    #[error(
+        "the prompt has {prompt} tokens and {new} new ones are asked for, but {limit} is the most \
+         one sequence can hold: shorten the prompt, ask for fewer tokens or enlarge the cache"
+    )]
+    PromptTooLong {
+        /// Tokens of the prompt.
+        prompt: usize,
+        /// New tokens asked for.
+        new: usize,
+        /// Tokens one sequence can hold.
+        limit: usize,
+    },
+    /// A prompt without a single token.
+    #[error("the prompt is empty: give at least one token (a BOS token will do)")]
+    EmptyPrompt,
+    /// Nothing more fits into the queue of waiting requests.
+    #[error("{waiting} requests are waiting already; try again later")]
+    QueueFull {
+        /// Requests waiting.
+        waiting: usize,
+    },
+    /// The engine drains or has ended and takes no more requests.
+    #[error("the engine is shutting down and takes no more requests")]
+    Closed,
+    /// A backend the engine cannot run with.
+    #[error("the engine cannot run on this backend: {reason}")]
+    Backend {
+        /// Why.
+        reason: String,
+    },
+    /// Page table.
+    #[error(transparent)]
+    Cache(#[from] exl_cache::Error),
+}
+
+fn at_line(line: usize) -> String {
+    match line {
+        0 => String::new(),
+        line => format!(" (line {line})"),
+    }
+}
+
+/// Result with this crate's error.
+pub type Result<T, E = Error> = std::result::Result<T, E>;

@@ -1,8 +1,14 @@
 //! The CPU implementation of every op.
 
-mod interim;
+mod dense;
 mod isa;
+mod linear;
+mod math;
 mod pool;
+mod qgemm;
+mod syrk;
+
+use std::sync::{Mutex, PoisonError};
 
 pub use isa::Isa;
 pub use pool::Pool;
@@ -37,7 +43,18 @@ pub struct Cpu {
     isa: Isa,
     pool: Pool,
     activations: Activations,
+    scratch: Mutex<Vec<Line>>,
 }
+
+/// One cache line of scratch.
+#[derive(Clone, Copy, Debug)]
+#[repr(C, align(64))]
+struct Line([i32; 16]);
+
+// SAFETY: plain integers without padding.
+unsafe impl bytemuck::Zeroable for Line {}
+// SAFETY: as above; any bit pattern is valid.
+unsafe impl bytemuck::Pod for Line {}
 
 impl Cpu {
     /// Starts the threads. An instruction set this processor lacks is replaced by the best it has.
@@ -47,7 +64,19 @@ impl Cpu {
             isa: options.isa.unwrap_or(best).min(best),
             pool: Pool::new(options.threads),
             activations: options.activations,
+            scratch: Mutex::new(Vec::new()),
         }
+    }
+
+    /// Lends `words` 4-byte words of scratch. Grows on the first use of a size; later steps of
+    /// the same shapes allocate nothing.
+    fn scratch<T>(&self, words: usize, use_it: impl FnOnce(&mut [i32]) -> T) -> T {
+        let mut lines = self.scratch.lock().unwrap_or_else(PoisonError::into_inner);
+        let wanted = words.div_ceil(16);
+        if lines.len() < wanted {
+            *lines = vec![Line([0; 16]); wanted];
+        }
+        use_it(&mut bytemuck::cast_slice_mut(&mut lines)[..words])
     }
 
     /// Instruction set in use.
@@ -72,9 +101,9 @@ impl Cpu {
     pub fn run(&self, op: &mut Op<'_>) -> Result<()> {
         ops::check(op)?;
         match op {
-            Op::Linear(op) => interim::linear(op, self),
-            Op::GateUp(op) => interim::gate_up(op, self),
-            Op::HessianSyrk(op) => interim::syrk(op, self),
+            Op::Linear(op) => linear::run(op, self),
+            Op::GateUp(op) => linear::gate_up(op, self),
+            Op::HessianSyrk(op) => syrk::run(op, self),
             op => reference::run(op),
         }
     }

@@ -171,7 +171,7 @@ fn activate(act: Activation, x: f64) -> f64 {
 
 /// The error function: Maclaurin series where it converges fast, continued fraction of the
 /// complement beyond.
-fn erf(x: f64) -> f64 {
+pub(crate) fn erf(x: f64) -> f64 {
     let a = x.abs();
     if a < 3.0 {
         let (mut term, mut sum) = (a, a);

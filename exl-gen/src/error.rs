@@ -79,6 +79,12 @@ pub enum Error {
         /// The range.
         expected: &'static str,
     },
+    /// Logits nothing can be drawn from.
+    #[error("no token can be chosen: {reason}")]
+    Logits {
+        /// Why.
+        reason: String,
+    },
     /// Prompt and answer can never fit into the cache.
     #[error(
         "the prompt has {prompt} tokens and {new} new ones are asked for, but {limit} is the most \

@@ -14,6 +14,7 @@ mod filters;
 mod json;
 mod messages;
 mod methods;
+mod open;
 mod set;
 mod source;
 #[cfg(test)]

@@ -6,7 +6,7 @@ use super::ChatTemplate;
 use crate::{Error, Result};
 
 /// All chat templates of a model, compiled.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct ChatTemplates {
     named: Vec<(String, ChatTemplate)>,
 }

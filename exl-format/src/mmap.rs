@@ -1,0 +1,26 @@
+//! The one place that maps files: all unsafe code of this crate.
+
+use std::fs::File;
+use std::path::Path;
+
+use memmap2::Mmap;
+
+use crate::{Error, Result};
+
+/// Maps a whole file for reading.
+///
+/// # Errors
+/// [`Error::Io`] when it cannot be opened, is no regular file, or cannot be mapped.
+pub(crate) fn map_file(path: &Path) -> Result<Mmap> {
+    let file = File::open(path).map_err(Error::io("open", path))?;
+    let kind = file.metadata().map_err(Error::io("open", path))?;
+    if !kind.is_file() {
+        let reason = std::io::Error::other("not a regular file");
+        return Err(Error::io("map", path)(reason));
+    }
+    // SAFETY: the map is private to this process, read-only and never handed out but as `&[u8]`
+    // of plain bytes, for which every bit pattern is valid. What remains is the rule that nobody
+    // else truncates or rewrites a checkpoint in place while it is open; this crate itself only
+    // ever replaces files by renaming, which leaves existing maps untouched. The README says so.
+    unsafe { Mmap::map(&file) }.map_err(Error::io("map", path))
+}

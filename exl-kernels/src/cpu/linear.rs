@@ -1,14 +1,14 @@
 //! `Linear` and `GateUp`: columns in chunks over the threads, rows in blocks that fit L2.
 
 use super::dense::{self, Dense};
-use super::qgemm::{self, CHUNK, Input, Product, TILE_ROWS};
+use super::qgemm::{self, CHUNK, Input, Product};
 use super::{Cpu, Isa};
 use crate::ops::{GateUp, Linear, LinearPart, Matrix};
 use crate::quant::PANEL;
 use crate::{Mem, Result};
 
-/// Rows of a block: their activations and the accumulator stay in L2 while columns go by.
-const BLOCK_ROWS: usize = 32 * TILE_ROWS;
+/// Tiles of a block of rows: their activations and the accumulator stay in L2 while columns go by.
+const BLOCK_TILES: usize = 32;
 /// Rows up to which dense matrices are read in their storage type.
 const STREAM_ROWS: usize = 4;
 
@@ -73,6 +73,11 @@ fn input_words(matrix: &Matrix<'_>, rows: usize) -> usize {
     }
 }
 
+/// Rows of a block, whole tiles of the quantized input.
+fn block_rows(rows: usize) -> usize {
+    (BLOCK_TILES * qgemm::tile_rows(rows)).min(rows)
+}
+
 /// Scratch words of one thread: two accumulators, and a tile of f32 columns per matrix when one
 /// is dense and has more rows than are streamed.
 fn thread_words(rows: usize, inputs: usize, matrices: &[&Matrix<'_>]) -> usize {
@@ -82,7 +87,7 @@ fn thread_words(rows: usize, inputs: usize, matrices: &[&Matrix<'_>]) -> usize {
     } else {
         0
     };
-    2 * BLOCK_ROWS.min(rows) * CHUNK + matrices.len() * tile
+    2 * block_rows(rows) * CHUNK + matrices.len() * tile
 }
 
 fn source<'a>(
@@ -123,7 +128,8 @@ impl Source<'_> {
         match self {
             Source::Quant(product) => {
                 let panels = (first / PANEL, columns.div_ceil(PANEL));
-                let tiles = rows.start / TILE_ROWS..rows.end.div_ceil(TILE_ROWS);
+                let size = product.tile_size();
+                let tiles = rows.start / size..rows.end.div_ceil(size);
                 product.run(panels, tiles, acc);
             }
             Source::Dense { w, x, inputs } => {
@@ -162,14 +168,15 @@ fn sweep(
         let columns = chunk.min(outputs - first);
         // SAFETY: each thread index runs one task at a time and gets its own range.
         let mine = unsafe { scratch.of(thread) };
-        let half = BLOCK_ROWS.min(rows) * CHUNK;
+        let block = block_rows(rows);
+        let half = block * CHUNK;
         let (acc_a, rest) = mine.split_at_mut(half);
         let (acc_b, tile) = rest.split_at_mut(half);
         let mut accs = [acc_a, acc_b];
         let tile_words = tile.len() / sources.len();
         let mut start = 0;
         while start < rows {
-            let end = (start + BLOCK_ROWS).min(rows);
+            let end = (start + block).min(rows);
             for (i, source) in sources.iter().enumerate() {
                 let tile = &mut tile[i * tile_words..][..tile_words];
                 source.run((first, columns), start..end, accs[i], (tile, isa));

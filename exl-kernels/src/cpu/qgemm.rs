@@ -12,7 +12,7 @@ mod avx512;
 mod input;
 mod scalar;
 
-pub(super) use input::{Input, scratch_words};
+pub(super) use input::{Input, scratch_words, tile_rows};
 
 use super::Isa;
 use crate::quant::{PANEL, QuantMatrix};
@@ -30,7 +30,12 @@ pub(super) struct Product<'a> {
 }
 
 impl Product<'_> {
-    /// Computes rows `tiles * TILE_ROWS..` of the columns of panels `first..first + count`
+    /// Rows of a tile of the input, the last one excepted.
+    pub(super) fn tile_size(&self) -> usize {
+        self.input.tile_size()
+    }
+
+    /// Computes the rows of some tiles of the columns of panels `first..first + count`
     /// into `acc` (`[rows of the tiles, CHUNK]`, overwritten).
     pub(super) fn run(
         &self,

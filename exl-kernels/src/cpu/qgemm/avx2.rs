@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{CHUNK, Product, TILE_ROWS};
+use super::{CHUNK, Product};
 use crate::quant::{BLOCK, PANEL, PackedGroup, VECTORS};
 
 /// Blocks whose sums fit 32 bits with room: 128 rows of 255 * 32640.
@@ -34,7 +34,7 @@ pub(super) unsafe fn run(
                 };
                 for tile in tiles.clone() {
                     for r in 0..p.input.tile_rows(tile) {
-                        let row = (tile - tiles.start) * TILE_ROWS + r;
+                        let row = p.input.first_row(tile) - p.input.first_row(tiles.start) + r;
                         let out = &mut acc[row * CHUNK + c * PANEL..][..PANEL];
                         // SAFETY: AVX2 is enabled here too.
                         unsafe { row_product(p, &run, (tile, r), out) };
@@ -87,14 +87,20 @@ unsafe fn expand(
 #[target_feature(enable = "avx2,fma")]
 unsafe fn row_product(p: &Product<'_>, run: &Run<'_>, (tile, r): (usize, usize), out: &mut [f32]) {
     let group = &p.matrix.groups()[run.group];
-    let m = p.input.tile_rows(tile);
+    let (m, terms) = (p.input.tile_rows(tile), p.input.terms);
     let words = p.input.words(tile, group.first + 32 * run.block);
     // Four registers, each four columns by two partial sums.
     let mut sums = [_mm256_setzero_si256(); 4];
     for (b, block) in run.codes.iter().enumerate() {
         for i in 0..VECTORS {
             let quad = b * VECTORS + i;
-            let x = widen(words[quad * 2 * m + r], words[(quad * 2 + 1) * m + r]);
+            let high = words[quad * terms * m + r];
+            let low = if terms == 2 {
+                words[(quad * 2 + 1) * m + r]
+            } else {
+                0
+            };
+            let x = widen(high, low);
             let x = _mm256_set1_epi64x(x);
             for (s, sum) in sums.iter_mut().enumerate() {
                 let bytes = &block[i * 64 + s * 16..][..16];
@@ -105,7 +111,7 @@ unsafe fn row_product(p: &Product<'_>, run: &Run<'_>, (tile, r): (usize, usize),
             }
         }
     }
-    let row = tile * TILE_ROWS + r;
+    let row = p.input.first_row(tile) + r;
     let scales = p.matrix.column_scales(run.panel, run.group);
     let zeros = p.matrix.column_zeros(run.panel, run.group);
     let [high, low] = if run.block == 0 {

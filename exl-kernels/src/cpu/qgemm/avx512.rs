@@ -2,13 +2,14 @@
 
 use std::arch::x86_64::*;
 
-use super::{CHUNK, Product, TILE_ROWS};
+use super::{CHUNK, Product};
 use crate::quant::{PANEL, PackedGroup, Scales, VECTORS};
 
 /// Rows of a group expanded at a time: four panels of this many rows are 32 KiB, two thirds of L1.
 const EXPAND_ROWS: usize = 512;
-/// Rows up to which codes go straight from memory into the dot products.
-const STREAM_ROWS: usize = 4;
+/// Rows up to which codes go straight from memory into the dot products, tile by tile: a panel
+/// that one tile has read is in L1 or L2 for the next.
+const STREAM_ROWS: usize = 12;
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vnni")]
 pub(super) unsafe fn run(
@@ -17,19 +18,13 @@ pub(super) unsafe fn run(
     tiles: std::ops::Range<usize>,
     acc: &mut [f32],
 ) {
-    let rows = p.input.rows_of(&tiles);
-    if rows <= STREAM_ROWS {
+    if p.input.rows <= STREAM_ROWS {
         for c in 0..count {
-            let out = &mut acc[c * PANEL..];
-            let place = (first + c, tiles.start);
-            // SAFETY: the features are enabled here too.
-            unsafe {
-                match rows {
-                    1 => stream::<1>(p, place, out),
-                    2 => stream::<2>(p, place, out),
-                    3 => stream::<3>(p, place, out),
-                    _ => stream::<4>(p, place, out),
-                }
+            for tile in tiles.clone() {
+                let first_row = p.input.first_row(tile) - p.input.first_row(tiles.start);
+                let out = &mut acc[first_row * CHUNK + c * PANEL..];
+                // SAFETY: the features are enabled here too.
+                unsafe { stream_tile(p, (first + c, tile), out) };
             }
         }
         return;
@@ -53,7 +48,8 @@ pub(super) unsafe fn run(
                         first_row: group.first + done,
                         rows: part,
                     };
-                    let out = &mut acc[(tile - tiles.start) * TILE_ROWS * CHUNK..];
+                    let row = p.input.first_row(tile) - p.input.first_row(tiles.start);
+                    let out = &mut acc[row * CHUNK..];
                     tile_product(p, (first, count), tile, &at, expanded, out);
                 }
             }
@@ -179,24 +175,50 @@ unsafe fn scaled(acc: __m512, [hi, lo]: [__m512i; 2], x_scale: f32, scales: __m5
     _mm512_fmadd_ps(_mm512_mul_ps(value, _mm512_set1_ps(x_scale)), scales, acc)
 }
 
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vnni")]
+unsafe fn stream_tile(p: &Product<'_>, place: (usize, usize), out: &mut [f32]) {
+    // SAFETY: the features are enabled here too.
+    unsafe {
+        match (p.input.tile_rows(place.1), p.input.terms) {
+            (1, 1) => stream::<1, 1>(p, place, out),
+            (2, 1) => stream::<2, 1>(p, place, out),
+            (3, 1) => stream::<3, 1>(p, place, out),
+            (4, 1) => stream::<4, 1>(p, place, out),
+            (5, 1) => stream::<5, 1>(p, place, out),
+            (_, 1) => stream::<6, 1>(p, place, out),
+            (1, _) => stream::<1, 2>(p, place, out),
+            (2, _) => stream::<2, 2>(p, place, out),
+            (3, _) => stream::<3, 2>(p, place, out),
+            (4, _) => stream::<4, 2>(p, place, out),
+            (5, _) => stream::<5, 2>(p, place, out),
+            _ => stream::<6, 2>(p, place, out),
+        }
+    }
+}
+
 /// Few rows: one panel streamed from memory once.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vnni")]
-unsafe fn stream<const M: usize>(p: &Product<'_>, (panel, tile): (usize, usize), out: &mut [f32]) {
+unsafe fn stream<const M: usize, const T: usize>(
+    p: &Product<'_>,
+    (panel, tile): (usize, usize),
+    out: &mut [f32],
+) {
     let mut acc = [_mm512_setzero_ps(); M];
     for (g, group) in p.matrix.groups().iter().enumerate() {
         // SAFETY: the features are enabled here too.
         unsafe {
             let sums = match group.bits {
-                2 => stream_group::<M, 2>(p, (panel, tile), g, group),
-                3 => stream_group::<M, 3>(p, (panel, tile), g, group),
-                4 => stream_group::<M, 4>(p, (panel, tile), g, group),
-                5 => stream_group::<M, 5>(p, (panel, tile), g, group),
-                6 => stream_group::<M, 6>(p, (panel, tile), g, group),
-                _ => stream_group::<M, 8>(p, (panel, tile), g, group),
+                2 => stream_group::<M, T, 2>(p, (panel, tile), g, group),
+                3 => stream_group::<M, T, 3>(p, (panel, tile), g, group),
+                4 => stream_group::<M, T, 4>(p, (panel, tile), g, group),
+                5 => stream_group::<M, T, 5>(p, (panel, tile), g, group),
+                6 => stream_group::<M, T, 6>(p, (panel, tile), g, group),
+                _ => stream_group::<M, T, 8>(p, (panel, tile), g, group),
             };
             let scales = scales(p, panel, g);
             for r in 0..M {
-                let x_scale = p.input.scale(tile * TILE_ROWS + r, g);
+                let x_scale = p.input.scale(p.input.first_row(tile) + r, g);
                 acc[r] = scaled(acc[r], sums[r], x_scale, scales);
             }
         }
@@ -209,27 +231,29 @@ unsafe fn stream<const M: usize>(p: &Product<'_>, (panel, tile): (usize, usize),
 
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vnni")]
-unsafe fn stream_group<const M: usize, const BITS: usize>(
+unsafe fn stream_group<const M: usize, const T: usize, const BITS: usize>(
     p: &Product<'_>,
     (panel, tile): (usize, usize),
     g: usize,
     group: &PackedGroup,
 ) -> [[__m512i; 2]; M] {
-    // SAFETY: the blocks hold `64 * BITS` bytes each and the words `16 M` per block; both are
+    // SAFETY: the blocks hold `64 * BITS` bytes each and the words `8 T M` per block; both are
     // taken from slices of exactly those lengths.
     unsafe {
         let zero = start(p, panel, g);
-        // Even and odd vectors in chains of their own: a dot product takes five cycles.
+        // Even and odd vectors in chains of their own: a dot product takes five cycles. With many
+        // rows there are chains enough, and registers become scarce.
+        let split = M * T <= 4;
         let mut even = [[_mm512_setzero_si512(); 2]; M];
         let mut odd = even;
         for (r, e) in even.iter_mut().enumerate() {
-            let sums = p.input.sums(tile * TILE_ROWS + r, g);
+            let sums = p.input.sums(p.input.first_row(tile) + r, g);
             for (e, sum) in e.iter_mut().zip(sums) {
                 *e = _mm512_mullo_epi32(zero, _mm512_set1_epi32(sum));
             }
         }
         let bytes = p.matrix.group_bytes(panel, group);
-        let words = &p.input.words(tile, group.first)[..group.rows / 2 * M];
+        let words = &p.input.words(tile, group.first)[..group.rows / 4 * T * M];
         let (mut code, mut word) = (bytes.as_ptr(), words.as_ptr());
         for _ in 0..group.rows / 32 {
             // Two panels of a 4-bit matrix ahead: past the hardware prefetcher's page.
@@ -239,15 +263,20 @@ unsafe fn stream_group<const M: usize, const BITS: usize>(
             let v = unpack::<BITS>(code);
             for i in 0..VECTORS / 2 {
                 for r in 0..M {
-                    for h in 0..2 {
-                        let x = |q: usize| _mm512_set1_epi32(*word.add((q * 2 + h) * M + r));
-                        even[r][h] = _mm512_dpbusd_epi32(even[r][h], v[2 * i], x(2 * i));
-                        odd[r][h] = _mm512_dpbusd_epi32(odd[r][h], v[2 * i + 1], x(2 * i + 1));
+                    for h in 0..T {
+                        let x = |q: usize| _mm512_set1_epi32(*word.add((q * T + h) * M + r));
+                        let (a, b) = (v[2 * i], v[2 * i + 1]);
+                        even[r][h] = _mm512_dpbusd_epi32(even[r][h], a, x(2 * i));
+                        if split {
+                            odd[r][h] = _mm512_dpbusd_epi32(odd[r][h], b, x(2 * i + 1));
+                        } else {
+                            even[r][h] = _mm512_dpbusd_epi32(even[r][h], b, x(2 * i + 1));
+                        }
                     }
                 }
             }
             code = code.add(64 * BITS);
-            word = word.add(2 * VECTORS * M);
+            word = word.add(T * VECTORS * M);
         }
         for (e, o) in even.iter_mut().zip(&odd) {
             for (e, o) in e.iter_mut().zip(o) {
@@ -328,13 +357,19 @@ unsafe fn tile_rows<const P: usize>(
 ) {
     // SAFETY: the features are enabled here too.
     unsafe {
-        match p.input.tile_rows(tile) {
-            1 => micro::<1, P>(p, panel, tile, part, codes, out),
-            2 => micro::<2, P>(p, panel, tile, part, codes, out),
-            3 => micro::<3, P>(p, panel, tile, part, codes, out),
-            4 => micro::<4, P>(p, panel, tile, part, codes, out),
-            5 => micro::<5, P>(p, panel, tile, part, codes, out),
-            _ => micro::<6, P>(p, panel, tile, part, codes, out),
+        match (p.input.tile_rows(tile), p.input.terms) {
+            (1, 1) => micro::<1, 1, P>(p, panel, tile, part, codes, out),
+            (2, 1) => micro::<2, 1, P>(p, panel, tile, part, codes, out),
+            (3, 1) => micro::<3, 1, P>(p, panel, tile, part, codes, out),
+            (4, 1) => micro::<4, 1, P>(p, panel, tile, part, codes, out),
+            (5, 1) => micro::<5, 1, P>(p, panel, tile, part, codes, out),
+            (_, 1) => micro::<6, 1, P>(p, panel, tile, part, codes, out),
+            (1, _) => micro::<1, 2, P>(p, panel, tile, part, codes, out),
+            (2, _) => micro::<2, 2, P>(p, panel, tile, part, codes, out),
+            (3, _) => micro::<3, 2, P>(p, panel, tile, part, codes, out),
+            (4, _) => micro::<4, 2, P>(p, panel, tile, part, codes, out),
+            (5, _) => micro::<5, 2, P>(p, panel, tile, part, codes, out),
+            _ => micro::<6, 2, P>(p, panel, tile, part, codes, out),
         }
     }
 }
@@ -342,7 +377,7 @@ unsafe fn tile_rows<const P: usize>(
 /// `M` rows by `P` panels: up to 24 accumulators, two code vectors, one broadcast.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vnni")]
-unsafe fn micro<const M: usize, const P: usize>(
+unsafe fn micro<const M: usize, const T: usize, const P: usize>(
     p: &Product<'_>,
     panel: usize,
     tile: usize,
@@ -351,16 +386,16 @@ unsafe fn micro<const M: usize, const P: usize>(
     out: &mut [f32],
 ) {
     let g = part.group;
-    let words = &p.input.words(tile, part.first_row)[..part.rows / 2 * M];
+    let words = &p.input.words(tile, part.first_row)[..part.rows / 4 * T * M];
     // SAFETY: `codes` holds P panels EXPAND_ROWS * PANEL bytes apart with `part.rows` rows each;
-    // `words` has `2 M` words per four rows; `out` CHUNK columns per row.
+    // `words` has `T M` words per four rows; `out` CHUNK columns per row.
     unsafe {
         let mut acc = [[[_mm512_setzero_si512(); P]; 2]; M];
         if part.first_row == p.matrix.groups()[g].first {
             for c in 0..P {
                 let zero = start(p, panel + c, g);
                 for (r, acc) in acc.iter_mut().enumerate() {
-                    let sums = p.input.sums(tile * TILE_ROWS + r, g);
+                    let sums = p.input.sums(p.input.first_row(tile) + r, g);
                     for (acc, sum) in acc.iter_mut().zip(sums) {
                         acc[c] = _mm512_mullo_epi32(zero, _mm512_set1_epi32(sum));
                     }
@@ -373,7 +408,7 @@ unsafe fn micro<const M: usize, const P: usize>(
             for (c, v) in v.iter_mut().enumerate() {
                 *v = _mm512_loadu_si512(code.add(c * EXPAND_ROWS * PANEL).cast());
             }
-            for h in 0..2 {
+            for h in 0..T {
                 for r in 0..M {
                     let x = _mm512_set1_epi32(*word.add(h * M + r));
                     for c in 0..P {
@@ -382,12 +417,12 @@ unsafe fn micro<const M: usize, const P: usize>(
                 }
             }
             code = code.add(64);
-            word = word.add(2 * M);
+            word = word.add(T * M);
         }
         for c in 0..P {
             let scales = scales(p, panel + c, g);
             for (r, acc) in acc.iter().enumerate() {
-                let x_scale = p.input.scale(tile * TILE_ROWS + r, g);
+                let x_scale = p.input.scale(p.input.first_row(tile) + r, g);
                 let to = out[r * CHUNK + c * PANEL..][..PANEL].as_mut_ptr();
                 let sum = scaled(_mm512_loadu_ps(to), [acc[0][c], acc[1][c]], x_scale, scales);
                 _mm512_storeu_ps(to, sum);

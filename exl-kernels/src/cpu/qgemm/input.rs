@@ -12,14 +12,19 @@ const MAX8: f32 = 127.0;
 
 /// Views into scratch memory.
 ///
-/// Rows are cut into tiles of [`TILE_ROWS`] (the last may be smaller). Within a tile of `m` rows,
-/// four packed rows ("quad") take `2 m` words: `m` words of high bytes, `m` of low bytes.
+/// Rows are cut into even tiles of at most [`TILE_ROWS`] (the last may be smaller). Within a tile of
+/// `m` rows, four packed rows ("quad") take `m` words of high bytes and, with 16-bit activations,
+/// `m` words of low bytes.
 #[derive(Debug)]
 pub(in crate::cpu) struct Input<'a> {
     pub(super) rows: usize,
     pub(super) inputs: usize,
     groups: usize,
-    /// `[tiles, inputs / 4, 2, m]`.
+    /// Rows of a tile, the last one excepted.
+    tile: usize,
+    /// Bytes per activation: 2, or 1.
+    pub(super) terms: usize,
+    /// `[tiles, inputs / 4, terms, m]`.
     words: &'a [i32],
     /// `[rows, groups]`.
     scales: &'a [f32],
@@ -30,6 +35,11 @@ pub(in crate::cpu) struct Input<'a> {
 /// Scratch needed for a matrix and a number of rows, in 4-byte words.
 pub(in crate::cpu) fn scratch_words(matrix: &QuantMatrix, rows: usize) -> usize {
     rows * (matrix.inputs() / 2 + 3 * matrix.groups().len())
+}
+
+/// Rows of a tile for a number of rows: tiles as even as can be.
+pub(in crate::cpu) fn tile_rows(rows: usize) -> usize {
+    rows.div_ceil(rows.div_ceil(TILE_ROWS).max(1)).max(1)
 }
 
 struct Raw {
@@ -51,6 +61,11 @@ impl<'a> Input<'a> {
     ) -> Self {
         let (inputs, groups) = (matrix.inputs(), matrix.groups().len());
         let rows = x.len() / inputs;
+        let size = tile_rows(rows);
+        let terms = match activations {
+            Activations::Exact16 => 2,
+            Activations::Fast8 => 1,
+        };
         let (words, rest) = scratch.split_at_mut(rows * inputs / 2);
         let (sums, rest) = rest.split_at_mut(2 * rows * groups);
         let scales: &mut [f32] = bytemuck::cast_slice_mut(&mut rest[..rows * groups]);
@@ -61,16 +76,16 @@ impl<'a> Input<'a> {
         };
         let tile = |index: usize| {
             let raw = &raw;
-            let first = index * TILE_ROWS;
-            let m = TILE_ROWS.min(rows - first);
+            let first = index * size;
+            let m = size.min(rows - first);
             // SAFETY: the tile's words, scales and sums are disjoint from every other tile's and
             // lie inside the scratch split above.
             let out = unsafe {
                 Tile {
                     m,
                     words: std::slice::from_raw_parts_mut(
-                        raw.words.add(first * inputs / 2),
-                        m * inputs / 2,
+                        raw.words.add(first * inputs / 4 * terms),
+                        m * inputs / 4 * terms,
                     ),
                     scales: std::slice::from_raw_parts_mut(
                         raw.scales.add(first * groups),
@@ -90,7 +105,7 @@ impl<'a> Input<'a> {
                 out,
             );
         };
-        let tiles = rows.div_ceil(TILE_ROWS);
+        let tiles = rows.div_ceil(size);
         // Below that, waking threads costs more than the work.
         if rows * inputs < 32768 {
             (0..tiles).for_each(tile);
@@ -101,26 +116,40 @@ impl<'a> Input<'a> {
             rows,
             inputs,
             groups,
+            tile: size,
+            terms,
             words,
             scales,
             sums,
         }
     }
 
+    /// Rows of some tiles.
     pub(super) fn rows_of(&self, tiles: &std::ops::Range<usize>) -> usize {
-        (tiles.end * TILE_ROWS).min(self.rows) - tiles.start * TILE_ROWS
+        (tiles.end * self.tile).min(self.rows) - tiles.start * self.tile
+    }
+
+    /// First row of a tile.
+    pub(super) fn first_row(&self, tile: usize) -> usize {
+        tile * self.tile
+    }
+
+    /// Rows of a tile, the last one excepted.
+    pub(super) fn tile_size(&self) -> usize {
+        self.tile
     }
 
     /// Rows of a tile.
     pub(super) fn tile_rows(&self, tile: usize) -> usize {
-        TILE_ROWS.min(self.rows - tile * TILE_ROWS)
+        self.tile.min(self.rows - tile * self.tile)
     }
 
-    /// The words of a tile from a packed row on, `[quads, 2, m]`.
+    /// The words of a tile from a packed row on, `[quads, terms, m]`.
     pub(super) fn words(&self, tile: usize, first_row: usize) -> &[i32] {
+        let per_row = self.inputs / 4 * self.terms;
         let m = self.tile_rows(tile);
-        let start = tile * TILE_ROWS * self.inputs / 2;
-        &self.words[start + first_row / 2 * m..start + m * self.inputs / 2]
+        let start = tile * self.tile * per_row;
+        &self.words[start + first_row / 4 * self.terms * m..start + m * per_row]
     }
 
     pub(super) fn scale(&self, row: usize, group: usize) -> f32 {
@@ -166,13 +195,14 @@ unsafe fn quantize_avx512(x: &[f32], matrix: &QuantMatrix, a: Activations, out: 
 #[inline(always)]
 fn quantize(x: &[f32], matrix: &QuantMatrix, activations: Activations, out: Tile<'_>) {
     let (k, count, m) = (matrix.inputs(), matrix.groups().len(), out.m);
+    let terms = out.words.len() / (m * k / 4);
     for (r, row) in x.chunks_exact(k).enumerate() {
         for (g, group) in matrix.groups().iter().enumerate() {
             let perm = &matrix.perm()[group.first..group.first + group.rows];
             let (mut high, mut low) = (0i32, 0i32);
             let scale = group_scale(row, perm, activations);
             let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
-            let words = &mut out.words[group.first / 2 * m..][..group.rows / 2 * m];
+            let words = &mut out.words[group.first / 4 * terms * m..][..group.rows / 4 * terms * m];
             for (quad, features) in perm.chunks_exact(4).enumerate() {
                 let (mut hi, mut lo) = (0u32, 0u32);
                 for (t, &feature) in features.iter().enumerate() {
@@ -190,8 +220,10 @@ fn quantize(x: &[f32], matrix: &QuantMatrix, activations: Activations, out: Tile
                     hi |= u32::from(h as u8) << (8 * t);
                     lo |= u32::from(l as u8) << (8 * t);
                 }
-                words[quad * 2 * m + r] = hi as i32;
-                words[quad * 2 * m + m + r] = lo as i32;
+                words[quad * terms * m + r] = hi as i32;
+                if terms == 2 {
+                    words[(quad * 2 + 1) * m + r] = lo as i32;
+                }
             }
             out.scales[r * count + g] = match activations {
                 // The high byte counts 256.

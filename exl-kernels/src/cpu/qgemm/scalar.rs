@@ -1,6 +1,6 @@
 //! Plain Rust: the same integers as the SIMD kernels, one by one.
 
-use super::{CHUNK, Product, TILE_ROWS};
+use super::{CHUNK, Product};
 use crate::quant::{BLOCK, PANEL};
 
 pub(super) fn run(
@@ -19,12 +19,13 @@ pub(super) fn run(
                 p.matrix.expand(panel, group, b, &mut block);
                 for tile in tiles.clone() {
                     let m = p.input.tile_rows(tile);
-                    let words = &p.input.words(tile, group.first + 32 * b)[..16 * m];
+                    let terms = p.input.terms;
+                    let words = &p.input.words(tile, group.first + 32 * b)[..8 * terms * m];
                     for r in 0..m {
-                        let row = (tile - tiles.start) * TILE_ROWS + r;
+                        let row = p.input.first_row(tile) - p.input.first_row(tiles.start) + r;
                         for (quad, codes) in block.chunks_exact(64).enumerate() {
-                            for part in 0..2 {
-                                let word = words[(quad * 2 + part) * m + r];
+                            for part in 0..terms {
+                                let word = words[(quad * terms + part) * m + r];
                                 add(&mut sums[row][part], codes, word);
                             }
                         }
@@ -32,7 +33,7 @@ pub(super) fn run(
                 }
             }
             for (i, parts) in sums.iter().enumerate() {
-                let row = tiles.start * TILE_ROWS + i;
+                let row = p.input.first_row(tiles.start) + i;
                 let ([high, low], scale) = (p.input.sums(row, g), p.input.scale(row, g));
                 for col in 0..PANEL {
                     let zero = i32::from(zeros[col]);

@@ -10,8 +10,10 @@ mod mistral;
 mod qwen2;
 mod qwen3;
 
+use exl_format::ConfigFile;
+
 use crate::rope::RopeOptions;
-use crate::{Error, Params, Result, Spec};
+use crate::{Error, Result, Spec};
 
 /// One family of architectures.
 #[derive(Clone, Copy, Debug)]
@@ -21,7 +23,7 @@ pub struct Arch {
     /// Entries of `architectures` it answers to.
     pub names: &'static [&'static str],
     /// Reads a configuration.
-    pub parse: fn(&Params<'_>, &RopeOptions) -> Result<Spec>,
+    pub parse: fn(&ConfigFile, &RopeOptions) -> Result<Spec>,
 }
 
 /// Every known family.
@@ -32,15 +34,15 @@ pub fn registry() -> &'static [Arch] {
 /// The family of a configuration; with `assume_llama`, an unknown one is taken for Llama.
 ///
 /// # Errors
-/// [`Error::UnknownArchitecture`]; [`Error::Config`] when `architectures` is not one text.
-pub fn detect(params: &Params<'_>, assume_llama: bool) -> Result<Arch> {
-    let name = architecture(params)?;
+/// [`Error::UnknownArchitecture`]; [`Error::Format`] when `architectures` is not one name.
+pub fn detect(config: &ConfigFile, assume_llama: bool) -> Result<Arch> {
+    let name = config.architecture()?;
     let known = registry().iter().find(|a| a.names.contains(&name));
     match known {
         Some(arch) => Ok(*arch),
         None if assume_llama => Ok(llama::ARCH),
         None => Err(Error::UnknownArchitecture {
-            file: params.file().to_owned(),
+            file: config.path().to_owned(),
             found: name.to_owned(),
             nearest: nearest(name),
         }),
@@ -50,38 +52,33 @@ pub fn detect(params: &Params<'_>, assume_llama: bool) -> Result<Arch> {
 /// Reads a configuration into a spec.
 ///
 /// # Errors
-/// As [`detect`], and [`Error::Config`] from the family's rules.
-pub fn parse(params: &Params<'_>, options: &RopeOptions, assume_llama: bool) -> Result<Spec> {
-    check_options(params, options)?;
-    let arch = detect(params, assume_llama)?;
-    (arch.parse)(params, options)
+/// As [`detect`], and [`Error::Format`] from the family's rules, [`Error::Option`].
+pub fn parse(config: &ConfigFile, options: &RopeOptions, assume_llama: bool) -> Result<Spec> {
+    check_options(options)?;
+    let arch = detect(config, assume_llama)?;
+    (arch.parse)(config, options)
 }
 
-fn architecture<'a>(params: &Params<'a>) -> Result<&'a str> {
-    let keys = ["architectures"];
-    let names = params
-        .texts(&keys)?
-        .ok_or_else(|| params.error(&keys, "missing"))?;
-    match names[..] {
-        [name] => Ok(name),
-        _ => Err(params.error(&keys, format!("expected one name, found {}", names.len()))),
-    }
-}
-
-fn check_options(params: &Params<'_>, options: &RopeOptions) -> Result<()> {
+fn check_options(options: &RopeOptions) -> Result<()> {
     let named = [
         ("--rope-scale", options.scale),
         ("--rope-alpha", options.alpha),
     ];
     for (flag, value) in named {
-        if value.is_some_and(|v| !(v > 0.0 && v.is_finite())) {
-            return Err(params.error(&[flag], "expected a number above 0"));
+        if let Some(found) = value.filter(|v| !(*v > 0.0 && v.is_finite())) {
+            return Err(Error::Option {
+                flag,
+                found: found.to_string(),
+            });
         }
     }
-    if options.context == Some(0) {
-        return Err(params.error(&["--context"], "expected a number above 0"));
+    match options.context {
+        Some(0) => Err(Error::Option {
+            flag: "--context",
+            found: "0".to_owned(),
+        }),
+        _ => Ok(()),
     }
-    Ok(())
 }
 
 /// The known name with the smallest edit distance.

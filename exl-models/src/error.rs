@@ -23,15 +23,13 @@ pub enum Error {
         /// The known name closest to it.
         nearest: &'static str,
     },
-    /// A key of the configuration is missing or cannot be used.
-    #[error("{file}: {key}: {message}")]
-    Config {
-        /// The configuration file.
-        file: PathBuf,
-        /// The key, or the keys tried.
-        key: String,
-        /// What is wrong with it and what is expected.
-        message: String,
+    /// An option of the user that cannot be.
+    #[error("{flag}: expected a number above 0, found {found}")]
+    Option {
+        /// The option's flag.
+        flag: &'static str,
+        /// Its value.
+        found: String,
     },
     /// The checkpoint lacks a tensor the architecture needs.
     #[error("{dir}: no tensor {name} (looked for {tried}){more}")]

@@ -15,12 +15,12 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
-use exl_format::ModelFiles;
+use exl_format::{GptqFormat, ModelFiles};
 use exl_tensor::{Weight, Weights};
 
 use crate::model::{MemoryRequest, MemoryUse, Model, memory_for};
 use crate::rope::RopeOptions;
-use crate::{Module, Params, Result, Spec, WeightKey, layout, parse};
+use crate::{Module, Result, Spec, WeightKey, layout, parse};
 
 /// How to open a model.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -50,6 +50,7 @@ pub struct ModelSource {
     spec: Arc<Spec>,
     layout: Vec<WeightKey>,
     storage: HashMap<String, Storage>,
+    gptq: GptqFormat,
     threads: usize,
 }
 
@@ -68,17 +69,16 @@ impl ModelSource {
     /// # Errors
     /// As [`ModelSource::open`].
     pub fn from_files(files: ModelFiles, options: &LoadOptions) -> Result<Self> {
-        let config = files.dir().join("config.json");
-        let params = Params::new(&config, files.config().value());
-        let spec = parse(&params, &options.rope, options.assume_llama)?;
+        let spec = parse(files.config(), &options.rope, options.assume_llama)?;
         let layout = layout(&spec);
         let storage = probe::probe(&files, &layout)?;
-        probe::check_gptq_bits(&params, &storage)?;
+        let gptq = probe::gptq_format(&files, &storage)?;
         Ok(Self {
             files,
             spec: Arc::new(spec),
             layout,
             storage,
+            gptq,
             threads: options.threads,
         })
     }
@@ -121,7 +121,7 @@ impl ModelSource {
     /// # Errors
     /// A damaged tensor, NaN or infinity where it is looked for (see [`check_finite`]).
     pub fn load_weight(&self, key: &WeightKey) -> Result<Weight> {
-        read::weight(&self.files, key, self.storage(key))
+        read::weight(&self.files, key, self.storage(key), self.gptq)
     }
 
     /// Loads a weight and its bias under their names.

@@ -1,14 +1,14 @@
 //! Rotary position embedding: the angle per position of every rotated pair.
 //!
-//! Computed in 64 bits and rounded once; the table enters a plan as a constant weight.
-
-mod scaling;
-
-pub use scaling::RopeScaling;
+//! Computed in 64 bits and rounded once; the table enters a plan as a constant weight. Formulas
+//! are those of transformers, except that `dynamic` and `longrope` depend on the context reserved
+//! at load, not on the length reached so far: keys in the cache must keep their angles.
 
 use std::f64::consts::PI;
 
-use crate::{Params, Result};
+use exl_format::{ConfigFile, Llama3Rope, LongRope, RopeKind, YarnRope};
+
+use crate::Result;
 
 /// Angles of one rotary table.
 #[derive(Clone, Debug, PartialEq)]
@@ -43,48 +43,44 @@ pub struct RopeParams {
     /// Positions of the configuration.
     pub max_context: usize,
     /// How the series is changed for long contexts.
-    pub scaling: RopeScaling,
+    pub kind: RopeKind,
 }
 
 impl RopeParams {
-    /// Reads `rope_theta`, `rope_scaling` (transformers 4) or `rope_parameters` (5) and
-    /// `partial_rotary_factor`.
+    /// Reads the parameters of a model, or of its layers of one type where they differ.
     ///
     /// # Errors
-    /// [`crate::Error::Config`] on unknown kinds and missing or impossible values.
-    pub fn read(p: &Params<'_>, head_dim: usize, max_context: usize) -> Result<Self> {
-        let theta_keys = [
-            "rope_parameters->rope_theta",
-            "rope_theta",
-            "attn_config->rope_theta",
-        ];
-        let theta = p.number(&theta_keys)?.unwrap_or(10_000.0);
-        if !(theta > 1.0 && theta.is_finite()) {
-            return Err(p.error(
-                &theta_keys,
-                format!("expected a number above 1, found {theta}"),
-            ));
+    /// [`exl_format::Error::Config`] on unknown kinds and missing or impossible values.
+    pub fn read(
+        config: &ConfigFile,
+        layer_type: Option<&str>,
+        head_dim: usize,
+        max_context: usize,
+    ) -> Result<Self> {
+        let rope = config.rope(layer_type)?;
+        let rotary_dim = (head_dim as f64 * rope.partial_rotary_factor) as usize;
+        if rotary_dim < 2 || !rotary_dim.is_multiple_of(2) {
+            return Err(config
+                .error(
+                    "partial_rotary_factor",
+                    "an even number of rotated elements above 0",
+                    format!("{rotary_dim} of heads of {head_dim}"),
+                )
+                .into());
         }
-        let part_keys = [
-            "rope_parameters->partial_rotary_factor",
-            "partial_rotary_factor",
-        ];
-        let part = p.number(&part_keys)?.unwrap_or(1.0);
-        let rotary_dim = (head_dim as f64 * part) as usize;
-        if !(part > 0.0 && part <= 1.0 && rotary_dim >= 2 && rotary_dim.is_multiple_of(2)) {
-            let message = format!(
-                "{part} of a head of {head_dim} elements rotates {rotary_dim} of them, expected \
-                 an even number above 0"
-            );
-            return Err(p.error(&part_keys, message));
+        if let RopeKind::LongRope(s) = &rope.kind
+            && s.short_factor.len() != rotary_dim / 2
+        {
+            let expected = format!("{} numbers, one per rotated pair", rotary_dim / 2);
+            let found = s.short_factor.len().to_string();
+            return Err(config.error("short_factor", expected, found).into());
         }
-        let scaling = RopeScaling::read(p, rotary_dim, max_context)?;
         Ok(Self {
-            theta,
+            theta: rope.theta,
             head_dim,
             rotary_dim,
             max_context,
-            scaling,
+            kind: rope.kind,
         })
     }
 
@@ -92,27 +88,34 @@ impl RopeParams {
     pub fn table(&self, options: &RopeOptions) -> RopeTable {
         let context = options.context.unwrap_or(self.max_context);
         let theta = self.stretched_theta(options.alpha, context);
+        let pairs = 0..self.rotary_dim / 2;
         let plain = |i: usize| theta.powf(-2.0 * i as f64 / self.rotary_dim as f64);
-        let pairs = self.rotary_dim / 2;
-        let mut freqs: Vec<f64> = match &self.scaling {
-            RopeScaling::Default | RopeScaling::Dynamic { .. } => (0..pairs).map(plain).collect(),
-            RopeScaling::Linear { factor } => {
+        let mut freqs: Vec<f64> = match &self.kind {
+            RopeKind::Default | RopeKind::Dynamic { .. } => pairs.map(plain).collect(),
+            RopeKind::Linear { factor } => {
                 // The user's factor replaces this one below.
                 let factor = if options.scale.is_some() {
                     1.0
                 } else {
                     *factor
                 };
-                (0..pairs).map(|i| plain(i) / factor).collect()
+                pairs.map(|i| plain(i) / factor).collect()
             }
-            RopeScaling::Llama3(s) => (0..pairs).map(|i| s.apply(plain(i))).collect(),
-            RopeScaling::Yarn(s) => {
-                let ramp = s.ramp(self.rotary_dim, theta);
-                (0..pairs).map(|i| s.apply(plain(i), ramp(i))).collect()
+            RopeKind::Llama3(s) => pairs.map(|i| llama3(s, plain(i))).collect(),
+            RopeKind::Yarn(s) => {
+                let ramp = yarn_ramp(s, self.rotary_dim, theta);
+                pairs
+                    .map(|i| plain(i) * (1.0 - ramp(i)) + plain(i) / s.factor * ramp(i))
+                    .collect()
             }
-            RopeScaling::LongRope(s) => {
-                let factors = s.factors(context);
-                (0..pairs).map(|i| plain(i) / factors[i]).collect()
+            RopeKind::LongRope(s) => {
+                let long = context > s.original_max_position_embeddings;
+                let factors = if long {
+                    &s.long_factor
+                } else {
+                    &s.short_factor
+                };
+                pairs.map(|i| plain(i) / factors[i]).collect()
             }
         };
         if let Some(scale) = options.scale {
@@ -120,23 +123,31 @@ impl RopeParams {
         }
         RopeTable {
             inv_freq: freqs.into_iter().map(|f| f as f32).collect(),
-            attention_factor: self.scaling.attention_factor() as f32,
+            attention_factor: self.attention_factor() as f32,
+        }
+    }
+
+    fn attention_factor(&self) -> f64 {
+        match &self.kind {
+            RopeKind::Yarn(s) => s.attention_factor.unwrap_or_else(|| yarn_factor(s)),
+            RopeKind::LongRope(s) => s
+                .attention_factor
+                .unwrap_or_else(|| longrope_factor(s, self.max_context)),
+            _ => 1.0,
         }
     }
 
     fn stretched_theta(&self, alpha: Option<f64>, context: usize) -> f64 {
         let r = self.rotary_dim as f64;
         let mut theta = self.theta;
-        if let RopeScaling::Dynamic { factor } = &self.scaling {
+        if let RopeKind::Dynamic { factor } = &self.kind {
             let ratio = context.max(self.max_context) as f64 / self.max_context as f64;
             theta *= (factor * ratio - (factor - 1.0)).powf(r / (r - 2.0));
         }
         if let Some(alpha) = alpha {
             // The original uses the whole head's width once another scaling is in force.
-            let d = match &self.scaling {
-                RopeScaling::Default | RopeScaling::Linear { .. } | RopeScaling::Dynamic { .. } => {
-                    r
-                }
+            let d = match &self.kind {
+                RopeKind::Default | RopeKind::Linear { .. } | RopeKind::Dynamic { .. } => r,
                 _ => self.head_dim as f64,
             };
             theta *= alpha.powf(d / (d - 2.0));
@@ -145,9 +156,66 @@ impl RopeParams {
     }
 }
 
-/// Wavelength in positions.
-fn wavelength(freq: f64) -> f64 {
-    2.0 * PI / freq
+/// Low frequencies divided, high ones kept, a linear blend between.
+fn llama3(s: &Llama3Rope, freq: f64) -> f64 {
+    let length = 2.0 * PI / freq;
+    let original = s.original_max_position_embeddings as f64;
+    if length < original / s.high_freq_factor {
+        return freq;
+    }
+    if length > original / s.low_freq_factor {
+        return freq / s.factor;
+    }
+    let width = s.high_freq_factor - s.low_freq_factor;
+    let blend = (original / length - s.low_freq_factor) / width;
+    (1.0 - blend) * freq / s.factor + blend * freq
+}
+
+/// Share of the interpolated frequency in each pair.
+fn yarn_ramp(s: &YarnRope, rotary_dim: usize, theta: f64) -> impl Fn(usize) -> f64 {
+    let r = rotary_dim as f64;
+    let original = s.original_max_position_embeddings as f64;
+    let dim = |turns: f64| r * (original / (turns * 2.0 * PI)).ln() / (2.0 * theta.ln());
+    let (mut low, mut high) = (dim(s.beta_fast), dim(s.beta_slow));
+    if s.truncate {
+        (low, high) = (low.floor(), high.ceil());
+    }
+    (low, high) = (low.max(0.0), high.min(r - 1.0));
+    if low == high {
+        high += 0.001;
+    }
+    move |i| ((i as f64 - low) / (high - low)).clamp(0.0, 1.0)
+}
+
+fn yarn_factor(s: &YarnRope) -> f64 {
+    let scale = |m: f64| {
+        if s.factor <= 1.0 {
+            1.0
+        } else {
+            0.1 * m * s.factor.ln() + 1.0
+        }
+    };
+    let given = |m: Option<f64>| m.filter(|&m| m != 0.0);
+    match (given(s.mscale), given(s.mscale_all_dim)) {
+        (Some(above), Some(below)) => scale(above) / scale(below),
+        _ => scale(1.0),
+    }
+}
+
+fn longrope_factor(s: &LongRope, max_context: usize) -> f64 {
+    let original = s.original_max_position_embeddings as f64;
+    let ratio = max_context as f64 / original;
+    // The file's own factor counts only where it says nothing about the trained length.
+    let factor = if ratio == 1.0 {
+        s.factor.unwrap_or(1.0)
+    } else {
+        ratio
+    };
+    if factor <= 1.0 {
+        1.0
+    } else {
+        (1.0 + factor.ln() / original.ln()).sqrt()
+    }
 }
 
 #[cfg(test)]

@@ -1,11 +1,13 @@
 //! What the Llama-shaped families share: sizes under their usual keys, tensors under Llama's
 //! names, pre-norm layers with grouped-query attention and a gated MLP.
 
+use exl_format::ConfigFile;
 use exl_tensor::{Activation, RopeStyle};
 
+use crate::Result;
+use crate::params::Params;
 use crate::rope::{RopeOptions, RopeParams};
 use crate::spec::{AttnSpec, EmbedSpec, HeadSpec, LayerSpec, LinearSpec, MlpSpec, NormSpec, Spec};
-use crate::{Params, Result};
 
 /// Where a family differs from plain Llama.
 pub(super) struct Dense {
@@ -32,40 +34,41 @@ struct Sizes {
 }
 
 /// Number of decoder layers.
-pub(super) fn layers(p: &Params<'_>) -> Result<usize> {
+pub(super) fn layers(p: Params<'_>) -> Result<usize> {
     p.size(&["num_hidden_layers", "n_layers", "n_layer"])
 }
 
 /// Windows by `layer_types`, else by a rule on the layer's index.
 pub(super) fn windows(
-    p: &Params<'_>,
+    p: Params<'_>,
     window: usize,
     slides: impl Fn(usize) -> bool,
 ) -> Result<Vec<usize>> {
     let count = layers(p)?;
-    let keys = ["layer_types"];
-    let Some(types) = p.texts(&keys)? else {
+    let lookup = p.key(&["layer_types"]);
+    let Some(types) = lookup.array()? else {
         return Ok((0..count)
             .map(|i| if slides(i) { window } else { 0 })
             .collect());
     };
     if types.len() != count {
-        return Err(p.error(
-            &keys,
-            format!("expected {count} entries, found {}", types.len()),
-        ));
+        let found = types.len().to_string();
+        return Err(lookup.error(format!("{count} entries"), found).into());
     }
-    let one = |kind: &&str| match *kind {
-        "full_attention" => Ok(0),
-        "sliding_attention" => Ok(window),
-        other => Err(p.error(&keys, format!("unknown kind of layer {other:?}"))),
+    let one = |kind: &serde_json::Value| match kind.as_str() {
+        Some("full_attention") => Ok(0),
+        Some("sliding_attention") => Ok(window),
+        _ => Err(lookup
+            .error("full_attention or sliding_attention", kind.to_string())
+            .into()),
     };
     types.iter().map(one).collect()
 }
 
 impl Dense {
     /// Reads the rest of the configuration.
-    pub(super) fn spec(self, p: &Params<'_>, options: &RopeOptions) -> Result<Spec> {
+    pub(super) fn spec(self, config: &ConfigFile, options: &RopeOptions) -> Result<Spec> {
+        let p = Params(config);
         let sizes = Sizes::read(p)?;
         let max_context = p
             .positive(&[
@@ -76,14 +79,11 @@ impl Dense {
                 "n_positions",
             ])?
             .unwrap_or(2048);
-        let rope = RopeParams::read(p, sizes.head_dim, max_context)?;
+        let rope = RopeParams::read(config, None, sizes.head_dim, max_context)?;
         let vocab = p.size(&["vocab_size"])?;
         let head = linear("lm_head", sizes.hidden, vocab, false);
-        let architecture = p
-            .texts(&["architectures"])?
-            .map_or(String::new(), |n| n.concat());
         Ok(Spec {
-            architecture,
+            architecture: config.architecture()?.to_owned(),
             family: self.family,
             vocab,
             hidden: sizes.hidden,
@@ -97,7 +97,7 @@ impl Dense {
             final_norm: sizes.norm("model.norm", sizes.hidden),
             head: HeadSpec {
                 linear: head,
-                tied: p.flag(&["tie_word_embeddings"])?,
+                tied: p.flag("tie_word_embeddings")?,
                 scale: 1.0,
                 softcap: 0.0,
             },
@@ -153,7 +153,7 @@ impl Dense {
 }
 
 impl Sizes {
-    fn read(p: &Params<'_>) -> Result<Self> {
+    fn read(p: Params<'_>) -> Result<Self> {
         let hidden = p.size(&["hidden_size", "d_model", "n_embd"])?;
         let head_keys = ["num_attention_heads", "n_heads", "n_head"];
         let explicit = p.positive(&["head_dim"])?;
@@ -165,19 +165,14 @@ impl Sizes {
         let kv_keys = ["num_key_value_heads", "attn_config->kv_n_heads"];
         let kv_heads = p.positive(&kv_keys)?.unwrap_or(heads);
         if !heads.is_multiple_of(kv_heads) {
-            return Err(p.error(
-                &kv_keys,
-                format!("{kv_heads} does not divide {heads} heads"),
-            ));
+            let expected = format!("a divisor of the {heads} query heads");
+            return Err(p.key(&kv_keys).error(expected, kv_heads.to_string()).into());
         }
         if explicit.is_none() && !hidden.is_multiple_of(heads) {
-            let message = format!("{heads} heads do not divide hidden_size {hidden}");
-            return Err(p.error(&head_keys, message));
+            let expected = format!("a divisor of hidden_size {hidden}, or head_dim");
+            return Err(p.key(&head_keys).error(expected, heads.to_string()).into());
         }
-        let eps_keys = ["rms_norm_eps"];
-        let eps = p
-            .number(&eps_keys)?
-            .ok_or_else(|| p.error(&eps_keys, "missing"))?;
+        let eps = p.key(&["rms_norm_eps"]);
         Ok(Self {
             hidden,
             inner: p.size(&[
@@ -188,9 +183,9 @@ impl Sizes {
             heads,
             kv_heads,
             head_dim: explicit.unwrap_or(hidden / heads),
-            eps: eps as f32,
+            eps: eps.required(eps.number()?)? as f32,
             act: activation(p)?,
-            mlp_bias: p.flag(&["mlp_bias"])?,
+            mlp_bias: p.flag("mlp_bias")?,
         })
     }
 
@@ -213,15 +208,14 @@ fn linear(key: &str, inputs: usize, outputs: usize, bias: bool) -> LinearSpec {
     }
 }
 
-fn activation(p: &Params<'_>) -> Result<Activation> {
-    let keys = ["hidden_act", "hidden_activation"];
-    match p.text(&keys)?.unwrap_or("silu") {
+fn activation(p: Params<'_>) -> Result<Activation> {
+    let lookup = p.key(&["hidden_act", "hidden_activation"]);
+    match lookup.string()?.unwrap_or("silu") {
         "silu" | "swish" => Ok(Activation::Silu),
         "gelu" => Ok(Activation::Gelu),
         "gelu_pytorch_tanh" | "gelu_new" => Ok(Activation::GeluTanh),
-        other => Err(p.error(
-            &keys,
-            format!("unknown activation {other:?}, known are silu, gelu and gelu_pytorch_tanh"),
-        )),
+        other => Err(lookup
+            .error("silu, gelu or gelu_pytorch_tanh", other)
+            .into()),
     }
 }

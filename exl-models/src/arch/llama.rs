@@ -1,9 +1,12 @@
 //! Llama 1 to 3.x and what is saved under its name: CodeLlama, TinyLlama, Vicuna, Yi, Solar.
 
+use exl_format::ConfigFile;
+
 use super::Arch;
 use super::dense::Dense;
+use crate::params::Params;
 use crate::rope::RopeOptions;
-use crate::{Params, Result, Spec};
+use crate::{Result, Spec};
 
 pub(super) const ARCH: Arch = Arch {
     family: "llama",
@@ -11,8 +14,8 @@ pub(super) const ARCH: Arch = Arch {
     parse,
 };
 
-fn parse(p: &Params<'_>, options: &RopeOptions) -> Result<Spec> {
-    let bias = p.flag(&["attention_bias"])?;
+fn parse(config: &ConfigFile, options: &RopeOptions) -> Result<Spec> {
+    let bias = Params(config).flag("attention_bias")?;
     Dense {
         family: "llama",
         qkv_bias: bias,
@@ -20,5 +23,5 @@ fn parse(p: &Params<'_>, options: &RopeOptions) -> Result<Spec> {
         head_norm: false,
         windows: vec![],
     }
-    .spec(p, options)
+    .spec(config, options)
 }

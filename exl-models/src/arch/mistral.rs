@@ -1,9 +1,12 @@
 //! Mistral 7B, Nemo (heads wider than `hidden / heads`), Small, Ministral.
 
+use exl_format::ConfigFile;
+
 use super::Arch;
 use super::dense::{Dense, windows};
+use crate::params::Params;
 use crate::rope::RopeOptions;
-use crate::{Params, Result, Spec};
+use crate::{Result, Spec};
 
 pub(super) const ARCH: Arch = Arch {
     family: "mistral",
@@ -11,8 +14,9 @@ pub(super) const ARCH: Arch = Arch {
     parse,
 };
 
-fn parse(p: &Params<'_>, options: &RopeOptions) -> Result<Spec> {
-    let bias = p.flag(&["attention_bias"])?;
+fn parse(config: &ConfigFile, options: &RopeOptions) -> Result<Spec> {
+    let p = Params(config);
+    let bias = p.flag("attention_bias")?;
     // transformers would take 4096 for an absent key; published files say null from 0.2 on.
     let window = p
         .positive(&["sliding_window", "sliding_window_size"])?
@@ -24,5 +28,5 @@ fn parse(p: &Params<'_>, options: &RopeOptions) -> Result<Spec> {
         head_norm: false,
         windows: windows(p, window, |_| true)?,
     }
-    .spec(p, options)
+    .spec(config, options)
 }

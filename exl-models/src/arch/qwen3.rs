@@ -1,10 +1,13 @@
 //! Qwen3 dense: RMS norms over the heads of q and k, head width independent of the hidden size.
 
+use exl_format::ConfigFile;
+
 use super::Arch;
 use super::dense::Dense;
 use super::qwen2::upper_windows;
+use crate::params::Params;
 use crate::rope::RopeOptions;
-use crate::{Params, Result, Spec};
+use crate::{Result, Spec};
 
 pub(super) const ARCH: Arch = Arch {
     family: "qwen3",
@@ -12,14 +15,14 @@ pub(super) const ARCH: Arch = Arch {
     parse,
 };
 
-fn parse(p: &Params<'_>, options: &RopeOptions) -> Result<Spec> {
-    let bias = p.flag(&["attention_bias"])?;
+fn parse(config: &ConfigFile, options: &RopeOptions) -> Result<Spec> {
+    let bias = Params(config).flag("attention_bias")?;
     Dense {
         family: "qwen3",
         qkv_bias: bias,
         o_bias: bias,
         head_norm: true,
-        windows: upper_windows(p)?,
+        windows: upper_windows(Params(config))?,
     }
-    .spec(p, options)
+    .spec(config, options)
 }

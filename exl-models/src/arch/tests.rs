@@ -21,13 +21,13 @@ fn with(changes: Value) -> Value {
     config
 }
 
+fn file(config: Value) -> ConfigFile {
+    ConfigFile::from_value(Path::new("m/config.json"), config).unwrap()
+}
+
 fn spec(changes: Value) -> Result<Spec> {
     let config = with(changes);
-    parse(
-        &Params::new(Path::new("m/config.json"), &config),
-        &RopeOptions::default(),
-        false,
-    )
+    parse(&file(config), &RopeOptions::default(), false)
 }
 
 fn message(changes: Value) -> String {
@@ -46,8 +46,7 @@ fn unknown_architecture_names_the_nearest_and_the_way_out() {
         "{text}"
     );
     let config = with(json!({"architectures": ["MyLlama"]}));
-    let params = Params::new(Path::new("config.json"), &config);
-    let spec = parse(&params, &RopeOptions::default(), true).unwrap();
+    let spec = parse(&file(config), &RopeOptions::default(), true).unwrap();
     assert_eq!(
         (spec.family, spec.architecture.as_str()),
         ("llama", "MyLlama")
@@ -56,19 +55,23 @@ fn unknown_architecture_names_the_nearest_and_the_way_out() {
 
 #[test]
 fn architectures_must_be_one_name() {
-    assert!(message(json!({"architectures": []})).contains("expected one name, found 0"));
-    assert!(message(json!({"architectures": null})).contains("architectures: missing"));
-    assert!(message(json!({"architectures": "Llama"})).contains("expected a list of texts"));
+    assert!(message(json!({"architectures": []})).contains("architectures: expected exactly one"));
+    assert!(message(json!({"architectures": null})).contains("architectures: expected a value"));
+    assert!(message(json!({"architectures": "Llama"})).contains("expected a list"));
 }
 
 #[test]
 fn impossible_sizes_are_refused() {
-    assert!(message(json!({"num_key_value_heads": 3})).contains("3 does not divide 4 heads"));
     assert!(
-        message(json!({"num_attention_heads": 6, "num_key_value_heads": 6})).contains("divide")
+        message(json!({"num_key_value_heads": 3}))
+            .contains("expected a divisor of the 4 query heads, found 3")
     );
-    assert!(message(json!({"vocab_size": null})).contains("vocab_size: missing"));
-    assert!(message(json!({"hidden_act": "relu6"})).contains("unknown activation \"relu6\""));
+    assert!(
+        message(json!({"num_attention_heads": 6, "num_key_value_heads": 6}))
+            .contains("divisor of hidden_size 64")
+    );
+    assert!(message(json!({"vocab_size": null})).contains("vocab_size: expected a value"));
+    assert!(message(json!({"hidden_act": "relu6"})).contains("found relu6"));
 }
 
 #[test]
@@ -195,4 +198,28 @@ fn sites_group_the_linears_that_share_an_input() {
     );
     assert_eq!(found.len(), 9);
     assert_eq!(found[8], ("lm_head".to_owned(), 64, 1));
+}
+
+#[test]
+fn impossible_options_name_the_flag() {
+    let refused = |options: RopeOptions| {
+        parse(&file(llama()), &options, false)
+            .unwrap_err()
+            .to_string()
+    };
+    let text = refused(RopeOptions {
+        scale: Some(-1.0),
+        ..Default::default()
+    });
+    assert_eq!(text, "--rope-scale: expected a number above 0, found -1");
+    let text = refused(RopeOptions {
+        alpha: Some(f64::NAN),
+        ..Default::default()
+    });
+    assert_eq!(text, "--rope-alpha: expected a number above 0, found NaN");
+    let text = refused(RopeOptions {
+        context: Some(0),
+        ..Default::default()
+    });
+    assert_eq!(text, "--context: expected a number above 0, found 0");
 }

@@ -2,10 +2,10 @@
 
 use std::collections::HashMap;
 
-use exl_format::ModelFiles;
+use exl_format::{GptqFormat, ModelFiles};
 
 use super::read::{dense_view, zero_bias};
-use crate::{Error, Module, Params, Result, WeightKey, WeightKind};
+use crate::{Error, Module, Result, WeightKey, WeightKind};
 
 /// How a weight is stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -86,17 +86,16 @@ pub(super) fn probe(files: &ModelFiles, layout: &[WeightKey]) -> Result<HashMap<
     Ok(found)
 }
 
-/// Other widths than 4 bits are packed alike and would be misread.
-pub(super) fn check_gptq_bits(p: &Params<'_>, found: &HashMap<String, Storage>) -> Result<()> {
-    let keys = ["quantization_config->bits"];
-    let any = found.values().any(|s| *s == Storage::Gptq);
-    match p.number(&keys)? {
-        Some(bits) if any && bits != 4.0 => Err(p.error(
-            &keys,
-            format!("GPTQ with {bits} bits; only 4 bits can be read"),
-        )),
-        _ => Ok(()),
+/// What the configuration says about GPTQ tensors, if there are any.
+pub(super) fn gptq_format(
+    files: &ModelFiles,
+    found: &HashMap<String, Storage>,
+) -> Result<GptqFormat> {
+    if !found.values().any(|s| *s == Storage::Gptq) {
+        return Ok(GptqFormat::default());
     }
+    let config = files.quantization_config()?;
+    Ok(config.map_or(Ok(GptqFormat::default()), |c| GptqFormat::read(&c))?)
 }
 
 /// Bytes of a weight and its bias in the files.

@@ -1,6 +1,6 @@
 //! One tensor set at a time, from the files to a weight.
 
-use exl_format::{Exl2Linear, GptqLinear, ModelFiles, TensorView};
+use exl_format::{Exl2Linear, GptqFormat, GptqLinear, ModelFiles, TensorView};
 use exl_tensor::{Buffer, DType, Weight};
 
 use super::Storage;
@@ -8,11 +8,16 @@ use super::finite::spot_check;
 use crate::{Error, Result, WeightKey, WeightKind};
 
 /// Loads a weight.
-pub(super) fn weight(files: &ModelFiles, key: &WeightKey, storage: Storage) -> Result<Weight> {
+pub(super) fn weight(
+    files: &ModelFiles,
+    key: &WeightKey,
+    storage: Storage,
+    format: GptqFormat,
+) -> Result<Weight> {
     match storage {
         Storage::Dense => dense(files, key, &key.name),
         Storage::Exl2 => exl2(files, key),
-        Storage::Gptq => gptq(files, key),
+        Storage::Gptq => gptq(files, key, format),
         Storage::Tied => match &key.kind {
             WeightKind::Head {
                 tied_to: Some(table),
@@ -94,8 +99,8 @@ fn exl2(files: &ModelFiles, key: &WeightKey) -> Result<Weight> {
     Ok(Weight::exl2(&key.name, &parts)?)
 }
 
-fn gptq(files: &ModelFiles, key: &WeightKey) -> Result<Weight> {
-    let linear = GptqLinear::read(files, &key.name)?;
+fn gptq(files: &ModelFiles, key: &WeightKey, format: GptqFormat) -> Result<Weight> {
+    let linear = GptqLinear::read_as(files, &key.name, format)?;
     check_linear(files, key, "qweight", (linear.inputs, linear.outputs))?;
     let parts = exl_tensor::GptqParts {
         qweight: &linear.qweight,

@@ -7,11 +7,8 @@ use super::*;
 fn read(config: &Value) -> Result<RopeParams> {
     let head_dim = config["head_dim"].as_u64().unwrap() as usize;
     let max = config["max_position_embeddings"].as_u64().unwrap() as usize;
-    RopeParams::read(
-        &Params::new(Path::new("config.json"), config),
-        head_dim,
-        max,
-    )
+    let config = ConfigFile::from_value(Path::new("config.json"), config.clone()).unwrap();
+    RopeParams::read(&config, None, head_dim, max)
 }
 
 fn table(config: &Value, options: RopeOptions) -> RopeTable {
@@ -114,24 +111,18 @@ fn impossible_settings_are_refused() {
         config[key] = value;
         read(&config).unwrap_err().to_string()
     };
-    let unknown = message("rope_scaling", json!({"rope_type": "mrope"}));
-    assert!(
-        unknown.contains("unknown kind of rope scaling \"mrope\""),
-        "{unknown}"
-    );
+    let unknown = message("rope_scaling", json!({"rope_type": "spiral"}));
+    assert!(unknown.contains("found \"spiral\""), "{unknown}");
     let missing = message("rope_scaling", json!({"rope_type": "linear"}));
-    assert!(
-        missing.contains("rope_scaling->factor: missing"),
-        "{missing}"
-    );
+    assert!(missing.contains("rope_scaling->factor"), "{missing}");
     let short = message(
         "rope_scaling",
         json!({"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}),
     );
     assert!(
-        short.contains("expected 8 numbers above 0, found 1"),
+        short.contains("expected 8 numbers, one per rotated pair, found 1"),
         "{short}"
     );
-    assert!(message("rope_theta", json!(0.5)).contains("expected a number above 1"));
-    assert!(message("partial_rotary_factor", json!(0.2)).contains("even number"));
+    assert!(message("rope_theta", json!(0.5)).contains("a number above 1"));
+    assert!(message("partial_rotary_factor", json!(0.2)).contains("found 3 of heads of 16"));
 }

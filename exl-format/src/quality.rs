@@ -117,7 +117,7 @@ impl Quality {
     /// # Errors
     /// [`Error::Io`] when the system refuses.
     pub fn write(&self, path: &Path) -> Result<()> {
-        write_file_atomic(path, to_json_text(self).as_bytes())
+        write_file_atomic(path, to_json_text(self))
     }
 }
 

@@ -5,6 +5,7 @@ mod header;
 use std::path::{Path, PathBuf};
 
 use crate::{Bytes, Dtype, Error, Result};
+pub(crate) use header::{MAX_DIMENSIONS, MAX_NAME_BYTES};
 
 /// Longest header that is read, as in the reference implementation.
 pub const MAX_HEADER_BYTES: u64 = 100_000_000;

@@ -33,16 +33,11 @@ pub struct TensorSpec {
 }
 
 impl TensorSpec {
-    /// Bytes of the data.
-    ///
-    /// # Errors
-    /// [`Error::Encode`] when they are no whole number or overflow.
-    pub fn bytes(&self) -> Result<u64> {
-        let bytes = self.dtype.bytes_of(&self.shape).ok_or_else(|| {
-            let found = format!("{} with shape {:?}", self.dtype, self.shape);
-            Error::encode(format!("tensor {}", self.name), "whole bytes", found)
-        })?;
-        Ok(bytes as u64)
+    /// Bytes of the data; `u64::MAX` for a shape that no file can hold, which
+    /// [`CheckpointWriter::create`] refuses.
+    pub fn bytes(&self) -> u64 {
+        let bytes = self.dtype.bytes_of(&self.shape);
+        bytes.map_or(u64::MAX, |b| b as u64)
     }
 }
 
@@ -87,7 +82,7 @@ pub struct Written {
 #[derive(Debug)]
 pub struct CheckpointWriter {
     dir: PathBuf,
-    options: WriterOptions,
+    base: String,
     shards: Vec<Shard>,
     slots: HashMap<String, Slot>,
 }
@@ -114,7 +109,7 @@ impl CheckpointWriter {
     /// # Errors
     /// [`Error::Encode`] when a name is declared twice, a size overflows or an earlier result is
     /// in the way, [`Error::Io`] when the system refuses.
-    pub fn create(dir: &Path, specs: &[TensorSpec], options: WriterOptions) -> Result<Self> {
+    pub fn create(dir: &Path, specs: Vec<TensorSpec>, options: &WriterOptions) -> Result<Self> {
         let layouts = layout::plan(specs, options.shard_bytes)?;
         fs::create_dir_all(dir).map_err(Error::io("create", dir))?;
         let total = layouts.len();
@@ -129,7 +124,7 @@ impl CheckpointWriter {
         }
         let mut writer = Self {
             dir: dir.to_owned(),
-            options,
+            base: options.base.clone(),
             shards: Vec::new(),
             slots: HashMap::new(),
         };
@@ -222,7 +217,7 @@ impl CheckpointWriter {
             partial.publish()?;
         }
         match index {
-            Some(index) => write_file_atomic(&self.dir.join(INDEX), index.as_bytes())?,
+            Some(index) => write_file_atomic(&self.dir.join(INDEX), &index)?,
             None => sync_dir(&self.dir)?,
         }
         for name in stale {
@@ -246,7 +241,7 @@ impl CheckpointWriter {
 
     /// Files of an earlier result that the new one does not overwrite.
     fn stale(&self) -> Result<Vec<String>> {
-        let mut names = earlier_results(&self.dir, &self.options.base)?;
+        let mut names = earlier_results(&self.dir, &self.base)?;
         names.retain(|n| self.shards.iter().all(|s| s.name != *n));
         if self.shards.len() == 1 && !names.is_empty() && self.dir.join(INDEX).is_file() {
             names.push(INDEX.to_owned());

@@ -15,8 +15,8 @@ use crate::{Dtype, Error, Result};
 
 /// Tensors of one file. A model of a thousand experts per layer stays far below in one shard.
 const MAX_TENSORS: usize = 1 << 20;
-const MAX_NAME_BYTES: usize = 1024;
-const MAX_DIMENSIONS: usize = 16;
+pub(crate) const MAX_NAME_BYTES: usize = 1024;
+pub(crate) const MAX_DIMENSIONS: usize = 16;
 
 /// Where the JSON lies.
 pub(super) fn locate(path: &Path, bytes: &[u8]) -> Result<Range<usize>> {

@@ -63,10 +63,10 @@ impl Drop for Partial {
 ///
 /// # Errors
 /// [`Error::Io`] when the system refuses.
-pub fn write_file_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
+pub fn write_file_atomic(path: &Path, bytes: impl AsRef<[u8]>) -> Result<()> {
     let mut partial = Partial::create(path)?;
     partial.act("write", |file| {
-        file.write_all(bytes)?;
+        file.write_all(bytes.as_ref())?;
         file.sync_all()
     })?;
     partial.publish()?;

@@ -5,10 +5,13 @@ use std::collections::HashSet;
 use serde_json::{Map, Value, json};
 
 use super::TensorSpec;
+use crate::safetensors::{MAX_DIMENSIONS, MAX_NAME_BYTES};
 use crate::{Error, MAX_HEADER_BYTES, Result};
 
 /// The header is padded to this, so that aligned offsets are aligned in the file.
 const ALIGN: usize = 8;
+/// What a file offset can express.
+const MAX_TENSOR_BYTES: u64 = i64::MAX as u64;
 
 /// One file.
 pub(super) struct ShardLayout {
@@ -27,29 +30,42 @@ pub(super) struct Placed {
 
 /// Cuts the tensors into files in their order. Inside a file, wider elements come first, so that
 /// all are aligned without gaps, which the format does not allow.
-pub(super) fn plan(specs: &[TensorSpec], shard_bytes: u64) -> Result<Vec<ShardLayout>> {
-    let mut seen = HashSet::new();
+pub(super) fn plan(specs: Vec<TensorSpec>, shard_bytes: u64) -> Result<Vec<ShardLayout>> {
+    check(&specs)?;
     let mut shards: Vec<Vec<TensorSpec>> = vec![Vec::new()];
     let mut filled = 0u64;
     for spec in specs {
+        filled = filled.saturating_add(spec.bytes());
+        let last = shards.len() - 1;
+        if filled > shard_bytes && !shards[last].is_empty() {
+            filled = spec.bytes();
+            shards.push(vec![spec]);
+        } else {
+            shards[last].push(spec);
+        }
+    }
+    shards.into_iter().map(place).collect()
+}
+
+/// Names that a reader takes, each once, and sizes that fit a file.
+fn check(specs: &[TensorSpec]) -> Result<()> {
+    let mut seen = HashSet::new();
+    for spec in specs {
         let what = || format!("tensor {:?}", spec.name);
-        if spec.name.is_empty() || spec.name == "__metadata__" {
-            return Err(Error::encode("name of a tensor", "another one", what()));
+        let named = !spec.name.is_empty() && spec.name.len() <= MAX_NAME_BYTES;
+        if !named || spec.name == "__metadata__" || spec.name.chars().any(char::is_control) {
+            let expected = format!("a name of 1 to {MAX_NAME_BYTES} bytes of plain text");
+            return Err(Error::encode(what(), expected, "another"));
         }
         if !seen.insert(&spec.name) {
             return Err(Error::encode(what(), "each name once", "it twice"));
         }
-        let bytes = spec.bytes()?;
-        filled = filled.saturating_add(bytes);
-        let last = shards.len() - 1;
-        if filled > shard_bytes && !shards[last].is_empty() {
-            shards.push(Vec::new());
-            filled = bytes;
+        if spec.bytes() > MAX_TENSOR_BYTES || spec.shape.len() > MAX_DIMENSIONS {
+            let found = format!("{} with shape {:?}", spec.dtype, spec.shape);
+            return Err(Error::encode(what(), "a shape that fits a file", found));
         }
-        let last = shards.len() - 1;
-        shards[last].push(spec.clone());
     }
-    shards.into_iter().map(place).collect()
+    Ok(())
 }
 
 fn place(mut specs: Vec<TensorSpec>) -> Result<ShardLayout> {
@@ -59,16 +75,12 @@ fn place(mut specs: Vec<TensorSpec>) -> Result<ShardLayout> {
         bytes: 0,
     };
     for spec in specs {
-        let bytes = spec.bytes()?;
-        let start = layout.bytes;
-        let end = start.checked_add(bytes);
-        layout.bytes = end.ok_or_else(|| {
-            Error::encode(
-                format!("tensor {}", spec.name),
-                "a size on this earth",
-                "overflow",
-            )
+        let (start, bytes) = (layout.bytes, spec.bytes());
+        let end = start.checked_add(bytes).ok_or_else(|| {
+            let expected = "offsets of 64 bits; use smaller shards";
+            Error::encode(format!("tensor {}", spec.name), expected, "more")
         })?;
+        layout.bytes = end;
         layout.tensors.push(Placed { spec, start, bytes });
     }
     let header = layout.header().len() as u64;

@@ -1,14 +1,25 @@
 #![doc = include_str!("../README.md")]
 #![forbid(unsafe_code)]
 
+mod backend;
+mod engine;
 mod error;
+mod job;
+mod request;
 mod sampler;
+mod schedule;
+pub mod sim;
+mod stats;
 mod stop;
 mod template;
 mod tokenizer;
 
+pub use backend::{Backend, BackendError, LogitRows, RunnerBackend, SeqSlice};
+pub use engine::{Answer, Engine, EngineHandle, EngineOptions, JobStream};
 pub use error::{Error, Result};
+pub use request::{Done, DoneReason, Event, JobId, Request, Timings};
 pub use sampler::{Philox, Sampled, Sampler, SamplerSettings};
+pub use stats::{Load, Stats};
 pub use stop::{StopStrings, StopText};
 pub use template::{ChatInput, ChatTemplate, ChatTemplates, LocalTime};
 pub use tokenizer::{Detokenizer, Encode, Tokenizer, TokenizerConfig};

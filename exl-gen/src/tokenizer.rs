@@ -13,7 +13,7 @@ mod config;
 mod detokenizer;
 mod pieces;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 pub use config::TokenizerConfig;
 pub use detokenizer::Detokenizer;

@@ -10,8 +10,8 @@ pub(super) struct Candidates {
     weights: Vec<f64>,
     /// Items in final order; `weights` holds as many.
     sorted: usize,
-    /// Sum of all weights.
-    total: f64,
+    /// Sum of all weights, once somebody asked for it.
+    total: Option<f64>,
     scale: f64,
     most: f64,
 }
@@ -33,7 +33,17 @@ impl Candidates {
             .fold(f32::NEG_INFINITY, |most, item| most.max(item.1));
         self.most = f64::from(most);
         self.scale = 1.0 / f64::from(temperature);
-        self.total = self.items.iter().map(|item| self.weight(item.1)).sum();
+        self.total = None;
+    }
+
+    /// Sum of all weights. Summed late, because a cut to few candidates spares most of the work.
+    fn total(&mut self) -> f64 {
+        let total = match self.total {
+            Some(total) => total,
+            None => self.items.iter().map(|item| self.weight(item.1)).sum(),
+        };
+        self.total = Some(total);
+        total
     }
 
     fn weight(&self, logit: f32) -> f64 {
@@ -80,7 +90,7 @@ impl Candidates {
         self.items.truncate(count);
         self.weights.truncate(count);
         self.sorted = self.items.len();
-        self.total = self.weights.iter().sum();
+        self.total = Some(self.weights.iter().sum());
     }
 
     /// Keeps the `k` likeliest; 0 keeps all.
@@ -95,7 +105,7 @@ impl Candidates {
         if p <= 0.0 || p >= 1.0 {
             return;
         }
-        let (bound, mut sum, mut count) = (f64::from(p) * self.total, 0.0, 0);
+        let (bound, mut sum, mut count) = (f64::from(p) * self.total(), 0.0, 0);
         while sum < bound
             && let Some((_, weight)) = self.at(count)
         {
@@ -121,7 +131,8 @@ impl Candidates {
 
     /// Inverse of the cumulative distribution at `u`, likeliest first.
     pub(super) fn draw(&mut self, u: f64) -> Sampled {
-        let bound = u * self.total;
+        let total = self.total();
+        let bound = u * total;
         let (mut sum, mut place) = (0.0, 0);
         let mut last = Sampled {
             token: 0,
@@ -132,7 +143,7 @@ impl Candidates {
             if weight > 0.0 {
                 last = Sampled {
                     token,
-                    probability: (weight / self.total) as f32,
+                    probability: (weight / total) as f32,
                 };
             }
             sum += weight;
@@ -146,10 +157,10 @@ impl Candidates {
 
     #[cfg(test)]
     pub(super) fn probabilities(&mut self) -> Vec<(u32, f64)> {
-        let count = self.items.len();
+        let (count, total) = (self.items.len(), self.total());
         self.sort(count);
         (0..count)
-            .map(|at| (self.items[at].0, self.weights[at] / self.total))
+            .map(|at| (self.items[at].0, self.weights[at] / total))
             .collect()
     }
 }

@@ -33,12 +33,15 @@ impl ChatTemplates {
         };
         for path in entries {
             let name = path.file_stem().and_then(|name| name.to_str());
-            let jinja = path.extension().is_some_and(|extension| extension == "jinja");
+            let jinja = path
+                .extension()
+                .is_some_and(|extension| extension == "jinja");
             if let (Some(name), true, Some(source)) = (name, jinja, read(&path)?) {
                 set.add(name, &source)?;
             }
         }
-        Ok(set.names().next().is_some().then_some(set))
+        let empty = set.names().next().is_none();
+        Ok((!empty).then_some(set))
     }
 
     fn from_entry(path: &Path) -> Result<Self> {
@@ -84,8 +87,15 @@ mod tests {
         };
         assert_eq!(source(false), "entry");
         std::fs::write(dir.join("chat_template.jinja"), "file").unwrap();
-        std::fs::write(dir.join("additional_chat_templates/tool_use.jinja"), "tools").unwrap();
-        assert_eq!((source(false).as_str(), source(true).as_str()), ("file", "tools"));
+        std::fs::write(
+            dir.join("additional_chat_templates/tool_use.jinja"),
+            "tools",
+        )
+        .unwrap();
+        assert_eq!(
+            (source(false).as_str(), source(true).as_str()),
+            ("file", "tools")
+        );
         std::fs::write(dir.join("chat_template.jinja"), "{% if %}").unwrap();
         assert!(ChatTemplates::open(&dir).is_err());
         std::fs::remove_dir_all(&dir).unwrap();

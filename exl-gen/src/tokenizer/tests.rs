@@ -5,7 +5,7 @@ use super::*;
 const DEMO: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../shared/models/demo-4m");
 
 /// A byte-level BPE with all bytes and a few merges; special tokens behind.
-fn byte_level() -> Json {
+pub(crate) fn byte_level() -> Json {
     let mut vocab = Map::new();
     let printable = |byte: &u8| matches!(byte, b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff);
     for byte in (0..=255u8).filter(printable) {
@@ -80,12 +80,12 @@ fn metaspace_decoder() -> Json {
         "split": false})
 }
 
-fn make(json: &Json, config: Json) -> Tokenizer {
+pub(crate) fn make(json: &Json, config: Json) -> Tokenizer {
     Tokenizer::from_json(json.to_string().as_bytes(), Some(&config)).unwrap()
 }
 
 #[test]
-fn byte_level_round_trips() {
+pub(crate) fn byte_level_round_trips() {
     let tokenizer = make(&byte_level(), Json::Null);
     assert_eq!(tokenizer.vocab_size(), 263);
     for text in [

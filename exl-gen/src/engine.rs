@@ -1,0 +1,253 @@
+//! The engine: one thread that batches all jobs over one backend.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+
+use exl_cache::{PAGE_TOKENS, PageTable};
+
+use crate::job::Job;
+use crate::request::{JobId, Request};
+use crate::stats::{Load, Stats};
+use crate::{Backend, Error, Result, Tokenizer};
+
+mod stream;
+#[cfg(test)]
+mod tests;
+mod worker;
+
+pub use stream::{Answer, JobStream};
+use worker::{Command, Worker};
+
+/// Settings of an engine.
+#[derive(Clone, Debug)]
+pub struct EngineOptions {
+    /// Most prompt tokens of one step.
+    pub chunk_rows: usize,
+    /// Most jobs that wait; a submit beyond is refused.
+    pub max_waiting: usize,
+    /// Most tokens of one sequence; the cache's size when absent.
+    pub max_seq_len: Option<usize>,
+}
+
+impl Default for EngineOptions {
+    /// Chunks of 512 tokens, 1024 waiting jobs, sequences as long as the cache.
+    fn default() -> Self {
+        Self {
+            chunk_rows: 512,
+            max_waiting: 1024,
+            max_seq_len: None,
+        }
+    }
+}
+
+/// Starts engines.
+#[derive(Debug)]
+pub struct Engine;
+
+impl Engine {
+    /// Starts the engine's thread. The engine ends when it is drained, or when all handles are
+    /// gone and its jobs are done.
+    ///
+    /// # Errors
+    /// [`Error::Backend`] for a backend without room, [`Error::Cache`].
+    pub fn start(
+        backend: Box<dyn Backend>,
+        tokenizer: Arc<Tokenizer>,
+        options: EngineOptions,
+    ) -> Result<EngineHandle> {
+        let refuse = |reason: &str| Error::Backend {
+            reason: reason.to_owned(),
+        };
+        if backend.max_rows() == 0 || backend.max_seqs() == 0 || options.chunk_rows == 0 {
+            return Err(refuse("a step or a prompt chunk takes no token"));
+        }
+        let table = PageTable::new(backend.pages())?;
+        let capacity = table.capacity() * PAGE_TOKENS;
+        let shared = Arc::new(Shared {
+            next: AtomicU64::new(0),
+            waiting: AtomicUsize::new(0),
+            closed: AtomicBool::new(false),
+            stats: Mutex::new(Stats {
+                load: Load {
+                    free_pages: table.free_pages(),
+                    pages: table.capacity(),
+                    ..Load::default()
+                },
+                ..Stats::default()
+            }),
+            ended: Mutex::new(false),
+            end: Condvar::new(),
+        });
+        let inner = Inner {
+            vocab: backend.vocab_size(),
+            limit: options.max_seq_len.unwrap_or(capacity).min(capacity),
+            max_waiting: options.max_waiting,
+            tokenizer: Arc::clone(&tokenizer),
+            shared: Arc::clone(&shared),
+            commands: {
+                let (sender, receiver) = channel();
+                let worker = Worker::new(backend, tokenizer, table, &options, shared);
+                std::thread::Builder::new()
+                    .name("exl-engine".to_owned())
+                    .spawn(move || worker.run(&receiver))
+                    .map_err(|error| refuse(&error.to_string()))?;
+                sender
+            },
+        };
+        Ok(EngineHandle {
+            inner: Arc::new(inner),
+        })
+    }
+}
+
+/// State both sides see.
+#[derive(Debug)]
+struct Shared {
+    next: AtomicU64,
+    waiting: AtomicUsize,
+    closed: AtomicBool,
+    stats: Mutex<Stats>,
+    ended: Mutex<bool>,
+    end: Condvar,
+}
+
+impl Shared {
+    /// Numbers stay usable even if a thread died while it held them.
+    fn stats(&self) -> MutexGuard<'_, Stats> {
+        self.stats.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[derive(Debug)]
+struct Inner {
+    vocab: usize,
+    limit: usize,
+    max_waiting: usize,
+    tokenizer: Arc<Tokenizer>,
+    shared: Arc<Shared>,
+    commands: Sender<Command>,
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        // The thread may be gone already, which is just as well.
+        let _ = self.commands.send(Command::Drain);
+    }
+}
+
+/// A running engine. Clones are handles of the same engine.
+#[derive(Clone, Debug)]
+pub struct EngineHandle {
+    inner: Arc<Inner>,
+}
+
+impl EngineHandle {
+    /// Queues a request. Its events come through the stream; dropping that aborts the job.
+    ///
+    /// # Errors
+    /// [`Error::EmptyPrompt`], [`Error::PromptTooLong`], [`Error::UnknownToken`],
+    /// [`Error::Setting`], [`Error::QueueFull`], and [`Error::Closed`] while draining.
+    pub fn submit(&self, request: Request) -> Result<JobStream> {
+        let inner = &*self.inner;
+        self.check(&request)?;
+        let id = JobId(inner.shared.next.fetch_add(1, Ordering::Relaxed));
+        let (sender, receiver) = channel();
+        let cancelled = Arc::new(AtomicBool::new(false));
+        let prompt = request.prompt.len();
+        let job = Job::new(
+            id,
+            request,
+            &inner.tokenizer,
+            sender,
+            Arc::clone(&cancelled),
+        )?;
+        let full = |waiting| (waiting < inner.max_waiting).then_some(waiting + 1);
+        inner
+            .shared
+            .waiting
+            .fetch_update(Ordering::AcqRel, Ordering::Acquire, full)
+            .map_err(|waiting| Error::QueueFull { waiting })?;
+        if inner.shared.closed.load(Ordering::Acquire)
+            || inner.commands.send(Command::Submit(Box::new(job))).is_err()
+        {
+            inner.shared.waiting.fetch_sub(1, Ordering::AcqRel);
+            return Err(Error::Closed);
+        }
+        Ok(JobStream::new(
+            id,
+            prompt,
+            receiver,
+            cancelled,
+            inner.commands.clone(),
+        ))
+    }
+
+    fn check(&self, request: &Request) -> Result<()> {
+        let (prompt, new) = (request.prompt.len(), request.max_new_tokens);
+        if prompt == 0 {
+            return Err(Error::EmptyPrompt);
+        }
+        if new == 0 {
+            return Err(Error::Setting {
+                name: "max-tokens",
+                value: 0.0,
+                expected: "at least 1",
+            });
+        }
+        let limit = self.inner.limit;
+        if prompt.saturating_add(new) > limit {
+            return Err(Error::PromptTooLong { prompt, new, limit });
+        }
+        let vocab = self.inner.vocab;
+        match request.prompt.iter().find(|&&id| id as usize >= vocab) {
+            Some(&id) => Err(Error::UnknownToken { id, vocab }),
+            None => Ok(()),
+        }
+    }
+
+    /// Ends a job as soon as the current step is over. Unknown and ended jobs are ignored.
+    pub fn abort(&self, job: JobId) {
+        // A thread that is gone has no job left to abort.
+        let _ = self.inner.commands.send(Command::Abort(job));
+    }
+
+    /// Takes no more requests and waits until every job is done and the engine has ended.
+    pub fn drain(&self) {
+        self.inner.shared.closed.store(true, Ordering::Release);
+        let _ = self.inner.commands.send(Command::Drain);
+        let shared = &self.inner.shared;
+        let mut ended = shared.ended.lock().unwrap_or_else(PoisonError::into_inner);
+        while !*ended {
+            ended = shared
+                .end
+                .wait(ended)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Counters since the start.
+    pub fn stats(&self) -> Stats {
+        let mut stats = *self.inner.shared.stats();
+        stats.load = self.load();
+        stats
+    }
+
+    /// What goes on now.
+    pub fn load(&self) -> Load {
+        Load {
+            waiting: self.inner.shared.waiting.load(Ordering::Acquire),
+            ..self.inner.shared.stats().load
+        }
+    }
+
+    /// Most tokens of prompt and answer together.
+    pub fn max_tokens(&self) -> usize {
+        self.inner.limit
+    }
+
+    /// The tokenizer prompts are made with.
+    pub fn tokenizer(&self) -> &Arc<Tokenizer> {
+        &self.inner.tokenizer
+    }
+}

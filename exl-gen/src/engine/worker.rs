@@ -1,0 +1,323 @@
+//! The engine's thread: an explicit loop over commands and steps.
+
+use std::any::Any;
+use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::PoisonError;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{Receiver, TryRecvError};
+use std::time::Instant;
+
+use exl_cache::PageTable;
+
+use super::{EngineOptions, Shared};
+use crate::job::Job;
+use crate::request::{DoneReason, JobId};
+use crate::schedule::{Limits, next_start, share};
+use crate::{Backend, BackendError, LogitRows, SeqSlice, Tokenizer};
+
+/// All the engine can be told.
+pub(super) enum Command {
+    /// A new job.
+    Submit(Box<Job>),
+    /// End this job.
+    Abort(JobId),
+    /// Look at the jobs' cancel flags.
+    Wake,
+    /// End when all jobs are done.
+    Drain,
+}
+
+impl std::fmt::Debug for Command {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Submit(job) => write!(f, "Submit({})", job.id),
+            Self::Abort(id) => write!(f, "Abort({id})"),
+            Self::Wake => f.write_str("Wake"),
+            Self::Drain => f.write_str("Drain"),
+        }
+    }
+}
+
+pub(super) struct Worker {
+    backend: Box<dyn Backend>,
+    tokenizer: Arc<Tokenizer>,
+    table: PageTable,
+    limits: Limits,
+    max_running: usize,
+    waiting: VecDeque<Job>,
+    running: Vec<Job>,
+    shared: Arc<Shared>,
+    draining: bool,
+    /// One row of logits; sampling changes it.
+    row: Vec<f32>,
+}
+
+impl Worker {
+    pub(super) fn new(
+        backend: Box<dyn Backend>,
+        tokenizer: Arc<Tokenizer>,
+        table: PageTable,
+        options: &EngineOptions,
+        shared: Arc<Shared>,
+    ) -> Self {
+        let rows = backend.max_rows();
+        Self {
+            limits: Limits {
+                rows,
+                chunk: options.chunk_rows,
+            },
+            // Half of the rows stay free for prompts, so decoding jobs cannot shut them out.
+            max_running: backend.max_seqs().min(rows.div_ceil(2)),
+            backend,
+            tokenizer,
+            table,
+            waiting: VecDeque::new(),
+            running: Vec::new(),
+            shared,
+            draining: false,
+            row: Vec::new(),
+        }
+    }
+
+    pub(super) fn run(mut self, commands: &Receiver<Command>) {
+        // Waiters on the end are told even when this thread panics.
+        let _ended = Ended(Arc::clone(&self.shared));
+        while self.take_commands(commands) {
+            self.reap();
+            self.admit();
+            self.step();
+            self.publish();
+        }
+        self.publish();
+    }
+
+    /// Takes what was said; sleeps while there is nothing to do. False at the end.
+    fn take_commands(&mut self, commands: &Receiver<Command>) -> bool {
+        loop {
+            let idle = self.running.is_empty() && self.waiting.is_empty();
+            let command = match commands.try_recv() {
+                Ok(command) => command,
+                Err(TryRecvError::Empty) if !idle => return true,
+                Err(TryRecvError::Empty) if !self.draining => match commands.recv() {
+                    Ok(command) => command,
+                    Err(_) => return false,
+                },
+                Err(_) if idle => return false,
+                Err(_) => return true,
+            };
+            match command {
+                Command::Submit(job) => self.waiting.push_back(*job),
+                Command::Abort(id) => self.abort(id),
+                Command::Wake => {}
+                Command::Drain => {
+                    self.draining = true;
+                    self.shared.closed.store(true, Ordering::Release);
+                }
+            }
+        }
+    }
+
+    fn abort(&mut self, id: JobId) {
+        if let Some(at) = self.waiting.iter().position(|job| job.id == id)
+            && let Some(job) = self.waiting.remove(at)
+        {
+            self.leave_queue();
+            self.end(job, DoneReason::Aborted);
+        } else if let Some(at) = self.running.iter().position(|job| job.id == id) {
+            let job = self.running.remove(at);
+            self.end(job, DoneReason::Aborted);
+        }
+    }
+
+    /// Ends jobs whose callers are gone or want no more.
+    fn reap(&mut self) {
+        let cancelled: Vec<JobId> = self
+            .waiting
+            .iter()
+            .chain(&self.running)
+            .filter(|job| job.is_cancelled())
+            .map(|job| job.id)
+            .collect();
+        for id in cancelled {
+            self.abort(id);
+        }
+    }
+
+    /// Starts waiting jobs while pages and the batch have room.
+    fn admit(&mut self) {
+        while self.running.len() < self.max_running {
+            let reserve: Vec<usize> = self.waiting.iter().map(Job::reserve).collect();
+            let mut skips: Vec<&mut usize> =
+                self.waiting.iter_mut().map(|job| &mut job.skips).collect();
+            let table = &self.table;
+            // What can never fit is taken out as well, to fail below.
+            let fits = |at: usize| table.fits_now(reserve[at]).unwrap_or(true);
+            let Some(at) = next_start(&mut skips, fits) else {
+                return;
+            };
+            let Some(mut job) = self.waiting.remove(at) else {
+                return;
+            };
+            self.leave_queue();
+            match self.table.admit(job.reserve()) {
+                Ok(seq) => {
+                    job.start(seq);
+                    self.running.push(job);
+                }
+                Err(error) => self.end(job, DoneReason::Error(error.to_string())),
+            }
+        }
+    }
+
+    fn leave_queue(&self) {
+        self.shared.waiting.fetch_sub(1, Ordering::AcqRel);
+    }
+
+    /// One step of the backend for all running jobs, and a draw for each that is ready.
+    fn step(&mut self) {
+        let pending: Vec<usize> = self.running.iter().map(Job::pending).collect();
+        let shares = share(&pending, self.limits);
+        if shares.is_empty() {
+            return;
+        }
+        let outcome = catch_unwind(AssertUnwindSafe(|| self.forward(&shares)));
+        let ends = match outcome {
+            Ok(Ok(ends)) => ends,
+            Ok(Err(error)) => fail(&shares, &format!("the step failed: {error}")),
+            Err(panic) => fail(&shares, &format!("the step panicked: {}", message(&*panic))),
+        };
+        // From the back, so that the places of the others stay right.
+        let mut ends = ends;
+        ends.sort_by_key(|end| std::cmp::Reverse(end.0));
+        for (at, reason) in ends {
+            let job = self.running.remove(at);
+            self.end(job, reason);
+        }
+    }
+
+    /// Runs the shares; gives the jobs that ended with the reason.
+    fn forward(
+        &mut self,
+        shares: &[(usize, usize)],
+    ) -> Result<Vec<(usize, DoneReason)>, BackendError> {
+        let vocab = self.backend.vocab_size();
+        let slices = slices(&self.running, &self.table, shares)?;
+        let begin = Instant::now();
+        let logits = self.backend.step(&slices)?;
+        let busy = begin.elapsed();
+        let wanted = slices
+            .iter()
+            .filter(|s| s.logits == LogitRows::Last)
+            .count();
+        if logits.len() != wanted * vocab {
+            return Err(BackendError(format!(
+                "{} logits for {wanted} rows of {vocab}",
+                logits.len()
+            )));
+        }
+        let mut rows = logits.chunks_exact(vocab.max(1));
+        let mut ends = Vec::new();
+        let (mut prompt, mut new) = (0, 0);
+        for &(at, count) in shares {
+            let job = &mut self.running[at];
+            prompt += job.prompt.saturating_sub(job.cached).min(count);
+            job.advance(count);
+            if job.pending() > 0 {
+                continue;
+            }
+            if let Some(row) = rows.next() {
+                self.row.clear();
+                self.row.extend_from_slice(row);
+                let before = job.new_tokens();
+                if let Some(reason) = job.draw(&mut self.row, &self.tokenizer) {
+                    ends.push((at, reason));
+                }
+                new += job.new_tokens() - before;
+            }
+        }
+        let mut stats = self.shared.stats();
+        stats.steps += 1;
+        stats.busy += busy;
+        stats.prompt_tokens += prompt as u64;
+        stats.new_tokens += new as u64;
+        Ok(ends)
+    }
+
+    /// Gives back the job's pages and tells its caller. In this order, so that a caller who reads
+    /// the statistics after the last event finds them settled.
+    fn end(&mut self, mut job: Job, reason: DoneReason) {
+        if let Some(seq) = job.seq.take()
+            && let Err(error) = self.table.release(seq)
+        {
+            tracing::error!(job = %job.id, %error, "a sequence was released twice");
+        }
+        {
+            let mut stats = self.shared.stats();
+            match reason {
+                DoneReason::Aborted => stats.aborted += 1,
+                DoneReason::Error(_) => stats.failed += 1,
+                _ => stats.finished += 1,
+            }
+        }
+        self.publish();
+        job.finish(reason);
+    }
+
+    fn publish(&self) {
+        let mut stats = self.shared.stats();
+        stats.load.running = self.running.len();
+        stats.load.free_pages = self.table.free_pages();
+    }
+}
+
+fn slices<'a>(
+    running: &'a [Job],
+    table: &'a PageTable,
+    shares: &[(usize, usize)],
+) -> Result<Vec<SeqSlice<'a>>, BackendError> {
+    let slice = |&(at, count): &(usize, usize)| {
+        let job = &running[at];
+        let pages = job.seq.map(|seq| table.block_table(seq));
+        let pages = pages
+            .and_then(Result::ok)
+            .ok_or_else(|| BackendError(format!("job {} runs without pages", job.id)))?;
+        let last = count == job.pending();
+        Ok(SeqSlice {
+            tokens: &job.tokens[job.cached..job.cached + count],
+            start: job.cached,
+            pages,
+            logits: if last {
+                LogitRows::Last
+            } else {
+                LogitRows::None
+            },
+        })
+    };
+    shares.iter().map(slice).collect()
+}
+
+fn fail(shares: &[(usize, usize)], why: &str) -> Vec<(usize, DoneReason)> {
+    shares
+        .iter()
+        .map(|&(at, _)| (at, DoneReason::Error(why.to_owned())))
+        .collect()
+}
+
+fn message(panic: &(dyn Any + Send)) -> &str {
+    let text = panic.downcast_ref::<&str>().copied();
+    text.or_else(|| panic.downcast_ref::<String>().map(String::as_str))
+        .unwrap_or("without a message")
+}
+
+/// Says that the thread has ended, however it did.
+struct Ended(Arc<Shared>);
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        self.0.closed.store(true, Ordering::Release);
+        *self.0.ended.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        self.0.end.notify_all();
+    }
+}

@@ -1,0 +1,223 @@
+//! A job inside the engine.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::Sender;
+use std::time::Instant;
+
+use exl_cache::SeqId;
+
+use crate::request::{Done, DoneReason, Event, JobId, Request, Timings};
+use crate::{Detokenizer, Result, Sampler, StopStrings, Tokenizer};
+
+/// Everything about one request from its submission to its end.
+pub(crate) struct Job {
+    pub(crate) id: JobId,
+    /// Prompt and answer.
+    pub(crate) tokens: Vec<u32>,
+    pub(crate) prompt: usize,
+    pub(crate) max_new: usize,
+    /// Tokens whose keys and values are in the cache.
+    pub(crate) cached: usize,
+    pub(crate) seq: Option<SeqId>,
+    /// Later jobs that started before this one.
+    pub(crate) skips: usize,
+    min_new: usize,
+    sampler: Sampler,
+    stop_tokens: Vec<u32>,
+    output: Output,
+    events: Sender<Event>,
+    cancelled: Arc<AtomicBool>,
+    submitted: Instant,
+    started: Option<Instant>,
+    first_token: Option<Instant>,
+}
+
+impl Job {
+    pub(crate) fn new(
+        id: JobId,
+        request: Request,
+        tokenizer: &Tokenizer,
+        events: Sender<Event>,
+        cancelled: Arc<AtomicBool>,
+    ) -> Result<Self> {
+        let sampler = Sampler::new(request.sampler, tokenizer.vocab_size())?;
+        let mut stop_tokens = request.stop_tokens;
+        if !request.ignore_eos {
+            stop_tokens.extend(tokenizer.eos_ids());
+        }
+        Ok(Self {
+            id,
+            prompt: request.prompt.len(),
+            tokens: request.prompt,
+            max_new: request.max_new_tokens,
+            cached: 0,
+            seq: None,
+            skips: 0,
+            min_new: request.min_new_tokens,
+            sampler,
+            stop_tokens,
+            output: Output::new(request.stop_strings, !request.decode_special),
+            events,
+            cancelled,
+            submitted: Instant::now(),
+            started: None,
+            first_token: None,
+        })
+    }
+
+    /// Tokens the cache has to hold in the end.
+    pub(crate) fn reserve(&self) -> usize {
+        self.prompt + self.max_new
+    }
+
+    /// Tokens that have to go through the model before the next draw; 1 while decoding.
+    pub(crate) fn pending(&self) -> usize {
+        self.tokens.len() - self.cached
+    }
+
+    pub(crate) fn is_cancelled(&self) -> bool {
+        self.cancelled.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn new_tokens(&self) -> usize {
+        self.tokens.len() - self.prompt
+    }
+
+    pub(crate) fn start(&mut self, seq: SeqId) {
+        self.seq = Some(seq);
+        self.started = Some(Instant::now());
+        self.send(Event::Started {
+            seed: self.sampler.seed(),
+        });
+    }
+
+    /// Notes that `rows` more tokens are in the cache.
+    pub(crate) fn advance(&mut self, rows: usize) {
+        let before = self.cached;
+        self.cached += rows;
+        if before < self.prompt {
+            self.send(Event::Prefill {
+                done: self.cached.min(self.prompt),
+                total: self.prompt,
+            });
+        }
+    }
+
+    /// Draws the next token; gives the reason when that ends the job.
+    pub(crate) fn draw(&mut self, logits: &mut [f32], tokenizer: &Tokenizer) -> Option<DoneReason> {
+        let index = self.new_tokens();
+        let blocked = if index < self.min_new {
+            &self.stop_tokens[..]
+        } else {
+            &[]
+        };
+        let sampled = match self
+            .sampler
+            .sample(logits, &self.tokens, blocked, index as u64)
+        {
+            Ok(sampled) => sampled,
+            Err(error) => return Some(DoneReason::Error(error.to_string())),
+        };
+        self.first_token.get_or_insert_with(Instant::now);
+        self.tokens.push(sampled.token);
+        if self.stop_tokens.contains(&sampled.token) {
+            return Some(DoneReason::StopToken(sampled.token));
+        }
+        let (event, hit) = self.output.push(tokenizer, sampled.token);
+        if let Some(event) = event {
+            self.send(event);
+        }
+        if let Some(hit) = hit {
+            return Some(DoneReason::StopString(hit));
+        }
+        (self.new_tokens() >= self.max_new).then_some(DoneReason::MaxTokens)
+    }
+
+    /// Tells the caller that it is over. Text held back is shown unless a stop string took it.
+    pub(crate) fn finish(mut self, reason: DoneReason) {
+        if !matches!(reason, DoneReason::StopString(_))
+            && let Some(event) = self.output.finish()
+        {
+            self.send(event);
+        }
+        let end = Instant::now();
+        let started = self.started.unwrap_or(end);
+        let first = self.first_token.unwrap_or(end);
+        self.send(Event::Done(Done {
+            reason,
+            prompt_tokens: self.prompt,
+            new_tokens: self.new_tokens(),
+            timings: Timings {
+                queued: started - self.submitted,
+                prefill: first - started,
+                decode: end - first,
+            },
+        }));
+    }
+
+    fn send(&self, event: Event) {
+        if self.events.send(event).is_err() {
+            // Nobody listens any more.
+            self.cancelled.store(true, Ordering::Release);
+        }
+    }
+}
+
+/// Tokens on their way to being shown.
+struct Output {
+    detokenizer: Detokenizer,
+    stop: StopStrings,
+    /// Bytes of text made so far, and of those shown.
+    made: usize,
+    shown: usize,
+    /// Tokens not shown yet and where their text begins.
+    held: VecDeque<(u32, usize)>,
+}
+
+impl Output {
+    fn new(stop: Vec<String>, skip_special: bool) -> Self {
+        Self {
+            detokenizer: Detokenizer::continuing(skip_special),
+            stop: StopStrings::new(stop),
+            made: 0,
+            shown: 0,
+            held: VecDeque::new(),
+        }
+    }
+
+    fn push(&mut self, tokenizer: &Tokenizer, token: u32) -> (Option<Event>, Option<String>) {
+        self.held.push_back((token, self.made));
+        let piece = self.detokenizer.push(tokenizer, token);
+        self.made += piece.len();
+        let step = self.stop.push(&piece);
+        let idle = self.stop.held().is_empty() && !self.detokenizer.is_waiting();
+        let all = step.hit.is_none() && idle;
+        (self.show(step.text, all), step.hit)
+    }
+
+    fn finish(&mut self) -> Option<Event> {
+        let rest = self.detokenizer.finish();
+        self.made += rest.len();
+        // The text is over, so a hit here only means where to cut.
+        let step = self.stop.push(&rest);
+        let mut text = step.text;
+        if step.hit.is_none() {
+            text.push_str(&self.stop.finish());
+        }
+        self.show(text, step.hit.is_none())
+    }
+
+    fn show(&mut self, text: String, all: bool) -> Option<Event> {
+        self.shown += text.len();
+        let mut token_ids = Vec::new();
+        while let Some(&(id, start)) = self.held.front()
+            && (all || start < self.shown)
+        {
+            token_ids.push(id);
+            self.held.pop_front();
+        }
+        (!text.is_empty() || !token_ids.is_empty()).then_some(Event::Text { text, token_ids })
+    }
+}

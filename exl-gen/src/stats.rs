@@ -1,0 +1,37 @@
+//! Numbers about an engine.
+
+use std::time::Duration;
+
+/// What an engine did since its start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Stats {
+    /// Jobs that ended by themselves.
+    pub finished: u64,
+    /// Jobs that were aborted.
+    pub aborted: u64,
+    /// Jobs that failed.
+    pub failed: u64,
+    /// Steps of the backend.
+    pub steps: u64,
+    /// Prompt tokens worked through.
+    pub prompt_tokens: u64,
+    /// Tokens drawn.
+    pub new_tokens: u64,
+    /// Time inside the backend.
+    pub busy: Duration,
+    /// What goes on now.
+    pub load: Load,
+}
+
+/// What an engine is doing at a moment.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Load {
+    /// Jobs in the batch.
+    pub running: usize,
+    /// Jobs waiting for room.
+    pub waiting: usize,
+    /// Cache pages nobody owns.
+    pub free_pages: usize,
+    /// Cache pages in all, without the reserved one.
+    pub pages: usize,
+}

@@ -4,8 +4,10 @@ mod dense;
 mod isa;
 mod linear;
 mod math;
+mod paged_attn;
 mod pool;
 mod qgemm;
+mod rows;
 mod syrk;
 
 use std::sync::{Mutex, PoisonError};
@@ -13,8 +15,8 @@ use std::sync::{Mutex, PoisonError};
 pub use isa::Isa;
 pub use pool::Pool;
 
+use crate::Result;
 use crate::ops::{self, Op};
-use crate::{Result, reference};
 
 /// Precision of the activations that meet quantized weights.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -101,10 +103,16 @@ impl Cpu {
     pub fn run(&self, op: &mut Op<'_>) -> Result<()> {
         ops::check(op)?;
         match op {
+            Op::Embed(op) => rows::embed(op, self),
+            Op::RmsNorm(op) => rows::rms_norm(op, self),
             Op::Linear(op) => linear::run(op, self),
             Op::GateUp(op) => linear::gate_up(op, self),
+            Op::RopeAppend(op) => rows::rope_append(op, self),
+            Op::PagedAttn(op) => paged_attn::run(op, self),
+            Op::GatherRows(op) => rows::gather_rows(op, self),
+            Op::ScaleLogits(op) => rows::scale_logits(op, self),
             Op::HessianSyrk(op) => syrk::run(op, self),
-            op => reference::run(op),
+            Op::Dequant(op) => op.matrix.dequantize(op.out.slice_mut::<f32>()?),
         }
     }
 }

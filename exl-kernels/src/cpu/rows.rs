@@ -1,0 +1,261 @@
+//! Ops that work row by row: embedding, norm, rotation, row gathering, logit scaling.
+
+use half::f16;
+use half::slice::HalfFloatSliceExt;
+
+use super::dense::Dense;
+use super::{Cpu, Isa};
+use crate::ops::{Embed, GatherRows, RmsNorm, RopeAppend, RopeStyle, ScaleLogits};
+use crate::{Error, MemMut, Result};
+
+/// Elements below which waking the other threads costs more than it saves.
+const PARALLEL: usize = 16384;
+
+/// A pointer that tasks write disjoint rows through.
+struct Rows<T>(*mut T);
+
+// SAFETY: tasks write disjoint rows.
+unsafe impl<T> Sync for Rows<T> {}
+
+impl<T> Rows<T> {
+    /// # Safety
+    /// The range must lie in the region, and no other task may use it.
+    #[allow(clippy::mut_from_ref)] // disjoint by the caller's promise
+    unsafe fn range(&self, start: usize, len: usize) -> &mut [T] {
+        // SAFETY: the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(self.0.add(start), len) }
+    }
+}
+
+/// Calls `each(row)` for all rows, in parallel when there is enough to do.
+fn for_rows(cpu: &Cpu, rows: usize, dim: usize, each: impl Fn(usize) + Sync) {
+    if rows * dim < PARALLEL {
+        return (0..rows).for_each(each);
+    }
+    let chunk = rows.div_ceil(4 * cpu.pool().threads());
+    cpu.pool().run(rows.div_ceil(chunk), &|task, _| {
+        (task * chunk..rows.min((task + 1) * chunk)).for_each(&each);
+    });
+}
+
+/// Checks that indices lie below a limit.
+fn check_index(values: &[i32], limit: usize, what: &str) -> Result<()> {
+    match values
+        .iter()
+        .position(|&v| usize::try_from(v).map_or(true, |v| v >= limit))
+    {
+        None => Ok(()),
+        Some(at) => {
+            let name = format!("{what}[{at}]");
+            Err(Error::argument(
+                name,
+                format!("0..{limit}"),
+                values[at].to_string(),
+            ))
+        }
+    }
+}
+
+pub(super) fn embed(op: &mut Embed<'_>, cpu: &Cpu) -> Result<()> {
+    let ids = op.ids.slice::<i32>()?;
+    check_index(ids, op.vocab, "embed.ids")?;
+    let table = Dense::new(&op.table)?;
+    let (dim, scale) = (op.dim, op.scale);
+    let out = Rows(op.out.slice_mut::<f32>()?.as_mut_ptr());
+    for_rows(cpu, op.rows, dim, |r| {
+        // SAFETY: `check` bounded the rows; each task has its own.
+        let out = unsafe { out.range(r * dim, dim) };
+        table.copy_to(ids[r] as usize * dim, out, cpu.isa());
+        if scale != 1.0 {
+            out.iter_mut().for_each(|v| *v *= scale);
+        }
+    });
+    Ok(())
+}
+
+pub(super) fn rms_norm(op: &mut RmsNorm<'_>, cpu: &Cpu) -> Result<()> {
+    let (dim, eps, offset, isa) = (op.dim, op.eps, op.offset, cpu.isa());
+    // The output may be the input: rows are read through the pointer they are written through.
+    let x = op.x.slice::<f32>()?.as_ptr();
+    let x = Rows(x.cast_mut());
+    let out = Rows(op.out.slice_mut::<f32>()?.as_mut_ptr());
+    let in_place = std::ptr::eq(x.0, out.0);
+    let source = Dense::new(&op.weight)?;
+    cpu.scratch(dim, |scratch| {
+        let weight: &mut [f32] = bytemuck::cast_slice_mut(scratch);
+        source.copy_to(0, weight, isa);
+        weight.iter_mut().for_each(|w| *w += offset);
+        let weight = &*weight;
+        for_rows(cpu, op.rows, dim, |r| {
+            // SAFETY: `check` bounded the rows; each task has its own, and source and target are
+            // the same row or do not overlap.
+            unsafe {
+                let out = out.range(r * dim, dim);
+                if !in_place {
+                    out.copy_from_slice(x.range(r * dim, dim));
+                }
+                normalise(out, weight, eps, isa);
+            }
+        });
+    });
+    Ok(())
+}
+
+fn normalise(row: &mut [f32], weight: &[f32], eps: f32, isa: Isa) {
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: `Isa::Avx512` is only made after detection.
+        Isa::Avx512 => unsafe { normalise_avx512(row, weight, eps) },
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: as above.
+        Isa::Avx2 => unsafe { normalise_avx2(row, weight, eps) },
+        _ => normalise_any(row, weight, eps),
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,fma")]
+unsafe fn normalise_avx512(row: &mut [f32], weight: &[f32], eps: f32) {
+    normalise_any(row, weight, eps);
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+unsafe fn normalise_avx2(row: &mut [f32], weight: &[f32], eps: f32) {
+    normalise_any(row, weight, eps);
+}
+
+#[inline(always)]
+fn normalise_any(row: &mut [f32], weight: &[f32], eps: f32) {
+    const LANES: usize = 32;
+    let mut lanes = [0f32; LANES];
+    let chunks = row.chunks_exact(LANES);
+    let tail: f32 = chunks.remainder().iter().map(|v| v * v).sum();
+    for chunk in chunks {
+        for (lane, v) in lanes.iter_mut().zip(chunk) {
+            *lane = v.mul_add(*v, *lane);
+        }
+    }
+    let sum = lanes.iter().sum::<f32>() + tail;
+    let factor = 1.0 / (sum / row.len() as f32 + eps).sqrt();
+    for (v, w) in row.iter_mut().zip(weight) {
+        *v = *v * factor * w;
+    }
+}
+
+pub(super) fn gather_rows(op: &mut GatherRows<'_>, cpu: &Cpu) -> Result<()> {
+    let (x, index, dim) = (op.x.slice::<f32>()?, op.index.slice::<i32>()?, op.dim);
+    check_index(index, op.x_rows, "gather_rows.index")?;
+    let out = Rows(op.out.slice_mut::<f32>()?.as_mut_ptr());
+    for_rows(cpu, op.rows, dim, |r| {
+        let from = index[r] as usize * dim;
+        // SAFETY: `check` bounded the rows; each task has its own.
+        unsafe { out.range(r * dim, dim) }.copy_from_slice(&x[from..from + dim]);
+    });
+    Ok(())
+}
+
+pub(super) fn scale_logits(op: &mut ScaleLogits<'_>, cpu: &Cpu) -> Result<()> {
+    let (dim, scale, cap) = (op.dim, op.scale, op.softcap);
+    let out = Rows(op.x.slice_mut::<f32>()?.as_mut_ptr());
+    for_rows(cpu, op.rows, dim, |r| {
+        // SAFETY: `check` bounded the rows; each task has its own.
+        for v in unsafe { out.range(r * dim, dim) } {
+            let scaled = *v * scale;
+            *v = if cap > 0.0 {
+                cap * (scaled / cap).tanh()
+            } else {
+                scaled
+            };
+        }
+    });
+    Ok(())
+}
+
+/// A cache region in either type.
+enum Cache {
+    F16(Rows<f16>),
+    F32(Rows<f32>),
+}
+
+impl Cache {
+    fn new(mem: &mut MemMut<'_>) -> Result<Self> {
+        Ok(match mem.dtype() {
+            crate::DType::F16 => Cache::F16(Rows(mem.slice_mut::<f16>()?.as_mut_ptr())),
+            _ => Cache::F32(Rows(mem.slice_mut::<f32>()?.as_mut_ptr())),
+        })
+    }
+
+    /// # Safety
+    /// As [`Rows::range`].
+    unsafe fn store(&self, start: usize, values: &[f32]) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            match self {
+                Cache::F16(rows) => {
+                    rows.range(start, values.len())
+                        .convert_from_f32_slice(values);
+                }
+                Cache::F32(rows) => rows.range(start, values.len()).copy_from_slice(values),
+            }
+        }
+    }
+}
+
+pub(super) fn rope_append(op: &mut RopeAppend<'_>, cpu: &Cpu) -> Result<()> {
+    let (d, width) = (op.head_dim, op.kv_heads * op.head_dim);
+    let (positions, slots) = (op.positions.slice::<i32>()?, op.slots.slice::<i32>()?);
+    check_index(slots, op.k_cache.len() / width, "rope_append.slots")?;
+    let freqs = op.inv_freq.slice::<f32>()?;
+    let (k, v) = (op.k.slice::<f32>()?, op.v.slice::<f32>()?);
+    let (style, factor, half) = (op.style, f64::from(op.attention_factor), freqs.len());
+    let q_width = op.heads * d;
+    let q = Rows(op.q.slice_mut::<f32>()?.as_mut_ptr());
+    let (k_cache, v_cache) = (Cache::new(&mut op.k_cache)?, Cache::new(&mut op.v_cache)?);
+    let per_row = 2 * half + width;
+    cpu.scratch(op.rows * per_row, |scratch| {
+        let scratch: &mut [f32] = bytemuck::cast_slice_mut(scratch);
+        let scratch = Rows(scratch.as_mut_ptr());
+        for_rows(cpu, op.rows, q_width + 2 * width, |r| {
+            // SAFETY: each row has its own scratch, query row and cache slot (the step's slots
+            // are distinct), all in bounds by `check` and `check_index`.
+            unsafe {
+                let (angles, key) = scratch.range(r * per_row, per_row).split_at_mut(2 * half);
+                let (cos, sin) = angles.split_at_mut(half);
+                for (i, f) in freqs.iter().enumerate() {
+                    // Angles of long contexts need the bits of f64.
+                    let (s, c) = (f64::from(positions[r]) * f64::from(*f)).sin_cos();
+                    cos[i] = (c * factor) as f32;
+                    sin[i] = (s * factor) as f32;
+                }
+                for head in q.range(r * q_width, q_width).chunks_exact_mut(d) {
+                    rotate(head, cos, sin, style);
+                }
+                key.copy_from_slice(&k[r * width..][..width]);
+                for head in key.chunks_exact_mut(d) {
+                    rotate(head, cos, sin, style);
+                }
+                let slot = slots[r] as usize * width;
+                k_cache.store(slot, key);
+                v_cache.store(slot, &v[r * width..][..width]);
+            }
+        });
+    });
+    Ok(())
+}
+
+fn rotate(head: &mut [f32], cos: &[f32], sin: &[f32], style: RopeStyle) {
+    match style {
+        RopeStyle::Neox => {
+            let (first, rest) = head.split_at_mut(cos.len());
+            for (((a, b), c), s) in first.iter_mut().zip(rest).zip(cos).zip(sin) {
+                (*a, *b) = (*a * c - *b * s, *b * c + *a * s);
+            }
+        }
+        RopeStyle::GptJ => {
+            for ((pair, c), s) in head.chunks_exact_mut(2).zip(cos).zip(sin) {
+                (pair[0], pair[1]) = (pair[0] * c - pair[1] * s, pair[1] * c + pair[0] * s);
+            }
+        }
+    }
+}

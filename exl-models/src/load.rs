@@ -1,7 +1,7 @@
 //! From a model directory to weights that executors read.
 //!
-//! Every tensor is checked against the spec before any is loaded. Unquantized tensors stay in the
-//! mapped file; quantized ones are repacked once for this machine.
+//! Every tensor is checked against the spec before any is loaded. Models without quantized tensors
+//! stay in the mapped files; of others, nothing refers to the files once they are repacked.
 
 mod finite;
 mod probe;
@@ -17,6 +17,8 @@ use std::sync::{Arc, Mutex};
 
 use exl_format::{GptqFormat, ModelFiles};
 use exl_tensor::{Weight, Weights};
+
+use read::Reader;
 
 use crate::model::{MemoryRequest, MemoryUse, Model, memory_for};
 use crate::rope::RopeOptions;
@@ -121,7 +123,7 @@ impl ModelSource {
     /// # Errors
     /// A damaged tensor, NaN or infinity where it is looked for (see [`check_finite`]).
     pub fn load_weight(&self, key: &WeightKey) -> Result<Weight> {
-        read::weight(&self.files, key, self.storage(key), self.gptq)
+        self.reader().weight(key, self.storage(key))
     }
 
     /// Loads a weight and its bias under their names.
@@ -131,7 +133,7 @@ impl ModelSource {
     pub fn load_key(&self, key: &WeightKey, into: &mut Weights) -> Result<()> {
         into.insert(key.name.clone(), self.load_weight(key)?);
         if let Some(bias) = &key.bias {
-            into.insert(bias.clone(), read::bias(&self.files, key, bias)?);
+            into.insert(bias.clone(), self.reader().bias(key, bias)?);
         }
         Ok(())
     }
@@ -219,6 +221,15 @@ impl ModelSource {
         }
         self.share_tied_head(&mut weights);
         Ok(Model::from_parts(self.spec.clone(), weights))
+    }
+
+    fn reader(&self) -> Reader<'_> {
+        let quantized = |s: &Storage| matches!(s, Storage::Exl2 | Storage::Gptq);
+        Reader {
+            files: &self.files,
+            gptq: self.gptq,
+            keep_mapped: !self.storage.values().any(quantized),
+        }
     }
 
     /// One memory for a head that is the embedding.

@@ -7,47 +7,60 @@ use super::Storage;
 use super::finite::spot_check;
 use crate::{Error, Result, WeightKey, WeightKind};
 
-/// Loads a weight.
-pub(super) fn weight(
-    files: &ModelFiles,
-    key: &WeightKey,
-    storage: Storage,
-    format: GptqFormat,
-) -> Result<Weight> {
-    match storage {
-        Storage::Dense => dense(files, key, &key.name),
-        Storage::Exl2 => exl2(files, key),
-        Storage::Gptq => gptq(files, key, format),
-        Storage::Tied => match &key.kind {
-            WeightKind::Head {
-                tied_to: Some(table),
-            } => dense(files, key, table),
-            _ => dense(files, key, &key.name),
-        },
+/// Reads the weights of one model.
+#[derive(Clone, Copy)]
+pub(super) struct Reader<'a> {
+    pub(super) files: &'a ModelFiles,
+    pub(super) gptq: GptqFormat,
+    /// Unquantized tensors stay in the mapped file. Otherwise they are copied, so that nothing
+    /// holds the map of a quantized checkpoint once it is loaded: its touched pages would count
+    /// as memory of this process beside the repacked weights.
+    pub(super) keep_mapped: bool,
+}
+
+impl Reader<'_> {
+    /// Loads a weight.
+    pub(super) fn weight(&self, key: &WeightKey, storage: Storage) -> Result<Weight> {
+        match (storage, &key.kind) {
+            (Storage::Exl2, _) => exl2(self.files, key),
+            (Storage::Gptq, _) => gptq(self.files, key, self.gptq),
+            (
+                Storage::Tied,
+                WeightKind::Head {
+                    tied_to: Some(table),
+                },
+            ) => self.dense(key, table),
+            (Storage::Tied | Storage::Dense, _) => self.dense(key, &key.name),
+        }
     }
-}
 
-/// Loads the bias of a weight; padding of quantized files is cut off.
-pub(super) fn bias(files: &ModelFiles, key: &WeightKey, name: &str) -> Result<Weight> {
-    let outputs = key.shape[0];
-    let view = dense_view(files, name, &[&[outputs], &[outputs.next_multiple_of(32)]])?;
-    spot_check(&view)?;
-    head_of(&view, name, outputs)
-}
-
-fn dense(files: &ModelFiles, key: &WeightKey, base: &str) -> Result<Weight> {
-    let name = format!("{base}.weight");
-    let WeightKind::HeadNorm { heads } = key.kind else {
-        let view = dense_view(files, &name, &[&key.shape])?;
+    /// Loads the bias of a weight; padding of quantized files is cut off.
+    pub(super) fn bias(&self, key: &WeightKey, name: &str) -> Result<Weight> {
+        let outputs = key.shape[0];
+        let shapes: [&[usize]; 2] = [&[outputs], &[outputs.next_multiple_of(32)]];
+        let view = dense_view(self.files, name, &shapes)?;
         spot_check(&view)?;
-        let buffer = Buffer::from_owner(view.data.clone());
-        return Ok(Weight::dense(&key.name, dtype(&view)?, &key.shape, buffer)?);
-    };
-    let dim = key.shape[0];
-    let view = dense_view(files, &name, &[&[dim], &[heads, dim]])?;
-    spot_check(&view)?;
-    check_equal_rows(&view, dim)?;
-    head_of(&view, &key.name, dim)
+        head_of(&view, name, outputs)
+    }
+
+    fn dense(&self, key: &WeightKey, base: &str) -> Result<Weight> {
+        let name = format!("{base}.weight");
+        let WeightKind::HeadNorm { heads } = key.kind else {
+            let view = dense_view(self.files, &name, &[&key.shape])?;
+            spot_check(&view)?;
+            let buffer = if self.keep_mapped {
+                Buffer::from_owner(view.data.clone())
+            } else {
+                Buffer::from_owner(view.data.to_vec())
+            };
+            return Ok(Weight::dense(&key.name, dtype(&view)?, &key.shape, buffer)?);
+        };
+        let dim = key.shape[0];
+        let view = dense_view(self.files, &name, &[&[dim], &[heads, dim]])?;
+        spot_check(&view)?;
+        check_equal_rows(&view, dim)?;
+        head_of(&view, &key.name, dim)
+    }
 }
 
 /// The first `n` elements of a tensor, as a vector.

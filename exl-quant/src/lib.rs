@@ -1,1 +1,26 @@
 #![doc = include_str!("../README.md")]
+#![forbid(unsafe_code)]
+
+mod allocate;
+mod error;
+mod gptq;
+mod hessian;
+mod layout;
+mod linalg;
+mod matrix;
+mod measure;
+mod quantized;
+mod scales;
+#[cfg(test)]
+mod testing;
+
+pub use allocate::{Choice, allocate};
+pub use error::{Error, Result};
+pub use gptq::{Gptq, Quantizer, Rtn};
+pub use hessian::{Hessian, HessianAccumulator, HessianSet, Part};
+pub use layout::{GroupSpec, Layout, ROW_STEP, Recipe, Section, WIDTHS, head_recipe};
+pub use linalg::{Factor, activity_order, order_by};
+pub use matrix::Matrix;
+pub use measure::{Curve, Point, SAMPLE_COLUMNS, candidates, measure, measure_with};
+pub use quantized::{Quantized, Stats};
+pub use scales::scale_value;

@@ -1,0 +1,133 @@
+//! The error type of this crate.
+
+use std::path::PathBuf;
+
+/// Result of this crate.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What can go wrong while quantizing.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// Calibration data cannot be used.
+    #[error("calibration data {file}: {what}")]
+    Calibration {
+        /// The file, or `(built-in)`.
+        file: String,
+        /// What is wrong and what to do.
+        what: String,
+    },
+    /// A number that is not finite, or a matrix that cannot be factored.
+    #[error("{tensor}: {what}")]
+    Numeric {
+        /// Name of the tensor.
+        tensor: String,
+        /// What was found.
+        what: String,
+    },
+    /// Sizes that do not belong together.
+    #[error("{what}: expected {expected}, found {found}")]
+    Shape {
+        /// What was measured.
+        what: String,
+        /// The rule.
+        expected: String,
+        /// What came.
+        found: String,
+    },
+    /// A layout or recipe that the format cannot hold.
+    #[error("layout '{layout}': {what}")]
+    Layout {
+        /// Text form of the layout.
+        layout: String,
+        /// The broken rule.
+        what: String,
+    },
+    /// A setting outside its range.
+    #[error("{option}: {what}")]
+    Option {
+        /// Flag or field.
+        option: &'static str,
+        /// What is wrong and what is allowed.
+        what: String,
+    },
+    /// The bit budget cannot be met.
+    #[error("{what}")]
+    Budget {
+        /// Smallest and wanted size.
+        what: String,
+    },
+    /// More memory needed than allowed.
+    #[error(
+        "--max-ram {allowed_gib:.2} GiB is too small: this conversion needs about \
+         {needed_gib:.2} GiB ({what}); raise it, or lower --rows or --length"
+    )]
+    Memory {
+        /// Computed need.
+        needed_gib: f64,
+        /// The promise.
+        allowed_gib: f64,
+        /// Largest parts.
+        what: String,
+    },
+    /// A measurement or journal that belongs to something else, or is damaged.
+    #[error("{}: {what}", file.display())]
+    Journal {
+        /// The file.
+        file: PathBuf,
+        /// What is wrong and what to do.
+        what: String,
+    },
+    /// A file could not be read or written.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        source: std::io::Error,
+    },
+    /// What was written does not decode to what was meant.
+    #[error("check of the written checkpoint failed: {what}")]
+    Verify {
+        /// Tensor, place, values.
+        what: String,
+    },
+    /// The stop flag was set.
+    #[error("interrupted; run the same command again to continue")]
+    Interrupted,
+    /// Files of the checkpoint.
+    #[error(transparent)]
+    Format(#[from] exl_format::Error),
+    /// The model's forward pass.
+    #[cfg(feature = "pipeline")]
+    #[error(transparent)]
+    Model(#[from] exl_models::Error),
+    /// Buffers and plans.
+    #[error(transparent)]
+    Tensor(#[from] exl_tensor::Error),
+}
+
+impl Error {
+    /// An [`Error::Shape`].
+    pub(crate) fn shape(
+        what: impl Into<String>,
+        expected: impl ToString,
+        found: impl ToString,
+    ) -> Self {
+        Error::Shape {
+            what: what.into(),
+            expected: expected.to_string(),
+            found: found.to_string(),
+        }
+    }
+
+    /// An [`Error::Numeric`].
+    pub(crate) fn numeric(tensor: impl Into<String>, what: impl Into<String>) -> Self {
+        Error::Numeric { tensor: tensor.into(), what: what.into() }
+    }
+
+    /// An [`Error::Io`].
+    pub(crate) fn io(path: impl Into<PathBuf>, source: std::io::Error) -> Self {
+        Error::Io { path: path.into(), source }
+    }
+}

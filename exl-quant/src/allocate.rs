@@ -27,9 +27,13 @@ pub struct Choice {
 pub fn allocate(items: &[Vec<Choice>], budget: u64) -> Result<Vec<usize>> {
     let mut floor = 0u64;
     for (i, item) in items.iter().enumerate() {
-        let cheapest = item.iter().map(|c| c.cost).min().ok_or_else(|| Error::Budget {
-            what: format!("item {i} has no choice"),
-        })?;
+        let cheapest = item
+            .iter()
+            .map(|c| c.cost)
+            .min()
+            .ok_or_else(|| Error::Budget {
+                what: format!("item {i} has no choice"),
+            })?;
         floor += cheapest;
     }
     if floor > budget {
@@ -38,8 +42,11 @@ pub fn allocate(items: &[Vec<Choice>], budget: u64) -> Result<Vec<usize>> {
         });
     }
     let frontiers: Vec<Vec<usize>> = items.iter().map(|item| frontier(item)).collect();
-    let dearest: u64 =
-        items.iter().zip(&frontiers).map(|(item, f)| item[f[f.len() - 1]].cost).sum();
+    let dearest: u64 = items
+        .iter()
+        .zip(&frontiers)
+        .map(|(item, f)| item[f[f.len() - 1]].cost)
+        .sum();
     let room = budget.min(dearest) - floor;
     let unit = room.div_ceil(CELLS).max(1);
     let mut picks = programme(items, &frontiers, (room / unit) as usize, unit);
@@ -52,7 +59,10 @@ fn frontier(item: &[Choice]) -> Vec<usize> {
     let mut order: Vec<usize> = (0..item.len()).collect();
     order.sort_by(|&a, &b| {
         let (x, y) = (item[a], item[b]);
-        x.cost.cmp(&y.cost).then(x.loss.total_cmp(&y.loss)).then(a.cmp(&b))
+        x.cost
+            .cmp(&y.cost)
+            .then(x.loss.total_cmp(&y.loss))
+            .then(a.cmp(&b))
     });
     let mut best = f64::INFINITY;
     order.retain(|&i| {
@@ -107,9 +117,8 @@ fn programme(
 
 /// Exchanges one or two choices at a time while the loss falls and the budget holds.
 fn improve(items: &[Vec<Choice>], frontiers: &[Vec<usize>], picks: &mut [usize], budget: u64) {
-    let cost = |picks: &[usize]| -> u64 {
-        picks.iter().zip(items).map(|(&p, item)| item[p].cost).sum()
-    };
+    let cost =
+        |picks: &[usize]| -> u64 { picks.iter().zip(items).map(|(&p, item)| item[p].cost).sum() };
     // Each round lowers the loss; the cap only guards against rounding going in circles.
     for _ in 0..4 * items.len() + 16 {
         let spent = cost(picks);
@@ -154,7 +163,11 @@ fn steps_down(
 ) -> Vec<(usize, usize, f64, u64)> {
     let step = |(n, f): (usize, &Vec<usize>)| {
         let now = items[n][picks[n]];
-        let k = f.iter().rev().copied().find(|&k| items[n][k].cost < now.cost)?;
+        let k = f
+            .iter()
+            .rev()
+            .copied()
+            .find(|&k| items[n][k].cost < now.cost)?;
         let to = items[n][k];
         Some((n, k, now.loss - to.loss, now.cost - to.cost))
     };
@@ -254,7 +267,10 @@ mod tests {
 
     #[test]
     fn too_small_a_budget_is_an_error() {
-        let items = vec![vec![Choice { cost: 10, loss: 1.0 }]];
+        let items = vec![vec![Choice {
+            cost: 10,
+            loss: 1.0,
+        }]];
         let error = allocate(&items, 9).unwrap_err().to_string();
         assert!(error.contains("10") && error.contains('9'), "{error}");
         assert!(allocate(&[vec![]], 9).is_err());
@@ -264,8 +280,14 @@ mod tests {
     #[test]
     fn infinite_losses_do_not_break_it() {
         let items = vec![vec![
-            Choice { cost: 3, loss: f64::INFINITY },
-            Choice { cost: 2, loss: f64::NAN },
+            Choice {
+                cost: 3,
+                loss: f64::INFINITY,
+            },
+            Choice {
+                cost: 2,
+                loss: f64::NAN,
+            },
         ]];
         assert!(allocate(&items, 5).is_ok());
     }

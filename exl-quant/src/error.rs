@@ -123,11 +123,17 @@ impl Error {
 
     /// An [`Error::Numeric`].
     pub(crate) fn numeric(tensor: impl Into<String>, what: impl Into<String>) -> Self {
-        Error::Numeric { tensor: tensor.into(), what: what.into() }
+        Error::Numeric {
+            tensor: tensor.into(),
+            what: what.into(),
+        }
     }
 
     /// An [`Error::Io`].
     pub(crate) fn io(path: impl Into<PathBuf>, source: std::io::Error) -> Self {
-        Error::Io { path: path.into(), source }
+        Error::Io {
+            path: path.into(),
+            source,
+        }
     }
 }

@@ -77,11 +77,19 @@ fn run(name: &str, weight: &Matrix, layout: &Layout, factor: &Factor) -> Result<
             let panel_rows = (panel[0].0, panel[panel.len() - 1].1);
             blocks.par_iter_mut().for_each(|block| {
                 let codes = &found.codes[block.first..][..block.cols];
-                let scale: Vec<f32> =
-                    codes.iter().map(|&c| scale_value(found.scale_max, c)).collect();
+                let scale: Vec<f32> = codes
+                    .iter()
+                    .map(|&c| scale_value(found.scale_max, c))
+                    .collect();
                 for step in (start..end).step_by(STEP) {
                     round_step(block, factor, (step, panel_rows.0), &scale, bits);
-                    pass_on(block, factor, (step, step + STEP), panel_rows.0, panel_rows.1);
+                    pass_on(
+                        block,
+                        factor,
+                        (step, step + STEP),
+                        panel_rows.0,
+                        panel_rows.1,
+                    );
                 }
                 if end == panel_rows.1 {
                     let last = factor.dim();
@@ -103,12 +111,19 @@ fn check(name: &str, weight: &Matrix, layout: &Layout, factor: &Factor) -> Resul
         ));
     }
     if weight.cols == 0 || !weight.cols.is_multiple_of(32) {
-        return Err(Error::shape(format!("{name}: columns"), "a multiple of 32", weight.cols));
+        return Err(Error::shape(
+            format!("{name}: columns"),
+            "a multiple of 32",
+            weight.cols,
+        ));
     }
     if let Some((r, c)) = weight.non_finite() {
         return Err(Error::numeric(
             name,
-            format!("the weight of input {r}, output {c} is {}", weight.row(r)[c]),
+            format!(
+                "the weight of input {r}, output {c} is {}",
+                weight.row(r)[c]
+            ),
         ));
     }
     let largest = weight.data.iter().fold(0.0f32, |a, x| a.max(x.abs()));
@@ -149,7 +164,13 @@ fn split(weight: &Matrix, order: &[u32]) -> Vec<Block> {
             for &feature in order {
                 w.extend_from_slice(&weight.row(feature as usize)[first..first + cols]);
             }
-            Block { first, cols, w, codes: vec![0; weight.rows * cols], errors: Vec::new() }
+            Block {
+                first,
+                cols,
+                w,
+                codes: vec![0; weight.rows * cols],
+                errors: Vec::new(),
+            }
         })
         .collect()
 }
@@ -171,7 +192,10 @@ fn group_scales(
     let weights: Vec<f32> = weights.iter().map(|w| w / top).collect();
     let views: Vec<GroupBlock<'_>> = blocks
         .iter()
-        .map(|b| GroupBlock { w: &b.w[start * b.cols..end * b.cols], cols: b.cols })
+        .map(|b| GroupBlock {
+            w: &b.w[start * b.cols..end * b.cols],
+            cols: b.cols,
+        })
         .collect();
     search(&views, bits, &weights)
 }
@@ -194,7 +218,11 @@ fn round_step(
         let row = &block.w[r * cols..][..cols];
         let codes = &mut block.codes[r * cols..][..cols];
         for (((&w, &s), c), d) in row.iter().zip(scale).zip(codes).zip(&mut decoded) {
-            let q = if s > 0.0 { (w / s).round_ties_even().clamp(lo, hi) } else { 0.0 };
+            let q = if s > 0.0 {
+                (w / s).round_ties_even().clamp(lo, hi)
+            } else {
+                0.0
+            };
             *c = (q - lo) as u8;
             *d = q * s;
         }
@@ -261,7 +289,10 @@ fn assemble(
         layout: layout.clone(),
         order: factor.order().to_vec(),
         codes,
-        scale_codes: scales.iter().flat_map(|s| s.codes.iter().copied()).collect(),
+        scale_codes: scales
+            .iter()
+            .flat_map(|s| s.codes.iter().copied())
+            .collect(),
         scale_max: scales.iter().map(|s| s.scale_max).collect(),
         stats,
     }

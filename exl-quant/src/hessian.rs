@@ -40,7 +40,11 @@ pub enum Part {
 impl Part {
     /// Every eighth calibration row judges, from row 7 on, so that small sets keep their rows.
     pub fn of_row(row: usize) -> Self {
-        if row % 8 == 7 { Part::HoldOut } else { Part::Train }
+        if row % 8 == 7 {
+            Part::HoldOut
+        } else {
+            Part::Train
+        }
     }
 }
 
@@ -57,7 +61,10 @@ pub struct HessianAccumulator {
 impl HessianAccumulator {
     /// An empty accumulator for `dim` input features.
     pub fn new(dim: usize) -> Self {
-        Self { train: Accumulator::new(dim), hold_out: Accumulator::new(dim) }
+        Self {
+            train: Accumulator::new(dim),
+            hold_out: Accumulator::new(dim),
+        }
     }
 
     /// Bytes an accumulator for `dim` features and its two finished Hessians take.
@@ -92,7 +99,11 @@ impl HessianAccumulator {
         both.tokens += self.hold_out.tokens;
         let all = both.mean(tensor)?;
         if self.hold_out.tokens == 0 || self.train.tokens == 0 {
-            return Ok(HessianSet { train: all.clone(), hold_out: all.clone(), all });
+            return Ok(HessianSet {
+                train: all.clone(),
+                hold_out: all.clone(),
+                all,
+            });
         }
         Ok(HessianSet {
             train: self.train.mean(tensor)?,
@@ -119,24 +130,35 @@ impl Accumulator {
         let tiles = (0..n).flat_map(|i| (i..n).map(move |j| (i, j)));
         let size = |i: usize| TILE.min(dim - i * TILE);
         let tiles = tiles.map(|(i, j)| vec![0.0; size(i) * size(j)]).collect();
-        Self { dim, tiles, tokens: 0 }
+        Self {
+            dim,
+            tiles,
+            tokens: 0,
+        }
     }
 
     fn add(&mut self, x: &[f32]) -> Result<()> {
         let dim = self.dim;
         if dim == 0 || !x.len().is_multiple_of(dim) {
-            return Err(Error::shape("calibration inputs", format!("[tokens, {dim}]"), x.len()));
+            return Err(Error::shape(
+                "calibration inputs",
+                format!("[tokens, {dim}]"),
+                x.len(),
+            ));
         }
         let tokens = x.len() / dim;
         let places = tile_places(dim);
         for first in (0..tokens).step_by(PANEL_ROWS) {
             let rows = PANEL_ROWS.min(tokens - first);
-            self.tiles.par_iter_mut().zip(&places).for_each(|(tile, &(i, j))| {
-                let size = |t: usize| TILE.min(dim - t * TILE);
-                let a = View::of(x, dim, (first, i * TILE), (rows, size(i)));
-                let b = View::of(x, dim, (first, j * TILE), (rows, size(j)));
-                product_at(tile, a, b, 1.0, true);
-            });
+            self.tiles
+                .par_iter_mut()
+                .zip(&places)
+                .for_each(|(tile, &(i, j))| {
+                    let size = |t: usize| TILE.min(dim - t * TILE);
+                    let a = View::of(x, dim, (first, i * TILE), (rows, size(i)));
+                    let b = View::of(x, dim, (first, j * TILE), (rows, size(j)));
+                    product_at(tile, a, b, 1.0, true);
+                });
         }
         self.tokens += tokens as u64;
         Ok(())
@@ -170,7 +192,11 @@ impl Accumulator {
                 ),
             ));
         }
-        Ok(Hessian { dim, data, tokens: self.tokens })
+        Ok(Hessian {
+            dim,
+            data,
+            tokens: self.tokens,
+        })
     }
 }
 
@@ -229,7 +255,11 @@ impl Hessian {
     /// [`Error::Shape`] when the rows differ from the dimension.
     pub fn column_losses(&self, d: &crate::Matrix) -> Result<Vec<f64>> {
         if d.rows != self.dim {
-            return Err(Error::shape("rows of a weight difference", self.dim, d.rows));
+            return Err(Error::shape(
+                "rows of a weight difference",
+                self.dim,
+                d.rows,
+            ));
         }
         const CHUNK: usize = 64;
         let chunks: Vec<usize> = (0..d.cols).step_by(CHUNK).collect();
@@ -290,7 +320,10 @@ mod tests {
         let dim = 200;
         let x = noise(1, 500 * dim);
         let run = |threads: usize| {
-            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            let pool = rayon::ThreadPoolBuilder::new()
+                .num_threads(threads)
+                .build()
+                .unwrap();
             pool.install(|| {
                 let mut acc = HessianAccumulator::new(dim);
                 acc.add(&x, Part::Train).unwrap();
@@ -311,8 +344,9 @@ mod tests {
         let mut want = 0.0f64;
         for t in 0..tokens {
             for c in 0..cols {
-                let y: f64 =
-                    (0..dim).map(|k| f64::from(x[t * dim + k]) * f64::from(d.row(k)[c])).sum();
+                let y: f64 = (0..dim)
+                    .map(|k| f64::from(x[t * dim + k]) * f64::from(d.row(k)[c]))
+                    .sum();
                 want += y * y / tokens as f64;
             }
         }
@@ -332,7 +366,9 @@ mod tests {
 
     #[test]
     fn every_eighth_row_judges() {
-        let held: Vec<usize> = (0..20).filter(|&r| Part::of_row(r) == Part::HoldOut).collect();
+        let held: Vec<usize> = (0..20)
+            .filter(|&r| Part::of_row(r) == Part::HoldOut)
+            .collect();
         assert_eq!(held, [7, 15]);
     }
 }

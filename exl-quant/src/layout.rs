@@ -53,7 +53,10 @@ impl Layout {
     /// sizes that are positive multiples of 32.
     pub fn new(groups: Vec<GroupSpec>) -> Result<Self> {
         let layout = Self { groups };
-        let bad = |what: &str| Error::Layout { layout: layout.to_string(), what: what.to_owned() };
+        let bad = |what: &str| Error::Layout {
+            layout: layout.to_string(),
+            what: what.to_owned(),
+        };
         if layout.groups.is_empty() {
             return Err(bad("has no groups"));
         }
@@ -76,7 +79,12 @@ impl Layout {
     /// # Errors
     /// [`Error::Layout`] when the format cannot hold it.
     pub fn uniform(bits: u8, group_rows: usize, rows: usize) -> Result<Self> {
-        Recipe::new(vec![Section { share: 1.0, bits, group_rows }])?.layout(rows)
+        Recipe::new(vec![Section {
+            share: 1.0,
+            bits,
+            group_rows,
+        }])?
+        .layout(rows)
     }
 
     /// The groups in packed order.
@@ -92,7 +100,11 @@ impl Layout {
     /// Bits of everything stored for a matrix with `outputs` (padded) columns: codes, 4-bit
     /// scales, a 16-bit maximum and 32 bits of group table per group, 32 bits of order per row.
     pub fn bits(&self, outputs: usize) -> u64 {
-        let codes: usize = self.groups.iter().map(|g| g.rows * g.bits as usize * outputs).sum();
+        let codes: usize = self
+            .groups
+            .iter()
+            .map(|g| g.rows * g.bits as usize * outputs)
+            .sum();
         let groups = self.groups.len() * (48 + 4 * outputs);
         (codes + groups + 32 * self.rows()) as u64
     }
@@ -156,7 +168,10 @@ impl Recipe {
     /// of 32.
     pub fn new(sections: Vec<Section>) -> Result<Self> {
         let recipe = Self { sections };
-        let bad = |what: &str| Error::Layout { layout: recipe.to_string(), what: what.to_owned() };
+        let bad = |what: &str| Error::Layout {
+            layout: recipe.to_string(),
+            what: what.to_owned(),
+        };
         let total: f64 = recipe.sections.iter().map(|s| s.share).sum();
         if (total - 1.0).abs() > 1e-6 || recipe.sections.iter().any(|s| s.share <= 0.0) {
             return Err(bad("shares must be positive and add up to 1"));
@@ -198,7 +213,11 @@ impl Recipe {
         for (i, s) in self.sections.iter().enumerate() {
             share += s.share;
             let last = i + 1 == self.sections.len();
-            let end = if last { steps } else { (share * steps as f64).round() as usize };
+            let end = if last {
+                steps
+            } else {
+                (share * steps as f64).round() as usize
+            };
             let mut left = (end.max(done) - done) * ROW_STEP;
             done = end.max(done);
             while left > 0 {
@@ -296,11 +315,24 @@ mod tests {
 
     #[test]
     fn broken_rules_are_named() {
-        for bad in ["0.5:4b_128g", "0.5:4b_128g/0.5:5b_128g", "1:7b_32g", "1:4b_16g", "1:4b", ""] {
+        for bad in [
+            "0.5:4b_128g",
+            "0.5:4b_128g/0.5:5b_128g",
+            "1:7b_32g",
+            "1:4b_16g",
+            "1:4b",
+            "",
+        ] {
             assert!(bad.parse::<Recipe>().is_err(), "{bad}");
         }
         assert!("1:4b_32g".parse::<Recipe>().unwrap().layout(40).is_err());
-        for bad in ["1x4b_33g", "1x3b_32g/1x4b_32g", "1x1b_32g", "x", "99999999x4b_32g"] {
+        for bad in [
+            "1x4b_33g",
+            "1x3b_32g/1x4b_32g",
+            "1x1b_32g",
+            "x",
+            "99999999x4b_32g",
+        ] {
             assert!(bad.parse::<Layout>().is_err(), "{bad}");
         }
         assert!(head_recipe(7).is_err());

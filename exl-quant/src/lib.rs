@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod allocate;
+mod calib;
 mod error;
 mod gptq;
 mod hessian;
@@ -15,6 +16,7 @@ mod scales;
 mod testing;
 
 pub use allocate::{Choice, allocate};
+pub use calib::{Calibration, Chat, ChatTurn, Encode, builtin};
 pub use error::{Error, Result};
 pub use gptq::{Gptq, Quantizer, Rtn};
 pub use hessian::{Hessian, HessianAccumulator, HessianSet, Part};

@@ -1,6 +1,8 @@
 //! The factor of a Hessian that GPTQ runs on.
 
-use faer::linalg::cholesky::llt::factor::{LltParams, cholesky_in_place, cholesky_in_place_scratch};
+use faer::linalg::cholesky::llt::factor::{
+    LltParams, cholesky_in_place, cholesky_in_place_scratch,
+};
 use faer::linalg::triangular_inverse::invert_lower_triangular;
 use faer::{Auto, Mat, Par, Spec};
 use rayon::prelude::*;
@@ -36,7 +38,10 @@ impl Factor {
         check_order(order, h.dim())?;
         let mean = h.diagonal().iter().map(|&x| f64::from(x)).sum::<f64>() / h.dim() as f64;
         if !mean.is_finite() {
-            return Err(Error::numeric(tensor, "the Hessian's diagonal is not finite"));
+            return Err(Error::numeric(
+                tensor,
+                "the Hessian's diagonal is not finite",
+            ));
         }
         // An input that never fires leaves nothing to fit: every row then weighs the same.
         let unit = if mean > 0.0 { mean } else { 1.0 };
@@ -44,7 +49,12 @@ impl Factor {
         for retries in 0..ATTEMPTS {
             let lambda = fraction * unit + f64::MIN_POSITIVE;
             if let Some(upper) = invert(h, order, lambda) {
-                return Ok(Self { order: order.to_vec(), upper, damping: fraction, retries });
+                return Ok(Self {
+                    order: order.to_vec(),
+                    upper,
+                    damping: fraction,
+                    retries,
+                });
             }
             fraction = if fraction > 0.0 { fraction * 2.0 } else { 1e-6 };
         }
@@ -60,7 +70,12 @@ impl Factor {
     /// The factor of the identity: rounding without compensation.
     pub fn identity(order: &[u32]) -> Result<Self> {
         check_order(order, order.len())?;
-        Ok(Self { order: order.to_vec(), upper: Vec::new(), damping: 0.0, retries: 0 })
+        Ok(Self {
+            order: order.to_vec(),
+            upper: Vec::new(),
+            damping: 0.0,
+            retries: 0,
+        })
     }
 
     /// Input features.
@@ -96,7 +111,11 @@ impl Factor {
 
     /// `U[r][r]`.
     pub(crate) fn pivot(&self, r: usize) -> f32 {
-        if self.is_identity() { 1.0 } else { self.upper[r * self.dim() + r] }
+        if self.is_identity() {
+            1.0
+        } else {
+            self.upper[r * self.dim() + r]
+        }
     }
 
     pub(crate) fn upper(&self) -> &[f32] {
@@ -140,8 +159,20 @@ impl Factor {
         }
         let u = View::of(&self.upper, k, (0, 0), (k, k));
         let mut half = vec![0.0f32; k * n];
-        product(&mut half, u, View::of(&packed, n, (0, 0), (k, n)), 1.0, false);
-        product_at(&mut packed, u, View::of(&half, n, (0, 0), (k, n)), 1.0, false);
+        product(
+            &mut half,
+            u,
+            View::of(&packed, n, (0, 0), (k, n)),
+            1.0,
+            false,
+        );
+        product_at(
+            &mut packed,
+            u,
+            View::of(&half, n, (0, 0), (k, n)),
+            1.0,
+            false,
+        );
         packed
     }
 }
@@ -151,7 +182,13 @@ fn check_order(order: &[u32], dim: usize) -> Result<()> {
     for &o in order {
         match seen.get_mut(o as usize) {
             Some(s) if !*s => *s = true,
-            _ => return Err(Error::shape("row order", "a permutation", format!("{o} twice"))),
+            _ => {
+                return Err(Error::shape(
+                    "row order",
+                    "a permutation",
+                    format!("{o} twice"),
+                ));
+            }
         }
     }
     if order.len() != dim {
@@ -199,7 +236,9 @@ pub fn activity_order(h: &Hessian) -> Vec<u32> {
 pub fn order_by(key: &[f32]) -> Vec<u32> {
     let mut order: Vec<u32> = (0..key.len() as u32).collect();
     order.sort_by(|&a, &b| {
-        key[b as usize].total_cmp(&key[a as usize]).then_with(|| a.cmp(&b))
+        key[b as usize]
+            .total_cmp(&key[a as usize])
+            .then_with(|| a.cmp(&b))
     });
     order
 }
@@ -250,7 +289,13 @@ mod tests {
         let x = Matrix::new(64, 70, noise(4, 64 * 70)).unwrap();
         let mut b = Matrix::zeros(64, 70);
         let view = View::of(h.data(), 64, (0, 0), (64, 64));
-        product(&mut b.data, view, View::of(&x.data, 70, (0, 0), (64, 70)), 1.0, false);
+        product(
+            &mut b.data,
+            view,
+            View::of(&x.data, 70, (0, 0), (64, 70)),
+            1.0,
+            false,
+        );
         let got = factor.solve(&b).unwrap();
         for (a, b) in got.data.iter().zip(&x.data) {
             assert!((a - b).abs() < 1e-3, "{a} {b}");
@@ -287,7 +332,11 @@ mod tests {
         data[32] = 2.0;
         let h = Hessian::from_full(32, data, 1).unwrap();
         let factor = Factor::new("t", &h, &activity_order(&h), 0.02).unwrap();
-        assert!(factor.retries() >= 5 && factor.damping() > 1.0, "{}", factor.damping());
+        assert!(
+            factor.retries() >= 5 && factor.damping() > 1.0,
+            "{}",
+            factor.damping()
+        );
     }
 
     #[test]

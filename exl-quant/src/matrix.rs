@@ -22,7 +22,11 @@ pub struct Matrix {
 impl Matrix {
     /// All zeros.
     pub fn zeros(rows: usize, cols: usize) -> Self {
-        Self { rows, cols, data: vec![0.0; rows * cols] }
+        Self {
+            rows,
+            cols,
+            data: vec![0.0; rows * cols],
+        }
     }
 
     /// From elements in row-major order.
@@ -66,7 +70,8 @@ impl Matrix {
     pub fn columns(&self, first: usize, count: usize) -> Matrix {
         let mut out = Matrix::zeros(self.rows, count);
         for r in 0..self.rows {
-            out.row_mut(r).copy_from_slice(&self.row(r)[first..first + count]);
+            out.row_mut(r)
+                .copy_from_slice(&self.row(r)[first..first + count]);
         }
         out
     }
@@ -96,11 +101,21 @@ impl<'a> View<'a> {
         (rows, cols): (usize, usize),
     ) -> Self {
         if rows == 0 || cols == 0 {
-            return Self { data: &[], rows, cols, stride: cols };
+            return Self {
+                data: &[],
+                rows,
+                cols,
+                stride: cols,
+            };
         }
         let start = r * stride + c;
         let end = start + (rows - 1) * stride + cols;
-        Self { data: &data[start..end], rows, cols, stride }
+        Self {
+            data: &data[start..end],
+            rows,
+            cols,
+            stride,
+        }
     }
 
     fn faer(self) -> MatRef<'a, f32> {
@@ -123,7 +138,14 @@ pub(crate) fn product_at(out: &mut [f32], a: View<'_>, b: View<'_>, alpha: f32, 
         return;
     }
     let dst = MatMut::from_row_major_slice_mut(out, a.cols, b.cols);
-    matmul(dst, accum(add), a.faer().transpose(), b.faer(), alpha, Par::Seq);
+    matmul(
+        dst,
+        accum(add),
+        a.faer().transpose(),
+        b.faer(),
+        alpha,
+        Par::Seq,
+    );
 }
 
 fn accum(add: bool) -> Accum {

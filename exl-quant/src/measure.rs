@@ -102,12 +102,7 @@ pub fn measure(name: &str, weight: &Matrix, h: &HessianSet, damping: f64) -> Res
 ///
 /// # Errors
 /// As [`Quantizer::quantize`].
-pub fn measure_with(
-    name: &str,
-    weight: &Matrix,
-    h: &HessianSet,
-    factor: &Factor,
-) -> Result<Curve> {
+pub fn measure_with(name: &str, weight: &Matrix, h: &HessianSet, factor: &Factor) -> Result<Curve> {
     let (sample, scale) = sample_columns(weight, SAMPLE_COLUMNS);
     let layouts = candidates(weight.rows)?;
     let points = layouts
@@ -115,7 +110,11 @@ pub fn measure_with(
         .map(|layout| {
             let q = Gptq { factor }.quantize(name, &sample, &layout)?;
             let loss = scale * h.hold_out.loss(&difference(&sample, &q.dequantize()))?;
-            Ok(Point { bits: layout.bits(weight.cols), layout, loss })
+            Ok(Point {
+                bits: layout.bits(weight.cols),
+                layout,
+                loss,
+            })
         })
         .collect::<Result<Vec<_>>>()?;
     Ok(Curve {
@@ -129,7 +128,11 @@ pub fn measure_with(
 /// `a - b`.
 pub(crate) fn difference(a: &Matrix, b: &Matrix) -> Matrix {
     let data = a.data.iter().zip(&b.data).map(|(x, y)| x - y).collect();
-    Matrix { rows: a.rows, cols: a.cols, data }
+    Matrix {
+        rows: a.rows,
+        cols: a.cols,
+        data,
+    }
 }
 
 /// At most `limit` columns in runs of 32, and by how much a sum over them is to be scaled.
@@ -159,7 +162,8 @@ mod tests {
     fn set(dim: usize) -> HessianSet {
         let mut acc = HessianAccumulator::new(dim);
         for row in 0..16 {
-            acc.add(&noise(row as u64 + 1, 64 * dim), Part::of_row(row)).unwrap();
+            acc.add(&noise(row as u64 + 1, 64 * dim), Part::of_row(row))
+                .unwrap();
         }
         acc.finish("t").unwrap()
     }
@@ -168,11 +172,20 @@ mod tests {
     fn curves_fall_with_size() {
         let weight = Matrix::new(256, 64, normal(1, 256 * 64, 0.05)).unwrap();
         let curve = measure("t", &weight, &set(256), 0.02).unwrap();
-        let bpw: Vec<f64> = curve.points.iter().map(|p| p.bits as f64 / (256.0 * 64.0)).collect();
+        let bpw: Vec<f64> = curve
+            .points
+            .iter()
+            .map(|p| p.bits as f64 / (256.0 * 64.0))
+            .collect();
         assert!(bpw[0] < 2.8 && *bpw.last().unwrap() > 8.0, "{bpw:?}");
         let loss_at = |bits: u8| {
             let uniform = Layout::uniform(bits, 128, 256).unwrap();
-            curve.points.iter().find(|p| p.layout == uniform).unwrap().loss
+            curve
+                .points
+                .iter()
+                .find(|p| p.layout == uniform)
+                .unwrap()
+                .loss
         };
         for pair in [(2u8, 3u8), (3, 4), (4, 5), (5, 6), (6, 8)] {
             assert!(loss_at(pair.1) < 0.5 * loss_at(pair.0), "{pair:?}");

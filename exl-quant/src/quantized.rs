@@ -55,21 +55,26 @@ impl Quantized {
         let scales: Vec<f32> = (0..self.layout.groups().len())
             .flat_map(|g| {
                 let max = self.scale_max[g];
-                self.scale_codes[g * n..][..n].iter().map(move |&c| scale_value(max, c))
+                self.scale_codes[g * n..][..n]
+                    .iter()
+                    .map(move |&c| scale_value(max, c))
             })
             .collect();
         let mut out = Matrix::zeros(self.inputs, n);
-        out.data.par_chunks_exact_mut(n).zip(&packed_row).for_each(|(row, &r)| {
-            let (g, bits) = group_of[r];
-            let (zero, _) = code_range(bits);
-            let codes = &self.codes[r * n..][..n];
-            for ((w, &c), &s) in row.iter_mut().zip(codes).zip(&scales[g * n..][..n]) {
-                *w = (f32::from(c) + zero) * s;
-            }
-            let mut narrow = vec![half::f16::ZERO; n];
-            narrow.convert_from_f32_slice(row);
-            narrow.convert_to_f32_slice(row);
-        });
+        out.data
+            .par_chunks_exact_mut(n)
+            .zip(&packed_row)
+            .for_each(|(row, &r)| {
+                let (g, bits) = group_of[r];
+                let (zero, _) = code_range(bits);
+                let codes = &self.codes[r * n..][..n];
+                for ((w, &c), &s) in row.iter_mut().zip(codes).zip(&scales[g * n..][..n]) {
+                    *w = (f32::from(c) + zero) * s;
+                }
+                let mut narrow = vec![half::f16::ZERO; n];
+                narrow.convert_from_f32_slice(row);
+                narrow.convert_to_f32_slice(row);
+            });
         out
     }
 

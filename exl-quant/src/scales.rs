@@ -85,18 +85,28 @@ fn ratio(bits: u8, j: usize) -> f32 {
 /// Finds the scales of a group given as blocks of columns; `weights[r]` is the loss of a unit
 /// squared error in row `r`.
 pub(crate) fn search(blocks: &[GroupBlock<'_>], bits: u8, weights: &[f32]) -> GroupScales {
-    let tables: Vec<Table> =
-        blocks.par_iter().map(|block| tabulate(block, bits, weights)).collect();
+    let tables: Vec<Table> = blocks
+        .par_iter()
+        .map(|block| tabulate(block, bits, weights))
+        .collect();
     let columns: usize = blocks.iter().map(|b| b.cols).sum();
-    let widest = tables.iter().flat_map(|t| &t.best).fold(0.0f32, |a, &b| a.max(b));
+    let widest = tables
+        .iter()
+        .flat_map(|t| &t.best)
+        .fold(0.0f32, |a, &b| a.max(b));
     if widest <= 0.0 {
         let scale_max = f16::from_f32(H_MIN * 256.0).to_bits();
-        return GroupScales { scale_max, codes: vec![0; columns], underflow: false };
+        return GroupScales {
+            scale_max,
+            codes: vec![0; columns],
+            underflow: false,
+        };
     }
     let maxima = candidates(widest / 256.0);
     let judged: Vec<Vec<f64>> = tables.par_iter().map(|t| judge(t, bits, &maxima)).collect();
-    let mut ranking: Vec<(f64, usize)> =
-        (0..maxima.len()).map(|i| (judged.iter().map(|j| j[i]).sum(), i)).collect();
+    let mut ranking: Vec<(f64, usize)> = (0..maxima.len())
+        .map(|i| (judged.iter().map(|j| j[i]).sum(), i))
+        .collect();
     ranking.sort_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
     ranking.truncate(FINALISTS);
     let finals: Vec<f32> = ranking.iter().map(|&(_, i)| maxima[i]).collect();
@@ -104,7 +114,10 @@ pub(crate) fn search(blocks: &[GroupBlock<'_>], bits: u8, weights: &[f32]) -> Gr
         .par_iter()
         .zip(&tables)
         .map(|(block, table)| {
-            finals.iter().map(|&h| best_codes(block, table, bits, weights, h)).collect()
+            finals
+                .iter()
+                .map(|&h| best_codes(block, table, bits, weights, h))
+                .collect()
         })
         .collect();
     let loss = |i: usize| exact.iter().map(|e| e[i].0).sum::<f64>();
@@ -113,7 +126,10 @@ pub(crate) fn search(blocks: &[GroupBlock<'_>], bits: u8, weights: &[f32]) -> Gr
         .expect("there is at least one finalist");
     GroupScales {
         scale_max: f16::from_f32(finals[winner] * 256.0).to_bits(),
-        codes: exact.into_iter().flat_map(|mut e| e.swap_remove(winner).1).collect(),
+        codes: exact
+            .into_iter()
+            .flat_map(|mut e| e.swap_remove(winner).1)
+            .collect(),
         underflow: widest / 256.0 < H_MIN,
     }
 }
@@ -158,7 +174,12 @@ fn tabulate(block: &GroupBlock<'_>, bits: u8, weights: &[f32]) -> Table {
             beta[n] * ratio(bits, j)
         })
         .collect();
-    Table { beta, loss, total, best }
+    Table {
+        beta,
+        loss,
+        total,
+        best,
+    }
 }
 
 /// Weighted squared rounding error of every column at the given scales.
@@ -170,7 +191,10 @@ fn column_losses(
     out: &mut [f32],
 ) {
     let (lo, hi) = code_range(bits);
-    let inverse: Vec<f32> = scale.iter().map(|&s| if s > 0.0 { 1.0 / s } else { 0.0 }).collect();
+    let inverse: Vec<f32> = scale
+        .iter()
+        .map(|&s| if s > 0.0 { 1.0 / s } else { 0.0 })
+        .collect();
     out.fill(0.0);
     for (row, &weight) in block.w.chunks_exact(block.cols).zip(weights) {
         for (((o, &w), &s), &i) in out.iter_mut().zip(row).zip(scale).zip(&inverse) {
@@ -196,7 +220,11 @@ fn judge(table: &Table, bits: u8, maxima: &[f32]) -> Vec<f64> {
             continue;
         }
         let origin = (beta * lo).ln();
-        let ends = (table.loss[n], table.loss[(GRID - 1) * cols + n], table.total[n]);
+        let ends = (
+            table.loss[n],
+            table.loss[(GRID - 1) * cols + n],
+            table.total[n],
+        );
         let lookup = |ln_scale: f32| {
             let p = (ln_scale - origin) * per_ln;
             if p <= 0.0 {
@@ -232,8 +260,11 @@ fn best_codes(
 ) -> (f64, Vec<u8>) {
     let cols = block.cols;
     let scale_max = f16::from_f32(h * 256.0).to_bits();
-    let base: Vec<i32> =
-        table.best.iter().map(|&t| (t / h).sqrt().floor().clamp(1.0, 16.0) as i32).collect();
+    let base: Vec<i32> = table
+        .best
+        .iter()
+        .map(|&t| (t / h).sqrt().floor().clamp(1.0, 16.0) as i32)
+        .collect();
     let mut best = vec![f32::INFINITY; cols];
     let mut codes = vec![0u8; cols];
     let mut scale = vec![0.0f32; cols];

@@ -16,5 +16,7 @@ pub(crate) fn noise(seed: u64, n: usize) -> Vec<f32> {
 /// Roughly normal values with standard deviation `sigma`.
 pub(crate) fn normal(seed: u64, n: usize, sigma: f32) -> Vec<f32> {
     let u = noise(seed, n * 4);
-    u.chunks_exact(4).map(|c| c.iter().sum::<f32>() * 0.866 * sigma).collect()
+    u.chunks_exact(4)
+        .map(|c| c.iter().sum::<f32>() * 0.866 * sigma)
+        .collect()
 }

@@ -35,14 +35,24 @@ fn textbook(weight: &Matrix, layout: &Layout, factor: &Factor) -> Vec<u8> {
     let mut w: Vec<f64> = factor
         .order()
         .iter()
-        .flat_map(|&f| weight.row(f as usize).iter().map(|&x| f64::from(x)).collect::<Vec<_>>())
+        .flat_map(|&f| {
+            weight
+                .row(f as usize)
+                .iter()
+                .map(|&x| f64::from(x))
+                .collect::<Vec<_>>()
+        })
         .collect();
     let mut codes = vec![0u8; k * n];
     let mut at = 0;
     for g in layout.groups() {
-        let rows: Vec<f32> = w[at * n..(at + g.rows) * n].iter().map(|&x| x as f32).collect();
-        let weights: Vec<f32> =
-            (at..at + g.rows).map(|r| 1.0 / (factor.pivot(r) * factor.pivot(r))).collect();
+        let rows: Vec<f32> = w[at * n..(at + g.rows) * n]
+            .iter()
+            .map(|&x| x as f32)
+            .collect();
+        let weights: Vec<f32> = (at..at + g.rows)
+            .map(|r| 1.0 / (factor.pivot(r) * factor.pivot(r)))
+            .collect();
         let top = weights.iter().copied().fold(0.0, f32::max);
         let weights: Vec<f32> = weights.iter().map(|x| x / top).collect();
         let found = search(&[GroupBlock { w: &rows, cols: n }], g.bits, &weights);
@@ -70,14 +80,24 @@ fn blocked_equals_row_by_row() {
     let h = hessian(k, 2000, 3);
     let factor = Factor::new("t", &h, &activity_order(&h), 0.02).unwrap();
     let weight = Matrix::new(k, n, normal(4, k * n, 0.03)).unwrap();
-    for text in ["1x8b_32g/2x4b_96g/1x4b_128g", "11x3b_32g", "1x5b_192g/2x2b_64g/1x2b_32g"] {
+    for text in [
+        "1x8b_32g/2x4b_96g/1x4b_128g",
+        "11x3b_32g",
+        "1x5b_192g/2x2b_64g/1x2b_32g",
+    ] {
         let layout: Layout = text.parse().unwrap();
-        let got = Gptq { factor: &factor }.quantize("t", &weight, &layout).unwrap();
+        let got = Gptq { factor: &factor }
+            .quantize("t", &weight, &layout)
+            .unwrap();
         let want = textbook(&weight, &layout, &factor);
         let differ = got.codes.iter().zip(&want).filter(|(a, b)| a != b).count();
         // f32 against f64: a code that lies on an edge may fall either way, and takes the rest of
         // its column with it.
-        assert!(differ * 50 < want.len(), "{text}: {differ} of {} codes differ", want.len());
+        assert!(
+            differ * 50 < want.len(),
+            "{text}: {differ} of {} codes differ",
+            want.len()
+        );
     }
 }
 
@@ -90,7 +110,11 @@ fn compensation_beats_rounding() {
     for bits in [2u8, 3, 4, 8] {
         let layout = Layout::uniform(bits, 64, k).unwrap();
         let loss = |q: Quantized| h.loss(&difference(&weight, &q.dequantize())).unwrap();
-        let gptq = loss(Gptq { factor: &factor }.quantize("t", &weight, &layout).unwrap());
+        let gptq = loss(
+            Gptq { factor: &factor }
+                .quantize("t", &weight, &layout)
+                .unwrap(),
+        );
         let rtn = loss(Rtn.quantize("t", &weight, &layout).unwrap());
         assert!(gptq < 0.8 * rtn, "{bits} bits: {gptq:e} against {rtn:e}");
     }
@@ -102,11 +126,16 @@ fn same_codes_for_any_number_of_threads() {
     let h = hessian(k, 1000, 1);
     let weight = Matrix::new(k, n, normal(2, k * n, 0.03)).unwrap();
     let run = |threads: usize| {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(threads)
+            .build()
+            .unwrap();
         pool.install(|| {
             let factor = Factor::new("t", &h, &activity_order(&h), 0.02).unwrap();
             let layout: Layout = "1x6b_32g/1x3b_128g/1x3b_32g".parse().unwrap();
-            Gptq { factor: &factor }.quantize("t", &weight, &layout).unwrap()
+            Gptq { factor: &factor }
+                .quantize("t", &weight, &layout)
+                .unwrap()
         })
     };
     assert_eq!(run(1), run(4));
@@ -131,10 +160,15 @@ fn padding_dead_inputs_and_small_matrices() {
         weight.row_mut(r)[0] = normal(r as u64, 1, 0.05)[0];
     }
     let layout = Layout::uniform(4, 32, k).unwrap();
-    let q = Gptq { factor: &factor }.quantize("t", &weight, &layout).unwrap();
+    let q = Gptq { factor: &factor }
+        .quantize("t", &weight, &layout)
+        .unwrap();
     let back = q.dequantize();
     for r in 0..k {
-        assert!(back.row(r)[1..].iter().all(|&w| w == 0.0), "padding stays zero");
+        assert!(
+            back.row(r)[1..].iter().all(|&w| w == 0.0),
+            "padding stays zero"
+        );
         assert!(q.codes[r * n + 1..(r + 1) * n].iter().all(|&c| c == 8));
         assert!((back.row(r)[0] - weight.row(r)[0]).abs() < 0.05, "row {r}");
     }
@@ -146,8 +180,14 @@ fn bad_weights_and_shapes_are_named() {
     let layout = Layout::uniform(4, 32, 32).unwrap();
     let mut weight = Matrix::zeros(32, 32);
     weight.row_mut(3)[7] = f32::NAN;
-    let error = Rtn.quantize("layers.0.q_proj", &weight, &layout).unwrap_err().to_string();
-    assert!(error.contains("layers.0.q_proj") && error.contains("NaN"), "{error}");
+    let error = Rtn
+        .quantize("layers.0.q_proj", &weight, &layout)
+        .unwrap_err()
+        .to_string();
+    assert!(
+        error.contains("layers.0.q_proj") && error.contains("NaN"),
+        "{error}"
+    );
     assert!(Rtn.quantize("t", &Matrix::zeros(32, 31), &layout).is_err());
     assert!(Rtn.quantize("t", &Matrix::zeros(64, 32), &layout).is_err());
     weight.row_mut(3)[7] = 1e9;

@@ -7,7 +7,11 @@ fn loss_of(w: &[f32], cols: usize, bits: u8, weights: &[f32], scales: &GroupScal
     for (r, row) in w.chunks_exact(cols).enumerate() {
         for (n, &x) in row.iter().enumerate() {
             let s = scale_value(scales.scale_max, scales.codes[n]);
-            let q = if s > 0.0 { (x / s).round_ties_even().clamp(lo, hi) } else { 0.0 };
+            let q = if s > 0.0 {
+                (x / s).round_ties_even().clamp(lo, hi)
+            } else {
+                0.0
+            };
             let e = f64::from(x - q * s);
             sum += f64::from(weights[r]) * e * e;
         }
@@ -20,7 +24,12 @@ fn loss_of(w: &[f32], cols: usize, bits: u8, weights: &[f32], scales: &GroupScal
 fn single_multiplier(w: &[f32], cols: usize, bits: u8) -> GroupScales {
     let span = ((1u32 << bits) - 1) as f32 / 2.0;
     let beta: Vec<f32> = (0..cols)
-        .map(|n| w.chunks_exact(cols).map(|r| r[n].abs()).fold(1e-12, f32::max) / span)
+        .map(|n| {
+            w.chunks_exact(cols)
+                .map(|r| r[n].abs())
+                .fold(1e-12, f32::max)
+                / span
+        })
         .collect();
     let top = beta.iter().copied().fold(0.0, f32::max);
     let codes: Vec<u8> = beta
@@ -44,7 +53,11 @@ fn single_multiplier(w: &[f32], cols: usize, bits: u8) -> GroupScales {
         .map(|i| 0.70 + 0.5 * i as f32 / 96.0)
         .min_by(|&a, &b| cost(a).total_cmp(&cost(b)))
         .unwrap();
-    GroupScales { scale_max: f16::from_f32(p * top).to_bits(), codes, underflow: false }
+    GroupScales {
+        scale_max: f16::from_f32(p * top).to_bits(),
+        codes,
+        underflow: false,
+    }
 }
 
 #[test]
@@ -57,7 +70,11 @@ fn two_roundings_in_order() {
         (0x0C29, 16, 0x0C40),
         (0x0080, 16, 0x0000),
     ] {
-        assert_eq!(f16::from_f32(scale_value(scale_max, s - 1)).to_bits(), want, "{scale_max:x}");
+        assert_eq!(
+            f16::from_f32(scale_value(scale_max, s - 1)).to_bits(),
+            want,
+            "{scale_max:x}"
+        );
     }
 }
 
@@ -71,12 +88,19 @@ fn beats_a_single_multiplier_at_every_width() {
     let weights: Vec<f32> = (0..rows).map(|r| 1.0 / (1.0 + r as f32 * 0.1)).collect();
     for bits in [2u8, 3, 4, 5, 6, 8] {
         let blocks: Vec<Vec<f32>> = (0..2)
-            .map(|b| w.chunks_exact(cols).flat_map(|r| r[b * 48..][..48].to_vec()).collect())
+            .map(|b| {
+                w.chunks_exact(cols)
+                    .flat_map(|r| r[b * 48..][..48].to_vec())
+                    .collect()
+            })
             .collect();
         let views: Vec<_> = blocks.iter().map(|w| GroupBlock { w, cols: 48 }).collect();
         let ours = loss_of(&w, cols, bits, &weights, &search(&views, bits, &weights));
         let theirs = loss_of(&w, cols, bits, &weights, &single_multiplier(&w, cols, bits));
-        assert!(ours < 0.985 * theirs, "{bits} bits: {ours:e} against {theirs:e}");
+        assert!(
+            ours < 0.985 * theirs,
+            "{bits} bits: {ours:e} against {theirs:e}"
+        );
     }
 }
 
@@ -95,14 +119,21 @@ fn near_the_exhaustive_optimum_on_a_small_group() {
                 let column: Vec<f32> = w.chunks_exact(cols).map(|r| r[n]).collect();
                 sum += (0..16u8)
                     .map(|c| {
-                        let one = GroupScales { scale_max, codes: vec![c], underflow: false };
+                        let one = GroupScales {
+                            scale_max,
+                            codes: vec![c],
+                            underflow: false,
+                        };
                         loss_of(&column, 1, bits, &weights, &one)
                     })
                     .fold(f64::INFINITY, f64::min);
             }
             best = best.min(sum);
         }
-        assert!(ours <= best * 1.04, "{bits} bits: {ours:e}, exhaustive {best:e}");
+        assert!(
+            ours <= best * 1.04,
+            "{bits} bits: {ours:e}, exhaustive {best:e}"
+        );
     }
 }
 
@@ -126,5 +157,10 @@ fn zeros_take_code_zero_and_large_weights_stay_finite() {
     assert!(found.codes.iter().all(|&c| c == 0));
     let big = normal(6, rows * cols, 2e4);
     let found = search(&[GroupBlock { w: &big, cols }], 2, &vec![1.0; rows]);
-    assert!(found.codes.iter().all(|&c| scale_value(found.scale_max, c).is_finite()));
+    assert!(
+        found
+            .codes
+            .iter()
+            .all(|&c| scale_value(found.scale_max, c).is_finite())
+    );
 }

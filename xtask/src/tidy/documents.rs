@@ -1,4 +1,5 @@
-//! Fences of the documents: each says its language, and commands are marked as such.
+//! Fences of the documents: each says its language, commands are marked as such, and Rust that no
+//! doc test compiles is a part of an example.
 
 use super::File;
 
@@ -16,11 +17,38 @@ pub(super) struct Fence<'a> {
 }
 
 pub(super) fn check(files: &[File]) -> Vec<String> {
-    files
+    let mut problems: Vec<String> = files
         .iter()
         .filter(|f| f.is("md"))
         .flat_map(check_document)
-        .collect()
+        .collect();
+    problems.extend(check_rust(files));
+    problems
+}
+
+/// The README of a crate is a doc test. Rust elsewhere must stand in an example, word for word.
+fn check_rust(files: &[File]) -> Vec<String> {
+    let compiled = |f: &File| {
+        files
+            .iter()
+            .any(|l| l.path == format!("{}/src/lib.rs", f.top()))
+    };
+    let in_example = |code: &str| {
+        let mut examples = files.iter().filter(|f| f.path.contains("/examples/"));
+        examples.any(|f| f.text.contains(code))
+    };
+    let mut problems = Vec::new();
+    for file in files.iter().filter(|f| f.is("md") && !compiled(f)) {
+        for fence in fences(&file.text) {
+            if fence.language == "rust" && !in_example(&fence.lines.join("\n")) {
+                problems.push(file.problem(
+                    fence.line,
+                    "Rust that is in no example: no test compiles it",
+                ));
+            }
+        }
+    }
+    problems
 }
 
 fn check_document(file: &File) -> Vec<String> {
@@ -90,6 +118,19 @@ mod tests {
         assert_eq!(found.len(), 2, "{found:?}");
         assert!(found[0].starts_with("a.md:1: code fence without"));
         assert!(found[1].starts_with("a.md:2: a command outside"));
+    }
+
+    #[test]
+    fn rust_outside_crates_comes_from_an_example() {
+        let readme = file("README.md", "```rust\nlet x = 1;\nlet y = 2;\n```\n");
+        assert_eq!(check_rust(&[file("README.md", &readme.text)]).len(), 1);
+        let example = file("a/examples/b.rs", "fn f() {}\nlet x = 1;\nlet y = 2;\n");
+        assert!(check_rust(&[readme, example]).is_empty());
+        let own = [
+            file("a/README.md", "```rust\nf();\n```\n"),
+            file("a/src/lib.rs", ""),
+        ];
+        assert!(check_rust(&own).is_empty());
     }
 
     #[test]

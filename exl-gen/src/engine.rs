@@ -150,6 +150,10 @@ impl EngineHandle {
     /// [`Error::Setting`], [`Error::QueueFull`], and [`Error::Closed`] while draining.
     pub fn submit(&self, request: Request) -> Result<JobStream> {
         let inner = &*self.inner;
+        // Before the queue's room: a drained engine is closed even when its queue is full.
+        if inner.shared.closed.load(Ordering::Acquire) {
+            return Err(Error::Closed);
+        }
         self.check(&request)?;
         let id = JobId(inner.shared.next.fetch_add(1, Ordering::Relaxed));
         let (sender, receiver) = channel();
@@ -168,9 +172,7 @@ impl EngineHandle {
             .waiting
             .fetch_update(Ordering::AcqRel, Ordering::Acquire, full)
             .map_err(|waiting| Error::QueueFull { waiting })?;
-        if inner.shared.closed.load(Ordering::Acquire)
-            || inner.commands.send(Command::Submit(Box::new(job))).is_err()
-        {
+        if inner.commands.send(Command::Submit(Box::new(job))).is_err() {
             inner.shared.waiting.fetch_sub(1, Ordering::AcqRel);
             return Err(Error::Closed);
         }

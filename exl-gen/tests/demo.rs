@@ -1,5 +1,7 @@
 //! The whole way with a trained model: tokenizer, template, engine, runner.
 
+#![allow(clippy::unwrap_used, clippy::print_stdout)]
+
 use std::path::Path;
 use std::sync::Arc;
 

@@ -29,7 +29,13 @@ pub(crate) struct Cli {
     #[arg(short, long, global = true, display_order = 900, action = clap::ArgAction::Count)]
     pub(crate) verbose: u8,
     /// No progress and no remarks on stderr; errors still show
-    #[arg(short, long, global = true, display_order = 901, conflicts_with = "verbose")]
+    #[arg(
+        short,
+        long,
+        global = true,
+        display_order = 901,
+        conflicts_with = "verbose"
+    )]
     pub(crate) quiet: bool,
     #[command(subcommand)]
     pub(crate) command: Command,
@@ -53,7 +59,12 @@ pub(crate) enum Command {
 #[derive(Clone, Debug, Args)]
 pub(crate) struct DeviceArgs {
     /// auto, cpu, cuda or cuda:N
-    #[arg(help_heading = "Compute", long, value_name = "DEVICE", default_value = "auto")]
+    #[arg(
+        help_heading = "Compute",
+        long,
+        value_name = "DEVICE",
+        default_value = "auto"
+    )]
     pub(crate) device: Device,
     /// Threads to use; 0 takes every core this process may use
     #[arg(help_heading = "Compute", long, value_name = "N", default_value_t = 0)]
@@ -299,7 +310,7 @@ pub(crate) struct InfoArgs {
 }
 
 const BENCH_EXAMPLES: &str = "\
-Shapes: tinyllama-1.1b, llama2-7b, llama3-8b, llama2-70b. Recipes: 2.5, 4.0, 6.0.
+Shapes: smoke-2m, tinyllama-1.1b, llama2-7b, llama3-8b, llama2-70b. Recipes: 2.5, 4.0, 6.0.
 
 Examples:
   exl bench -m ./model-exl2

@@ -1,5 +1,11 @@
 //! The commands, one file each.
 
+mod bench;
+mod chat;
+mod doctor;
+mod eval;
+mod generate;
+mod info;
 mod pages;
 mod pull;
 
@@ -14,6 +20,12 @@ pub(crate) fn run() -> Result<()> {
     init_tracing(cli.verbose, cli.quiet);
     let ui = Ui::new(cli.quiet);
     match cli.command {
+        Command::Eval(args) => eval::run(&args, &ui),
+        Command::Generate(args) => generate::run(&args, &ui),
+        Command::Chat(args) => chat::run(&args, &ui),
+        Command::Info(args) => info::run(&args, &ui),
+        Command::Bench(args) => bench::run(&args, &ui),
+        Command::Doctor(args) => doctor::run(&args, &ui),
         Command::Pull(args) => pull::run(&args, &ui),
         Command::Completions(args) => pages::completions(&args),
         Command::Man(_) => pages::man(),

@@ -6,11 +6,15 @@ use crate::machine::{self, GpuDriver};
 use crate::signal::StopFlag;
 use crate::ui::{self, Ui};
 use anyhow::{Context, Result, bail};
+use exl_gen::{Engine, EngineHandle, EngineOptions, RunnerBackend, Tokenizer};
 use exl_models::rope::RopeOptions;
 use exl_models::{LoadOptions, MemoryRequest, Model, ModelSource, Runner, RunnerOptions};
-use exl_tensor::{Activations, DType};
+use exl_tensor::{Activations, DType, PAGE_TOKENS};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
+
+/// Prompt tokens of one step.
+pub(crate) const PREFILL_ROWS: usize = 512;
 
 /// A model in memory.
 #[derive(Debug)]
@@ -25,7 +29,9 @@ pub(crate) fn check_device(device: Device, ui: &Ui) -> Result<()> {
     match device {
         Device::Cpu => Ok(()),
         Device::Auto if GpuDriver::probe().is_present() => {
-            ui.note("an NVIDIA driver is installed, but this version has no GPU support: using the CPU");
+            ui.note(
+                "an NVIDIA driver is installed, but this version has no GPU support: using the CPU",
+            );
             Ok(())
         }
         Device::Auto => {
@@ -40,7 +46,11 @@ pub(crate) fn check_device(device: Device, ui: &Ui) -> Result<()> {
 
 /// Threads that computing uses.
 pub(crate) fn threads(device: &DeviceArgs) -> usize {
-    if device.threads == 0 { machine::cores() } else { device.threads }
+    if device.threads == 0 {
+        machine::cores()
+    } else {
+        device.threads
+    }
 }
 
 /// Name of the activation mode, as on the command line.
@@ -83,10 +93,10 @@ pub(crate) fn runner_options(compute: &ComputeArgs, cache: CacheMode) -> Result<
 
 /// Name of what computes, the instruction set included.
 pub(crate) fn device_name(runner: &Runner) -> String {
-    runner
-        .executor()
-        .kernels()
-        .map_or_else(|| "cpu".to_owned(), |cpu| format!("cpu/{:?}", cpu.isa()).to_lowercase())
+    runner.executor().kernels().map_or_else(
+        || "cpu".to_owned(),
+        |cpu| format!("cpu/{:?}", cpu.isa()).to_lowercase(),
+    )
 }
 
 /// Settings of opening a model.
@@ -96,7 +106,10 @@ pub(crate) fn load_options(
     context: Option<usize>,
 ) -> LoadOptions {
     LoadOptions {
-        rope: RopeOptions { context, ..RopeOptions::default() },
+        rope: RopeOptions {
+            context,
+            ..RopeOptions::default()
+        },
         assume_llama: load.assume_llama,
         threads: threads(&compute.device),
     }
@@ -125,7 +138,10 @@ pub(crate) fn load(source: &ModelSource, stop: &StopFlag, ui: &Ui) -> Result<Loa
     if stop.is_set() {
         return Err(Interrupted("stopped while loading".to_owned()).into());
     }
-    Ok(Loaded { model: Arc::new(model), checkpoint_bytes: total })
+    Ok(Loaded {
+        model: Arc::new(model),
+        checkpoint_bytes: total,
+    })
 }
 
 /// Refuses work that cannot fit into this machine's memory, before anything is loaded.
@@ -141,4 +157,59 @@ pub(crate) fn check_memory(source: &ModelSource, request: &MemoryRequest) -> Res
         ),
         _ => Ok(()),
     }
+}
+
+/// What an engine must hold.
+#[derive(Debug)]
+pub(crate) struct Room {
+    /// Sequences at once.
+    pub(crate) seqs: usize,
+    /// Tokens of each sequence, prompt and answer.
+    pub(crate) lengths: Vec<usize>,
+    pub(crate) cache: CacheMode,
+}
+
+impl Room {
+    fn pages(&self) -> usize {
+        self.lengths
+            .iter()
+            .map(|tokens| tokens.div_ceil(PAGE_TOKENS))
+            .sum()
+    }
+}
+
+/// Loads a model and starts an engine with just that much room.
+pub(crate) fn engine(
+    source: ModelSource,
+    tokenizer: &Arc<Tokenizer>,
+    room: &Room,
+    compute: &ComputeArgs,
+    stop: &StopFlag,
+    ui: &Ui,
+) -> Result<EngineHandle> {
+    let longest = room.lengths.iter().copied().max().unwrap_or(1);
+    let mut options = runner_options(compute, room.cache)?;
+    options.pages = room.pages() + 1;
+    options.max_seqs = room.seqs;
+    options.max_rows = PREFILL_ROWS.min(longest) + room.seqs;
+    let request = MemoryRequest {
+        context: room.pages() * PAGE_TOKENS,
+        seqs: 1,
+        kv_dtype: options.kv_dtype,
+        rows: options.max_rows,
+    };
+    check_memory(&source, &request)?;
+    let loaded = load(&source, stop, ui)?;
+    // The files that were repacked need not stay mapped.
+    drop(source);
+    let runner = Runner::new(loaded.model, options)?;
+    let options = EngineOptions {
+        chunk_rows: PREFILL_ROWS,
+        ..EngineOptions::default()
+    };
+    Ok(Engine::start(
+        Box::new(RunnerBackend::new(runner)),
+        Arc::clone(tokenizer),
+        options,
+    )?)
 }

@@ -6,10 +6,8 @@ mod recipe;
 mod shape;
 mod tokenizer;
 mod weights;
-#[cfg(any())]
 mod write;
 
 pub(crate) use recipe::Recipe;
 pub(crate) use shape::Shape;
-#[cfg(any())]
 pub(crate) use write::write_checkpoint;

@@ -8,7 +8,7 @@ use crate::args::BenchArgs;
 use crate::failure::Usage;
 use crate::machine;
 use crate::session;
-use crate::signal;
+use crate::signal::{self, StopFlag};
 use crate::synth::{self, Recipe, Shape};
 use crate::ui::{self, Ui};
 use anyhow::{Context, Result};
@@ -18,38 +18,41 @@ use std::path::{Path, PathBuf};
 
 /// Everything measured; its JSON is the contract of `--json`.
 #[derive(Debug, Serialize)]
-pub(super) struct Report {
-    pub(super) device: String,
-    pub(super) model: String,
-    pub(super) threads: usize,
-    pub(super) activations: &'static str,
-    pub(super) cache: &'static str,
+struct Report {
+    device: String,
+    model: String,
+    threads: usize,
+    activations: &'static str,
+    cache: &'static str,
     /// Bytes of weights that a decode step reads.
-    pub(super) weight_bytes: u64,
+    weight_bytes: u64,
     /// Bytes of the checkpoint's tensors.
-    pub(super) checkpoint_bytes: u64,
-    pub(super) read_bandwidth_gb_s: f64,
-    pub(super) load_seconds: f64,
-    pub(super) prefill: Vec<Prefill>,
-    pub(super) decode: Vec<Decode>,
+    checkpoint_bytes: u64,
+    read_bandwidth_gb_s: f64,
+    load_seconds: f64,
+    prefill: Vec<Prefill>,
+    decode: Vec<Decode>,
     /// Resident bytes after the measurements.
-    pub(super) memory_bytes: u64,
+    memory_bytes: u64,
     /// Most resident bytes since loading began.
-    pub(super) memory_peak_bytes: u64,
-    pub(super) cache_bytes: u64,
+    memory_peak_bytes: u64,
+    cache_bytes: u64,
 }
 
 pub(crate) fn run(args: &BenchArgs, ui: &Ui) -> Result<()> {
     let settings = settings(args)?;
     session::check_device(args.compute.device.device, ui)?;
     let stop = signal::stop_flag()?;
-    let subject = Subject::prepare(args, ui)?;
+    let subject = Subject::prepare(args, &stop, ui)?;
     let threads = session::threads(&args.compute.device);
     ui.note("measuring the memory's read bandwidth");
     let bandwidth = machine::read_bandwidth(threads);
     machine::reset_peak();
     let report = measure::measure(&subject.dir, &settings, bandwidth, &stop, ui)?;
-    let report = Report { model: subject.name.clone(), ..report };
+    let report = Report {
+        model: subject.name.clone(),
+        ..report
+    };
     if let Some(path) = &args.out {
         write(path, &report::markdown(&report))?;
     }
@@ -86,6 +89,7 @@ fn settings(args: &BenchArgs) -> Result<Settings> {
         steps: args.steps,
         repeats: args.repeats,
         compute: args.compute.clone(),
+        load: args.load,
     })
 }
 
@@ -97,11 +101,18 @@ struct Subject {
 }
 
 impl Subject {
-    fn prepare(args: &BenchArgs, ui: &Ui) -> Result<Self> {
+    fn prepare(args: &BenchArgs, stop: &StopFlag, ui: &Ui) -> Result<Self> {
         let Some(shape) = &args.synthetic else {
-            let dir = args.model.clone().ok_or_else(|| Usage("name a model with -m".to_owned()))?;
+            let dir = args
+                .model
+                .clone()
+                .ok_or_else(|| Usage("name a model with -m".to_owned()))?;
             let name = dir.display().to_string();
-            return Ok(Self { dir, name, temporary: false });
+            return Ok(Self {
+                dir,
+                name,
+                temporary: false,
+            });
         };
         let (shape, recipe) = (Shape::named(shape)?, Recipe::named(&args.recipe)?);
         let name = format!("{} (random weights, recipe {})", shape.name, args.recipe);
@@ -109,8 +120,13 @@ impl Subject {
             std::env::temp_dir().join(format!("exl-bench-{}", std::process::id()))
         });
         // Made first, so that a failure while writing removes the temporary files as well.
-        let subject = Self { dir, name, temporary: args.keep.is_none() };
-        synth::write_checkpoint(&shape, recipe, &subject.dir, session::threads(&args.compute.device), ui)?;
+        let subject = Self {
+            dir,
+            name,
+            temporary: args.keep.is_none(),
+        };
+        let threads = session::threads(&args.compute.device);
+        synth::write_checkpoint((&shape, recipe), &subject.dir, threads, stop, ui)?;
         Ok(subject)
     }
 }

@@ -46,7 +46,11 @@ struct Gpu {
 pub(crate) fn run(args: &DoctorArgs, ui: &Ui) -> Result<()> {
     ui.note("measuring the memory's read bandwidth");
     let bandwidth = machine::read_bandwidth(machine::cores());
-    let selftest = if args.selftest { Some(selftest::run(ui)?) } else { None };
+    let selftest = if args.selftest {
+        Some(selftest::run(ui)?)
+    } else {
+        None
+    };
     let driver = GpuDriver::probe();
     let memory = machine::memory();
     let features = machine::cpu_features();
@@ -54,7 +58,10 @@ pub(crate) fn run(args: &DoctorArgs, ui: &Ui) -> Result<()> {
         version: env!("CARGO_PKG_VERSION"),
         processor: machine::processor(),
         cores: machine::cores(),
-        features: features.iter().map(|&(name, present)| Feature { name, present }).collect(),
+        features: features
+            .iter()
+            .map(|&(name, present)| Feature { name, present })
+            .collect(),
         isa: isa_name(Isa::detect()),
         isa_available: Isa::available().into_iter().map(isa_name).collect(),
         memory_bytes: memory.map(|(total, _)| total),
@@ -75,7 +82,9 @@ pub(crate) fn run(args: &DoctorArgs, ui: &Ui) -> Result<()> {
     }
     match output.selftest.map_or(0, |results| results.failed()) {
         0 => Ok(()),
-        n => bail!("{n} kernels disagree with the reference: this build is not usable on this machine (please report the table above)"),
+        n => bail!(
+            "{n} kernels disagree with the reference: this build is not usable on this machine (please report the table above)"
+        ),
     }
 }
 
@@ -105,8 +114,18 @@ fn advice(driver: &GpuDriver) -> Vec<String> {
 
 fn text(o: &Output) -> Result<String> {
     let mut out = String::new();
-    let features: Vec<&str> = o.features.iter().filter(|f| f.present).map(|f| f.name).collect();
-    let missing: Vec<&str> = o.features.iter().filter(|f| !f.present).map(|f| f.name).collect();
+    let features: Vec<&str> = o
+        .features
+        .iter()
+        .filter(|f| f.present)
+        .map(|f| f.name)
+        .collect();
+    let missing: Vec<&str> = o
+        .features
+        .iter()
+        .filter(|f| !f.present)
+        .map(|f| f.name)
+        .collect();
     let gpu = match (&o.gpu.driver_version, &o.gpu.driver_library) {
         (None, None) => "no NVIDIA driver".to_owned(),
         (version, library) => format!(
@@ -122,11 +141,23 @@ fn text(o: &Output) -> Result<String> {
     for (name, value) in [
         ("exl", o.version.to_owned()),
         ("processor", format!("{}, {} threads", o.processor, o.cores)),
-        ("features", format!("{} (missing: {})", or_none(&features), or_none(&missing))),
-        ("kernels", format!("{} (this machine also runs {})", o.isa, others(o))),
+        (
+            "features",
+            format!("{} (missing: {})", or_none(&features), or_none(&missing)),
+        ),
+        (
+            "kernels",
+            format!("{} (this machine also runs {})", o.isa, others(o)),
+        ),
         ("memory", memory),
-        ("bandwidth", format!("{:.1} GB/s reading", o.read_bandwidth_gb_s)),
-        ("gpu", format!("{gpu}; this version computes on the CPU only")),
+        (
+            "bandwidth",
+            format!("{:.1} GB/s reading", o.read_bandwidth_gb_s),
+        ),
+        (
+            "gpu",
+            format!("{gpu}; this version computes on the CPU only"),
+        ),
     ] {
         writeln!(out, "{name:<12}{value}")?;
     }
@@ -140,11 +171,19 @@ fn text(o: &Output) -> Result<String> {
 }
 
 fn or_none(names: &[&str]) -> String {
-    if names.is_empty() { "none".to_owned() } else { names.join(" ") }
+    if names.is_empty() {
+        "none".to_owned()
+    } else {
+        names.join(" ")
+    }
 }
 
 fn others(o: &Output) -> String {
-    let others: Vec<&str> =
-        o.isa_available.iter().map(String::as_str).filter(|name| *name != o.isa).collect();
+    let others: Vec<&str> = o
+        .isa_available
+        .iter()
+        .map(String::as_str)
+        .filter(|name| *name != o.isa)
+        .collect();
     or_none(&others)
 }

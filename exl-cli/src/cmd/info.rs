@@ -6,9 +6,9 @@ pub(super) use bits::{Bits, bits};
 
 use crate::args::{CacheMode, InfoArgs};
 use crate::failure::Usage;
+use crate::machine;
 use crate::session;
 use crate::ui::{self, Align, Table, Ui};
-use crate::machine;
 use anyhow::Result;
 use exl_models::{LoadOptions, MemoryRequest, MemoryUse, ModelSource};
 use serde::Serialize;
@@ -63,7 +63,10 @@ pub(crate) fn run(args: &InfoArgs, ui: &Ui) -> Result<()> {
     let context = args.context.map(|n| n as usize);
     let options = LoadOptions {
         assume_llama: args.load.assume_llama,
-        rope: exl_models::rope::RopeOptions { context, ..Default::default() },
+        rope: exl_models::rope::RopeOptions {
+            context,
+            ..Default::default()
+        },
         ..LoadOptions::default()
     };
     let source = session::open(dir, &options, ui)?;
@@ -123,7 +126,7 @@ fn text(o: &Output<'_>) -> Result<String> {
         o.layers, o.hidden, o.heads, o.head_dim, o.kv_heads
     );
     let size = format!(
-        "{} in {} ({:.2} bits per layer weight, head {:.2})",
+        "{}, {} ({:.2} bits per layer weight, head {:.2})",
         ui::bytes(o.bits.bytes),
         o.bits.storage,
         o.bits.bpw,
@@ -143,7 +146,11 @@ fn text(o: &Output<'_>) -> Result<String> {
     writeln!(out, "\nbits per weight of each layer")?;
     let most = o.bits.layers.iter().copied().fold(8.0, f64::max);
     for (layer, bits) in o.bits.layers.iter().enumerate() {
-        writeln!(out, "{layer:>4} {}{bits:6.2}", ui::bar(bits / most, BAR_WIDTH))?;
+        writeln!(
+            out,
+            "{layer:>4} {}{bits:6.2}",
+            ui::bar(bits / most, BAR_WIDTH)
+        )?;
     }
     write!(out, "\n{}", needs(o))?;
     Ok(out)

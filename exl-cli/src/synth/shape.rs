@@ -20,7 +20,20 @@ pub(crate) struct Shape {
     pub(crate) rope_theta: f64,
 }
 
-const SHAPES: [Shape; 4] = [
+const SHAPES: [Shape; 5] = [
+    // Made and measured in a second: to try the command, and to test it.
+    Shape {
+        name: "smoke-2m",
+        hidden: 256,
+        intermediate: 704,
+        layers: 2,
+        heads: 4,
+        kv_heads: 2,
+        head_dim: 64,
+        vocab: 2048,
+        positions: 8192,
+        rope_theta: 1e4,
+    },
     Shape {
         name: "tinyllama-1.1b",
         hidden: 2048,

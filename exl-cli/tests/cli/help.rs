@@ -4,7 +4,9 @@ use crate::support::{exl, run};
 
 fn help(command: &str) -> String {
     let args = [command, "--help"];
-    run(exl(args.iter().filter(|arg| !arg.is_empty())).env("COLUMNS", "100")).success().stdout
+    run(exl(args.iter().filter(|arg| !arg.is_empty())).env("COLUMNS", "100"))
+        .success()
+        .stdout
 }
 
 macro_rules! snapshots {
@@ -35,7 +37,10 @@ fn completions_exist_for_every_shell() {
     for shell in ["bash", "zsh", "fish", "powershell", "elvish"] {
         let script = run(&mut exl(["completions", shell])).success().stdout;
         for word in ["convert", "--head-bits", "--synthetic"] {
-            assert!(script.contains(word.trim_start_matches('-')), "{shell}: {word}");
+            assert!(
+                script.contains(word.trim_start_matches('-')),
+                "{shell}: {word}"
+            );
         }
     }
 }
@@ -44,7 +49,9 @@ fn completions_exist_for_every_shell() {
 fn the_manual_page_names_every_command_and_its_flags() {
     let page = run(&mut exl(["man"])).success().stdout;
     assert!(page.contains(".TH"));
-    for command in ["CONVERT", "EVAL", "GENERATE", "CHAT", "INFO", "BENCH", "DOCTOR", "PULL"] {
+    for command in [
+        "CONVERT", "EVAL", "GENERATE", "CHAT", "INFO", "BENCH", "DOCTOR", "PULL",
+    ] {
         assert!(page.contains(&format!("EXL {command}")), "{command}");
     }
     for flag in ["head\\-bits", "synthetic", "max\\-tokens", "selftest"] {

@@ -17,8 +17,14 @@ struct Hub {
 /// Files of the model: name, contents.
 fn files() -> Vec<(&'static str, Vec<u8>)> {
     vec![
-        ("config.json", b"{\"architectures\":[\"LlamaForCausalLM\"]}".to_vec()),
-        ("model.safetensors", (0..50_000u32).map(|i| (i * 7 % 251) as u8).collect()),
+        (
+            "config.json",
+            b"{\"architectures\":[\"LlamaForCausalLM\"]}".to_vec(),
+        ),
+        (
+            "model.safetensors",
+            (0..50_000u32).map(|i| (i * 7 % 251) as u8).collect(),
+        ),
         ("pytorch_model.bin", vec![1; 64]),
         ("original/params.json", vec![2; 64]),
         ("README.md", vec![3; 64]),
@@ -45,7 +51,10 @@ impl Hub {
 
     fn pull(&self, home: &TempDir, args: &[&str]) -> Outcome {
         let mut command = exl(["pull"]);
-        run(command.args(args).env("HF_HOME", home.path()).env("HF_ENDPOINT", &self.endpoint))
+        run(command
+            .args(args)
+            .env("HF_HOME", home.path())
+            .env("HF_ENDPOINT", &self.endpoint))
     }
 
     fn requests(&self) -> Vec<String> {
@@ -58,11 +67,17 @@ fn answer(mut stream: TcpStream, log: &Mutex<Vec<String>>) {
     let mut head = String::new();
     while reader.read_line(&mut head).unwrap_or(0) > 2 {}
     let path = head.split(' ').nth(1).unwrap_or("").to_owned();
-    let range = head
+    let range = head.lines().find_map(|l| {
+        l.to_ascii_lowercase()
+            .strip_prefix("range: bytes=")
+            .map(str::to_owned)
+    });
+    let token = head
         .lines()
-        .find_map(|l| l.to_ascii_lowercase().strip_prefix("range: bytes=").map(str::to_owned));
-    let token = head.lines().any(|l| l.eq_ignore_ascii_case("authorization: Bearer secret"));
-    log.lock().unwrap().push(format!("{path} {}", range.as_deref().unwrap_or("-")));
+        .any(|l| l.eq_ignore_ascii_case("authorization: Bearer secret"));
+    log.lock()
+        .unwrap()
+        .push(format!("{path} {}", range.as_deref().unwrap_or("-")));
     let reply = reply(&path, range.as_deref(), token);
     let _ = stream.write_all(&reply);
 }
@@ -73,12 +88,19 @@ fn reply(path: &str, range: Option<&str>, token: bool) -> Vec<u8> {
         return response("401 Unauthorized", &[], b"");
     }
     if path.starts_with("/api/models/org/tiny/") || path.starts_with("/api/models/org/gated/") {
-        let names: Vec<String> =
-            all.iter().map(|(name, _)| format!("{{\"rfilename\":\"{name}\"}}")).collect();
-        let body = format!("{{\"sha\":\"{COMMIT}\",\"siblings\":[{}]}}", names.join(","));
+        let names: Vec<String> = all
+            .iter()
+            .map(|(name, _)| format!("{{\"rfilename\":\"{name}\"}}"))
+            .collect();
+        let body = format!(
+            "{{\"sha\":\"{COMMIT}\",\"siblings\":[{}]}}",
+            names.join(",")
+        );
         return response("200 OK", &[], body.as_bytes());
     }
-    let name = path.split_once(&format!("/resolve/{COMMIT}/")).map_or("", |(_, name)| name);
+    let name = path
+        .split_once(&format!("/resolve/{COMMIT}/"))
+        .map_or("", |(_, name)| name);
     let Some((name, body)) = all.iter().find(|(known, _)| *known == name) else {
         return response("404 Not Found", &[], b"");
     };
@@ -97,7 +119,10 @@ fn reply(path: &str, range: Option<&str>, token: bool) -> Vec<u8> {
 }
 
 fn response(status: &str, headers: &[String], body: &[u8]) -> Vec<u8> {
-    let mut text = format!("HTTP/1.1 {status}\r\nConnection: close\r\nContent-Length: {}\r\n", body.len());
+    let mut text = format!(
+        "HTTP/1.1 {status}\r\nConnection: close\r\nContent-Length: {}\r\n",
+        body.len()
+    );
     for header in headers {
         text.push_str(&format!("{header}\r\n"));
     }
@@ -135,7 +160,11 @@ fn a_second_pull_downloads_nothing() {
     assert_eq!(json["downloaded_bytes"], 0);
     assert_eq!(json["files"], 2);
     assert_eq!(json["commit"], COMMIT);
-    assert_eq!(hub.requests().len(), before + 1, "only the list of files is asked for");
+    assert_eq!(
+        hub.requests().len(),
+        before + 1,
+        "only the list of files is asked for"
+    );
 }
 
 #[test]
@@ -147,7 +176,12 @@ fn a_part_is_continued_where_it_ends() {
     std::fs::write(&part, &body[..20_000]).unwrap();
     hub.pull(&home, &["org/tiny"]).success();
     let asked = hub.requests();
-    assert!(asked.iter().any(|r| r.ends_with("model.safetensors 20000-")), "{asked:?}");
+    assert!(
+        asked
+            .iter()
+            .any(|r| r.ends_with("model.safetensors 20000-")),
+        "{asked:?}"
+    );
     assert_eq!(std::fs::read(blobs(&home).join(etag(name))).unwrap(), body);
 }
 
@@ -164,10 +198,15 @@ fn a_part_that_is_complete_is_finished() {
 #[test]
 fn refusals_say_what_to_do() {
     let (hub, home) = (Hub::start(), TempDir::new());
-    hub.pull(&home, &["org/absent"]).failure(1, &["org/absent", "not found", "--revision"]);
-    hub.pull(&home, &["org/gated"]).failure(1, &["org/gated", "HF_TOKEN"]);
+    hub.pull(&home, &["org/absent"])
+        .failure(1, &["org/absent", "not found", "--revision"]);
+    hub.pull(&home, &["org/gated"])
+        .failure(1, &["org/gated", "HF_TOKEN"]);
     let mut command = exl(["pull", "org/gated"]);
-    command.env("HF_HOME", home.path()).env("HF_ENDPOINT", &hub.endpoint).env("HF_TOKEN", "secret");
+    command
+        .env("HF_HOME", home.path())
+        .env("HF_ENDPOINT", &hub.endpoint)
+        .env("HF_TOKEN", "secret");
     // The token opens the list; the files of this repository do not exist under its name's path.
     run(&mut command).success();
 }
@@ -175,11 +214,19 @@ fn refusals_say_what_to_do() {
 #[test]
 fn no_network_is_one_clear_line() {
     let home = TempDir::new();
-    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let port = TcpListener::bind("127.0.0.1:0")
+        .unwrap()
+        .local_addr()
+        .unwrap()
+        .port();
     let mut command = exl(["pull", "org/tiny"]);
-    command.env("HF_HOME", home.path()).env("HF_ENDPOINT", format!("http://127.0.0.1:{port}"));
+    command
+        .env("HF_HOME", home.path())
+        .env("HF_ENDPOINT", format!("http://127.0.0.1:{port}"));
     run(&mut command).failure(1, &["org/tiny", "cannot be reached", "HF_ENDPOINT"]);
     let mut command = exl(["pull", "org/tiny"]);
-    run(command.env("HF_HOME", home.path()).env("HF_HUB_OFFLINE", "1"))
-        .failure(1, &["HF_HUB_OFFLINE"]);
+    run(command
+        .env("HF_HOME", home.path())
+        .env("HF_HUB_OFFLINE", "1"))
+    .failure(1, &["HF_HUB_OFFLINE"]);
 }

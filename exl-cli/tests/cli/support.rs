@@ -18,7 +18,13 @@ impl Outcome {
     /// Fails the test unless the program succeeded.
     #[track_caller]
     pub(crate) fn success(self) -> Self {
-        assert_eq!(self.code, Some(0), "stdout: {}\nstderr: {}", self.stdout, self.stderr);
+        assert_eq!(
+            self.code,
+            Some(0),
+            "stdout: {}\nstderr: {}",
+            self.stdout,
+            self.stderr
+        );
         self
     }
 
@@ -26,10 +32,20 @@ impl Outcome {
     /// of `words`.
     #[track_caller]
     pub(crate) fn failure(self, code: i32, words: &[&str]) -> Self {
-        assert_eq!(self.code, Some(code), "stdout: {}\nstderr: {}", self.stdout, self.stderr);
+        assert_eq!(
+            self.code,
+            Some(code),
+            "stdout: {}\nstderr: {}",
+            self.stdout,
+            self.stderr
+        );
         let line = self.error_line();
         for word in words {
-            assert!(line.contains(word), "{word:?} is not in {line:?}\nstderr: {}", self.stderr);
+            assert!(
+                line.contains(word),
+                "{word:?} is not in {line:?}\nstderr: {}",
+                self.stderr
+            );
         }
         assert!(!self.stderr.contains("panicked"), "{}", self.stderr);
         self
@@ -42,7 +58,8 @@ impl Outcome {
             .stderr
             .lines()
             .find(|line| line.starts_with("error:") || line.starts_with("interrupted:"));
-        line.unwrap_or_else(|| panic!("no error line in {:?}", self.stderr)).to_owned()
+        line.unwrap_or_else(|| panic!("no error line in {:?}", self.stderr))
+            .to_owned()
     }
 
     /// The single JSON value on stdout.
@@ -57,7 +74,14 @@ impl Outcome {
 pub(crate) fn exl<S: AsRef<OsStr>>(args: impl IntoIterator<Item = S>) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_exl"));
     command.args(args).stdin(Stdio::null());
-    for name in ["HF_HOME", "HF_HUB_CACHE", "HF_ENDPOINT", "HF_TOKEN", "HF_HUB_OFFLINE", "EXL_LOG"] {
+    for name in [
+        "HF_HOME",
+        "HF_HUB_CACHE",
+        "HF_ENDPOINT",
+        "HF_TOKEN",
+        "HF_HUB_OFFLINE",
+        "EXL_LOG",
+    ] {
         command.env_remove(name);
     }
     for proxy in ["http_proxy", "https_proxy", "all_proxy"] {
@@ -80,10 +104,15 @@ pub(crate) fn run(command: &mut Command) -> Outcome {
 /// Runs to the end with `input` on stdin.
 #[track_caller]
 pub(crate) fn run_with_input(command: &mut Command, input: &str) -> Outcome {
-    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
     let mut child = command.spawn().expect("the program starts");
     let mut stdin = child.stdin.take().expect("stdin is piped");
-    stdin.write_all(input.as_bytes()).expect("the program reads");
+    stdin
+        .write_all(input.as_bytes())
+        .expect("the program reads");
     drop(stdin);
     let output = child.wait_with_output().expect("the program ends");
     Outcome {
@@ -100,7 +129,11 @@ pub(crate) struct TempDir(PathBuf);
 impl TempDir {
     pub(crate) fn new() -> Self {
         static NEXT: AtomicU32 = AtomicU32::new(0);
-        let name = format!("exl-test-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        let name = format!(
+            "exl-test-{}-{}",
+            std::process::id(),
+            NEXT.fetch_add(1, Ordering::Relaxed)
+        );
         let path = std::env::temp_dir().join(name);
         std::fs::create_dir_all(&path).expect("a temporary folder");
         Self(path)
@@ -120,4 +153,31 @@ impl Drop for TempDir {
     fn drop(&mut self) {
         let _ = std::fs::remove_dir_all(&self.0);
     }
+}
+
+/// The demo model of the repository.
+pub(crate) fn demo() -> &'static str {
+    concat!(env!("CARGO_MANIFEST_DIR"), "/../testdata/demo-4m")
+}
+
+/// A text that the demo model was not trained on.
+pub(crate) fn demo_text() -> &'static str {
+    concat!(env!("CARGO_MANIFEST_DIR"), "/../testdata/demo-eval.txt")
+}
+
+/// Copies the demo model, so that a test can damage it.
+pub(crate) fn copy_demo(into: &TempDir) -> PathBuf {
+    let dir = into.join("model");
+    std::fs::create_dir_all(&dir).expect("a folder");
+    for entry in std::fs::read_dir(demo()).expect("the demo model") {
+        let path = entry.expect("an entry").path();
+        let name = path.file_name().expect("a file");
+        std::fs::copy(&path, dir.join(name)).expect("a copy");
+    }
+    dir
+}
+
+/// A path as text.
+pub(crate) fn text(path: &Path) -> &str {
+    path.to_str().expect("temporary folders have plain names")
 }

@@ -7,7 +7,11 @@ fn refused(line: &str, words: &[&str]) {
     let outcome = run(&mut exl(line.split(' ')));
     let outcome = outcome.failure(2, &[]);
     for word in words {
-        assert!(outcome.stderr.contains(word), "{word:?} is not in {:?}", outcome.stderr);
+        assert!(
+            outcome.stderr.contains(word),
+            "{word:?} is not in {:?}",
+            outcome.stderr
+        );
     }
     assert_eq!(outcome.stdout, "");
 }
@@ -15,10 +19,16 @@ fn refused(line: &str, words: &[&str]) {
 #[test]
 fn bits_outside_the_format_are_refused_with_the_range() {
     for bits in ["1.5", "9", "abc", "nan", "4.0,9"] {
-        refused(&format!("convert src --out dst --bits {bits}"), &["2.0 to 8.0"]);
+        refused(
+            &format!("convert src --out dst --bits {bits}"),
+            &["2.0 to 8.0"],
+        );
         refused(&format!("convert src --out dst -b {bits}"), &["2.0 to 8.0"]);
     }
-    refused("convert src --out dst --bits 4 -hb 7", &["2, 3, 4, 5, 6, 8"]);
+    refused(
+        "convert src --out dst --bits 4 -hb 7",
+        &["2, 3, 4, 5, 6, 8"],
+    );
 }
 
 #[test]
@@ -29,11 +39,17 @@ fn missing_and_clashing_flags_are_named() {
     refused("eval -m dir", &["--text"]);
     refused("eval -m dir --text a --tokens b", &["cannot be used with"]);
     refused("generate -m dir", &["--prompt"]);
-    refused("generate -m dir -p x --greedy --temperature 1", &["cannot be used with"]);
+    refused(
+        "generate -m dir -p x --greedy --temperature 1",
+        &["cannot be used with"],
+    );
     refused("bench", &["--synthetic"]);
     refused("info", &["DIR"]);
     refused("bench --synthetic llama9", &["unknown shape", "llama2-7b"]);
-    refused("bench --synthetic llama2-7b --recipe 4.5", &["2.5, 4.0 or 6.0"]);
+    refused(
+        "bench --synthetic llama2-7b --recipe 4.5",
+        &["2.5, 4.0 or 6.0"],
+    );
     refused("bench --synthetic llama2-7b --batch 0", &["--batch"]);
     refused("pull not-a-name", &["ORG/NAME"]);
 }

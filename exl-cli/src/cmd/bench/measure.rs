@@ -1,7 +1,7 @@
 //! Times prefill and decode steps of a loaded model.
 
 use super::Report;
-use crate::args::{CacheMode, ComputeArgs};
+use crate::args::{CacheMode, ComputeArgs, LoadArgs};
 use crate::failure::Interrupted;
 use crate::machine;
 use crate::session;
@@ -29,6 +29,7 @@ pub(super) struct Settings {
     pub(super) steps: usize,
     pub(super) repeats: usize,
     pub(super) compute: ComputeArgs,
+    pub(super) load: LoadArgs,
 }
 
 /// Speed of reading a prompt.
@@ -63,7 +64,9 @@ pub(super) fn measure(
 ) -> Result<Report> {
     let start = Instant::now();
     let longest = longest(settings);
-    let loaded = session::load(dir, Some(longest), stop, ui)?;
+    let options = session::load_options(settings.load, &settings.compute, Some(longest));
+    let source = session::open(dir, &options, ui)?;
+    let loaded = session::load(&source, stop, ui)?;
     let load_seconds = start.elapsed().as_secs_f64();
     let mut options = session::runner_options(&settings.compute, settings.cache)?;
     options.pages = pages(settings) + 1;
@@ -83,11 +86,19 @@ pub(super) fn measure(
     for &batch in &settings.batch {
         for &context in &settings.context {
             progress.set_label(&format!("decode of {batch} at {context}"));
-            decode.push(time_decode(&mut runner, (batch, context), settings, bandwidth, stop)?);
+            decode.push(time_decode(
+                &mut runner,
+                (batch, context),
+                settings,
+                bandwidth,
+                stop,
+            )?);
             progress.add(1);
         }
     }
-    let cost = runner.model().cost(&decode_key(1, 1), runner.options().kv_dtype, 0);
+    let cost = runner
+        .model()
+        .cost(&decode_key(1, 1), runner.options().kv_dtype, 0);
     let resident = machine::resident();
     Ok(Report {
         device: session::device_name(&runner),
@@ -109,13 +120,29 @@ pub(super) fn measure(
 
 /// Tokens of the longest sequence any measurement makes.
 fn longest(settings: &Settings) -> usize {
-    let decode = settings.context.iter().max().map_or(0, |c| c + decode_tokens(settings));
-    settings.prefill.iter().copied().max().unwrap_or(0).max(decode)
+    let decode = settings
+        .context
+        .iter()
+        .max()
+        .map_or(0, |c| c + decode_tokens(settings));
+    settings
+        .prefill
+        .iter()
+        .copied()
+        .max()
+        .unwrap_or(0)
+        .max(decode)
 }
 
 /// Pages that the hungriest measurement needs.
 fn pages(settings: &Settings) -> usize {
-    let prefill = settings.prefill.iter().copied().max().unwrap_or(0).div_ceil(PAGE_TOKENS);
+    let prefill = settings
+        .prefill
+        .iter()
+        .copied()
+        .max()
+        .unwrap_or(0)
+        .div_ceil(PAGE_TOKENS);
     let batch = settings.batch.iter().copied().max().unwrap_or(0);
     let context = settings.context.iter().copied().max().unwrap_or(0) + decode_tokens(settings);
     prefill.max(batch * context.div_ceil(PAGE_TOKENS))
@@ -142,9 +169,17 @@ fn time_prefill(
             check(stop)?;
             let first = at * chunk_rows;
             let last = first + chunk.len() == tokens;
-            let logits = if last { LogitRows::Last } else { LogitRows::None };
-            let out =
-                runner.step(&[SeqSlice { tokens: chunk, start: first, pages: &pages, logits }])?;
+            let logits = if last {
+                LogitRows::Last
+            } else {
+                LogitRows::None
+            };
+            let out = runner.step(&[SeqSlice {
+                tokens: chunk,
+                start: first,
+                pages: &pages,
+                logits,
+            }])?;
             if last {
                 check_finite(out)?;
             }
@@ -153,7 +188,10 @@ fn time_prefill(
             times.push(start.elapsed().as_secs_f64());
         }
     }
-    Ok(Prefill { tokens, tok_s: tokens as f64 / median(times) })
+    Ok(Prefill {
+        tokens,
+        tok_s: tokens as f64 / median(times),
+    })
 }
 
 /// Decodes with `context` tokens in the cache. They are not computed: zeros cost as much to read.
@@ -218,7 +256,9 @@ fn decode_key(batch: usize, pages_per_seq: usize) -> PlanKey {
 /// Tokens spread over the vocabulary.
 fn some_tokens(runner: &Runner, n: usize) -> Vec<u32> {
     let vocab = runner.model().spec().vocab as u64;
-    (0..n as u64).map(|i| ((i * 2_654_435_761 + 17) % vocab) as u32).collect()
+    (0..n as u64)
+        .map(|i| ((i * 2_654_435_761 + 17) % vocab) as u32)
+        .collect()
 }
 
 /// A speed means nothing when the numbers broke down.

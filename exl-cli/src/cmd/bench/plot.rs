@@ -20,17 +20,29 @@ pub(super) fn svg(report: &Report) -> Result<String> {
     Ok(text)
 }
 
-fn draw(report: &Report, out: &mut String) -> Result<(), Box<dyn std::error::Error>> {
+fn draw<'a>(report: &Report, out: &'a mut String) -> Result<(), Box<dyn std::error::Error + 'a>> {
     let area = SVGBackend::with_string(out, SIZE).into_drawing_area();
     area.fill(&WHITE)?;
     let area = area.titled(&report.model, ("sans-serif", 18))?;
     let panels = area.split_evenly((1, 2));
     let prefill = Series {
         name: "batch 1".to_owned(),
-        points: report.prefill.iter().map(|p| (p.tokens as f64, p.tok_s)).collect(),
+        points: report
+            .prefill
+            .iter()
+            .map(|p| (p.tokens as f64, p.tok_s))
+            .collect(),
     };
-    chart(&panels[0], ("Prefill, tokens/s", "tokens in the prompt"), &[prefill])?;
-    chart(&panels[1], ("Decode, tokens/s", "tokens in the cache"), &decode(report))?;
+    chart(
+        &panels[0],
+        ("Prefill, tokens/s", "tokens in the prompt"),
+        &[prefill],
+    )?;
+    chart(
+        &panels[1],
+        ("Decode, tokens/s", "tokens in the cache"),
+        &decode(report),
+    )?;
     area.present()?;
     Ok(())
 }
@@ -60,7 +72,10 @@ fn chart<'a>(
 ) -> Result<(), Box<dyn std::error::Error + 'a>> {
     let points = || series.iter().flat_map(|s| s.points.iter());
     let most = |values: &mut dyn Iterator<Item = f64>| values.fold(1.0, f64::max) * 1.1;
-    let (x_max, y_max) = (most(&mut points().map(|p| p.0)), most(&mut points().map(|p| p.1)));
+    let (x_max, y_max) = (
+        most(&mut points().map(|p| p.0)),
+        most(&mut points().map(|p| p.1)),
+    );
     let mut chart = ChartBuilder::on(area)
         .caption(title, ("sans-serif", 15))
         .margin(12)
@@ -78,12 +93,23 @@ fn chart<'a>(
     for (at, line) in series.iter().enumerate() {
         let color = Palette99::pick(at).to_rgba();
         chart
-            .draw_series(LineSeries::new(line.points.iter().copied(), color.stroke_width(2)))?
+            .draw_series(LineSeries::new(
+                line.points.iter().copied(),
+                color.stroke_width(2),
+            ))?
             .label(line.name.clone())
             .legend(move |(x, y)| PathElement::new([(x, y), (x + 16, y)], color.stroke_width(2)));
         // A single measurement makes no line.
-        chart.draw_series(line.points.iter().map(|p| Circle::new(*p, 3, color.filled())))?;
+        chart.draw_series(
+            line.points
+                .iter()
+                .map(|p| Circle::new(*p, 3, color.filled())),
+        )?;
     }
-    chart.configure_series_labels().border_style(BLACK.mix(0.4)).background_style(WHITE).draw()?;
+    chart
+        .configure_series_labels()
+        .border_style(BLACK.mix(0.4))
+        .background_style(WHITE)
+        .draw()?;
     Ok(())
 }

@@ -6,7 +6,10 @@ use crate::ui::{self, Align, Table};
 
 /// For a terminal.
 pub(super) fn text(report: &Report) -> String {
-    let mut text = facts(report).iter().map(|(k, v)| format!("{k:<16}{v}\n")).collect::<String>();
+    let mut text = facts(report)
+        .iter()
+        .map(|(k, v)| format!("{k:<16}{v}\n"))
+        .collect::<String>();
     for table in [prefill(report), decode(report)].into_iter().flatten() {
         text.push('\n');
         text.push_str(&table.render());
@@ -42,11 +45,20 @@ fn facts(report: &Report) -> Vec<(&'static str, String)> {
     );
     vec![
         ("model", report.model.clone()),
-        ("device", format!("{} ({})", report.device, machine::processor())),
+        (
+            "device",
+            format!("{} ({})", report.device, machine::processor()),
+        ),
         ("settings", settings),
-        ("weights", format!("{} read per step", ui::bytes(report.weight_bytes))),
+        (
+            "weights",
+            format!("{} read per step", ui::bytes(report.weight_bytes)),
+        ),
         ("checkpoint", ui::bytes(report.checkpoint_bytes)),
-        ("read bandwidth", format!("{:.1} GB/s measured", report.read_bandwidth_gb_s)),
+        (
+            "read bandwidth",
+            format!("{:.1} GB/s measured", report.read_bandwidth_gb_s),
+        ),
         ("loading", format!("{:.1} s", report.load_seconds)),
         ("memory", memory),
     ]
@@ -61,7 +73,15 @@ fn prefill(report: &Report) -> Option<Table> {
 }
 
 fn decode(report: &Report) -> Option<Table> {
-    let names = ["batch", "context", "tok/s", "ms/step", "GB/s", "of bandwidth", "launches"];
+    let names = [
+        "batch",
+        "context",
+        "tok/s",
+        "ms/step",
+        "GB/s",
+        "of bandwidth",
+        "launches",
+    ];
     let mut table = Table::new(&names.map(|name| (name, Align::Right)));
     for row in &report.decode {
         table.row([

@@ -43,7 +43,9 @@ impl Line {
         if text.is_empty() {
             return Self::Empty;
         }
-        let Some(rest) = text.strip_prefix('/') else { return Self::Say(text.to_owned()) };
+        let Some(rest) = text.strip_prefix('/') else {
+            return Self::Say(text.to_owned());
+        };
         if rest.starts_with('/') {
             return Self::Say(rest.to_owned());
         }
@@ -65,7 +67,9 @@ impl Line {
             "regen" => Self::Regen,
             "stats" => Self::Stats,
             "quit" | "exit" => Self::Quit,
-            _ => Self::Wrong(format!("there is no command /{name} (see /help; // says a slash)")),
+            _ => Self::Wrong(format!(
+                "there is no command /{name} (see /help; // says a slash)"
+            )),
         }
     }
 }
@@ -79,9 +83,15 @@ mod tests {
         assert_eq!(Line::parse("  "), Line::Empty);
         assert_eq!(Line::parse(" hello "), Line::Say("hello".into()));
         assert_eq!(Line::parse("//etc/hosts"), Line::Say("/etc/hosts".into()));
-        assert_eq!(Line::parse("/save  my chat.json"), Line::Save("my chat.json".into()));
+        assert_eq!(
+            Line::parse("/save  my chat.json"),
+            Line::Save("my chat.json".into())
+        );
         assert_eq!(Line::parse("/edit"), Line::Edit(String::new()));
-        assert_eq!(Line::parse("/system Be brief."), Line::System("Be brief.".into()));
+        assert_eq!(
+            Line::parse("/system Be brief."),
+            Line::System("Be brief.".into())
+        );
         assert!(matches!(Line::parse("/save"), Line::Wrong(_)));
         assert!(matches!(Line::parse("/sing"), Line::Wrong(_)));
     }

@@ -44,13 +44,19 @@ struct File {
 
 impl Conversation {
     pub(super) fn new(system: Option<String>) -> Self {
-        Self { system: system.filter(|text| !text.is_empty()), turns: Vec::new() }
+        Self {
+            system: system.filter(|text| !text.is_empty()),
+            turns: Vec::new(),
+        }
     }
 
     /// Everything, in the order a template wants it.
     pub(super) fn messages(&self) -> Vec<Message> {
         let system = self.system.iter();
-        let system = system.map(|text| Message { role: Role::System, content: text.clone() });
+        let system = system.map(|text| Message {
+            role: Role::System,
+            content: text.clone(),
+        });
         system.chain(self.turns.iter().cloned()).collect()
     }
 
@@ -60,11 +66,17 @@ impl Conversation {
     }
 
     pub(super) fn say(&mut self, text: String) {
-        self.turns.push(Message { role: Role::User, content: text });
+        self.turns.push(Message {
+            role: Role::User,
+            content: text,
+        });
     }
 
     pub(super) fn answer(&mut self, text: String) {
-        self.turns.push(Message { role: Role::Assistant, content: text });
+        self.turns.push(Message {
+            role: Role::Assistant,
+            content: text,
+        });
     }
 
     /// The user's last message, if any.
@@ -90,7 +102,9 @@ impl Conversation {
     }
 
     pub(super) fn save(&self, path: &Path) -> Result<()> {
-        let text = serde_json::to_string_pretty(&File { messages: self.messages() })?;
+        let text = serde_json::to_string_pretty(&File {
+            messages: self.messages(),
+        })?;
         std::fs::write(path, text + "\n")
             .with_context(|| format!("cannot write {}", path.display()))
     }
@@ -101,10 +115,15 @@ impl Conversation {
         let file: File = serde_json::from_str(&text)
             .with_context(|| format!("{} holds no saved conversation", path.display()))?;
         let mut messages = file.messages.into_iter().peekable();
-        let system = messages.next_if(|m| m.role == Role::System).map(|m| m.content);
+        let system = messages
+            .next_if(|m| m.role == Role::System)
+            .map(|m| m.content);
         let turns: Vec<Message> = messages.collect();
         let expected = [Role::User, Role::Assistant];
-        let wrong = turns.iter().enumerate().find(|(i, m)| m.role != expected[i % 2]);
+        let wrong = turns
+            .iter()
+            .enumerate()
+            .find(|(i, m)| m.role != expected[i % 2]);
         if let Some((i, message)) = wrong {
             bail!(
                 "{}: message {} is by {:?} where {:?} was expected",
@@ -156,8 +175,17 @@ mod tests {
         let path = std::env::temp_dir().join(format!("exl-chat-{}.json", std::process::id()));
         talk().save(&path).unwrap();
         assert_eq!(Conversation::load(&path).unwrap(), talk());
-        std::fs::write(&path, r#"{"messages":[{"role":"assistant","content":"x"}]}"#).unwrap();
-        assert!(Conversation::load(&path).unwrap_err().to_string().contains("message 1"));
+        std::fs::write(
+            &path,
+            r#"{"messages":[{"role":"assistant","content":"x"}]}"#,
+        )
+        .unwrap();
+        assert!(
+            Conversation::load(&path)
+                .unwrap_err()
+                .to_string()
+                .contains("message 1")
+        );
         std::fs::remove_file(&path).unwrap();
         assert!(Conversation::load(&path).is_err());
     }

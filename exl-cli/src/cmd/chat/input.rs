@@ -36,14 +36,20 @@ impl Input {
     /// The terminal with its history, or stdin.
     pub(super) fn open(history: Option<PathBuf>) -> Result<Self> {
         if !io::stdin().is_terminal() {
-            return Ok(Self { source: Source::Pipe, history: None });
+            return Ok(Self {
+                source: Source::Pipe,
+                history: None,
+            });
         }
         let mut editor = DefaultEditor::new().context("cannot set up the terminal")?;
         if let Some(path) = &history {
             // The first time there is none.
             let _ = editor.load_history(path);
         }
-        Ok(Self { source: Source::Editor(Box::new(editor)), history })
+        Ok(Self {
+            source: Source::Editor(Box::new(editor)),
+            history,
+        })
     }
 
     /// Whether a person types.
@@ -114,7 +120,10 @@ impl Input {
 
 fn pipe_line() -> Result<Event> {
     let mut line = String::new();
-    let n = io::stdin().lock().read_line(&mut line).context("cannot read stdin as UTF-8 text")?;
+    let n = io::stdin()
+        .lock()
+        .read_line(&mut line)
+        .context("cannot read stdin as UTF-8 text")?;
     if n == 0 {
         return Ok(Event::End);
     }
@@ -124,7 +133,11 @@ fn pipe_line() -> Result<Event> {
 
 /// The user's data directory for this program's history.
 pub(super) fn default_history() -> Option<PathBuf> {
-    let set = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
+    let set = |name: &str| {
+        std::env::var_os(name)
+            .filter(|v| !v.is_empty())
+            .map(PathBuf::from)
+    };
     let base = set("XDG_DATA_HOME").or_else(|| Some(set("HOME")?.join(".local/share")))?;
     Some(base.join("exl/chat-history"))
 }

@@ -1,6 +1,6 @@
 //! Bits per weight, from the sizes in the files.
 
-use exl_models::{Module, ModelSource, WeightKey, WeightKind};
+use exl_models::{ModelSource, Module, WeightKey, WeightKind};
 use serde::Serialize;
 
 /// Where a checkpoint's bytes are.
@@ -46,7 +46,11 @@ impl Sum {
     }
 
     fn bpw(self) -> f64 {
-        if self.parameters == 0 { 0.0 } else { self.bytes as f64 * 8.0 / self.parameters as f64 }
+        if self.parameters == 0 {
+            0.0
+        } else {
+            self.bytes as f64 * 8.0 / self.parameters as f64
+        }
     }
 }
 
@@ -77,13 +81,21 @@ pub(crate) fn bits(source: &ModelSource) -> Bits {
         bytes: source.files().file_bytes(),
         bpw: linears.bpw(),
         head_bpw: head.bpw(),
-        tensors: tensors.into_iter().map(|(row, sum)| finish(row, sum)).collect(),
+        tensors: tensors
+            .into_iter()
+            .map(|(row, sum)| finish(row, sum))
+            .collect(),
         layers: layers.into_iter().map(Sum::bpw).collect(),
     }
 }
 
 fn finish(row: TensorBits, sum: Sum) -> TensorBits {
-    TensorBits { parameters: sum.parameters, bytes: sum.bytes, bpw: sum.bpw(), ..row }
+    TensorBits {
+        parameters: sum.parameters,
+        bytes: sum.bytes,
+        bpw: sum.bpw(),
+        ..row
+    }
 }
 
 fn add_tensor(
@@ -93,7 +105,9 @@ fn add_tensor(
     (parameters, bytes): (u64, u64),
 ) {
     let name = kind_name(key);
-    let at = tensors.iter().position(|(row, _)| row.name == name && row.storage == stored);
+    let at = tensors
+        .iter()
+        .position(|(row, _)| row.name == name && row.storage == stored);
     let at = at.unwrap_or_else(|| {
         let row = TensorBits {
             name: name.to_owned(),

@@ -1,0 +1,276 @@
+//! `exl eval`: perplexity, and the distance to a reference.
+
+mod rows;
+mod score;
+
+use crate::args::{CacheMode, EvalArgs};
+use crate::cmd::info::bits;
+use crate::failure::Interrupted;
+use crate::session;
+use crate::signal::{self, StopFlag};
+use crate::ui::{self, Align, Table, Ui};
+use anyhow::{Result, bail};
+use exl_models::{LogitRows, ModelSource, Runner, SeqSlice};
+use exl_tensor::PAGE_TOKENS;
+use score::{Logits, Score};
+use serde::Serialize;
+use std::path::Path;
+use std::time::Instant;
+
+/// Logits held at a time per model.
+const LOGITS_BYTES: usize = 64 << 20;
+/// Most token rows of one step.
+const CHUNK_ROWS: usize = 512;
+/// Rows that go through the cache side by side.
+const CACHED_ROWS: usize = 16;
+
+#[derive(Serialize)]
+struct Report {
+    rows: usize,
+    length: usize,
+    ppl: f64,
+    kl: Option<f64>,
+    kl_p99: Option<f64>,
+    top1: Option<f64>,
+    /// Bytes of the weight files.
+    bytes: u64,
+    bpw: f64,
+    head_bpw: f64,
+    seconds: f64,
+}
+
+pub(crate) fn run(args: &EvalArgs, ui: &Ui) -> Result<()> {
+    session::check_device(args.compute.device.device, ui)?;
+    // Said before anything is loaded.
+    if let Some(mode) = args.cache {
+        session::kv_dtype(mode)?;
+    }
+    let stop = signal::stop_flag()?;
+    let options = session::load_options(args.load, &args.compute, None);
+    let source = session::open(&args.model, &options, ui)?;
+    let rows = rows::rows(args, &source)?;
+    let reference = match &args.reference {
+        Some(dir) => Some(session::open(dir, &options, ui)?),
+        None => None,
+    };
+    let start = Instant::now();
+    let score = Evaluation {
+        args,
+        rows: &rows,
+        stop: &stop,
+        ui,
+    }
+    .run(&source, reference.as_ref())?;
+    let bits = bits(&source);
+    let report = Report {
+        rows: rows.len(),
+        length: rows.first().map_or(0, Vec::len),
+        ppl: score.perplexity(),
+        kl: score.kl(),
+        kl_p99: score.kl_p99(),
+        top1: score.top1(),
+        bytes: bits.bytes,
+        bpw: bits.bpw,
+        head_bpw: bits.head_bpw,
+        seconds: start.elapsed().as_secs_f64(),
+    };
+    if args.json {
+        return ui::print_json(&report);
+    }
+    ui::print(&table(&args.model, &report).render())?;
+    Ok(())
+}
+
+fn table(model: &Path, r: &Report) -> Table {
+    let mut table = Table::new(&[
+        ("", Align::Left),
+        (&model.display().to_string(), Align::Right),
+    ]);
+    let mut row = |name: &str, value: String| table.row([name.to_owned(), value]);
+    row("evaluated", format!("{} rows of {}", r.rows, r.length));
+    row("perplexity", format!("{:.4}", r.ppl));
+    if let (Some(kl), Some(p99), Some(top1)) = (r.kl, r.kl_p99, r.top1) {
+        row("KL divergence", format!("{kl:.6}"));
+        row("KL, 99th percentile", format!("{p99:.5}"));
+        row("same top token", format!("{:.2}%", 100.0 * top1));
+    }
+    row("weight files", ui::bytes(r.bytes));
+    row(
+        "bits per weight",
+        format!("{:.3}, head {:.3}", r.bpw, r.head_bpw),
+    );
+    row("time", format!("{:.1} s", r.seconds));
+    table
+}
+
+/// Where the judged model's logits come from.
+enum Judged<'a> {
+    /// Computed chunk by chunk.
+    Runner(&'a mut Runner),
+    /// There already, for the whole row.
+    Known(&'a [f32]),
+}
+
+impl Judged<'_> {
+    fn vocab(&self, row_tokens: usize) -> usize {
+        match self {
+            Self::Runner(runner) => runner.model().spec().vocab,
+            Self::Known(logits) => logits.len() / row_tokens,
+        }
+    }
+}
+
+struct Evaluation<'a> {
+    args: &'a EvalArgs,
+    rows: &'a [Vec<u32>],
+    stop: &'a StopFlag,
+    ui: &'a Ui,
+}
+
+impl Evaluation<'_> {
+    fn run(&self, source: &ModelSource, reference: Option<&ModelSource>) -> Result<Score> {
+        let spec = source.spec();
+        if let Some(other) = reference
+            .map(|r| r.spec())
+            .filter(|r| r.vocab != spec.vocab)
+        {
+            bail!(
+                "--reference: its vocabulary has {} tokens, that of {} has {}: they cannot be compared",
+                other.vocab,
+                self.args.model.display(),
+                spec.vocab
+            );
+        }
+        // The reference is always exact: whole rows, cache in 32 bits.
+        let mut right = match reference {
+            Some(source) => Some(self.runner(source, CacheMode::F32, 1)?),
+            None => None,
+        };
+        let side_by_side = if self.args.cache.is_some() {
+            self.batch(spec.vocab)
+        } else {
+            1
+        };
+        let mode = self.args.cache.unwrap_or(CacheMode::F32);
+        let mut judged = self.runner(source, mode, side_by_side)?;
+        let mut progress = self.ui.steps("evaluating", self.rows.len() as u64);
+        let mut score = Score::default();
+        for rows in self.rows.chunks(side_by_side) {
+            if self.args.cache.is_some() {
+                self.token_by_token(rows, &mut judged, right.as_mut(), &mut score)?;
+            } else {
+                self.row(
+                    &rows[0],
+                    Judged::Runner(&mut judged),
+                    right.as_mut(),
+                    &mut score,
+                )?;
+            }
+            progress.add(rows.len() as u64);
+        }
+        Ok(score)
+    }
+
+    /// A loaded model with room for `seqs` rows in its cache.
+    fn runner(&self, source: &ModelSource, cache: CacheMode, seqs: usize) -> Result<Runner> {
+        let loaded = session::load(source, self.stop, self.ui)?;
+        let mut options = session::runner_options(&self.args.compute, cache)?;
+        let length = self.rows.iter().map(Vec::len).max().unwrap_or(0);
+        options.pages = seqs * length.div_ceil(PAGE_TOKENS) + 1;
+        options.max_rows = CHUNK_ROWS;
+        options.max_seqs = seqs;
+        Ok(Runner::new(loaded.model, options)?)
+    }
+
+    /// Rows whose logits are kept at once when they go side by side.
+    fn batch(&self, vocab: usize) -> usize {
+        let length = self.rows.iter().map(Vec::len).max().unwrap_or(1);
+        let fit = (LOGITS_BYTES * 4) / (4 * vocab * length);
+        fit.clamp(1, CACHED_ROWS).min(self.rows.len().max(1))
+    }
+
+    /// Several rows side by side, one token of each per step, as decoding does.
+    fn token_by_token(
+        &self,
+        rows: &[Vec<u32>],
+        judged: &mut Runner,
+        mut right: Option<&mut Runner>,
+        score: &mut Score,
+    ) -> Result<()> {
+        let vocab = judged.model().spec().vocab;
+        let length = rows[0].len();
+        let tables: Vec<Vec<u32>> = (0..rows.len()).map(|i| pages(i, length)).collect();
+        let mut logits = vec![Vec::with_capacity(length * vocab); rows.len()];
+        for start in 0..length {
+            self.check()?;
+            let slices: Vec<SeqSlice<'_>> = rows
+                .iter()
+                .zip(&tables)
+                .map(|(row, pages)| SeqSlice {
+                    tokens: &row[start..=start],
+                    start,
+                    pages,
+                    logits: LogitRows::All,
+                })
+                .collect();
+            let out = judged.step(&slices)?;
+            for (all, one) in logits.iter_mut().zip(out.chunks(vocab)) {
+                all.extend_from_slice(one);
+            }
+        }
+        for (row, judged) in rows.iter().zip(&logits) {
+            self.row(row, Judged::Known(judged), right.as_deref_mut(), score)?;
+        }
+        Ok(())
+    }
+
+    /// Scores one row in chunks of positions.
+    fn row(
+        &self,
+        row: &[u32],
+        mut judged: Judged<'_>,
+        mut right: Option<&mut Runner>,
+        score: &mut Score,
+    ) -> Result<()> {
+        let vocab = judged.vocab(row.len());
+        let chunk = (LOGITS_BYTES / (4 * vocab)).clamp(1, CHUNK_ROWS);
+        let pages = pages(0, row.len());
+        for start in (0..row.len()).step_by(chunk) {
+            self.check()?;
+            let end = row.len().min(start + chunk);
+            let slice = SeqSlice {
+                tokens: &row[start..end],
+                start,
+                pages: &pages,
+                logits: LogitRows::All,
+            };
+            let logits = Logits {
+                reference: match &mut right {
+                    Some(runner) => Some(runner.step(&[slice])?),
+                    None => None,
+                },
+                judged: match &mut judged {
+                    Judged::Runner(runner) => runner.step(&[slice])?,
+                    Judged::Known(logits) => &logits[start * vocab..end * vocab],
+                },
+                vocab,
+                next: &row[start + 1..row.len().min(end + 1)],
+            };
+            score.add(&logits, session::threads(&self.args.compute.device));
+        }
+        Ok(())
+    }
+
+    fn check(&self) -> Result<()> {
+        if self.stop.is_set() {
+            return Err(Interrupted("the evaluation was not finished".to_owned()).into());
+        }
+        Ok(())
+    }
+}
+
+/// Pages of the `index`-th row of a step; page 0 is reserved.
+fn pages(index: usize, length: usize) -> Vec<u32> {
+    let n = length.div_ceil(PAGE_TOKENS);
+    (0..n).map(|p| (1 + index * n + p) as u32).collect()
+}

@@ -1,0 +1,153 @@
+//! The tokens to evaluate.
+
+use crate::args::EvalArgs;
+use crate::failure::Usage;
+use anyhow::{Context, Result, bail};
+use exl_format::{Dtype, SafetensorsFile, TensorSource};
+use exl_gen::{Encode, Tokenizer};
+use exl_models::ModelSource;
+use std::path::Path;
+
+/// Rows of `--text` when the user does not say.
+const TEXT_ROWS: usize = 20;
+/// Tokens per row of `--text` when the user does not say.
+const TEXT_LENGTH: usize = 2048;
+
+/// Text as it stands: what looks like a special token is text, and nothing is added.
+const PLAIN: Encode = Encode {
+    parse_special: false,
+    add_special: false,
+};
+
+/// The rows that the flags ask for, all of one length and within the vocabulary.
+pub(super) fn rows(args: &EvalArgs, source: &ModelSource) -> Result<Vec<Vec<u32>>> {
+    let (asked, length) = (
+        args.rows.map(|n| n as usize),
+        args.length.map(|n| n as usize),
+    );
+    let max = source.spec().max_context;
+    if let Some(length) = length.filter(|n| *n > max) {
+        let why = format!("--length {length}: the model takes at most {max} tokens");
+        return Err(Usage(why).into());
+    }
+    let (path, rows) = match (&args.tokens, &args.text) {
+        (Some(path), _) => (path, token_rows(path, asked, length)?),
+        (None, Some(path)) => {
+            let length = length.unwrap_or(TEXT_LENGTH.min(max));
+            (
+                path,
+                text_rows(path, source, asked.unwrap_or(TEXT_ROWS), length)?,
+            )
+        }
+        (None, None) => bail!("nothing to evaluate: give --tokens or --text"),
+    };
+    let length = rows.first().map_or(0, Vec::len);
+    if length < 2 || length > max {
+        bail!(
+            "{}: rows of {length} tokens cannot be evaluated (the model takes 2 to {max}; see --length)",
+            path.display()
+        );
+    }
+    let vocab = source.spec().vocab as u32;
+    if let Some(token) = rows.iter().flatten().find(|t| **t >= vocab) {
+        bail!(
+            "{}: token {token} is outside the model's vocabulary of {vocab} (made with another tokenizer?)",
+            path.display()
+        );
+    }
+    Ok(rows)
+}
+
+/// `input_ids` of a safetensors file.
+fn token_rows(path: &Path, rows: Option<usize>, length: Option<usize>) -> Result<Vec<Vec<u32>>> {
+    let file = SafetensorsFile::open(path)?;
+    let ids = file.tensor("input_ids")?;
+    let &[have, width] = &ids.shape[..] else {
+        bail!(
+            "{}: input_ids has shape {:?}, expected [rows, length]",
+            path.display(),
+            ids.shape
+        );
+    };
+    let (rows, length) = (rows.unwrap_or(have), length.unwrap_or(width));
+    if rows > have || length > width {
+        bail!(
+            "{}: holds {have} rows of {width} tokens, {rows} of {length} were asked for (see --rows and --length)",
+            path.display()
+        );
+    }
+    let tokens = integers(&ids.data, ids.dtype).with_context(|| {
+        format!(
+            "{}: input_ids must be I32 or I64 and not negative",
+            path.display()
+        )
+    })?;
+    Ok(tokens
+        .chunks(width)
+        .take(rows)
+        .map(|row| row[..length].to_vec())
+        .collect())
+}
+
+/// Little-endian integers as token ids.
+fn integers(data: &[u8], dtype: Dtype) -> Option<Vec<u32>> {
+    match dtype {
+        Dtype::I32 => data
+            .as_chunks()
+            .0
+            .iter()
+            .map(|b| u32::try_from(i32::from_le_bytes(*b)).ok())
+            .collect(),
+        Dtype::I64 => data
+            .as_chunks()
+            .0
+            .iter()
+            .map(|b| u32::try_from(i64::from_le_bytes(*b)).ok())
+            .collect(),
+        _ => None,
+    }
+}
+
+/// A text in consecutive rows, without special tokens.
+fn text_rows(
+    path: &Path,
+    source: &ModelSource,
+    rows: usize,
+    length: usize,
+) -> Result<Vec<Vec<u32>>> {
+    let text = std::fs::read_to_string(path)
+        .with_context(|| format!("cannot read {} as UTF-8 text", path.display()))?;
+    let tokenizer = Tokenizer::open(source.files().dir())?;
+    let tokens = tokenizer.encode(&text, PLAIN)?;
+    if tokens.len() < rows * length {
+        bail!(
+            "{}: the text has {} tokens, {rows} rows of {length} need {} (use fewer --rows or a smaller --length)",
+            path.display(),
+            tokens.len(),
+            rows * length
+        );
+    }
+    Ok(tokens
+        .chunks(length)
+        .take(rows)
+        .map(<[u32]>::to_vec)
+        .collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_of_both_widths_are_read_and_negative_ones_refused() {
+        let narrow: Vec<u8> = [1i32, 70_000]
+            .iter()
+            .flat_map(|v| v.to_le_bytes())
+            .collect();
+        assert_eq!(integers(&narrow, Dtype::I32), Some(vec![1, 70_000]));
+        let wide: Vec<u8> = [1i64, 2].iter().flat_map(|v| v.to_le_bytes()).collect();
+        assert_eq!(integers(&wide, Dtype::I64), Some(vec![1, 2]));
+        assert_eq!(integers(&(-1i32).to_le_bytes(), Dtype::I32), None);
+        assert_eq!(integers(&narrow, Dtype::F32), None);
+    }
+}

@@ -1,0 +1,228 @@
+//! `exl convert` on the bundled model: the result works, and being stopped does no harm.
+
+use crate::support::{TempDir, demo, demo_text, exl, run, run_with_input, text};
+use serde_json::Value;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+fn small(out: &Path, bits: &str) -> Command {
+    exl([
+        "convert",
+        demo(),
+        "--out",
+        text(out),
+        "--bits",
+        bits,
+        "-r",
+        "6",
+        "-l",
+        "128",
+        "-mr",
+        "2",
+        "-c",
+        demo_text(),
+    ])
+}
+
+/// Every file of a folder with its contents, times and reports of speed left out.
+fn weights(dir: &Path) -> Vec<(String, Vec<u8>)> {
+    let mut files: Vec<(String, Vec<u8>)> = std::fs::read_dir(dir)
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| path.extension().is_some_and(|e| e == "safetensors"))
+        .map(|path| {
+            (
+                path.file_name().unwrap().to_str().unwrap().to_owned(),
+                std::fs::read(&path).unwrap(),
+            )
+        })
+        .collect();
+    files.sort();
+    files
+}
+
+#[test]
+fn a_converted_model_is_smaller_close_and_speaks() {
+    let temp = TempDir::new();
+    let out = temp.join("quantized");
+    let report = run(small(&out, "4.0").arg("--json")).success().json();
+    assert!(report.is_object(), "{report}");
+    assert!(out.join("quality.json").is_file());
+
+    let info = run(&mut exl(["info", text(&out), "--json"]))
+        .success()
+        .json();
+    let bpw = info["bpw"].as_f64().unwrap();
+    assert!((3.6..=4.3).contains(&bpw), "{bpw}");
+    assert_eq!(info["storage"], "EXL2");
+
+    let args = [
+        "eval",
+        "-m",
+        text(&out),
+        "--reference",
+        demo(),
+        "--text",
+        demo_text(),
+    ];
+    let args = [&args[..], &["--rows", "2", "--length", "128", "--json"]].concat();
+    let eval = run(&mut exl(args)).success().json();
+    let kl = eval["kl"].as_f64().unwrap();
+    assert!(kl > 0.0 && kl < 0.3, "{kl}");
+    assert!(eval["bytes"].as_u64().unwrap() < 3_300_000);
+
+    let args = [
+        "generate",
+        "-m",
+        text(&out),
+        "-p",
+        "The old house",
+        "-n",
+        "8",
+        "--greedy",
+    ];
+    assert!(!run(&mut exl(args)).success().stdout.trim().is_empty());
+    let args = ["chat", "-m", text(&out), "-n", "8", "--greedy"];
+    assert!(
+        !run_with_input(&mut exl(args), "Hello\n")
+            .success()
+            .stdout
+            .trim()
+            .is_empty()
+    );
+}
+
+#[test]
+fn a_calibration_text_too_short_is_refused() {
+    let temp = TempDir::new();
+    let cal = temp.join("short.txt");
+    std::fs::write(&cal, "Not much to learn from.").unwrap();
+    let out = temp.join("out");
+    let args = [
+        "convert",
+        demo(),
+        "--out",
+        text(&out),
+        "--bits",
+        "4",
+        "--cal",
+        text(&cal),
+    ];
+    let outcome = run(&mut exl(args)).failure(1, &[]);
+    assert!(outcome.stderr.contains("short.txt"), "{}", outcome.stderr);
+    assert!(
+        !out.join("config.json").exists(),
+        "nothing under the final name"
+    );
+}
+
+#[cfg(unix)]
+#[test]
+fn an_interrupted_conversion_says_how_to_go_on_and_ends_the_same() {
+    let temp = TempDir::new();
+    let (straight, stopped) = (temp.join("straight"), temp.join("stopped"));
+    run(&mut small(&straight, "3.0")).success();
+
+    let mut child = small(&stopped, "3.0")
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    std::thread::sleep(Duration::from_millis(1200));
+    interrupt(child.id());
+    let start = Instant::now();
+    while child.try_wait().unwrap().is_none() {
+        assert!(start.elapsed() < Duration::from_secs(60), "Ctrl-C ends it");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let output = child.wait_with_output().unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    if output.status.success() {
+        println!("skipped: it was done before Ctrl-C came");
+        return;
+    }
+    assert_eq!(output.status.code(), Some(130), "{stderr}");
+    assert!(
+        stderr.contains("interrupted") && stderr.contains("same command"),
+        "{stderr}"
+    );
+    assert!(
+        !stopped.join("config.json").exists(),
+        "nothing under the final name"
+    );
+
+    run(&mut small(&stopped, "3.0")).success();
+    assert!(weights(&straight) == weights(&stopped), "the same bytes");
+}
+
+#[cfg(unix)]
+fn interrupt(pid: u32) {
+    assert!(
+        Command::new("kill")
+            .args(["-INT", &pid.to_string()])
+            .status()
+            .unwrap()
+            .success()
+    );
+}
+
+/// A limit on file size stands in for a full disk: writes fail half way.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_full_disk_leaves_no_half_checkpoint_and_can_be_resumed() {
+    let temp = TempDir::new();
+    let out = temp.join("out");
+    let mut command = small(&out, "4.0");
+    let line: Vec<String> = std::iter::once(command.get_program())
+        .chain(command.get_args())
+        .map(|arg| format!("'{}'", arg.to_str().unwrap()))
+        .collect();
+    // 1 MiB in blocks of 512 bytes; the checkpoint has three. SIGXFSZ is ignored to get an error.
+    let script = format!("trap '' XFSZ; ulimit -f 2048; exec {}", line.join(" "));
+    let outcome = run(Command::new("sh")
+        .args(["-c", &script])
+        .stdin(Stdio::null()));
+    let outcome = outcome.failure(1, &[]);
+    assert!(
+        outcome.stderr.contains("File too large"),
+        "{}",
+        outcome.stderr
+    );
+    assert!(
+        !out.join("config.json").exists(),
+        "nothing under the final name"
+    );
+    run(&mut command).success();
+    assert!(out.join("config.json").exists());
+}
+
+#[test]
+fn one_measurement_serves_several_bitrates() {
+    let temp = TempDir::new();
+    let (out, file) = (temp.join("quants"), temp.join("measured.json"));
+    let mut command = small(&out, "2.5,4.0");
+    let report = run(command.args(["-om", text(&file), "--json"]))
+        .success()
+        .json();
+    assert!(report.is_object());
+    let sizes: Vec<u64> = ["2.5bpw", "4.0bpw"]
+        .iter()
+        .map(|name| {
+            let info = run(&mut exl(["info", text(&out.join(name)), "--json"]))
+                .success()
+                .json();
+            info["bytes"].as_u64().unwrap()
+        })
+        .collect();
+    assert!(sizes[0] < sizes[1], "{sizes:?}");
+    let measured: Value = serde_json::from_str(&std::fs::read_to_string(&file).unwrap()).unwrap();
+    assert!(measured.is_object());
+
+    let again = temp.join("again");
+    run(small(&again, "4.0").args(["-m", text(&file)])).success();
+    assert!(
+        weights(&again) == weights(&out.join("4.0bpw")),
+        "a saved measurement gives the same"
+    );
+}

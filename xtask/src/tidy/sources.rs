@@ -7,6 +7,8 @@ const MAX_LINES: usize = 800;
 /// Crates that may contain `unsafe`, and the one place where that is narrowed to a module.
 const UNSAFE_CRATES: [&str; 2] = ["exl-kernels", "exl-tensor"];
 const UNSAFE_FILES: [&str; 1] = ["exl-format/src/mmap.rs"];
+/// Lints that make unsafe code say why it is sound.
+const UNSAFE_LINTS: [&str; 2] = ["undocumented_unsafe_blocks", "missing_safety_doc"];
 /// Homes and scratch folders of one machine. Split, so that this file passes its own check.
 const PRIVATE_PATHS: [&str; 5] = [
     concat!("/ho", "me/"),
@@ -101,33 +103,44 @@ fn check_unsafe(file: &File) -> Vec<String> {
         .collect()
 }
 
-/// A library forbids unsafe code or its README says what it is for; its docs are its README.
+/// A library forbids unsafe code, or the workspace's lints make it document every block; its docs
+/// are its README.
 fn check_library(file: &File, files: &[File]) -> Vec<String> {
     let mut problems = Vec::new();
-    let readme_path = format!("{}/README.md", file.top());
-    let readme = files
-        .iter()
-        .find(|f| f.path == readme_path)
-        .map_or("", |f| &f.text);
-    if readme.trim().is_empty() {
-        problems.push(format!("{readme_path}: missing or empty"));
+    let text_of = |path: &str| {
+        files
+            .iter()
+            .find(|f| f.path == path)
+            .map_or("", |f| f.text.as_str())
+    };
+    let readme = format!("{}/README.md", file.top());
+    if text_of(&readme).lines().count() < 3 {
+        problems.push(format!(
+            "{readme}: missing or empty; it is the crate's documentation"
+        ));
     }
     if !file.text.contains("include_str!(\"../README.md\")") {
         problems.push(format!("{}: its docs are not its README.md", file.path));
     }
-    let forbids = file.text.contains("#![forbid(unsafe_code)]");
+    let manifest = format!("{}/Cargo.toml", file.top());
+    if !text_of(&manifest).contains("[lints]\nworkspace = true") {
+        problems.push(format!(
+            "{manifest}: does not inherit the workspace's lints"
+        ));
+    }
+    if file.text.contains("#![forbid(unsafe_code)]") {
+        return problems;
+    }
     if UNSAFE_CRATES.contains(&file.top()) {
-        if !readme.to_lowercase().contains("unsafe") {
-            problems.push(format!(
-                "{readme_path}: does not say what unsafe code is used for"
-            ));
+        for lint in UNSAFE_LINTS {
+            if !text_of("Cargo.toml").contains(&format!("{lint} = \"deny\"")) {
+                problems.push(format!("Cargo.toml: must deny {lint}"));
+            }
         }
-    } else if UNSAFE_FILES.iter().any(|f| f.starts_with(file.top())) {
-        if !forbids && !file.text.contains("#![deny(unsafe_code)]") {
-            problems.push(format!("{}: needs #![deny(unsafe_code)]", file.path));
-        }
-    } else if !forbids {
+    } else if !UNSAFE_FILES.iter().any(|f| f.starts_with(file.top())) {
         problems.push(format!("{}: needs #![forbid(unsafe_code)]", file.path));
+    } else if !file.text.contains("#![deny(unsafe_code)]") {
+        problems.push(format!("{}: needs #![deny(unsafe_code)]", file.path));
     }
     problems
 }
@@ -177,14 +190,32 @@ mod tests {
 
     #[test]
     fn libraries_forbid_or_document_unsafe() {
-        let docs = "#![doc = include_str!(\"../README.md\")]\n";
-        let lib = file("exl-gen/src/lib.rs", docs);
-        let readme = file("exl-gen/README.md", "# exl-gen\n");
-        let found = check_library(&lib, &[readme]);
-        assert_eq!(found, ["exl-gen/src/lib.rs: needs #![forbid(unsafe_code)]"]);
+        let library = |name: &str, attribute: &str| {
+            let docs = format!("#![doc = include_str!(\"../README.md\")]\n{attribute}\n");
+            let lib = file(&format!("{name}/src/lib.rs"), &docs);
+            let rest = [
+                file(&format!("{name}/README.md"), "# name\n\nWhat it is.\n"),
+                file(&format!("{name}/Cargo.toml"), "[lints]\nworkspace = true\n"),
+                file("Cargo.toml", "undocumented_unsafe_blocks = \"deny\"\n"),
+            ];
+            check_library(&lib, &rest)
+        };
+        assert!(library("exl-gen", "#![forbid(unsafe_code)]").is_empty());
+        assert_eq!(
+            library("exl-gen", ""),
+            ["exl-gen/src/lib.rs: needs #![forbid(unsafe_code)]"]
+        );
+        assert!(library("exl-format", "#![deny(unsafe_code)]").is_empty());
+        assert_eq!(library("exl-format", "").len(), 1);
+        assert_eq!(
+            library("exl-kernels", ""),
+            ["Cargo.toml: must deny missing_safety_doc"]
+        );
+    }
 
-        let kernels = file("exl-kernels/src/lib.rs", docs);
-        let silent = file("exl-kernels/README.md", "# exl-kernels\n");
-        assert_eq!(check_library(&kernels, &[silent]).len(), 1);
+    #[test]
+    fn libraries_have_documentation_and_lints() {
+        let found = check_library(&file("a/src/lib.rs", "#![forbid(unsafe_code)]\n"), &[]);
+        assert_eq!(found.len(), 3, "{found:?}");
     }
 }

@@ -44,7 +44,8 @@ fn weights() -> Weights {
     for (i, &(name, outputs, inputs)) in MATRICES.iter().enumerate() {
         let values = noise(i as u64 + 1, outputs * inputs);
         let data = Buffer::from_slice(&values);
-        let weight = Weight::dense(name, DType::F32, &[outputs, inputs], data).unwrap();
+        let weight = Weight::dense(name, DType::F32, &[outputs, inputs], data)
+            .expect("valid by construction");
         weights.insert(name, weight);
     }
     weights.insert("norm", Weight::constant(&noise(20, DIM)));
@@ -55,9 +56,14 @@ fn weights() -> Weights {
 
 fn record(key: &PlanKey) -> Plan {
     let mut b = PlanBuilder::new(key.clone(), true);
-    let ids: std::collections::HashMap<&str, _> =
-        MATRICES.iter().map(|&(n, o, i)| (n, b.weight(n, &[o, i]))).collect();
-    let part = |name: &str| Part { weight: ids[name], bias: None };
+    let ids: std::collections::HashMap<&str, _> = MATRICES
+        .iter()
+        .map(|&(n, o, i)| (n, b.weight(n, &[o, i])))
+        .collect();
+    let part = |name: &str| Part {
+        weight: ids[name],
+        bias: None,
+    };
     let norm = b.weight("norm", &[DIM]);
     let inv_freq = Some(b.weight("inv_freq", &[HEAD_DIM / 2]));
     let x = b.embed(ids["embed"], 1.0);
@@ -66,13 +72,31 @@ fn record(key: &PlanKey) -> Plan {
     let qkv = b.linear(h, &[part("q"), part("k"), part("v")]);
     let style = RopeStyle::Neox;
     let (heads, kv_heads, head_dim) = (HEADS, KV_HEADS, HEAD_DIM);
-    let rope = RopeArgs { inv_freq, heads, kv_heads, head_dim, style, attention_factor: 1.0 };
+    let rope = RopeArgs {
+        inv_freq,
+        heads,
+        kv_heads,
+        head_dim,
+        style,
+        attention_factor: 1.0,
+    };
     b.rope_append([qkv[0], qkv[1], qkv[2]], 0, &rope);
-    let attn = AttnArgs { heads, kv_heads, head_dim, scale: 0.25, softcap: 0.0, window: 0 };
+    let attn = AttnArgs {
+        heads,
+        kv_heads,
+        head_dim,
+        scale: 0.25,
+        softcap: 0.0,
+        window: 0,
+    };
     let a = b.attention(qkv[0], 0, &attn);
     let x = b.linear_add(a, &part("o"), x);
     let h = b.rms_norm(x, norm, 1e-5, 0.0);
-    let args = GateUpArgs { gate: part("gate"), up: part("up"), act: Activation::Silu };
+    let args = GateUpArgs {
+        gate: part("gate"),
+        up: part("up"),
+        act: Activation::Silu,
+    };
     let m = b.gate_up(h, &args);
     let x = b.linear_add(m, &part("down"), x);
     let h = b.rms_norm(x, norm, 1e-5, 0.0);
@@ -84,18 +108,32 @@ fn record(key: &PlanKey) -> Plan {
 }
 
 fn key(rows: usize, out_rows: usize) -> PlanKey {
-    PlanKey { phase: Phase::Prefill, rows, seqs: 1, pages_per_seq: 2, out_rows }
+    PlanKey {
+        phase: Phase::Prefill,
+        rows,
+        seqs: 1,
+        pages_per_seq: 2,
+        out_rows,
+    }
 }
 
 fn kv() -> KvBuffers {
-    let shape =
-        KvShape { layers: 1, kv_heads: KV_HEADS, head_dim: HEAD_DIM, dtype: DType::F32 };
-    KvBuffers::new(shape, 3).unwrap()
+    let shape = KvShape {
+        layers: 1,
+        kv_heads: KV_HEADS,
+        head_dim: HEAD_DIM,
+        dtype: DType::F32,
+    };
+    KvBuffers::new(shape, 3).expect("memory")
 }
 
 fn executor(isa: Isa) -> HostExecutor {
-    let options = CpuOptions { threads: 2, isa: Some(isa), ..CpuOptions::default() };
-    HostExecutor::cpu(Cpu::new(options)).unwrap()
+    let options = CpuOptions {
+        threads: 2,
+        isa: Some(isa),
+        ..CpuOptions::default()
+    };
+    HostExecutor::cpu(Cpu::new(options)).expect("memory")
 }
 
 fn tokens(n: usize) -> Vec<u32> {
@@ -106,11 +144,16 @@ fn tokens(n: usize) -> Vec<u32> {
 fn every_isa_agrees_with_the_reference_slot_by_slot() {
     let key = key(21, 3);
     let plan = Arc::new(record(&key));
-    let bound = Bound::new(plan, &weights()).unwrap();
+    let bound = Bound::new(plan, &weights()).expect("valid by construction");
     let tokens = tokens(21);
-    let mut step = StepBlock::new(&key).unwrap();
-    let seq = StepSeq { tokens: &tokens, start: 250, pages: &[2, 1], logits: (18, 21) };
-    step.fill(&[seq]).unwrap();
+    let mut step = StepBlock::new(&key).expect("valid by construction");
+    let seq = StepSeq {
+        tokens: &tokens,
+        start: 250,
+        pages: &[2, 1],
+        logits: (18, 21),
+    };
+    step.fill(&[seq]).expect("valid by construction");
     for isa in Isa::available() {
         let (mut tested, mut trusted) = (executor(isa), HostExecutor::reference().unwrap());
         let (mut kv_a, mut kv_b) = (kv(), kv());
@@ -122,7 +165,7 @@ fn every_isa_agrees_with_the_reference_slot_by_slot() {
             &[],
             |_| 2e-6, // measured: below 4e-7 on every op
         )
-        .unwrap();
+        .expect("valid by construction");
         assert!(report.diffs.len() >= bound.plan().ops().len() - 1);
         assert_eq!(report.first_failure(), None, "{isa:?}");
     }
@@ -138,17 +181,18 @@ fn chunks_and_single_tokens_give_the_same_logits() {
         for &n in chunks {
             let key = key(n, n);
             let plan = Arc::new(record(&key));
-            let bound = Bound::new(plan.clone(), &weights).unwrap();
-            let mut step = StepBlock::new(&key).unwrap();
+            let bound = Bound::new(plan.clone(), &weights).expect("valid by construction");
+            let mut step = StepBlock::new(&key).expect("valid by construction");
             let seq = StepSeq {
                 tokens: &tokens[start..start + n],
                 start,
                 pages: &[1],
                 logits: (0, n),
             };
-            step.fill(&[seq]).unwrap();
-            exec.prepare(&bound).unwrap();
-            exec.run(&bound, &step, &mut kv).unwrap();
+            step.fill(&[seq]).expect("valid by construction");
+            exec.prepare(&bound).expect("valid by construction");
+            exec.run(&bound, &step, &mut kv)
+                .expect("valid by construction");
             logits.extend_from_slice(exec.slot(&bound, plan.output("logits").unwrap()));
             start += n;
         }
@@ -172,7 +216,10 @@ fn a_missing_or_misshapen_weight_is_named() {
     let mut wrong = weights();
     wrong.insert("norm", Weight::constant(&[1.0; 3]));
     let error = Bound::new(plan, &wrong).unwrap_err().to_string();
-    assert!(error.contains("norm") && error.contains("[64]") && error.contains("[3]"), "{error}");
+    assert!(
+        error.contains("norm") && error.contains("[64]") && error.contains("[3]"),
+        "{error}"
+    );
 }
 
 #[test]
@@ -188,7 +235,10 @@ fn costs_are_exact() {
     let expected = 4 * (linear + DIM + 3 * DIM);
     assert_eq!(report.total.weight_bytes, expected as u64);
     // 101 keys and values read, one of each written.
-    assert_eq!(report.total.kv_bytes, (102 * 2 * KV_HEADS * HEAD_DIM * 4) as u64);
+    assert_eq!(
+        report.total.kv_bytes,
+        (102 * 2 * KV_HEADS * HEAD_DIM * 4) as u64
+    );
     assert!(report.total.flops >= 2 * linear as u64);
 }
 
@@ -198,5 +248,8 @@ fn a_plan_prints_one_line_per_op() {
     let text = plan.to_string();
     assert!(text.starts_with("plan prefill rows=2 seqs=1 pages_per_seq=2 out_rows=1\n"));
     assert_eq!(text.lines().count(), 1 + plan.ops().len() + 1 + 1 + 1);
-    assert!(text.contains("paged_attn(%2) layer=0 heads=4/2 head_dim=16"), "{text}");
+    assert!(
+        text.contains("paged_attn(%2) layer=0 heads=4/2 head_dim=16"),
+        "{text}"
+    );
 }

@@ -152,6 +152,9 @@ impl Source<'_> {
     }
 }
 
+/// Takes a block's rows, first column, number of columns, and an accumulator per source.
+type Finish<'a> = dyn Fn(std::ops::Range<usize>, (usize, usize), &mut [&mut [f32]]) + Sync + 'a;
+
 /// Splits the columns over the threads and the rows into blocks, and calls
 /// `finish(rows, first, columns, acc_a, acc_b)` for each.
 fn sweep(
@@ -159,7 +162,7 @@ fn sweep(
     (rows, outputs): (usize, usize),
     sources: &[Source<'_>],
     scratch: &ThreadScratch,
-    finish: &(dyn Fn(std::ops::Range<usize>, (usize, usize), &mut [&mut [f32]]) + Sync),
+    finish: &Finish<'_>,
 ) {
     let chunk = chunk_columns(outputs, cpu.pool().threads(), rows);
     let isa = cpu.isa();

@@ -36,7 +36,7 @@ fn gated_any(act: Activation, gate: &[f32], up: &[f32], out: &mut [f32]) {
         Activation::Silu => all.for_each(|((o, g), u)| *o = g / (1.0 + exp(-g)) * u),
         Activation::GeluTanh => all.for_each(|((o, &g), u)| {
             // 0.5 (1 + tanh y) = 1 / (1 + e^-2y)
-            let y = 0.797_884_56 * 0.044_715f32.mul_add(g * g * g, g);
+            let y = 0.797_884_6 * 0.044_715f32.mul_add(g * g * g, g);
             *o = g / (1.0 + exp(-2.0 * y)) * u;
         }),
         Activation::Gelu => all.for_each(|((o, &g), u)| {

@@ -187,7 +187,7 @@ impl Check {
             );
         }
         let page = super::PAGE_TOKENS * heads * head_dim;
-        if page == 0 || mem.len() % page != 0 {
+        if page == 0 || !mem.len().is_multiple_of(page) {
             let found = format!("{} elements", mem.len());
             return self.fail(field, format!("a multiple of {page} elements"), found);
         }

@@ -38,7 +38,7 @@ pub(super) fn check_exl2(p: &Exl2Parts<'_>) -> Result<Vec<u32>> {
         let r = group.rows as usize;
         rule(
             "q_groups",
-            r > 0 && r % 32 == 0,
+            r > 0 && r.is_multiple_of(32),
             "rows in multiples of 32",
             r,
         )?;

@@ -117,9 +117,10 @@ unsafe fn unpack<const BITS: usize>(from: *const u8) -> [__m512i; VECTORS] {
         if BITS == 3 || BITS == 5 {
             let (plane, one) = if BITS == 3 { (2, 4) } else { (4, 16) };
             let bit = _mm512_set1_epi8(one);
-            let masks = from.add(64 * plane).cast::<u64>();
+            let masks = from.add(64 * plane);
             for (i, v) in v.iter_mut().enumerate() {
-                *v = _mm512_mask_add_epi8(*v, masks.add(i).read(), *v, bit);
+                let mask = masks.add(8 * i).cast::<[u8; 8]>().read();
+                *v = _mm512_mask_add_epi8(*v, u64::from_le_bytes(mask), *v, bit);
             }
         }
         v
@@ -409,10 +410,10 @@ unsafe fn micro<const M: usize, const T: usize, const P: usize>(
                 *v = _mm512_loadu_si512(code.add(c * EXPAND_ROWS * PANEL).cast());
             }
             for h in 0..T {
-                for r in 0..M {
+                for (r, acc) in acc.iter_mut().enumerate() {
                     let x = _mm512_set1_epi32(*word.add(h * M + r));
-                    for c in 0..P {
-                        acc[r][h][c] = _mm512_dpbusd_epi32(acc[r][h][c], v[c], x);
+                    for (acc, v) in acc[h].iter_mut().zip(v) {
+                        *acc = _mm512_dpbusd_epi32(*acc, v, x);
                     }
                 }
             }

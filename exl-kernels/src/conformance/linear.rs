@@ -1,0 +1,215 @@
+//! Products with dense and quantized matrices.
+
+use super::Case;
+use super::data::{Exl2, Rng, STORAGE, Stored};
+use crate::ops::{Activation, GateUp, Linear, LinearPart, Matrix, Op};
+use crate::{DType, GptqParts, Mem, MemMut, QuantMatrix, Result};
+
+/// Group layouts: every width alone, mixes, short last groups.
+const LAYOUTS: [(&str, &[(u8, u32)]); 10] = [
+    ("8b", &[(8, 64)]),
+    ("6b", &[(6, 128), (6, 32)]),
+    ("5b", &[(5, 96)]),
+    ("4b", &[(4, 128), (4, 128)]),
+    ("3b", &[(3, 64), (3, 64), (3, 32)]),
+    ("2b", &[(2, 64), (2, 32)]),
+    ("8b4b3b", &[(8, 32), (4, 128), (3, 128), (3, 96)]),
+    ("6b3b2b", &[(6, 32), (3, 64), (3, 64), (2, 64), (2, 32)]),
+    (
+        "all",
+        &[(8, 32), (6, 64), (5, 32), (4, 128), (3, 32), (2, 96)],
+    ),
+    ("one long group", &[(4, 1024)]),
+];
+
+pub(super) fn cases(quick: bool) -> Vec<Case> {
+    let mut list = Vec::new();
+    let rows: &[usize] = if quick {
+        &[1, 7]
+    } else {
+        &[1, 2, 3, 5, 8, 13, 70, 200]
+    };
+    for &rows in rows {
+        for dtype in STORAGE {
+            for (inputs, outputs) in [(33, 7), (64, 48), (256, 130)] {
+                list.push(dense(dtype, rows, inputs, outputs));
+            }
+        }
+        for (name, layout) in LAYOUTS {
+            list.push(exl2(name, layout, rows, 96));
+        }
+        list.push(exl2("padded", LAYOUTS[8].1, rows, 75));
+        list.push(gptq(rows, true));
+        list.push(gptq(rows, false));
+        for act in [Activation::Silu, Activation::GeluTanh, Activation::Gelu] {
+            list.push(gate_up_dense(act, rows));
+        }
+        list.push(gate_up_exl2(rows));
+    }
+    list
+}
+
+/// Two parts with bias and an in-place residual.
+fn dense(dtype: DType, rows: usize, inputs: usize, outputs: usize) -> Case {
+    let name = format!("linear::{dtype:?}/rows={rows}/k={inputs}/n={outputs}");
+    // Measured up to 6e-7.
+    Case::new(name, 3e-6, move |run| {
+        let mut rng = Rng::new(10);
+        let x = rng.floats(rows * inputs);
+        let weight = Stored::new(&rng.floats(inputs * outputs), dtype);
+        let bias = Stored::new(&rng.floats(outputs), dtype);
+        let mut first = vec![f32::NAN; rows * outputs];
+        let mut second = rng.floats(rows * outputs);
+        // SAFETY: the vector outlives the op, which allows a residual to be the output.
+        let residual = unsafe {
+            let bytes = second.len() * 4;
+            Mem::from_raw(
+                second.as_ptr().cast(),
+                bytes,
+                DType::F32,
+                crate::Place::Host,
+            )
+        };
+        let matrix = Matrix::Dense(weight.mem());
+        run(&mut Op::Linear(Linear {
+            x: Mem::host(&x),
+            rows,
+            inputs,
+            parts: vec![
+                LinearPart {
+                    matrix,
+                    bias: Some(bias.mem()),
+                    residual: None,
+                    out: MemMut::host(&mut first),
+                    outputs,
+                },
+                LinearPart {
+                    matrix,
+                    bias: None,
+                    residual: Some(residual),
+                    out: MemMut::host(&mut second),
+                    outputs,
+                },
+            ],
+        }))?;
+        Ok(vec![first, second])
+    })
+}
+
+fn quantized(
+    run: super::Run<'_>,
+    matrix: &QuantMatrix,
+    rows: usize,
+    outputs: usize,
+) -> Result<Vec<Vec<f32>>> {
+    let mut rng = Rng::new(11);
+    let x = rng.floats(rows * matrix.inputs());
+    let bias = rng.floats(outputs);
+    let mut out = vec![f32::NAN; rows * outputs];
+    let part = LinearPart {
+        matrix: Matrix::Quant(matrix),
+        bias: Some(Mem::host(&bias)),
+        residual: None,
+        out: MemMut::host(&mut out),
+        outputs,
+    };
+    let (x, inputs) = (Mem::host(&x), matrix.inputs());
+    run(&mut Op::Linear(Linear {
+        x,
+        rows,
+        inputs,
+        parts: vec![part],
+    }))?;
+    Ok(vec![out])
+}
+
+fn exl2(what: &str, layout: &'static [(u8, u32)], rows: usize, outputs: usize) -> Case {
+    let name = format!("linear::exl2/{what}/rows={rows}/n={outputs}");
+    // Measured up to 3.2e-4: the reference rounds each weight to 16 bits once more.
+    Case::new(name, 1e-3, move |run| {
+        let exl2 = Exl2::random(layout, outputs.next_multiple_of(32), &mut Rng::new(12));
+        quantized(run, &QuantMatrix::from_exl2(&exl2.parts())?, rows, outputs)
+    })
+}
+
+fn gptq(rows: usize, act_order: bool) -> Case {
+    let name = format!("linear::gptq/act_order={act_order}/rows={rows}");
+    // Measured up to 3e-4, as for EXL2.
+    Case::new(name, 1e-3, move |run| {
+        let mut rng = Rng::new(13);
+        let (k, n, size) = (256, 40, 64);
+        let qweight: Vec<u32> = (0..k / 8 * n).map(|_| rng.next()).collect();
+        let qzeros: Vec<u32> = (0..k / size * n / 8).map(|_| rng.next()).collect();
+        let scales: Vec<u16> = (0..k / size * n)
+            .map(|_| 0x2000 + rng.below(0x800) as u16)
+            .collect();
+        let g_idx: Vec<u32> = rng
+            .permutation(k)
+            .into_iter()
+            .map(|i| i / size as u32)
+            .collect();
+        let matrix = QuantMatrix::from_gptq(&GptqParts {
+            qweight: &qweight,
+            qzeros: &qzeros,
+            scales: &scales,
+            g_idx: act_order.then_some(&g_idx),
+            group_size: size,
+            zero_offset: 1,
+            inputs: k,
+            outputs: n,
+        })?;
+        quantized(run, &matrix, rows, n)
+    })
+}
+
+fn gate_up_dense(act: Activation, rows: usize) -> Case {
+    // Measured up to 9e-7.
+    Case::new(format!("gate_up::{act:?}/rows={rows}"), 5e-6, move |run| {
+        let mut rng = Rng::new(14);
+        let (inputs, outputs) = (64, 72);
+        let x: Vec<f32> = rng.floats(rows * inputs).iter().map(|v| v / 8.0).collect();
+        let gate = Stored::new(&rng.floats(inputs * outputs), DType::Bf16);
+        let up = Stored::new(&rng.floats(inputs * outputs), DType::Bf16);
+        let bias = rng.floats(outputs);
+        let mut out = vec![f32::NAN; rows * outputs];
+        run(&mut Op::GateUp(GateUp {
+            x: Mem::host(&x),
+            gate: Matrix::Dense(gate.mem()),
+            up: Matrix::Dense(up.mem()),
+            gate_bias: Some(Mem::host(&bias)),
+            up_bias: None,
+            out: MemMut::host(&mut out),
+            rows,
+            inputs,
+            outputs,
+            act,
+        }))?;
+        Ok(vec![out])
+    })
+}
+
+fn gate_up_exl2(rows: usize) -> Case {
+    // Measured up to 3e-4.
+    Case::new(format!("gate_up::exl2/rows={rows}"), 1e-3, move |run| {
+        let mut rng = Rng::new(15);
+        let gate = Exl2::random(LAYOUTS[6].1, 160, &mut rng);
+        let up = Exl2::random(&[(5, 128), (4, 256)], 160, &mut rng);
+        let gate = QuantMatrix::from_exl2(&gate.parts())?;
+        let up = QuantMatrix::from_exl2(&up.parts())?;
+        let x = rng.floats(rows * gate.inputs());
+        let mut out = vec![f32::NAN; rows * 160];
+        run(&mut Op::GateUp(GateUp {
+            x: Mem::host(&x),
+            gate: Matrix::Quant(&gate),
+            up: Matrix::Quant(&up),
+            gate_bias: None,
+            up_bias: None,
+            out: MemMut::host(&mut out),
+            rows,
+            inputs: gate.inputs(),
+            outputs: 160,
+            act: Activation::Silu,
+        }))?;
+        Ok(vec![out])
+    })
+}

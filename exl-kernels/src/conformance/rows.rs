@@ -1,0 +1,163 @@
+//! Ops that work row by row.
+
+use super::Case;
+use super::data::{Exl2, Rng, STORAGE, Stored};
+use crate::ops::{Dequant, Embed, GatherRows, HessianSyrk, Op, RmsNorm, ScaleLogits};
+use crate::{DType, Mem, MemMut, QuantMatrix};
+
+pub(super) fn cases() -> Vec<Case> {
+    let mut list = Vec::new();
+    for dtype in STORAGE {
+        for (rows, dim) in [(1, 1), (3, 64), (7, 257), (40, 512)] {
+            list.push(embed(dtype, rows, dim));
+            list.push(rms_norm(dtype, (rows, dim), false));
+            list.push(rms_norm(dtype, (rows, dim), true));
+        }
+    }
+    for (rows, dim) in [(1, 5), (9, 130)] {
+        list.push(gather_rows(rows, dim));
+        list.push(scale_logits(rows, dim, 0.0));
+        list.push(scale_logits(rows, dim, 30.0));
+    }
+    for (rows, dim) in [(1, 3), (50, 64), (33, 200), (300, 450)] {
+        list.push(hessian(rows, dim));
+    }
+    list.push(dequant());
+    list
+}
+
+fn embed(dtype: DType, rows: usize, dim: usize) -> Case {
+    let name = format!("embed::{dtype:?}/rows={rows}/dim={dim}");
+    // Measured 0: a copy and one product.
+    Case::new(name, 1e-7, move |run| {
+        let mut rng = Rng::new(1);
+        let vocab = 37;
+        let table = Stored::new(&rng.floats(vocab * dim), dtype);
+        let ids: Vec<i32> = (0..rows).map(|_| rng.below(vocab) as i32).collect();
+        let mut out = vec![f32::NAN; rows * dim];
+        run(&mut Op::Embed(Embed {
+            ids: Mem::host(&ids),
+            table: table.mem(),
+            out: MemMut::host(&mut out),
+            rows,
+            vocab,
+            dim,
+            scale: 1.5,
+        }))?;
+        Ok(vec![out])
+    })
+}
+
+fn rms_norm(dtype: DType, (rows, dim): (usize, usize), in_place: bool) -> Case {
+    let place = if in_place { "/in_place" } else { "" };
+    let name = format!("rms_norm::{dtype:?}/rows={rows}/dim={dim}{place}");
+    // Measured up to 3.0e-7.
+    Case::new(name, 1e-6, move |run| {
+        let mut rng = Rng::new(2);
+        let weight = Stored::new(&rng.floats(dim), dtype);
+        let mut x = rng.floats(rows * dim);
+        let mut out = vec![f32::NAN; rows * dim];
+        let target = if in_place {
+            x.as_mut_ptr()
+        } else {
+            out.as_mut_ptr()
+        };
+        let place = crate::Place::Host;
+        // SAFETY: both vectors outlive the op; this op allows its output to be its input.
+        let target = unsafe { MemMut::from_raw(target.cast(), rows * dim * 4, DType::F32, place) };
+        // SAFETY: as above.
+        let source = unsafe { Mem::from_raw(x.as_ptr().cast(), rows * dim * 4, DType::F32, place) };
+        run(&mut Op::RmsNorm(RmsNorm {
+            x: source,
+            weight: weight.mem(),
+            out: target,
+            rows,
+            dim,
+            eps: 1e-5,
+            offset: 1.0,
+        }))?;
+        Ok(vec![if in_place { x } else { out }])
+    })
+}
+
+fn gather_rows(rows: usize, dim: usize) -> Case {
+    Case::new(
+        format!("gather_rows::rows={rows}/dim={dim}"),
+        0.0,
+        move |run| {
+            let mut rng = Rng::new(3);
+            let x = rng.floats(11 * dim);
+            let index: Vec<i32> = (0..rows).map(|_| rng.below(11) as i32).collect();
+            let mut out = vec![f32::NAN; rows * dim];
+            run(&mut Op::GatherRows(GatherRows {
+                x: Mem::host(&x),
+                index: Mem::host(&index),
+                out: MemMut::host(&mut out),
+                x_rows: 11,
+                rows,
+                dim,
+            }))?;
+            Ok(vec![out])
+        },
+    )
+}
+
+fn scale_logits(rows: usize, dim: usize, softcap: f32) -> Case {
+    let name = format!("scale_logits::rows={rows}/dim={dim}/softcap={softcap}");
+    // Measured up to 1.1e-7.
+    Case::new(name, 5e-7, move |run| {
+        let mut x = Rng::new(4).floats(rows * dim);
+        let op = ScaleLogits {
+            x: MemMut::host(&mut x),
+            rows,
+            dim,
+            scale: 7.0,
+            softcap,
+        };
+        run(&mut Op::ScaleLogits(op))?;
+        Ok(vec![x])
+    })
+}
+
+fn hessian(rows: usize, dim: usize) -> Case {
+    // Measured up to 2.1e-7.
+    Case::new(
+        format!("hessian_syrk::rows={rows}/dim={dim}"),
+        2e-6,
+        move |run| {
+            let mut rng = Rng::new(5);
+            let x = rng.floats(rows * dim);
+            // A sum that has begun, as symmetric as it always is.
+            let mut h = vec![0.0; dim * dim];
+            for i in 0..dim {
+                for j in 0..=i {
+                    let v = rng.floats(1)[0];
+                    h[i * dim + j] = v;
+                    h[j * dim + i] = v;
+                }
+            }
+            let op = HessianSyrk {
+                x: Mem::host(&x),
+                h: MemMut::host(&mut h),
+                rows,
+                dim,
+            };
+            run(&mut Op::HessianSyrk(op))?;
+            Ok(vec![h])
+        },
+    )
+}
+
+fn dequant() -> Case {
+    Case::new("dequant::mixed".to_owned(), 0.0, move |run| {
+        let mut rng = Rng::new(6);
+        let exl2 = Exl2::random(&[(8, 32), (5, 96), (3, 64), (2, 32)], 64, &mut rng);
+        let matrix = QuantMatrix::from_exl2(&exl2.parts())?;
+        let mut out = vec![f32::NAN; matrix.inputs() * matrix.outputs()];
+        run(&mut Op::Dequant(Dequant {
+            matrix: &matrix,
+            out: MemMut::host(&mut out),
+        }))?;
+        Ok(vec![out])
+    })
+}

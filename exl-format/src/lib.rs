@@ -14,6 +14,8 @@ mod mmap;
 pub mod quality;
 mod rope;
 mod safetensors;
+#[cfg(test)]
+mod testing;
 pub mod writer;
 
 pub use bytes::Bytes;

@@ -4,7 +4,7 @@ use super::{Exl2Linear, Group, codec};
 use crate::{Error, Result};
 
 /// Assembles a layer from codes and scales, group by group in packed order.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Exl2Builder {
     layer: Exl2Linear,
 }

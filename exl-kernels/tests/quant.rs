@@ -134,7 +134,7 @@ fn product(cpu: &Cpu, matrix: &QuantMatrix, x: &[f32], outputs: usize) -> Vec<f3
         inputs,
         parts: vec![part],
     }))
-    .unwrap();
+    .expect("sizes agree");
     out
 }
 

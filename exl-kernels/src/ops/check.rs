@@ -67,7 +67,7 @@ pub fn check(op: &Op<'_>) -> Result<()> {
         Op::PagedAttn(o) => {
             c.rule(
                 "kv_heads",
-                o.kv_heads > 0 && o.heads % o.kv_heads == 0,
+                o.kv_heads > 0 && o.heads.is_multiple_of(o.kv_heads),
                 "a divisor of heads",
             )?;
             c.read("q", &o.q, F32, &[o.rows, o.heads, o.head_dim])?;

@@ -21,7 +21,7 @@ pub(super) fn check_exl2(p: &Exl2Parts<'_>) -> Result<Vec<u32>> {
     let (k, n, g) = (p.inputs, p.outputs, p.groups.len());
     rule(
         "outputs",
-        n > 0 && n % 32 == 0,
+        n > 0 && n.is_multiple_of(32),
         "a positive multiple of 32",
         n,
     )?;
@@ -85,19 +85,19 @@ pub(super) fn check_gptq(p: &GptqParts<'_>) -> Result<(Vec<u32>, Vec<u32>)> {
     let (k, n, size) = (p.inputs, p.outputs, p.group_size);
     rule(
         "inputs",
-        k > 0 && k % 32 == 0,
+        k > 0 && k.is_multiple_of(32),
         "a positive multiple of 32",
         k,
     )?;
     rule(
         "outputs",
-        n > 0 && n % 8 == 0,
+        n > 0 && n.is_multiple_of(8),
         "a positive multiple of 8",
         n,
     )?;
     rule(
         "group_size",
-        size >= 32 && size % 32 == 0,
+        size >= 32 && size.is_multiple_of(32),
         "a multiple of 32",
         size,
     )?;

@@ -42,6 +42,15 @@ impl Bytes {
         Ok(Self::new(Owner::Mapped(crate::mmap::map_file(path)?)))
     }
 
+    /// Tells the system that these bytes are not needed for now: pages of a mapped file leave
+    /// this process' memory and come back from the file when they are read again. A hint without
+    /// effect on bytes in memory.
+    pub fn release(&self) {
+        if let Owner::Mapped(map) = &*self.owner {
+            crate::mmap::release(map, self.range.clone());
+        }
+    }
+
     fn new(owner: Owner) -> Self {
         let range = 0..owner.all().len();
         Self {
@@ -114,6 +123,8 @@ mod tests {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("Cargo.toml");
         let bytes = Bytes::map(&path).unwrap();
         shared(&bytes);
+        assert_eq!(&*bytes, std::fs::read(&path).unwrap());
+        bytes.release();
         assert_eq!(&*bytes, std::fs::read(&path).unwrap());
         let error = Bytes::map(Path::new(env!("CARGO_MANIFEST_DIR"))).unwrap_err();
         assert!(error.to_string().contains("not a regular file"), "{error}");

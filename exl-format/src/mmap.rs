@@ -24,3 +24,15 @@ pub(crate) fn map_file(path: &Path) -> Result<Mmap> {
     // ever replaces files by renaming, which leaves existing maps untouched. The README says so.
     unsafe { Mmap::map(&file) }.map_err(Error::io("map", path))
 }
+
+/// Drops the pages of a range from this process' memory, where the system can.
+pub(crate) fn release(map: &Mmap, range: std::ops::Range<usize>) {
+    #[cfg(unix)]
+    // SAFETY: the map is private, read-only and backed by its file: dropped pages come back with
+    // the same bytes.
+    let _ = unsafe {
+        map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, range.start, range.len())
+    };
+    #[cfg(not(unix))]
+    let _ = (map, range);
+}

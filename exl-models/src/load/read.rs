@@ -109,7 +109,9 @@ fn exl2(files: &ModelFiles, key: &WeightKey) -> Result<Weight> {
         // scales they would cost precision.
         prescale: 1.0,
     };
-    Ok(Weight::exl2(&key.name, &parts)?)
+    let weight = Weight::exl2(&key.name, &parts)?;
+    release(files, key, "q_weight");
+    Ok(weight)
 }
 
 fn gptq(files: &ModelFiles, key: &WeightKey, format: GptqFormat) -> Result<Weight> {
@@ -125,7 +127,16 @@ fn gptq(files: &ModelFiles, key: &WeightKey, format: GptqFormat) -> Result<Weigh
         inputs: linear.inputs,
         outputs: linear.outputs,
     };
-    Ok(Weight::gptq(&key.name, &parts)?)
+    let weight = Weight::gptq(&key.name, &parts)?;
+    release(files, key, "qweight");
+    Ok(weight)
+}
+
+/// The codes are repacked: the file's copy need not count as memory of this process.
+fn release(files: &ModelFiles, key: &WeightKey, suffix: &str) {
+    if let Ok(view) = files.tensor(&format!("{}.{suffix}", key.name)) {
+        view.data.release();
+    }
 }
 
 /// Quantized files may pad the outputs to a multiple of 32.

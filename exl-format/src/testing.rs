@@ -85,7 +85,9 @@ pub(crate) fn bytes_of_u16(values: impl IntoIterator<Item = u16>) -> Vec<u8> {
 /// CRC-32 (IEEE), the check sum of the format's test vectors.
 pub(crate) fn crc32(bytes: &[u8]) -> u32 {
     let step = |crc: u32, &byte: &u8| {
-        (0..8).fold(crc ^ u32::from(byte), |c, _| c >> 1 ^ 0xedb8_8320 * (c & 1))
+        (0..8).fold(crc ^ u32::from(byte), |c, _| {
+            (c >> 1) ^ (0xedb8_8320 * (c & 1))
+        })
     };
     !bytes.iter().fold(!0, step)
 }

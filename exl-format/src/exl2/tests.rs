@@ -430,12 +430,13 @@ fn scales_that_are_not_finite() {
 
 #[test]
 fn parts_that_do_not_belong_together() {
-    let refused = |change: &dyn Fn(&mut Exl2Linear)| {
+    type Change<'a> = &'a dyn Fn(&mut Exl2Linear);
+    let refused = |change: Change<'_>| {
         let mut layer = vector();
         change(&mut layer);
         Exl2Linear::from_parts("p", layer).unwrap_err().to_string()
     };
-    let cases: [(&dyn Fn(&mut Exl2Linear), &str); 9] = [
+    let cases: [(Change<'_>, &str); 9] = [
         (
             &|l| l.outputs = 31,
             "q_weight: expected a multiple of 32 columns",

@@ -1,6 +1,6 @@
 //! 4-bit GPTQ layers.
 
-use half::{bf16, f16};
+use half::f16;
 use serde_json::Value;
 
 use crate::{ConfigFile, Dtype, Error, ModelFiles, Result, TensorSource, TensorView};
@@ -211,18 +211,11 @@ fn read_g_idx(
 
 /// Numbers of a 16-bit or 32-bit float type, rounded to binary16.
 fn halves(view: &TensorView) -> Result<Vec<u16>> {
-    match view.dtype {
-        Dtype::F16 => Ok(view.to_u16()),
-        Dtype::Bf16 => {
-            let half = |b: u16| f16::from_f32(bf16::from_bits(b).to_f32()).to_bits();
-            Ok(view.to_u16().into_iter().map(half).collect())
-        }
-        Dtype::F32 => {
-            let half = |b: u32| f16::from_f32(f32::from_bits(b)).to_bits();
-            Ok(view.to_u32().into_iter().map(half).collect())
-        }
-        other => Err(view.error("F16, BF16 or F32", other.to_string())),
+    if view.dtype == Dtype::F16 {
+        return Ok(view.to_u16());
     }
+    let half = |x| f16::from_f32(x).to_bits();
+    Ok(view.to_f32()?.into_iter().map(half).collect())
 }
 
 fn read_bias(

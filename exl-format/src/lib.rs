@@ -31,5 +31,5 @@ pub use rope::{Llama3Rope, LongRope, RopeConfig, RopeKind, YarnRope};
 pub use safetensors::{MAX_HEADER_BYTES, SafetensorsFile, TensorSource, TensorView};
 pub use writer::{
     CheckpointWriter, QuantizationConfig, TensorSpec, WriterOptions, Written, copy_side_files,
-    patch_quantization_config, write_file_atomic, write_file_atomic as write_atomic,
+    patch_quantization_config, write_file_atomic,
 };

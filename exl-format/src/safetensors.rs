@@ -170,6 +170,25 @@ impl TensorView {
         }
     }
 
+    /// The elements of an F32, F16 or BF16 tensor as `f32`, which holds all of them exactly.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] for other types.
+    pub fn to_f32(&self) -> Result<Vec<f32>> {
+        match self.dtype {
+            Dtype::F32 => Ok(self.to_u32().into_iter().map(f32::from_bits).collect()),
+            Dtype::F16 => {
+                let wide = |h| half::f16::from_bits(h).to_f32();
+                Ok(self.to_u16().into_iter().map(wide).collect())
+            }
+            Dtype::Bf16 => {
+                let wide = |h| half::bf16::from_bits(h).to_f32();
+                Ok(self.to_u16().into_iter().map(wide).collect())
+            }
+            other => Err(self.error("F32, F16 or BF16", other.to_string())),
+        }
+    }
+
     /// The elements of a tensor of a 32-bit type as bit patterns.
     pub(crate) fn to_u32(&self) -> Vec<u32> {
         let (words, _) = self.data.as_chunks::<4>();

@@ -168,7 +168,7 @@ fn broken_layers() {
         ),
         (
             refused(2, "I16", &[4, 32], 256),
-            "p.scales: expected F16, BF16 or F32, found I16",
+            "p.scales: expected F32, F16 or BF16, found I16",
         ),
         (
             refused(3, "I32", &[127], 508),

@@ -279,6 +279,49 @@ fn opens_files_by_path() {
     assert!(empty.to_string().contains("cut short"), "{empty}");
 }
 
+#[test]
+fn floats_of_every_width() {
+    let parts: Vec<Part> = vec![
+        (
+            "f32".to_owned(),
+            "F32",
+            vec![2],
+            [1.5f32, -0.0].map(f32::to_le_bytes).concat(),
+        ),
+        (
+            "f16".to_owned(),
+            "F16",
+            vec![2],
+            vec![0x00, 0x3e, 0x01, 0x80],
+        ),
+        (
+            "bf16".to_owned(),
+            "BF16",
+            vec![2],
+            vec![0xc0, 0x3f, 0x80, 0xff],
+        ),
+        ("i32".to_owned(), "I32", vec![1], vec![0; 4]),
+    ];
+    let file = open(file_of(&parts)).unwrap();
+    let read = |name: &str| file.tensor(name).unwrap().to_f32();
+    let bits = |name: &str| {
+        read(name)
+            .unwrap()
+            .into_iter()
+            .map(f32::to_bits)
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(bits("f32"), [1.5f32.to_bits(), 0x8000_0000]);
+    assert_eq!(read("f16").unwrap(), [1.5, -(2f32.powi(-24))]);
+    assert_eq!(read("bf16").unwrap(), [1.5, f32::NEG_INFINITY]);
+    assert!(
+        read("i32")
+            .unwrap_err()
+            .to_string()
+            .ends_with("F32, F16 or BF16, found I32")
+    );
+}
+
 fn parts() -> impl Strategy<Value = Vec<Part>> {
     let types = prop::sample::select(vec![("U8", 1), ("F16", 2), ("I32", 4), ("F64", 8)]);
     let part = (types, prop::collection::vec(0usize..4, 0..3));

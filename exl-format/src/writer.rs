@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value, json};
 
 use crate::{Dtype, Error, Result};
-use atomic::{Partial, sync_dir};
+use atomic::{PARTIAL, Partial, sync_dir};
 use layout::ShardLayout;
 
 /// The index of a sharded checkpoint.
@@ -122,6 +122,7 @@ impl CheckpointWriter {
             let what = format!("{}", dir.display());
             return Err(Error::encode(what, "no earlier result there", found));
         }
+        remove_leftovers(dir, &options.base)?;
         let mut writer = Self {
             dir: dir.to_owned(),
             base: options.base.clone(),
@@ -259,13 +260,25 @@ fn shard_name(base: &str, number: usize, total: usize) -> String {
 
 /// Names of the files an earlier writer with this base left in a directory, sorted.
 fn earlier_results(dir: &Path, base: &str) -> Result<Vec<String>> {
+    named(dir, base, ".safetensors")
+}
+
+/// Removes what a writer with this base left when it was killed.
+fn remove_leftovers(dir: &Path, base: &str) -> Result<()> {
+    for name in named(dir, base, &format!(".safetensors{PARTIAL}"))? {
+        let path = dir.join(name);
+        fs::remove_file(&path).map_err(Error::io("remove", &path))?;
+    }
+    Ok(())
+}
+
+/// Names in a directory that are `base`, a numbering or none, and `ending`.
+fn named(dir: &Path, base: &str, ending: &str) -> Result<Vec<String>> {
     let mut names = Vec::new();
     for entry in fs::read_dir(dir).map_err(Error::io("list", dir))? {
         let name = entry.map_err(Error::io("list", dir))?.file_name();
         let Some(name) = name.to_str() else { continue };
-        let rest = name
-            .strip_prefix(base)
-            .and_then(|n| n.strip_suffix(".safetensors"));
+        let rest = name.strip_prefix(base).and_then(|n| n.strip_suffix(ending));
         if rest.is_some_and(|r| r.is_empty() || is_numbering(r)) {
             names.push(name.to_owned());
         }

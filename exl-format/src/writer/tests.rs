@@ -222,6 +222,17 @@ fn earlier_results_are_replaced_only_on_request() {
     assert!(dir.names().contains(&"model.safetensors".to_owned()));
 }
 
+/// A killed run may have cut its files otherwise.
+#[test]
+fn leftovers_of_a_killed_run() {
+    let dir = TempDir::new();
+    dir.put("output-00003-of-00003.safetensors.partial", "half");
+    dir.put("output.safetensors.partial", "half")
+        .put("mine.partial", "");
+    write_all(dir.path(), &specs(), &WriterOptions::default()).unwrap();
+    assert_eq!(dir.names(), ["mine.partial", "output.safetensors"]);
+}
+
 #[test]
 fn files_written_whole() {
     let dir = TempDir::new();

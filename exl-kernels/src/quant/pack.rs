@@ -16,7 +16,7 @@
 use half::f16;
 
 use super::decode::{block_codes, check_exl2, check_gptq, scale_table};
-use super::{Exl2Parts, GptqParts};
+use super::{Exl2Parts, GptqParts, Group};
 use crate::{Error, Result};
 
 /// Columns of a panel.
@@ -25,6 +25,11 @@ pub(crate) const PANEL: usize = 16;
 pub(crate) const VECTORS: usize = 8;
 /// Codes of a block.
 pub(crate) const BLOCK: usize = VECTORS * 64;
+
+/// Longest group of the packed form. Longer ones of the file are cut, so that a kernel can sum a
+/// whole group in 32-bit integers (256 products of 16-bit activations and 8-bit codes) and hold
+/// its expanded codes in L1.
+pub(crate) const MAX_GROUP_ROWS: usize = 256;
 
 /// A group in the packed form.
 #[derive(Clone, Copy, Debug)]
@@ -90,33 +95,26 @@ impl QuantMatrix {
     pub fn from_exl2(p: &Exl2Parts<'_>) -> Result<Self> {
         let perm = check_exl2(p)?;
         let n = p.outputs;
-        let mut first_words = Vec::with_capacity(p.groups.len());
-        let mut words = 0;
-        for g in p.groups {
-            first_words.push(words);
-            words += g.rows as usize / 32 * usize::from(g.bits);
-        }
-        let groups = packed_groups(p.groups.iter().map(|g| (g.bits, g.rows)));
+        let pieces = pieces(p.groups.iter().copied());
+        let groups = packed_groups(&pieces);
         let mut m = Self::empty((p.inputs, n), perm, groups);
         m.fill(|group, block, column, bits| {
-            let base = first_words[group] + block * bits;
+            let base = pieces[group].words + block * bits;
             block_codes(bits, |w| p.q_weight[(base + w) * n + column])
         });
-        let count = p.groups.len();
-        let mut codes = Vec::with_capacity(m.panels() * count);
+        let mut codes = Vec::with_capacity(m.panels() * pieces.len());
         for panel in 0..m.panels() {
-            for g in 0..count {
-                let at = g * (n / 8) + panel * 2;
+            for piece in &pieces {
+                let at = piece.group * (n / 8) + panel * 2;
                 codes.push(u64::from(p.q_scale[at]) | u64::from(p.q_scale[at + 1]) << 32);
             }
         }
-        let tables = p
-            .q_scale_max
+        let tables = pieces
             .iter()
-            .map(|&s| scale_table(s, p.prescale))
+            .map(|piece| scale_table(p.q_scale_max[piece.group], p.prescale))
             .collect();
         m.scales = Scales::Codes { codes, tables };
-        m.file_bytes = 4 * (p.q_weight.len() + p.q_scale.len() + p.inputs) + 6 * count;
+        m.file_bytes = 4 * (p.q_weight.len() + p.q_scale.len() + p.inputs) + 6 * p.groups.len();
         Ok(m)
     }
 
@@ -126,26 +124,28 @@ impl QuantMatrix {
     /// [`Error::Argument`] when the parts disagree in size, or groups are uneven.
     pub fn from_gptq(p: &GptqParts<'_>) -> Result<Self> {
         let (perm, rows) = check_gptq(p)?;
-        let (n, count) = (p.outputs, rows.len());
-        let groups = packed_groups(rows.iter().map(|&r| (4, r)));
-        let mut m = Self::empty((p.inputs, n), perm.clone(), groups);
-        let size = p.group_size;
+        let n = p.outputs;
+        let pieces = pieces(rows.iter().map(|&rows| Group { bits: 4, rows }));
+        let count = pieces.len();
+        let mut m = Self::empty((p.inputs, n), perm.clone(), packed_groups(&pieces));
+        let firsts: Vec<usize> = m.groups.iter().map(|g| g.first).collect();
         m.fill(|group, block, column, _| {
             if column >= n {
                 return [8; 32];
             }
             std::array::from_fn(|i| {
-                let feature = perm[group * size + block * 32 + i] as usize;
+                let feature = perm[firsts[group] + block * 32 + i] as usize;
                 (p.qweight[feature / 8 * n + column] >> (4 * (feature % 8)) & 15) as u8
             })
         });
         let mut scales = vec![0; m.panels() * count * PANEL];
         let mut zeros = vec![8; scales.len()];
         for column in 0..n {
-            for g in 0..count {
-                let at = (column / PANEL * count + g) * PANEL + column % PANEL;
-                scales[at] = p.scales[g * n + column];
-                let stored = p.qzeros[g * (n / 8) + column / 8] >> (4 * (column % 8)) & 15;
+            for (i, piece) in pieces.iter().enumerate() {
+                let at = (column / PANEL * count + i) * PANEL + column % PANEL;
+                scales[at] = p.scales[piece.group * n + column];
+                let word = p.qzeros[piece.group * (n / 8) + column / 8];
+                let stored = word >> (4 * (column % 8)) & 15;
                 zeros[at] = (stored as i32 + p.zero_offset) as i8;
             }
         }
@@ -274,6 +274,12 @@ impl QuantMatrix {
         &self.scales
     }
 
+    /// True when activations prepared for one matrix serve the other.
+    pub(crate) fn shares_input(&self, other: &Self) -> bool {
+        let rows = self.groups.iter().map(|g| g.rows);
+        rows.eq(other.groups.iter().map(|g| g.rows)) && self.perm == other.perm
+    }
+
     /// The packed blocks of one group of one panel.
     pub(crate) fn group_bytes(&self, panel: usize, group: &PackedGroup) -> &[u8] {
         let bytes: &[u8] = bytemuck::cast_slice(&self.lines);
@@ -306,13 +312,11 @@ impl QuantMatrix {
     }
 
     /// The codes of one block, vector after vector.
+    #[inline(always)]
     pub(crate) fn expand(&self, panel: usize, group: &PackedGroup, b: usize, to: &mut [u8; BLOCK]) {
         let size = 64 * bits(group);
-        unpack_block(
-            bits(group),
-            &self.group_bytes(panel, group)[b * size..][..size],
-            to,
-        );
+        let packed = &self.group_bytes(panel, group)[b * size..][..size];
+        unpack_block(group.bits, packed, to);
     }
 }
 
@@ -320,20 +324,51 @@ fn bits(group: &PackedGroup) -> usize {
     usize::from(group.bits)
 }
 
-fn packed_groups(list: impl Iterator<Item = (u8, u32)>) -> Vec<PackedGroup> {
+/// A run of rows of a group of the file.
+struct Piece {
+    group: usize,
+    bits: u8,
+    rows: usize,
+    /// Its first row of words in the EXL2 tensor.
+    words: usize,
+}
+
+/// Cuts groups so that none is longer than [`MAX_GROUP_ROWS`].
+fn pieces(groups: impl Iterator<Item = Group>) -> Vec<Piece> {
+    let (mut list, mut words) = (Vec::new(), 0);
+    for (index, group) in groups.enumerate() {
+        let mut left = group.rows as usize;
+        while left > 0 {
+            let rows = left.min(MAX_GROUP_ROWS);
+            list.push(Piece {
+                group: index,
+                bits: group.bits,
+                rows,
+                words,
+            });
+            words += rows / 32 * usize::from(group.bits);
+            left -= rows;
+        }
+    }
+    list
+}
+
+fn packed_groups(pieces: &[Piece]) -> Vec<PackedGroup> {
     let (mut first, mut offset) = (0, 0);
-    list.map(|(bits, rows)| {
-        let group = PackedGroup {
-            bits,
-            first,
-            rows: rows as usize,
-            offset,
-        };
-        first += group.rows;
-        offset += group.rows / 32 * 64 * usize::from(bits);
-        group
-    })
-    .collect()
+    pieces
+        .iter()
+        .map(|piece| {
+            let group = PackedGroup {
+                bits: piece.bits,
+                first,
+                rows: piece.rows,
+                offset,
+            };
+            first += group.rows;
+            offset += group.rows / 32 * 64 * usize::from(group.bits);
+            group
+        })
+        .collect()
 }
 
 /// Widths of a code's planes, low bits first.
@@ -369,23 +404,57 @@ fn pack_block(bits: usize, codes: &[u8; BLOCK], out: &mut [u8]) {
     }
 }
 
-fn unpack_block(bits: usize, packed: &[u8], codes: &mut [u8; BLOCK]) {
-    codes.fill(0);
-    let (mut shift, mut start) = (0, 0);
-    for &width in planes(bits) {
-        let plane = &packed[start..start + 64 * width];
-        let mask = ((1u16 << width) - 1) as u8;
-        for (i, code) in codes.iter_mut().enumerate() {
-            let (vector, byte) = (i / 64, i % 64);
-            let field = if width == 1 {
-                plane[vector * 8 + byte / 8] >> (byte % 8) & 1
-            } else {
-                let per_word = 8 / width;
-                plane[vector / per_word * 64 + byte] >> (vector % per_word * width) & mask
-            };
-            *code |= field << shift;
+/// The codes of a block, vector after vector. Inlined so that kernels compile it for their
+/// instruction set.
+#[inline(always)]
+pub(crate) fn unpack_block(bits: u8, packed: &[u8], codes: &mut [u8; BLOCK]) {
+    match bits {
+        2 => fields::<2>(&packed[..128], codes),
+        3 => {
+            fields::<2>(&packed[..128], codes);
+            add_bits::<2>(&packed[128..192], codes);
         }
-        start += 64 * width;
-        shift += width;
+        4 => fields::<4>(&packed[..256], codes),
+        5 => {
+            fields::<4>(&packed[..256], codes);
+            add_bits::<4>(&packed[256..320], codes);
+        }
+        6 => {
+            fields::<4>(&packed[..256], codes);
+            let mut high = [0; BLOCK];
+            fields::<2>(&packed[256..384], &mut high);
+            for (code, high) in codes.iter_mut().zip(high) {
+                *code |= high << 4;
+            }
+        }
+        _ => codes.copy_from_slice(&packed[..BLOCK]),
+    }
+}
+
+/// Expands a plane of 2 or 4 bits.
+#[inline(always)]
+fn fields<const WIDTH: usize>(plane: &[u8], codes: &mut [u8; BLOCK]) {
+    let mask = (1 << WIDTH) - 1;
+    let words = plane.chunks_exact(64);
+    for (word, vectors) in words.zip(codes.chunks_exact_mut(64 * 8 / WIDTH)) {
+        for (t, vector) in vectors.chunks_exact_mut(64).enumerate() {
+            for (code, byte) in vector.iter_mut().zip(word) {
+                *code = byte >> (t * WIDTH) & mask;
+            }
+        }
+    }
+}
+
+/// Adds a plane of single bits above the lowest `SHIFT` bits, eight codes at a time.
+#[inline(always)]
+fn add_bits<const SHIFT: usize>(plane: &[u8], codes: &mut [u8; BLOCK]) {
+    const ONES: u64 = 0x0101_0101_0101_0101;
+    for (&byte, codes) in plane.iter().zip(codes.chunks_exact_mut(8)) {
+        // Byte j keeps bit j of the mask; adding 127 carries it into the byte's top bit.
+        let spread = u64::from(byte) * ONES & 0x8040_2010_0804_0201;
+        let bits = (spread + 127 * ONES) >> 7 & ONES;
+        for (code, bit) in codes.iter_mut().zip((bits << SHIFT).to_le_bytes()) {
+            *code |= bit;
+        }
     }
 }

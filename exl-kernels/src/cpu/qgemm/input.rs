@@ -1,35 +1,38 @@
 //! Activations in packed order, as integers with a scale per row and group.
 
-use super::TILE_ROWS;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+
+use super::{Layout, TILE_ROWS};
 use crate::cpu::{Activations, Isa, Pool};
-use crate::quant::QuantMatrix;
+use crate::quant::{MAX_GROUP_ROWS, QuantMatrix};
 
 /// Largest magnitude of a 16-bit activation: `256 * 127 + 127`, so that both bytes of the
 /// balanced split `x = 256 hi + lo` are signed bytes.
 const MAX16: f32 = 32639.0;
 /// Largest magnitude of an 8-bit activation.
 const MAX8: f32 = 127.0;
+/// Activations below which preparing them on several threads costs more than it saves.
+const SERIAL: usize = 32768;
 
 /// Views into scratch memory.
 ///
-/// Rows are cut into even tiles of at most [`TILE_ROWS`] (the last may be smaller). Within a tile of
-/// `m` rows, four packed rows ("quad") take `m` words of high bytes and, with 16-bit activations,
-/// `m` words of low bytes.
+/// Rows are cut into even tiles of at most [`TILE_ROWS`] (the last may be smaller). A tile holds,
+/// for each quad of packed rows and each word of its [`Layout`], one word per row.
 #[derive(Debug)]
 pub(in crate::cpu) struct Input<'a> {
     pub(super) rows: usize,
-    pub(super) inputs: usize,
+    pub(super) layout: Layout,
+    inputs: usize,
     groups: usize,
     /// Rows of a tile, the last one excepted.
     tile: usize,
-    /// Bytes per activation: 2, or 1.
-    pub(super) terms: usize,
-    /// `[tiles, inputs / 4, terms, m]`.
+    /// Per tile `[inputs / 4, words, m]`.
     words: &'a [i32],
-    /// `[rows, groups]`.
+    /// Per tile `[groups, m]`.
     scales: &'a [f32],
-    /// `[rows, groups, 2]`: sums of the high and of the low bytes.
-    sums: &'a [i32],
+    /// Per tile `[groups, m]`: sums of the high (or only) and of the low bytes; zero for pairs.
+    sums: &'a [[i32; 2]],
 }
 
 /// Scratch needed for a matrix and a number of rows, in 4-byte words.
@@ -45,7 +48,7 @@ pub(in crate::cpu) fn tile_rows(rows: usize) -> usize {
 struct Raw {
     words: *mut i32,
     scales: *mut f32,
-    sums: *mut i32,
+    sums: *mut [i32; 2],
 }
 
 // SAFETY: every task writes the rows of its own tile only.
@@ -62,62 +65,58 @@ impl<'a> Input<'a> {
         let (inputs, groups) = (matrix.inputs(), matrix.groups().len());
         let rows = x.len() / inputs;
         let size = tile_rows(rows);
-        let terms = match activations {
-            Activations::Exact16 => 2,
-            Activations::Fast8 => 1,
+        let settings = Settings {
+            layout: Layout::new(isa, activations, rows),
+            max: match activations {
+                Activations::Exact16 => MAX16,
+                Activations::Fast8 => MAX8,
+            },
         };
         let (words, rest) = scratch.split_at_mut(rows * inputs / 2);
         let (sums, rest) = rest.split_at_mut(2 * rows * groups);
+        let sums: &mut [[i32; 2]] = bytemuck::cast_slice_mut(sums);
         let scales: &mut [f32] = bytemuck::cast_slice_mut(&mut rest[..rows * groups]);
         let raw = Raw {
             words: words.as_mut_ptr(),
             scales: scales.as_mut_ptr(),
             sums: sums.as_mut_ptr(),
         };
+        let per_row = inputs / 4 * settings.layout.words();
         let tile = |index: usize| {
             let raw = &raw;
             let first = index * size;
             let m = size.min(rows - first);
             // SAFETY: the tile's words, scales and sums are disjoint from every other tile's and
             // lie inside the scratch split above.
-            let out = unsafe {
+            let mut out = unsafe {
                 Tile {
                     m,
                     words: std::slice::from_raw_parts_mut(
-                        raw.words.add(first * inputs / 4 * terms),
-                        m * inputs / 4 * terms,
+                        raw.words.add(first * per_row),
+                        m * per_row,
                     ),
                     scales: std::slice::from_raw_parts_mut(
                         raw.scales.add(first * groups),
                         m * groups,
                     ),
-                    sums: std::slice::from_raw_parts_mut(
-                        raw.sums.add(2 * first * groups),
-                        2 * m * groups,
-                    ),
+                    sums: std::slice::from_raw_parts_mut(raw.sums.add(first * groups), m * groups),
                 }
             };
-            quantize_tile(
-                &x[first * inputs..][..m * inputs],
-                matrix,
-                activations,
-                isa,
-                out,
-            );
+            let x = &x[first * inputs..][..m * inputs];
+            out.fill(x, matrix, settings, isa);
         };
         let tiles = rows.div_ceil(size);
-        // Below that, waking threads costs more than the work.
-        if rows * inputs < 32768 {
+        if rows * inputs < SERIAL {
             (0..tiles).for_each(tile);
         } else {
             pool.run(tiles, &|i, _| tile(i));
         }
         Self {
             rows,
+            layout: settings.layout,
             inputs,
             groups,
             tile: size,
-            terms,
             words,
             scales,
             sums,
@@ -144,113 +143,114 @@ impl<'a> Input<'a> {
         self.tile.min(self.rows - tile * self.tile)
     }
 
-    /// The words of a tile from a packed row on, `[quads, terms, m]`.
-    pub(super) fn words(&self, tile: usize, first_row: usize) -> &[i32] {
-        let per_row = self.inputs / 4 * self.terms;
+    /// The words of some packed rows of a tile, `[quads, words, m]`.
+    #[inline]
+    pub(super) fn words(&self, tile: usize, first_row: usize, rows: usize) -> &[i32] {
+        let (m, words) = (self.tile_rows(tile), self.layout.words());
+        let start = tile * self.tile * (self.inputs / 4 * words);
+        &self.words[start + first_row / 4 * words * m..][..rows / 4 * words * m]
+    }
+
+    /// The steps of a tile's rows in a group.
+    #[inline]
+    pub(super) fn scales(&self, tile: usize, group: usize) -> &[f32] {
         let m = self.tile_rows(tile);
-        let start = tile * self.tile * per_row;
-        &self.words[start + first_row / 4 * self.terms * m..start + m * per_row]
+        &self.scales[tile * self.tile * self.groups + group * m..][..m]
     }
 
-    pub(super) fn scale(&self, row: usize, group: usize) -> f32 {
-        self.scales[row * self.groups + group]
+    /// Sums of the high (or only) and of the low bytes of a tile's rows in a group.
+    #[inline]
+    pub(super) fn sums(&self, tile: usize, group: usize) -> &[[i32; 2]] {
+        let m = self.tile_rows(tile);
+        &self.sums[tile * self.tile * self.groups + group * m..][..m]
     }
+}
 
-    /// Sums of the high and low bytes of a row's group.
-    pub(super) fn sums(&self, row: usize, group: usize) -> [i32; 2] {
-        let at = 2 * (row * self.groups + group);
-        [self.sums[at], self.sums[at + 1]]
-    }
+#[derive(Clone, Copy)]
+struct Settings {
+    layout: Layout,
+    /// Largest magnitude.
+    max: f32,
 }
 
 struct Tile<'a> {
     m: usize,
     words: &'a mut [i32],
     scales: &'a mut [f32],
-    sums: &'a mut [i32],
+    sums: &'a mut [[i32; 2]],
 }
 
-fn quantize_tile(
-    x: &[f32],
-    matrix: &QuantMatrix,
-    activations: Activations,
-    isa: Isa,
-    out: Tile<'_>,
-) {
-    match isa {
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: `Isa::Avx512` is only made after detection.
-        Isa::Avx512 => unsafe { quantize_avx512(x, matrix, activations, out) },
-        _ => quantize(x, matrix, activations, out),
-    }
+/// A group's activations as words, four rows at a time.
+type GroupWords = [i32; MAX_GROUP_ROWS / 2];
+
+/// Step and byte sums of a row's group.
+struct Quantized {
+    scale: f32,
+    sums: [i32; 2],
 }
 
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")]
-unsafe fn quantize_avx512(x: &[f32], matrix: &QuantMatrix, a: Activations, out: Tile<'_>) {
-    quantize(x, matrix, a, out);
-}
-
-/// Same arithmetic on every instruction set: the wrapper above only lets the compiler use more.
-#[inline(always)]
-fn quantize(x: &[f32], matrix: &QuantMatrix, activations: Activations, out: Tile<'_>) {
-    let (k, count, m) = (matrix.inputs(), matrix.groups().len(), out.m);
-    let terms = out.words.len() / (m * k / 4);
-    for (r, row) in x.chunks_exact(k).enumerate() {
-        for (g, group) in matrix.groups().iter().enumerate() {
-            let perm = &matrix.perm()[group.first..group.first + group.rows];
-            let (mut high, mut low) = (0i32, 0i32);
-            let scale = group_scale(row, perm, activations);
-            let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
-            let words = &mut out.words[group.first / 4 * terms * m..][..group.rows / 4 * terms * m];
-            for (quad, features) in perm.chunks_exact(4).enumerate() {
-                let (mut hi, mut lo) = (0u32, 0u32);
-                for (t, &feature) in features.iter().enumerate() {
-                    let value = (row[feature as usize] * inverse).round_ties_even();
-                    let (h, l) = match activations {
-                        Activations::Exact16 => {
-                            let v = value as i32;
-                            let l = i32::from(v as i8);
-                            ((v - l) >> 8, l)
-                        }
-                        Activations::Fast8 => (value as i32, 0),
-                    };
-                    high += h;
-                    low += l;
-                    hi |= u32::from(h as u8) << (8 * t);
-                    lo |= u32::from(l as u8) << (8 * t);
-                }
-                words[quad * terms * m + r] = hi as i32;
-                if terms == 2 {
-                    words[(quad * 2 + 1) * m + r] = lo as i32;
+impl Tile<'_> {
+    fn fill(&mut self, x: &[f32], matrix: &QuantMatrix, settings: Settings, isa: Isa) {
+        let k = matrix.inputs();
+        let per_quad = settings.layout.words();
+        let mut words = [0; MAX_GROUP_ROWS / 2];
+        for (r, row) in x.chunks_exact(k).enumerate() {
+            for (g, group) in matrix.groups().iter().enumerate() {
+                let perm = &matrix.perm()[group.first..group.first + group.rows];
+                let done = match isa {
+                    #[cfg(target_arch = "x86_64")]
+                    // SAFETY: `Isa::Avx512` is only made after detection; a matrix's permutation
+                    // holds features of its input, and `row` has all of them.
+                    Isa::Avx512 => unsafe { avx512::quantize(row, perm, settings, &mut words) },
+                    _ => quantize_pairs(row, perm, settings.max, &mut words),
+                };
+                self.scales[g * self.m + r] = done.scale;
+                self.sums[g * self.m + r] = done.sums;
+                let to = &mut self.words[group.first / 4 * per_quad * self.m..];
+                let words = &words[..group.rows / 4 * per_quad];
+                if self.m == 1 {
+                    to[..words.len()].copy_from_slice(words);
+                } else {
+                    for (to, word) in to.chunks_exact_mut(self.m).zip(words) {
+                        to[r] = *word;
+                    }
                 }
             }
-            out.scales[r * count + g] = match activations {
-                // The high byte counts 256.
-                Activations::Exact16 => scale,
-                Activations::Fast8 => scale / 256.0,
-            };
-            out.sums[2 * (r * count + g)] = high;
-            out.sums[2 * (r * count + g) + 1] = low;
         }
     }
 }
 
-/// Size of one step; NaN when a value is not finite, so that the output shows it.
-#[inline(always)]
-fn group_scale(row: &[f32], perm: &[u32], activations: Activations) -> f32 {
-    let mut max = 0f32;
+/// The step for a largest magnitude, and its inverse. Steps that are no normal number count as
+/// zero: their inverse overflows, and what they measure is below any activation that matters.
+#[inline]
+fn step(largest: f32, max: f32) -> (f32, f32) {
+    let scale = largest / max;
+    if scale >= f32::MIN_POSITIVE {
+        (scale, 1.0 / scale)
+    } else {
+        (0.0, 0.0)
+    }
+}
+
+/// The words of [`Layout::Pairs`], which is all that kernels without byte dot products read.
+fn quantize_pairs(row: &[f32], perm: &[u32], max: f32, words: &mut GroupWords) -> Quantized {
+    let mut largest = 0f32;
     let mut finite = true;
     for &feature in perm {
         let a = row[feature as usize].abs();
         finite &= a <= f32::MAX;
-        max = if a > max { a } else { max };
+        largest = largest.max(a);
     }
-    if !finite {
-        return f32::NAN;
+    let (scale, inverse) = step(largest, max);
+    for (features, words) in perm.chunks_exact(4).zip(words.chunks_exact_mut(2)) {
+        let v: [i32; 4] =
+            std::array::from_fn(|t| (row[features[t] as usize] * inverse).round_ties_even() as i32);
+        words[0] = v[0] & 0xFFFF | v[2] << 16;
+        words[1] = v[1] & 0xFFFF | v[3] << 16;
     }
-    max / match activations {
-        Activations::Exact16 => MAX16,
-        Activations::Fast8 => MAX8,
+    Quantized {
+        // What is not finite must show in the output.
+        scale: if finite { scale } else { f32::NAN },
+        sums: [0; 2],
     }
 }

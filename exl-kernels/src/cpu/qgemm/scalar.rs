@@ -1,7 +1,7 @@
 //! Plain Rust: the same integers as the SIMD kernels, one by one.
 
 use super::{CHUNK, Product};
-use crate::quant::{BLOCK, PANEL};
+use crate::quant::{BLOCK, MAX_GROUP_ROWS, PANEL};
 
 pub(super) fn run(
     p: &Product<'_>,
@@ -9,48 +9,47 @@ pub(super) fn run(
     tiles: std::ops::Range<usize>,
     acc: &mut [f32],
 ) {
-    let mut block = [0u8; BLOCK];
+    let mut blocks = [[0u8; BLOCK]; MAX_GROUP_ROWS / 32];
     for (c, panel) in (first..first + count).enumerate() {
         for (g, group) in p.matrix.groups().iter().enumerate() {
             let scales = p.matrix.column_scales(panel, g);
-            let zeros = p.matrix.column_zeros(panel, g);
-            let mut sums = vec![[[0i32; PANEL]; 2]; p.input.rows_of(&tiles)];
-            for b in 0..group.rows / 32 {
-                p.matrix.expand(panel, group, b, &mut block);
-                for tile in tiles.clone() {
-                    let m = p.input.tile_rows(tile);
-                    let terms = p.input.terms;
-                    let words = &p.input.words(tile, group.first + 32 * b)[..8 * terms * m];
-                    for r in 0..m {
-                        let row = p.input.first_row(tile) - p.input.first_row(tiles.start) + r;
-                        for (quad, codes) in block.chunks_exact(64).enumerate() {
-                            for part in 0..terms {
-                                let word = words[(quad * terms + part) * m + r];
-                                add(&mut sums[row][part], codes, word);
-                            }
-                        }
-                    }
-                }
+            let zeros = p.matrix.column_zeros(panel, g).map(i32::from);
+            let blocks = &mut blocks[..group.rows / 32];
+            for (b, block) in blocks.iter_mut().enumerate() {
+                p.matrix.expand(panel, group, b, block);
             }
-            for (i, parts) in sums.iter().enumerate() {
-                let row = p.input.first_row(tiles.start) + i;
-                let ([high, low], scale) = (p.input.sums(row, g), p.input.scale(row, g));
-                for col in 0..PANEL {
-                    let zero = i32::from(zeros[col]);
-                    let hi = (parts[0][col] - zero * high) as f32;
-                    let lo = (parts[1][col] - zero * low) as f32;
-                    let value = hi.mul_add(256.0, lo) * scale;
-                    let out = &mut acc[i * CHUNK + c * PANEL + col];
-                    *out = value.mul_add(scales[col], *out);
+            for tile in tiles.clone() {
+                let words = p.input.words(tile, group.first, group.rows);
+                let steps = p.input.scales(tile, g);
+                let row = p.row_in(tile, tiles.start);
+                for (r, step) in steps.iter().enumerate() {
+                    let mut sums = [0i32; PANEL];
+                    let quads = blocks.as_flattened().chunks_exact(64);
+                    for (codes, words) in quads.zip(words.chunks_exact(2 * steps.len())) {
+                        add(&mut sums, codes, &zeros, (words[r], words[steps.len() + r]));
+                    }
+                    let out = &mut acc[(row + r) * CHUNK + c * PANEL..][..PANEL];
+                    for ((out, sum), scale) in out.iter_mut().zip(sums).zip(scales) {
+                        *out = (sum as f32 * step).mul_add(scale, *out);
+                    }
                 }
             }
         }
     }
 }
 
-fn add(sums: &mut [i32; PANEL], codes: &[u8], word: i32) {
-    let x = word.to_le_bytes().map(|b| i32::from(b as i8));
-    for (sum, quad) in sums.iter_mut().zip(codes.chunks_exact(4)) {
-        *sum += (0..4).map(|t| i32::from(quad[t]) * x[t]).sum::<i32>();
+/// Adds the products of a quad: `even` holds rows 0 and 2, `odd` rows 1 and 3.
+fn add(sums: &mut [i32; PANEL], codes: &[u8], zeros: &[i32; PANEL], (even, odd): (i32, i32)) {
+    let x = [
+        even as i16,
+        odd as i16,
+        (even >> 16) as i16,
+        (odd >> 16) as i16,
+    ]
+    .map(i32::from);
+    for ((sum, quad), zero) in sums.iter_mut().zip(codes.chunks_exact(4)).zip(zeros) {
+        *sum += (0..4)
+            .map(|t| (i32::from(quad[t]) - zero) * x[t])
+            .sum::<i32>();
     }
 }

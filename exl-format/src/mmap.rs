@@ -18,8 +18,7 @@ pub(crate) fn map_file(path: &Path) -> Result<Mmap> {
         let reason = std::io::Error::other("not a regular file");
         return Err(Error::io("map", path)(reason));
     }
-    // SAFETY: the map is private to this process, read-only and never handed out but as `&[u8]`
-    // of plain bytes, for which every bit pattern is valid. What remains is the rule that nobody
+    // SAFETY: the map is read-only and never handed out but as `&[u8]` of plain bytes, for which every bit pattern is valid. What remains is the rule that nobody
     // else truncates or rewrites a checkpoint in place while it is open; this crate itself only
     // ever replaces files by renaming, which leaves existing maps untouched. The README says so.
     unsafe { Mmap::map(&file) }.map_err(Error::io("map", path))
@@ -28,8 +27,8 @@ pub(crate) fn map_file(path: &Path) -> Result<Mmap> {
 /// Drops the pages of a range from this process' memory, where the system can.
 pub(crate) fn release(map: &Mmap, range: std::ops::Range<usize>) {
     #[cfg(unix)]
-    // SAFETY: the map is private, read-only and backed by its file: dropped pages come back with
-    // the same bytes.
+    // SAFETY: the map is read-only and backed by its file: dropped pages, also those of neighbours
+    // that share one, come back with the same bytes.
     let _ = unsafe {
         map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, range.start, range.len())
     };

@@ -18,9 +18,10 @@ pub(crate) fn map_file(path: &Path) -> Result<Mmap> {
         let reason = std::io::Error::other("not a regular file");
         return Err(Error::io("map", path)(reason));
     }
-    // SAFETY: the map is read-only and never handed out but as `&[u8]` of plain bytes, for which every bit pattern is valid. What remains is the rule that nobody
-    // else truncates or rewrites a checkpoint in place while it is open; this crate itself only
-    // ever replaces files by renaming, which leaves existing maps untouched. The README says so.
+    // SAFETY: the map is read-only and never handed out but as `&[u8]` of plain bytes, for which
+    // every bit pattern is valid. What remains is the rule that nobody else truncates or rewrites
+    // a checkpoint in place while it is open; this crate itself only ever replaces files by
+    // renaming, which leaves existing maps untouched. The README says so.
     unsafe { Mmap::map(&file) }.map_err(Error::io("map", path))
 }
 

@@ -2,6 +2,7 @@
 
 mod bench;
 mod chat;
+mod convert;
 mod doctor;
 mod eval;
 mod generate;
@@ -20,6 +21,7 @@ pub(crate) fn run() -> Result<()> {
     init_tracing(cli.verbose, cli.quiet);
     let ui = Ui::new(cli.quiet);
     match cli.command {
+        Command::Convert(args) => convert::run(&args, &ui),
         Command::Eval(args) => eval::run(&args, &ui),
         Command::Generate(args) => generate::run(&args, &ui),
         Command::Chat(args) => chat::run(&args, &ui),
@@ -29,7 +31,6 @@ pub(crate) fn run() -> Result<()> {
         Command::Pull(args) => pull::run(&args, &ui),
         Command::Completions(args) => pages::completions(&args),
         Command::Man(_) => pages::man(),
-        _ => unreachable!(),
     }
 }
 

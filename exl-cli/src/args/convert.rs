@@ -33,9 +33,10 @@ pub(crate) struct ConvertArgs {
     #[arg(short, long, value_name = "BITS", value_delimiter = ',', value_parser = parse_bits,
           required_unless_present = "measure_only")]
     pub(crate) bits: Vec<f64>,
-    /// Bits of the output head: 2, 3, 4, 5, 6, 8 or 16 (kept as it is) [-hb]
-    #[arg(long, value_name = "BITS", default_value_t = 6, value_parser = parse_head_bits)]
-    pub(crate) head_bits: u8,
+    /// Bits of the output head: 2, 3, 4, 5, 6, 8 or 16 (kept as it is) [-hb] [default: what is
+    /// best within the size of a 6-bit head]
+    #[arg(long, value_name = "BITS", value_parser = parse_head_bits)]
+    pub(crate) head_bits: Option<u8>,
 
     /// Calibration text: .parquet, .jsonl, .txt, or .safetensors with `input_ids` [default: built in]
     #[arg(short, long, value_name = "FILE", help_heading = "Calibration")]
@@ -44,10 +45,10 @@ pub(crate) struct ConvertArgs {
     #[arg(short, long, value_name = "N", default_value_t = 100, help_heading = "Calibration",
           value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) rows: u32,
-    /// Tokens per calibration row
-    #[arg(short, long, value_name = "N", default_value_t = 2048, help_heading = "Calibration",
+    /// Tokens per calibration row [default: 2048, or the model's maximum]
+    #[arg(short, long, value_name = "N", help_heading = "Calibration",
           value_parser = clap::value_parser!(u32).range(2..))]
-    pub(crate) length: u32,
+    pub(crate) length: Option<u32>,
     /// Rows for the measurement [-mr]
     #[arg(long, value_name = "N", default_value_t = 16, help_heading = "Calibration",
           value_parser = clap::value_parser!(u32).range(1..))]

@@ -1,7 +1,6 @@
 //! `exl eval`: perplexity, and the distance to a reference.
 
 mod rows;
-mod score;
 
 use crate::args::{CacheMode, EvalArgs};
 use crate::cmd::info::bits;
@@ -11,8 +10,8 @@ use crate::signal::{self, StopFlag};
 use crate::ui::{self, Align, Table, Ui};
 use anyhow::{Result, bail};
 use exl_models::{LogitRows, ModelSource, Runner, SeqSlice};
+use exl_quant::KlScore;
 use exl_tensor::PAGE_TOKENS;
-use score::{Logits, Score};
 use serde::Serialize;
 use std::path::Path;
 use std::time::Instant;
@@ -62,13 +61,14 @@ pub(crate) fn run(args: &EvalArgs, ui: &Ui) -> Result<()> {
     }
     .run(&source, reference.as_ref())?;
     let bits = bits(&source);
+    let compared = reference.is_some();
     let report = Report {
         rows: rows.len(),
         length: rows.first().map_or(0, Vec::len),
         ppl: score.perplexity(),
-        kl: score.kl(),
-        kl_p99: score.kl_p99(),
-        top1: score.top1(),
+        kl: compared.then(|| score.mean_kl()),
+        kl_p99: compared.then(|| score.p99_kl()),
+        top1: compared.then(|| score.top1()),
         bytes: bits.bytes,
         bpw: bits.bpw,
         head_bpw: bits.head_bpw,
@@ -128,7 +128,7 @@ struct Evaluation<'a> {
 }
 
 impl Evaluation<'_> {
-    fn run(&self, source: &ModelSource, reference: Option<&ModelSource>) -> Result<Score> {
+    fn run(&self, source: &ModelSource, reference: Option<&ModelSource>) -> Result<KlScore> {
         let spec = source.spec();
         if let Some(other) = reference
             .map(|r| r.spec())
@@ -154,7 +154,7 @@ impl Evaluation<'_> {
         let mode = self.args.cache.unwrap_or(CacheMode::F32);
         let mut judged = self.runner(source, mode, side_by_side)?;
         let mut progress = self.ui.steps("evaluating", self.rows.len() as u64);
-        let mut score = Score::default();
+        let mut score = KlScore::new();
         for rows in self.rows.chunks(side_by_side) {
             if self.args.cache.is_some() {
                 self.token_by_token(rows, &mut judged, right.as_mut(), &mut score)?;
@@ -195,7 +195,7 @@ impl Evaluation<'_> {
         rows: &[Vec<u32>],
         judged: &mut Runner,
         mut right: Option<&mut Runner>,
-        score: &mut Score,
+        score: &mut KlScore,
     ) -> Result<()> {
         let vocab = judged.model().spec().vocab;
         let length = rows[0].len();
@@ -230,7 +230,7 @@ impl Evaluation<'_> {
         row: &[u32],
         mut judged: Judged<'_>,
         mut right: Option<&mut Runner>,
-        score: &mut Score,
+        score: &mut KlScore,
     ) -> Result<()> {
         let vocab = judged.vocab(row.len());
         let chunk = (LOGITS_BYTES / (4 * vocab)).clamp(1, CHUNK_ROWS);
@@ -244,19 +244,21 @@ impl Evaluation<'_> {
                 pages: &pages,
                 logits: LogitRows::All,
             };
-            let logits = Logits {
-                reference: match &mut right {
-                    Some(runner) => Some(runner.step(&[slice])?),
-                    None => None,
-                },
-                judged: match &mut judged {
-                    Judged::Runner(runner) => runner.step(&[slice])?,
-                    Judged::Known(logits) => &logits[start * vocab..end * vocab],
-                },
-                vocab,
-                next: &row[start + 1..row.len().min(end + 1)],
+            let quantized = match &mut judged {
+                Judged::Runner(runner) => runner.step(&[slice])?,
+                Judged::Known(logits) => &logits[start * vocab..end * vocab],
             };
-            score.add(&logits, session::threads(&self.args.compute.device));
+            let reference = match &mut right {
+                Some(runner) => runner.step(&[slice])?,
+                // Perplexity needs no reference; the divergence is not reported then.
+                None => quantized,
+            };
+            score.add(
+                reference,
+                quantized,
+                vocab,
+                &row[start + 1..row.len().min(end + 1)],
+            );
         }
         Ok(())
     }

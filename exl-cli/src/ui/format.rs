@@ -44,7 +44,7 @@ pub(crate) fn bar(share: f64, width: usize) -> String {
     const EIGHTHS: [char; 8] = [' ', '▏', '▎', '▍', '▌', '▋', '▊', '▉'];
     let filled = (share.clamp(0.0, 1.0) * width as f64 * 8.0).round() as usize;
     let mut cells: String = "█".repeat(filled / 8);
-    if filled % 8 > 0 {
+    if !filled.is_multiple_of(8) {
         cells.push(EIGHTHS[filled % 8]);
     }
     let used = cells.chars().count();

@@ -136,7 +136,9 @@ fn remaining(elapsed: Duration, share: f64) -> Option<Duration> {
 fn new_bar(label: &str, total: u64, unit: Unit) -> ProgressBar {
     let template = match unit {
         Unit::Steps => "{msg} {wide_bar} {pos}/{len} {percent}% {elapsed} eta {eta}",
-        Unit::Bytes => "{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} eta {eta}",
+        Unit::Bytes => {
+            "{msg} {wide_bar} {decimal_bytes}/{decimal_total_bytes} {decimal_bytes_per_sec} eta {eta}"
+        }
     };
     let style = ProgressStyle::with_template(template)
         .unwrap_or_else(|_| ProgressStyle::default_bar())

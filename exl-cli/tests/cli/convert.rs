@@ -46,15 +46,17 @@ fn weights(dir: &Path) -> Vec<(String, Vec<u8>)> {
 fn a_converted_model_is_smaller_close_and_speaks() {
     let temp = TempDir::new();
     let out = temp.join("quantized");
-    let report = run(small(&out, "4.0").arg("--json")).success().json();
-    assert!(report.is_object(), "{report}");
+    let report = run(small(&out, "4.0").args(["-hb", "6", "--json"]))
+        .success()
+        .json();
+    assert_eq!(report["results"][0]["bits"], 4.0);
     assert!(out.join("quality.json").is_file());
 
     let info = run(&mut exl(["info", text(&out), "--json"]))
         .success()
         .json();
     let bpw = info["bpw"].as_f64().unwrap();
-    assert!((3.6..=4.3).contains(&bpw), "{bpw}");
+    assert!((3.8..=4.0).contains(&bpw), "{bpw}");
     assert_eq!(info["storage"], "EXL2");
 
     let args = [

@@ -63,42 +63,20 @@ pub(super) fn measure(
     ui: &Ui,
 ) -> Result<Report> {
     let start = Instant::now();
-    let longest = longest(settings);
-    let options = session::load_options(settings.load, &settings.compute, Some(longest));
+    let options = session::load_options(settings.load, &settings.compute, None);
     let source = session::open(dir, &options, ui)?;
     let loaded = session::load(&source, stop, ui)?;
+    drop(source);
     let load_seconds = start.elapsed().as_secs_f64();
     let mut options = session::runner_options(&settings.compute, settings.cache)?;
+    let batch = settings.batch.iter().copied().max().unwrap_or(1);
     options.pages = pages(settings) + 1;
-    options.max_rows = CHUNK_ROWS.max(settings.batch.iter().copied().max().unwrap_or(1));
-    options.max_seqs = settings.batch.iter().copied().max().unwrap_or(1);
+    options.max_rows = CHUNK_ROWS.max(batch);
+    options.max_seqs = batch;
     let mut runner = Runner::new(loaded.model, options)?;
-    let total = settings.prefill.len() + settings.batch.len() * settings.context.len();
-    let mut progress = ui.steps("measuring", total as u64);
-
-    let mut prefill = Vec::new();
-    for &tokens in &settings.prefill {
-        progress.set_label(&format!("prefill of {tokens}"));
-        prefill.push(time_prefill(&mut runner, tokens, settings.repeats, stop)?);
-        progress.add(1);
-    }
-    let mut decode = Vec::new();
-    for &batch in &settings.batch {
-        for &context in &settings.context {
-            progress.set_label(&format!("decode of {batch} at {context}"));
-            decode.push(time_decode(
-                &mut runner,
-                (batch, context),
-                settings,
-                bandwidth,
-                stop,
-            )?);
-            progress.add(1);
-        }
-    }
-    let cost = runner
-        .model()
-        .cost(&decode_key(1, 1), runner.options().kv_dtype, 0);
+    let (prefill, decode) = speeds(&mut runner, settings, bandwidth, stop, ui)?;
+    let dtype = runner.options().kv_dtype;
+    let cost = runner.model().cost(&decode_key(1, 1), dtype, 0);
     let resident = machine::resident();
     Ok(Report {
         device: session::device_name(&runner),
@@ -118,20 +96,35 @@ pub(super) fn measure(
     })
 }
 
-/// Tokens of the longest sequence any measurement makes.
-fn longest(settings: &Settings) -> usize {
-    let decode = settings
-        .context
-        .iter()
-        .max()
-        .map_or(0, |c| c + decode_tokens(settings));
-    settings
-        .prefill
-        .iter()
-        .copied()
-        .max()
-        .unwrap_or(0)
-        .max(decode)
+fn speeds(
+    runner: &mut Runner,
+    settings: &Settings,
+    bandwidth: f64,
+    stop: &StopFlag,
+    ui: &Ui,
+) -> Result<(Vec<Prefill>, Vec<Decode>)> {
+    let total = settings.prefill.len() + settings.batch.len() * settings.context.len();
+    let mut progress = ui.steps("measuring", total as u64);
+    let (mut prefill, mut decode) = (Vec::new(), Vec::new());
+    for &tokens in &settings.prefill {
+        progress.set_label(&format!("prefill of {tokens}"));
+        prefill.push(time_prefill(runner, tokens, settings.repeats, stop)?);
+        progress.add(1);
+    }
+    for &batch in &settings.batch {
+        for &context in &settings.context {
+            progress.set_label(&format!("decode of {batch} at {context}"));
+            decode.push(time_decode(
+                runner,
+                (batch, context),
+                settings,
+                bandwidth,
+                stop,
+            )?);
+            progress.add(1);
+        }
+    }
+    Ok((prefill, decode))
 }
 
 /// Pages that the hungriest measurement needs.

@@ -10,6 +10,7 @@ mod qgemm;
 mod rows;
 mod syrk;
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 pub use isa::Isa;
@@ -46,6 +47,7 @@ pub struct Cpu {
     pool: Pool,
     activations: Activations,
     scratch: Mutex<Vec<Line>>,
+    growths: AtomicUsize,
 }
 
 /// One cache line of scratch.
@@ -67,7 +69,42 @@ impl Cpu {
             pool: Pool::new(options.threads),
             activations: options.activations,
             scratch: Mutex::new(Vec::new()),
+            growths: AtomicUsize::new(0),
         }
+    }
+
+    /// Scratch memory, in bytes, that [`Cpu::run`] needs for an op.
+    pub fn workspace_bytes(&self, op: &Op<'_>) -> usize {
+        let threads = self.pool.threads();
+        let words = match op {
+            Op::Linear(op) => linear::words(op, threads),
+            Op::GateUp(op) => linear::gate_up_words(op, threads),
+            Op::RmsNorm(op) => rows::rms_norm_words(op),
+            Op::RopeAppend(op) => rows::rope_append_words(op),
+            Op::PagedAttn(op) => paged_attn::words(op, threads),
+            Op::Embed(_)
+            | Op::GatherRows(_)
+            | Op::ScaleLogits(_)
+            | Op::HessianSyrk(_)
+            | Op::Dequant(_) => 0,
+        };
+        4 * words.next_multiple_of(16)
+    }
+
+    /// Makes room for ops that need up to `bytes` of scratch memory, so that running them
+    /// allocates nothing.
+    pub fn reserve(&self, bytes: usize) {
+        let mut lines = self.scratch.lock().unwrap_or_else(PoisonError::into_inner);
+        let wanted = bytes.div_ceil(size_of::<Line>());
+        if lines.len() < wanted {
+            *lines = vec![Line([0; 16]); wanted];
+        }
+    }
+
+    /// How often [`Cpu::run`] had to allocate because too little was reserved: constant once
+    /// every shape has been seen.
+    pub fn growths(&self) -> usize {
+        self.growths.load(Ordering::Relaxed)
     }
 
     /// Lends `words` 4-byte words of scratch. Grows on the first use of a size; later steps of
@@ -77,6 +114,7 @@ impl Cpu {
         let wanted = words.div_ceil(16);
         if lines.len() < wanted {
             *lines = vec![Line([0; 16]); wanted];
+            self.growths.fetch_add(1, Ordering::Relaxed);
         }
         use_it(&mut bytemuck::cast_slice_mut(&mut lines)[..words])
     }

@@ -1,16 +1,23 @@
 //! `Linear` and `GateUp`: columns in chunks over the threads, rows in blocks that fit L2.
+//!
+//! Matrices that agree in permutation and group sizes share their prepared activations, and all
+//! matrices of an op share one parallel region.
+
+use std::ops::Range;
 
 use super::dense::{self, Dense};
 use super::qgemm::{self, CHUNK, Input, Product};
 use super::{Cpu, Isa};
 use crate::ops::{GateUp, Linear, LinearPart, Matrix};
 use crate::quant::PANEL;
-use crate::{Mem, Result};
+use crate::{Mem, QuantMatrix, Result};
 
 /// Tiles of a block of rows: their activations and the accumulator stay in L2 while columns go by.
 const BLOCK_TILES: usize = 32;
 /// Rows up to which dense matrices are read in their storage type.
 const STREAM_ROWS: usize = 4;
+/// Parts of a linear op that run in one parallel region: q, k and v, and one to spare.
+const FUSED: usize = 4;
 
 /// A matrix with its input prepared.
 enum Source<'a> {
@@ -65,11 +72,11 @@ impl Out {
     }
 }
 
-/// Scratch words a quantized matrix needs for its input.
-fn input_words(matrix: &Matrix<'_>, rows: usize) -> usize {
+/// The matrix of an op, when it is quantized.
+fn quantized<'a>(matrix: &Matrix<'a>) -> Option<&'a QuantMatrix> {
     match matrix {
-        Matrix::Dense(_) => 0,
-        Matrix::Quant(q) => qgemm::scratch_words(q, rows),
+        Matrix::Dense(_) => None,
+        Matrix::Quant(q) => Some(q),
     }
 }
 
@@ -78,42 +85,118 @@ fn block_rows(rows: usize) -> usize {
     (BLOCK_TILES * qgemm::tile_rows(rows)).min(rows)
 }
 
-/// Scratch words of one thread: two accumulators, and a tile of f32 columns per matrix when one
-/// is dense and has more rows than are streamed.
-fn thread_words(rows: usize, inputs: usize, matrices: &[&Matrix<'_>]) -> usize {
-    let dense = matrices.iter().any(|m| matches!(m, Matrix::Dense(_)));
-    let tile = if dense && rows > STREAM_ROWS {
-        CHUNK * inputs
-    } else {
-        0
-    };
-    2 * block_rows(rows) * CHUNK + matrices.len() * tile
+/// Up to [`FUSED`] matrices that multiply the same activations.
+struct Matrices<'m, 'a> {
+    list: [Option<&'m Matrix<'a>>; FUSED],
+    rows: usize,
+    inputs: usize,
 }
 
-fn source<'a>(
-    cpu: &Cpu,
-    matrix: &Matrix<'a>,
-    x: &'a [f32],
-    inputs: usize,
-    input: &'a mut Option<Input<'a>>,
-    words: &'a mut [i32],
-) -> Result<Source<'a>> {
-    Ok(match matrix {
-        Matrix::Dense(mem) => Source::Dense {
-            w: Dense::new(mem)?,
-            x,
+impl<'m, 'a> Matrices<'m, 'a> {
+    fn new(
+        list: impl Iterator<Item = &'m Matrix<'a>>,
+        (rows, inputs): (usize, usize),
+    ) -> Matrices<'m, 'a> {
+        let mut matrices = Matrices {
+            list: [None; FUSED],
+            rows,
             inputs,
-        },
-        Matrix::Quant(q) => {
-            let settings = (cpu.pool(), cpu.isa(), cpu.activations());
-            let input = input.insert(Input::new(x, q, words, settings));
-            Source::Quant(Product {
-                matrix: q,
-                input,
-                isa: cpu.isa(),
-            })
+        };
+        matrices
+            .list
+            .iter_mut()
+            .zip(list)
+            .for_each(|(to, m)| *to = Some(m));
+        matrices
+    }
+
+    fn quant(&self, i: usize) -> Option<&'a QuantMatrix> {
+        self.list[i].and_then(quantized)
+    }
+
+    /// The first matrix whose prepared input the `i`-th can use: itself or an earlier one.
+    fn input_of(&self, i: usize) -> usize {
+        let Some(matrix) = self.quant(i) else {
+            return i;
+        };
+        (0..i)
+            .find(|&j| self.quant(j).is_some_and(|q| q.shares_input(matrix)))
+            .unwrap_or(i)
+    }
+
+    /// Scratch words for the prepared input of the `i`-th matrix.
+    fn input_words(&self, i: usize) -> usize {
+        match self.quant(i) {
+            Some(q) if self.input_of(i) == i => {
+                qgemm::scratch_words(q, self.rows).next_multiple_of(16)
+            }
+            _ => 0,
         }
-    })
+    }
+
+    /// Scratch words of one thread: an accumulator per matrix that a task computes, and for each
+    /// a tile of f32 columns when a matrix is dense and has more rows than are streamed.
+    fn thread_words(&self, per_task: usize) -> usize {
+        let dense = |m: &Option<&Matrix<'_>>| matches!(m, Some(Matrix::Dense(_)));
+        let tile = if self.list.iter().any(dense) && self.rows > STREAM_ROWS {
+            CHUNK * self.inputs
+        } else {
+            0
+        };
+        (per_task * (block_rows(self.rows) * CHUNK + tile)).next_multiple_of(16)
+    }
+
+    /// Scratch words of the op.
+    fn words(&self, per_task: usize, threads: usize) -> usize {
+        let inputs: usize = (0..FUSED).map(|i| self.input_words(i)).sum();
+        inputs + threads * self.thread_words(per_task)
+    }
+
+    /// Prepares the inputs and calls `go` with the sources of the matrices (`None` past the last)
+    /// and the threads' scratch.
+    fn prepare(
+        &self,
+        cpu: &Cpu,
+        x: &[f32],
+        per_task: usize,
+        go: impl FnOnce(&[Option<Source<'_>>; FUSED], &ThreadScratch) -> Result<()>,
+    ) -> Result<()> {
+        let threads = cpu.pool().threads();
+        cpu.scratch(self.words(per_task, threads), |scratch| {
+            let mut rest = scratch;
+            let mut inputs = [const { None }; FUSED];
+            for (i, input) in inputs.iter_mut().enumerate() {
+                let (mine, after) = std::mem::take(&mut rest).split_at_mut(self.input_words(i));
+                rest = after;
+                if let Some(q) = self.quant(i).filter(|_| !mine.is_empty()) {
+                    let settings = (cpu.pool(), cpu.isa(), cpu.activations());
+                    *input = Some(Input::new(x, q, mine, settings));
+                }
+            }
+            let mut sources = [const { None }; FUSED];
+            for (i, source) in sources.iter_mut().enumerate() {
+                *source = match self.list[i] {
+                    None => None,
+                    Some(Matrix::Dense(mem)) => Some(Source::Dense {
+                        w: Dense::new(mem)?,
+                        x,
+                        inputs: self.inputs,
+                    }),
+                    Some(Matrix::Quant(matrix)) => inputs[self.input_of(i)].as_ref().map(|input| {
+                        Source::Quant(Product {
+                            matrix,
+                            input,
+                            isa: cpu.isa(),
+                        })
+                    }),
+                };
+            }
+            let words = self.thread_words(per_task);
+            let threads: &mut [f32] = bytemuck::cast_slice_mut(rest);
+            let ptr = threads.as_mut_ptr();
+            go(&sources, &ThreadScratch { ptr, words })
+        })
+    }
 }
 
 impl Source<'_> {
@@ -121,7 +204,7 @@ impl Source<'_> {
     fn run(
         &self,
         (first, columns): (usize, usize),
-        rows: std::ops::Range<usize>,
+        rows: Range<usize>,
         acc: &mut [f32],
         (tile, isa): (&mut [f32], Isa),
     ) {
@@ -153,39 +236,48 @@ impl Source<'_> {
 }
 
 /// Takes a block's rows, first column, number of columns, and an accumulator per source.
-type Finish<'a> = dyn Fn(std::ops::Range<usize>, (usize, usize), &mut [&mut [f32]]) + Sync + 'a;
+type Finish<'a> = dyn Fn(usize, Range<usize>, (usize, usize), &mut [f32]) + Sync + 'a;
+
+/// Columns that the same sources compute.
+struct Columns<'a> {
+    sources: &'a [Option<Source<'a>>],
+    outputs: usize,
+}
 
 /// Splits the columns over the threads and the rows into blocks, and calls
-/// `finish(rows, first, columns, acc_a, acc_b)` for each.
+/// `finish(index of the columns, rows, (first, count), accumulators)` for each.
 fn sweep(
     cpu: &Cpu,
-    (rows, outputs): (usize, usize),
-    sources: &[Source<'_>],
+    rows: usize,
+    all: &[Columns<'_>],
     scratch: &ThreadScratch,
     finish: &Finish<'_>,
 ) {
+    let outputs = all.iter().map(|c| c.outputs).sum();
     let chunk = chunk_columns(outputs, cpu.pool().threads(), rows);
-    let isa = cpu.isa();
-    cpu.pool().run(outputs.div_ceil(chunk), &|task, thread| {
+    let tasks = all.iter().map(|c| c.outputs.div_ceil(chunk)).sum();
+    let block = block_rows(rows);
+    cpu.pool().run(tasks, &|task, thread| {
+        let (mut index, mut task) = (0, task);
+        while task >= all[index].outputs.div_ceil(chunk) {
+            task -= all[index].outputs.div_ceil(chunk);
+            index += 1;
+        }
+        let Columns { sources, outputs } = &all[index];
         let first = task * chunk;
         let columns = chunk.min(outputs - first);
         // SAFETY: each thread index runs one task at a time and gets its own range.
         let mine = unsafe { scratch.of(thread) };
-        let block = block_rows(rows);
-        let half = block * CHUNK;
-        let (acc_a, rest) = mine.split_at_mut(half);
-        let (acc_b, tile) = rest.split_at_mut(half);
-        let mut accs = [acc_a, acc_b];
-        let tile_words = tile.len() / sources.len();
-        let mut start = 0;
-        while start < rows {
+        let (accs, tiles) = mine.split_at_mut(sources.len() * block * CHUNK);
+        let tile_words = tiles.len() / sources.len();
+        for start in (0..rows).step_by(block) {
             let end = (start + block).min(rows);
-            for (i, source) in sources.iter().enumerate() {
-                let tile = &mut tile[i * tile_words..][..tile_words];
-                source.run((first, columns), start..end, accs[i], (tile, isa));
+            for (i, source) in sources.iter().flatten().enumerate() {
+                let tile = &mut tiles[i * tile_words..][..tile_words];
+                let acc = &mut accs[i * block * CHUNK..][..block * CHUNK];
+                source.run((first, columns), start..end, acc, (tile, cpu.isa()));
             }
-            finish(start..end, (first, columns), &mut accs);
-            start = end;
+            finish(index, start..end, (first, columns), accs);
         }
     });
 }
@@ -226,56 +318,78 @@ impl ThreadScratch {
     }
 }
 
-pub(super) fn run(op: &mut Linear<'_>, cpu: &Cpu) -> Result<()> {
-    let (rows, inputs) = (op.rows, op.inputs);
-    let x = op.x.slice::<f32>()?;
-    if rows == 0 {
-        return Ok(());
-    }
-    for part in &mut op.parts {
-        run_part(part, x, (rows, inputs), cpu)?;
-    }
-    Ok(())
+/// Scratch words of a linear op.
+pub(super) fn words(op: &Linear<'_>, threads: usize) -> usize {
+    let parts = op.parts.chunks(FUSED).map(|parts| {
+        Matrices::new(parts.iter().map(|p| &p.matrix), (op.rows, op.inputs)).words(1, threads)
+    });
+    parts.max().unwrap_or(0)
 }
 
-fn run_part(
-    part: &mut LinearPart<'_>,
+pub(super) fn run(op: &mut Linear<'_>, cpu: &Cpu) -> Result<()> {
+    let shape = (op.rows, op.inputs);
+    if op.rows == 0 {
+        return Ok(());
+    }
+    let x = op.x.slice::<f32>()?;
+    op.parts
+        .chunks_mut(FUSED)
+        .try_for_each(|parts| run_parts(parts, x, shape, cpu))
+}
+
+/// Where the product of a part goes and what is added to it.
+struct Target<'a> {
+    out: Out,
+    bias: Vector<'a>,
+    residual: Residual,
+}
+
+impl<'a> Target<'a> {
+    fn new(part: &mut LinearPart<'a>) -> Result<Self> {
+        // The residual may be the output itself: each element is read before it is written.
+        let residual = part.residual.as_ref();
+        let residual = residual.map(|m| m.slice::<f32>().map(<[f32]>::as_ptr));
+        Ok(Self {
+            bias: Vector::new(&part.bias)?,
+            residual: Residual(residual.transpose()?),
+            out: Out::new(&mut part.out, part.outputs)?,
+        })
+    }
+}
+
+fn run_parts(
+    parts: &mut [LinearPart<'_>],
     x: &[f32],
     (rows, inputs): (usize, usize),
     cpu: &Cpu,
 ) -> Result<()> {
-    let outputs = part.outputs;
-    let words = input_words(&part.matrix, rows);
-    let per_thread = thread_words(rows, inputs, &[&part.matrix]);
-    cpu.scratch(words + per_thread * cpu.pool().threads(), |scratch| {
-        let (input_words, threads) = scratch.split_at_mut(words);
-        let threads: &mut [f32] = bytemuck::cast_slice_mut(threads);
-        let threads = ThreadScratch {
-            ptr: threads.as_mut_ptr(),
-            words: per_thread,
-        };
-        let mut input = None;
-        let source = source(cpu, &part.matrix, x, inputs, &mut input, input_words)?;
-        let bias = Vector::new(&part.bias)?;
-        // The residual may be the output itself: each element is read before it is written.
-        let residual = part
-            .residual
-            .as_ref()
-            .map(|m| m.slice::<f32>().map(<[f32]>::as_ptr));
-        let residual = Residual(residual.transpose()?);
-        let out = Out::new(&mut part.out, outputs)?;
+    let mut targets = [const { None }; FUSED];
+    for (target, part) in targets.iter_mut().zip(parts.iter_mut()) {
+        *target = Some(Target::new(part)?);
+    }
+    let parts = &*parts;
+    let matrices = Matrices::new(parts.iter().map(|p| &p.matrix), (rows, inputs));
+    matrices.prepare(cpu, x, 1, |sources, threads| {
+        let columns: [Columns<'_>; FUSED] = std::array::from_fn(|i| Columns {
+            sources: &sources[i..=i],
+            outputs: parts.get(i).map_or(0, |p| p.outputs),
+        });
         sweep(
             cpu,
-            (rows, outputs),
-            &[source],
-            &threads,
-            &|block, (first, n), accs| {
-                for (row, acc) in block.zip(accs[0].chunks_exact_mut(CHUNK)) {
+            rows,
+            &columns[..parts.len()],
+            threads,
+            &|index, block, (first, n), accs| {
+                let Some(target) = &targets[index] else {
+                    return;
+                };
+                let outputs = parts[index].outputs;
+                for (row, acc) in block.zip(accs.chunks_exact_mut(CHUNK)) {
                     let acc = &mut acc[..n];
-                    bias.add_to(first, acc, cpu.isa());
-                    residual.add_to(row * outputs + first, acc);
+                    target.bias.add_to(first, acc, cpu.isa());
+                    target.residual.add_to(row * outputs + first, acc);
                     // SAFETY: tasks have disjoint columns, rows are below `rows`.
-                    unsafe { out.row(row, first, n) }.copy_from_slice(acc);
+                    unsafe { target.out.row(row, first, n) }.copy_from_slice(acc);
                 }
             },
         );
@@ -298,50 +412,40 @@ impl Residual {
     }
 }
 
+/// Scratch words of a gate-up op.
+pub(super) fn gate_up_words(op: &GateUp<'_>, threads: usize) -> usize {
+    Matrices::new([&op.gate, &op.up].into_iter(), (op.rows, op.inputs)).words(2, threads)
+}
+
 pub(super) fn gate_up(op: &mut GateUp<'_>, cpu: &Cpu) -> Result<()> {
-    let (rows, inputs, outputs) = (op.rows, op.inputs, op.outputs);
+    let (rows, outputs) = (op.rows, op.outputs);
     if rows == 0 {
         return Ok(());
     }
     let x = op.x.slice::<f32>()?;
-    let (gate_words, up_words) = (input_words(&op.gate, rows), input_words(&op.up, rows));
-    let per_thread = thread_words(rows, inputs, &[&op.gate, &op.up]);
-    cpu.scratch(
-        gate_words + up_words + per_thread * cpu.pool().threads(),
-        |scratch| {
-            let (gate_scratch, rest) = scratch.split_at_mut(gate_words);
-            let (up_scratch, threads) = rest.split_at_mut(up_words);
-            let threads: &mut [f32] = bytemuck::cast_slice_mut(threads);
-            let threads = ThreadScratch {
-                ptr: threads.as_mut_ptr(),
-                words: per_thread,
-            };
-            let (mut gate_input, mut up_input) = (None, None);
-            let sources = [
-                source(cpu, &op.gate, x, inputs, &mut gate_input, gate_scratch)?,
-                source(cpu, &op.up, x, inputs, &mut up_input, up_scratch)?,
-            ];
-            let biases = [Vector::new(&op.gate_bias)?, Vector::new(&op.up_bias)?];
-            let (act, isa) = (op.act, cpu.isa());
-            let out = Out::new(&mut op.out, outputs)?;
-            sweep(
-                cpu,
-                (rows, outputs),
-                &sources,
-                &threads,
-                &|block, (first, n), accs| {
-                    let [gate, up] = accs else { return };
-                    let pairs = gate.chunks_exact_mut(CHUNK).zip(up.chunks_exact_mut(CHUNK));
-                    for (row, (gate, up)) in block.zip(pairs) {
-                        biases[0].add_to(first, &mut gate[..n], isa);
-                        biases[1].add_to(first, &mut up[..n], isa);
-                        // SAFETY: tasks have disjoint columns, rows are below `rows`.
-                        let out = unsafe { out.row(row, first, n) };
-                        super::math::gated(act, &gate[..n], &up[..n], out, isa);
-                    }
-                },
-            );
-            Ok(())
-        },
-    )
+    let biases = [Vector::new(&op.gate_bias)?, Vector::new(&op.up_bias)?];
+    let (act, isa) = (op.act, cpu.isa());
+    let out = Out::new(&mut op.out, outputs)?;
+    let matrices = Matrices::new([&op.gate, &op.up].into_iter(), (rows, op.inputs));
+    matrices.prepare(cpu, x, 2, |sources, threads| {
+        let sources = &sources[..2];
+        sweep(
+            cpu,
+            rows,
+            &[Columns { sources, outputs }],
+            threads,
+            &|_, block, (first, n), accs| {
+                let (gate, up) = accs.split_at_mut(accs.len() / 2);
+                let pairs = gate.chunks_exact_mut(CHUNK).zip(up.chunks_exact_mut(CHUNK));
+                for (row, (gate, up)) in block.zip(pairs) {
+                    biases[0].add_to(first, &mut gate[..n], isa);
+                    biases[1].add_to(first, &mut up[..n], isa);
+                    // SAFETY: tasks have disjoint columns, rows are below `rows`.
+                    let out = unsafe { out.row(row, first, n) };
+                    super::math::gated(act, &gate[..n], &up[..n], out, isa);
+                }
+            },
+        );
+        Ok(())
+    })
 }

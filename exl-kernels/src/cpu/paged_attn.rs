@@ -76,6 +76,11 @@ fn scratch_words(d: usize) -> usize {
     2 * QUERIES * d + QUERIES * KEYS + 2 * KEYS * d + 2 * QUERIES
 }
 
+/// Scratch words of an attention op.
+pub(super) fn words(op: &PagedAttn<'_>, threads: usize) -> usize {
+    threads * scratch_words(op.head_dim)
+}
+
 fn split(words: &mut [f32], d: usize) -> Scratch<'_> {
     let (q, rest) = words.split_at_mut(QUERIES * d);
     let (out, rest) = rest.split_at_mut(QUERIES * d);
@@ -126,7 +131,7 @@ pub(super) fn run(op: &mut PagedAttn<'_>, cpu: &Cpu) -> Result<()> {
     let blocks = |s: usize| attn.rows_of(s).div_ceil(block);
     let tasks: usize = (0..op.seqs).map(|s| blocks(s) * op.kv_heads).sum();
     let words = scratch_words(op.head_dim);
-    cpu.scratch(words * cpu.pool().threads(), |scratch| {
+    cpu.scratch(self::words(op, cpu.pool().threads()), |scratch| {
         let scratch: &mut [f32] = bytemuck::cast_slice_mut(scratch);
         let threads = Threads(scratch.as_mut_ptr());
         cpu.pool().run(tasks, &|task, thread| {

@@ -1,19 +1,22 @@
 //! A small thread pool: workers spin briefly between parallel regions, then sleep.
+//!
+//! A region never waits for a worker that has not begun: on a busy machine the caller does the
+//! work of threads that get no processor, and they miss the region.
 
 use std::any::Any;
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
-/// Spins before a waiting thread sleeps: about 30 microseconds, longer than the serial gap between
+/// Spins before a waiting thread sleeps: about 50 microseconds, longer than the serial gap between
 /// two ops of a decode step, far shorter than a scheduler slice.
-const SPINS: u32 = 6000;
+const SPINS: u32 = 4000;
 
 type Task<'a> = dyn Fn(usize, usize) + Sync + 'a;
 
-/// The job in flight. The pointer is valid from the epoch's start until every worker checked in.
+/// The work of a region. The pointer is valid while a thread is counted in the region's gate.
 #[derive(Clone, Copy)]
 struct Job {
     task: *const Task<'static>,
@@ -23,11 +26,14 @@ struct Job {
 // SAFETY: the task behind the pointer is `Sync`, and `Pool::run` outlives every use of it.
 unsafe impl Send for Job {}
 
+/// Bit of the gate that lets workers in; the bits below count workers inside, the bits above
+/// count regions.
+const OPEN: u64 = 1 << 16;
+const REGION: u64 = 2 * OPEN;
+
 struct Shared {
-    /// Odd bits are unused; every region adds one.
-    epoch: AtomicU64,
+    gate: AtomicU64,
     next: AtomicUsize,
-    running: AtomicUsize,
     stop: AtomicBool,
     job: Mutex<Option<Job>>,
     sleepers: AtomicUsize,
@@ -43,6 +49,7 @@ pub struct Pool {
     workers: Vec<JoinHandle<()>>,
     /// One region at a time; callers from several threads take turns.
     region: Mutex<()>,
+    spins: u32,
 }
 
 impl fmt::Debug for Pool {
@@ -57,9 +64,8 @@ impl Pool {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let threads = if threads == 0 { cores } else { threads };
         let shared = Arc::new(Shared {
-            epoch: AtomicU64::new(0),
+            gate: AtomicU64::new(0),
             next: AtomicUsize::new(0),
-            running: AtomicUsize::new(0),
             stop: AtomicBool::new(false),
             job: Mutex::new(None),
             sleepers: AtomicUsize::new(0),
@@ -70,7 +76,7 @@ impl Pool {
         });
         // More threads than cores would spin against each other.
         let spins = if threads <= cores { SPINS } else { 0 };
-        let workers = (1..threads)
+        let workers = (1..threads.min(OPEN as usize))
             .filter_map(|thread| {
                 let shared = shared.clone();
                 std::thread::Builder::new()
@@ -83,6 +89,7 @@ impl Pool {
             shared,
             workers,
             region: Mutex::new(()),
+            spins,
         }
     }
 
@@ -93,6 +100,7 @@ impl Pool {
 
     /// Calls `task(index, thread)` once for every index below `tasks`, on all threads; returns
     /// when all calls did. `thread` is below [`Pool::threads`] and unique among concurrent calls.
+    /// A task must not call this function of the same pool.
     ///
     /// # Panics
     /// Passes on the first panic of a task, after every thread has left the region.
@@ -101,30 +109,25 @@ impl Pool {
             (0..tasks).for_each(|i| task(i, 0));
             return;
         }
-        let _region = self.region.lock().unwrap_or_else(PoisonError::into_inner);
+        let _region = lock(&self.region);
         let shared = &*self.shared;
         let pointer: *const Task<'_> = task;
         // SAFETY: only the lifetime changes; workers stop using the pointer before `run` returns.
         let pointer: *const Task<'static> = unsafe { std::mem::transmute(pointer) };
-        *lock(&shared.job) = Some(Job {
+        let job = Job {
             task: pointer,
             tasks,
-        });
+        };
+        *lock(&shared.job) = Some(job);
         shared.next.store(0, Ordering::Relaxed);
-        shared.running.store(self.workers.len(), Ordering::Relaxed);
-        shared.epoch.fetch_add(1, Ordering::SeqCst);
+        // The gate is closed and nobody is inside: this opens the next region.
+        shared.gate.fetch_add(REGION | OPEN, Ordering::SeqCst);
         if shared.sleepers.load(Ordering::SeqCst) > 0 {
             let _guard = lock(&shared.lock);
             shared.wake.notify_all();
         }
-        claim(
-            shared,
-            Job {
-                task: pointer,
-                tasks,
-            },
-            0,
-        );
+        claim(shared, job, 0);
+        shared.gate.fetch_and(!OPEN, Ordering::SeqCst);
         self.wait_for_workers();
         if let Some(payload) = lock(&shared.panic).take() {
             resume_unwind(payload);
@@ -133,18 +136,16 @@ impl Pool {
 
     fn wait_for_workers(&self) {
         let shared = &*self.shared;
-        for _ in 0..SPINS {
-            if shared.running.load(Ordering::Acquire) == 0 {
+        let inside = || shared.gate.load(Ordering::SeqCst) & (OPEN - 1) != 0;
+        for _ in 0..self.spins {
+            if !inside() {
                 return;
             }
             std::hint::spin_loop();
         }
         let mut guard = lock(&shared.lock);
-        while shared.running.load(Ordering::Acquire) != 0 {
-            guard = shared
-                .done
-                .wait(guard)
-                .unwrap_or_else(PoisonError::into_inner);
+        while inside() {
+            guard = wait(&shared.done, guard);
         }
     }
 }
@@ -152,7 +153,7 @@ impl Pool {
 impl Drop for Pool {
     fn drop(&mut self) {
         self.shared.stop.store(true, Ordering::SeqCst);
-        self.shared.epoch.fetch_add(1, Ordering::SeqCst);
+        self.shared.gate.fetch_add(REGION, Ordering::SeqCst);
         {
             let _guard = lock(&self.shared.lock);
             self.shared.wake.notify_all();
@@ -164,8 +165,14 @@ impl Drop for Pool {
     }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn wait<'a>(condition: &Condvar, guard: MutexGuard<'a, ()>) -> MutexGuard<'a, ()> {
+    condition
+        .wait(guard)
+        .unwrap_or_else(PoisonError::into_inner)
 }
 
 fn claim(shared: &Shared, job: Job, thread: usize) {
@@ -189,41 +196,59 @@ fn claim(shared: &Shared, job: Job, thread: usize) {
 fn worker(shared: &Shared, thread: usize, spins: u32) {
     let mut seen = 0;
     loop {
-        seen = wait_for_epoch(shared, seen, spins);
+        let gate = wait_for_region(shared, seen, spins);
+        seen = gate / REGION;
         if shared.stop.load(Ordering::SeqCst) {
             return;
+        }
+        if !enter(shared, gate) {
+            continue;
         }
         let job = *lock(&shared.job);
         if let Some(job) = job {
             claim(shared, job, thread);
         }
-        if shared.running.fetch_sub(1, Ordering::AcqRel) == 1 {
+        // The last one to leave a closed region wakes the caller if it sleeps.
+        if shared.gate.fetch_sub(1, Ordering::SeqCst) & (OPEN | (OPEN - 1)) == 1 {
             let _guard = lock(&shared.lock);
             shared.done.notify_all();
         }
     }
 }
 
-fn wait_for_epoch(shared: &Shared, seen: u64, spins: u32) -> u64 {
+/// Counts the thread in, unless the region that it saw has been closed.
+fn enter(shared: &Shared, mut gate: u64) -> bool {
+    let region = gate / REGION;
+    while gate & OPEN != 0 && gate / REGION == region {
+        match shared
+            .gate
+            .compare_exchange_weak(gate, gate + 1, Ordering::SeqCst, Ordering::SeqCst)
+        {
+            Ok(_) => return true,
+            Err(now) => gate = now,
+        }
+    }
+    false
+}
+
+/// The gate, once it belongs to another region than `seen`.
+fn wait_for_region(shared: &Shared, seen: u64, spins: u32) -> u64 {
     for _ in 0..spins {
-        let epoch = shared.epoch.load(Ordering::Acquire);
-        if epoch != seen {
-            return epoch;
+        let gate = shared.gate.load(Ordering::SeqCst);
+        if gate / REGION != seen {
+            return gate;
         }
         std::hint::spin_loop();
     }
     let mut guard = lock(&shared.lock);
     shared.sleepers.fetch_add(1, Ordering::SeqCst);
     loop {
-        let epoch = shared.epoch.load(Ordering::SeqCst);
-        if epoch != seen {
+        let gate = shared.gate.load(Ordering::SeqCst);
+        if gate / REGION != seen {
             shared.sleepers.fetch_sub(1, Ordering::SeqCst);
-            return epoch;
+            return gate;
         }
-        guard = shared
-            .wake
-            .wait(guard)
-            .unwrap_or_else(PoisonError::into_inner);
+        guard = wait(&shared.wake, guard);
     }
 }
 
@@ -260,5 +285,23 @@ mod tests {
             count.fetch_add(1, Ordering::Relaxed);
         });
         assert_eq!(count.load(Ordering::Relaxed), 10);
+    }
+
+    #[test]
+    fn callers_take_turns() {
+        let pool = Pool::new(2);
+        let total = AtomicUsize::new(0);
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for _ in 0..500 {
+                        pool.run(3, &|i, _| {
+                            total.fetch_add(i, Ordering::Relaxed);
+                        });
+                    }
+                });
+            }
+        });
+        assert_eq!(total.load(Ordering::Relaxed), 4 * 500 * 3);
     }
 }

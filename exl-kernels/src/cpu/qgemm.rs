@@ -24,7 +24,7 @@ pub(super) const TILE_ROWS: usize = 6;
 pub(super) const CHUNK: usize = 4 * PANEL;
 /// Rows up to which AVX-512 feeds codes straight from memory into byte dot products, tile by tile:
 /// a panel that one tile has read is in L1 or L2 for the next.
-const STREAM_ROWS: usize = 6;
+const STREAM_ROWS: usize = 18;
 
 /// How four packed rows ("quad") of quantized activations lie in 32-bit words.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -73,6 +73,11 @@ pub(super) fn embed(op: &mut Embed<'_>, cpu: &Cpu) -> Result<()> {
     Ok(())
 }
 
+/// Scratch words of a norm: its weight, widened.
+pub(super) fn rms_norm_words(op: &RmsNorm<'_>) -> usize {
+    op.dim
+}
+
 pub(super) fn rms_norm(op: &mut RmsNorm<'_>, cpu: &Cpu) -> Result<()> {
     let (dim, eps, offset, isa) = (op.dim, op.eps, op.offset, cpu.isa());
     // The output may be the input: rows are read through the pointer they are written through.
@@ -81,7 +86,7 @@ pub(super) fn rms_norm(op: &mut RmsNorm<'_>, cpu: &Cpu) -> Result<()> {
     let out = Rows(op.out.slice_mut::<f32>()?.as_mut_ptr());
     let in_place = std::ptr::eq(x.0, out.0);
     let source = Dense::new(&op.weight)?;
-    cpu.scratch(dim, |scratch| {
+    cpu.scratch(rms_norm_words(op), |scratch| {
         let weight: &mut [f32] = bytemuck::cast_slice_mut(scratch);
         source.copy_to(0, weight, isa);
         weight.iter_mut().for_each(|w| *w += offset);
@@ -202,6 +207,11 @@ impl Cache {
     }
 }
 
+/// Scratch words of a rotation: each row's cosines, sines and rotated key.
+pub(super) fn rope_append_words(op: &RopeAppend<'_>) -> usize {
+    op.rows * (2 * op.inv_freq.len() + op.kv_heads * op.head_dim)
+}
+
 pub(super) fn rope_append(op: &mut RopeAppend<'_>, cpu: &Cpu) -> Result<()> {
     let (d, width) = (op.head_dim, op.kv_heads * op.head_dim);
     let (positions, slots) = (op.positions.slice::<i32>()?, op.slots.slice::<i32>()?);
@@ -213,7 +223,7 @@ pub(super) fn rope_append(op: &mut RopeAppend<'_>, cpu: &Cpu) -> Result<()> {
     let q = Rows(op.q.slice_mut::<f32>()?.as_mut_ptr());
     let (k_cache, v_cache) = (Cache::new(&mut op.k_cache)?, Cache::new(&mut op.v_cache)?);
     let per_row = 2 * half + width;
-    cpu.scratch(op.rows * per_row, |scratch| {
+    cpu.scratch(rope_append_words(op), |scratch| {
         let scratch: &mut [f32] = bytemuck::cast_slice_mut(scratch);
         let scratch = Rows(scratch.as_mut_ptr());
         for_rows(cpu, op.rows, q_width + 2 * width, |r| {

@@ -451,8 +451,8 @@ fn add_bits<const SHIFT: usize>(plane: &[u8], codes: &mut [u8; BLOCK]) {
     const ONES: u64 = 0x0101_0101_0101_0101;
     for (&byte, codes) in plane.iter().zip(codes.chunks_exact_mut(8)) {
         // Byte j keeps bit j of the mask; adding 127 carries it into the byte's top bit.
-        let spread = u64::from(byte) * ONES & 0x8040_2010_0804_0201;
-        let bits = (spread + 127 * ONES) >> 7 & ONES;
+        let spread = (u64::from(byte) * ONES) & 0x8040_2010_0804_0201;
+        let bits = ((spread + 127 * ONES) >> 7) & ONES;
         for (code, bit) in codes.iter_mut().zip((bits << SHIFT).to_le_bytes()) {
             *code |= bit;
         }

@@ -97,15 +97,14 @@ unsafe fn sum_group<const M: usize, const T: usize, const BITS: usize>(
     // taken from slices of exactly those lengths.
     unsafe {
         let zeros = negated_zeros(p, panel, g);
-        // Even and odd vectors in chains of their own: a dot product takes five cycles. With many
-        // rows there are chains enough, and registers become scarce.
-        let split = M * T <= 4;
-        let mut even = [[_mm512_setzero_si512(); T]; M];
-        let mut odd = even;
+        // A dot product takes five cycles and two start in each: with few rows, a sum is spread
+        // over several chains. With many there are chains enough, and registers become scarce.
+        let chains = (8 / (M * T)).clamp(1, 4);
+        let mut acc = [[[_mm512_setzero_si512(); T]; M]; 4];
         let sums = &p.input.sums(tile, g)[..M];
-        for (even, sums) in even.iter_mut().zip(sums) {
-            for (even, sum) in even.iter_mut().zip(sums) {
-                *even = _mm512_mullo_epi32(zeros, _mm512_set1_epi32(*sum));
+        for (acc, sums) in acc[0].iter_mut().zip(sums) {
+            for (acc, sum) in acc.iter_mut().zip(sums) {
+                *acc = _mm512_mullo_epi32(zeros, _mm512_set1_epi32(*sum));
             }
         }
         let bytes = p.matrix.group_bytes(panel, group);
@@ -116,28 +115,26 @@ unsafe fn sum_group<const M: usize, const T: usize, const BITS: usize>(
                 _mm_prefetch::<_MM_HINT_T0>(code.wrapping_add(AHEAD + 64 * line).cast());
             }
             let v = unpack::<BITS>(code);
-            for i in 0..VECTORS / 2 {
+            for (q, v) in v.into_iter().enumerate() {
                 for r in 0..M {
                     for h in 0..T {
-                        let x = |q: usize| _mm512_set1_epi32(*word.add((q * T + h) * M + r));
-                        let (a, b) = (v[2 * i], v[2 * i + 1]);
-                        even[r][h] = _mm512_dpbusd_epi32(even[r][h], a, x(2 * i));
-                        if split {
-                            odd[r][h] = _mm512_dpbusd_epi32(odd[r][h], b, x(2 * i + 1));
-                        } else {
-                            even[r][h] = _mm512_dpbusd_epi32(even[r][h], b, x(2 * i + 1));
-                        }
+                        let x = _mm512_set1_epi32(*word.add((q * T + h) * M + r));
+                        let acc = &mut acc[q % chains][r][h];
+                        *acc = _mm512_dpbusd_epi32(*acc, v, x);
                     }
                 }
             }
             code = code.add(64 * BITS);
             word = word.add(T * VECTORS * M);
         }
-        for (even, odd) in even.iter_mut().zip(&odd) {
-            for (even, odd) in even.iter_mut().zip(odd) {
-                *even = _mm512_add_epi32(*even, *odd);
+        let [mut sum, rest @ ..] = acc;
+        for more in &rest[..chains - 1] {
+            for r in 0..M {
+                for h in 0..T {
+                    sum[r][h] = _mm512_add_epi32(sum[r][h], more[r][h]);
+                }
             }
         }
-        even
+        sum
     }
 }

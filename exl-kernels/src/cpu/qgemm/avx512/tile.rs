@@ -36,8 +36,8 @@ pub(super) unsafe fn run<const WIDE: bool>(
         let mut columns = [_mm512_setzero_ps(); CHUNK / PANEL];
         // SAFETY: the features are enabled here too; the chunk has at most four panels.
         unsafe {
-            for c in 0..count {
-                columns[c] = scales(p, first + c, index);
+            for (c, columns) in columns.iter_mut().enumerate().take(count) {
+                *columns = scales(p, first + c, index);
                 expand_group::<WIDE>(p, (first + c, c, count), (index, rows), &mut codes);
             }
             let group = Group {

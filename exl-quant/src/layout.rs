@@ -228,6 +228,28 @@ impl Recipe {
         }
         Layout::new(groups)
     }
+
+    /// As [`Recipe::layout`] with sections rounded up to whole groups, which is how ExLlamaV2
+    /// reads its recipes: for comparing sizes with it.
+    ///
+    /// # Errors
+    /// As [`Recipe::layout`].
+    pub fn whole_groups(&self, rows: usize) -> Result<Layout> {
+        let mut groups = Vec::new();
+        let mut left = rows;
+        for s in &self.sections {
+            let want = (rows as f64 * s.share).min(left as f64);
+            let count = (want / s.group_rows as f64).ceil() as usize;
+            for _ in 0..count {
+                let rows = left.min(s.group_rows);
+                if rows > 0 {
+                    groups.push(GroupSpec { bits: s.bits, rows });
+                }
+                left -= rows;
+            }
+        }
+        Layout::new(groups)
+    }
 }
 
 impl fmt::Display for Recipe {

@@ -4,6 +4,7 @@
 mod allocate;
 mod calib;
 mod error;
+mod eval;
 mod gptq;
 mod hessian;
 mod layout;
@@ -12,12 +13,19 @@ mod matrix;
 mod measure;
 mod quantized;
 mod scales;
+#[cfg(feature = "pipeline")]
+mod pipeline;
+#[cfg(feature = "pipeline")]
+mod report;
+#[cfg(feature = "pipeline")]
+mod resume;
 #[cfg(test)]
 mod testing;
 
 pub use allocate::{Choice, allocate};
 pub use calib::{Calibration, Chat, ChatTurn, Encode, builtin};
 pub use error::{Error, Result};
+pub use eval::KlScore;
 pub use gptq::{Gptq, Quantizer, Rtn};
 pub use hessian::{Hessian, HessianAccumulator, HessianSet, Part};
 pub use layout::{GroupSpec, Layout, ROW_STEP, Recipe, Section, WIDTHS, head_recipe};
@@ -26,3 +34,11 @@ pub use matrix::Matrix;
 pub use measure::{Curve, Point, SAMPLE_COLUMNS, candidates, measure, measure_with};
 pub use quantized::{Quantized, Stats};
 pub use scales::scale_value;
+
+#[cfg(feature = "pipeline")]
+pub use pipeline::{
+    ConvertOptions, Event, LayoutPoint, LinearMeasurement, MEASUREMENT_VERSION, Measurement, Stage,
+    convert,
+};
+#[cfg(feature = "pipeline")]
+pub use report::ConvertReport;

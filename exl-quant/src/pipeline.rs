@@ -1,0 +1,310 @@
+//! The whole conversion: measure, allocate, quantize, write, check.
+//!
+//! One measurement serves every bitrate. The model streams through layer by layer: in memory are
+//! one layer, its Hessians, and the hidden states of the calibration rows.
+
+mod budget;
+mod identity;
+mod logits;
+mod machine;
+mod measurement;
+mod probe;
+mod quantize;
+mod sites;
+mod write;
+
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use exl_models::{LoadOptions, ModelSource, Storage};
+
+pub use measurement::{LayoutPoint, LinearMeasurement, MEASUREMENT_VERSION, Measurement};
+pub(crate) use quantize::LinearStats;
+
+use crate::calib::Calibration;
+use crate::report::ConvertReport;
+use crate::resume::{Settings, Work};
+use crate::{Error, Result};
+use quantize::{Judge, Layouts};
+
+/// What to convert and how.
+#[derive(Clone, Debug)]
+pub struct ConvertOptions {
+    /// The model: a directory with unquantized safetensors weights.
+    pub source: PathBuf,
+    /// Where the result goes: the directory itself for one bitrate, `OUT/4.0bpw` for several.
+    pub out: PathBuf,
+    /// Average bits per weight of the decoder's linears, 2 to 8 each. The result's files are never
+    /// larger than with these bits and a head of [`ConvertOptions::head_bits`].
+    pub bits: Vec<f64>,
+    /// Fixed size of the head: 2, 3, 4, 5, 6, 8, or 16 to leave it unquantized. With `None` the
+    /// allocation decides, within the total size that a 6-bit head would give.
+    pub head_bits: Option<u32>,
+    /// Rows of the calibration that are measured.
+    pub measure_rows: usize,
+    /// Tokens of them.
+    pub measure_length: usize,
+    /// Use this measurement.
+    pub measurement: Option<PathBuf>,
+    /// Write the measurement here too.
+    pub save_measurement: Option<PathBuf>,
+    /// Stop after measuring.
+    pub measure_only: bool,
+    /// Directory of the journal.
+    pub work: PathBuf,
+    /// Discard a journal that is there.
+    pub restart: bool,
+    /// Largest file of the result in bytes.
+    pub shard_bytes: u64,
+    /// Decode what was written and compare.
+    pub verify: bool,
+    /// Promise on memory, in bytes.
+    pub max_ram: Option<u64>,
+    /// Threads, 0 for all.
+    pub threads: usize,
+    /// How the model is read.
+    pub load: LoadOptions,
+}
+
+impl ConvertOptions {
+    /// The defaults for converting `source` into `out`.
+    pub fn new(source: impl Into<PathBuf>, out: impl Into<PathBuf>, bits: Vec<f64>) -> Self {
+        let out = out.into();
+        let mut work = out.clone().into_os_string();
+        work.push(".work");
+        Self {
+            source: source.into(),
+            out,
+            bits,
+            head_bits: None,
+            measure_rows: 16,
+            measure_length: usize::MAX,
+            measurement: None,
+            save_measurement: None,
+            measure_only: false,
+            work: work.into(),
+            restart: false,
+            shard_bytes: 8 << 30,
+            verify: true,
+            max_ram: None,
+            threads: 0,
+            load: LoadOptions::default(),
+        }
+    }
+}
+
+/// What a conversion is doing.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Stage {
+    /// Curves and sensitivities.
+    Measure,
+    /// Quantizing for this many bits per weight.
+    Quantize(f64),
+    /// Writing the checkpoint of this many bits per weight.
+    Write(f64),
+}
+
+/// Told while converting.
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub enum Event {
+    /// A stage begins.
+    Stage(Stage),
+    /// Steps of the stage that are done.
+    Progress {
+        /// Done.
+        done: usize,
+        /// In all.
+        total: usize,
+    },
+    /// A linear was measured or quantized.
+    Linear {
+        /// Its key.
+        name: String,
+        /// Size, when it was quantized.
+        bits_per_weight: Option<f64>,
+        /// Relative output error on the hold-out rows, when it was quantized.
+        relative_error: Option<f64>,
+    },
+    /// Something the user should know.
+    Notice(String),
+}
+
+/// State shared by the stages.
+pub(crate) struct Job<'a> {
+    pub(crate) options: &'a ConvertOptions,
+    pub(crate) source: ModelSource,
+    pub(crate) calibration: &'a Calibration,
+    pub(crate) model_hash: String,
+    events: &'a mut dyn FnMut(Event),
+    stop: &'a AtomicBool,
+}
+
+/// One bitrate.
+#[derive(Clone, Debug)]
+pub(crate) struct Target {
+    pub(crate) bits: f64,
+    pub(crate) name: String,
+    pub(crate) out: PathBuf,
+    pub(crate) layouts: Layouts,
+    pub(crate) predicted: f64,
+}
+
+impl Job<'_> {
+    /// Stops when the flag is set.
+    pub(crate) fn check(&self) -> Result<()> {
+        if self.stop.load(Ordering::Relaxed) { Err(Error::Interrupted) } else { Ok(()) }
+    }
+
+    pub(crate) fn emit(&mut self, event: Event) {
+        (self.events)(event);
+    }
+
+    pub(crate) fn progress(&mut self, done: usize, total: usize) {
+        self.emit(Event::Progress { done, total });
+    }
+}
+
+/// Converts a model. Returns a report per bitrate in the order asked for.
+///
+/// The journal in [`ConvertOptions::work`] makes the same call go on where an interrupted one
+/// stopped, with the same result to the byte; it is removed at the end.
+///
+/// # Errors
+/// Anything that makes the model, the calibration data, the options or the disk unusable;
+/// [`Error::Interrupted`] after `stop` was set.
+pub fn convert(
+    options: &ConvertOptions,
+    calibration: &Calibration,
+    events: &mut (dyn FnMut(Event) + Send),
+    stop: &AtomicBool,
+) -> Result<Vec<ConvertReport>> {
+    let pool = rayon::ThreadPoolBuilder::new()
+        .num_threads(options.threads)
+        .build()
+        .map_err(|e| Error::Option { option: "--threads", what: e.to_string() })?;
+    pool.install(|| run(options, calibration, events, stop))
+}
+
+fn run(
+    options: &ConvertOptions,
+    calibration: &Calibration,
+    events: &mut (dyn FnMut(Event) + Send),
+    stop: &AtomicBool,
+) -> Result<Vec<ConvertReport>> {
+    let source = ModelSource::open(&options.source, &options.load)?;
+    check(options, calibration, &source)?;
+    let model_hash = identity::model_hash(source.files())?;
+    let mut job = Job {
+        options,
+        source,
+        calibration,
+        model_hash,
+        events: &mut |e| events(e),
+        stop,
+    };
+    let settings = settings(&job);
+    let work = Work::open(&options.work, &settings, options.restart)?;
+    let measurement = measurement(&mut job, &work)?;
+    if let Some(path) = &options.save_measurement {
+        measurement.write(path)?;
+    }
+    let mut reports = Vec::new();
+    if !options.measure_only {
+        let mut judge: Option<Judge> = None;
+        for &bits in &options.bits {
+            reports.push(one(&mut job, bits, &measurement, &work, &mut judge)?);
+        }
+    }
+    work.remove()?;
+    Ok(reports)
+}
+
+/// One bitrate from allocation to the finished checkpoint.
+fn one(
+    job: &mut Job<'_>,
+    bits: f64,
+    measurement: &Measurement,
+    work: &Work,
+    judge: &mut Option<Judge>,
+) -> Result<ConvertReport> {
+    let begin = std::time::Instant::now();
+    let target = budget::target(job, bits, measurement)?;
+    let journal = work.target(&target.name)?;
+    if let Some(report) = write::finished(job, &target, &journal)? {
+        return Ok(report);
+    }
+    job.emit(Event::Stage(Stage::Quantize(bits)));
+    if judge.is_none() {
+        *judge = Some(Judge::new(job)?);
+    }
+    let judge = judge.as_ref().expect("set above");
+    let score = quantize::quantize(job, &target, measurement, &journal, judge)?;
+    job.emit(Event::Stage(Stage::Write(bits)));
+    let mut report = write::write(job, &target, &journal, &score)?;
+    report.seconds = begin.elapsed().as_secs_f64();
+    Ok(report)
+}
+
+/// The measurement given, the journal's, or a new one.
+fn measurement(job: &mut Job<'_>, work: &Work) -> Result<Measurement> {
+    if let Some(path) = &job.options.measurement {
+        return Measurement::read(path, &job.model_hash);
+    }
+    let path = work.measurement();
+    if path.is_file() {
+        return Measurement::read(&path, &job.model_hash);
+    }
+    job.emit(Event::Stage(Stage::Measure));
+    let found = probe::measure(job)?;
+    found.write(&path)?;
+    Ok(found)
+}
+
+fn settings(job: &Job<'_>) -> Settings {
+    let o = job.options;
+    let given = o.measurement.as_ref().map(|p| p.display().to_string());
+    Settings {
+        converter: concat!("exl ", env!("CARGO_PKG_VERSION")).to_owned(),
+        model: job.model_hash.clone(),
+        calibration: job.calibration.hash(),
+        options: format!(
+            "head bits {:?}, measured {} x {}, measurement {given:?}, rope {:?}",
+            o.head_bits, o.measure_rows, o.measure_length, o.load.rope
+        ),
+    }
+}
+
+fn check(options: &ConvertOptions, calibration: &Calibration, source: &ModelSource) -> Result<()> {
+    let bad = |option, what: String| Err(Error::Option { option, what });
+    for &bits in &options.bits {
+        if !(2.0..=8.0).contains(&bits) {
+            return bad("--bits", format!("{bits} is outside 2.0 to 8.0"));
+        }
+    }
+    if options.bits.is_empty() && !options.measure_only {
+        return bad("--bits", "at least one bitrate is needed".into());
+    }
+    if let Some(bits) = options.head_bits.filter(|&b| b != 16) {
+        crate::head_recipe(bits)?;
+    }
+    if options.measure_rows == 0 {
+        return bad("--measure-rows", "at least one row is needed".into());
+    }
+    let length = calibration.length();
+    if calibration.rows.is_empty() || length < 2 {
+        return bad("--rows", "at least one row of two tokens is needed".into());
+    }
+    if length > source.spec().context {
+        let limit = source.spec().context;
+        return bad("--length", format!("{length} is beyond the model's {limit} positions"));
+    }
+    calibration.check_vocabulary(source.spec().vocab)?;
+    for key in source.layout().iter().filter(|k| k.is_linear()) {
+        if matches!(source.storage(key), Storage::Exl2 | Storage::Gptq) {
+            return bad("SRC", format!("{} is already quantized; give the original model", key.name));
+        }
+        source.check_finite(key)?;
+    }
+    budget::check_memory(options, calibration, source)
+}

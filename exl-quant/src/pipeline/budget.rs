@@ -1,0 +1,165 @@
+//! From a bitrate to a layout for every linear.
+
+use exl_format::{Dtype, Exl2Linear, TensorSpec};
+use exl_models::{ModelSource, WeightKind};
+
+use super::measurement::{LinearMeasurement, Measurement};
+use super::quantize::Layouts;
+use super::{ConvertOptions, Event, Job, Target};
+use crate::calib::Calibration;
+use crate::{Choice, Error, HessianAccumulator, Layout, Result, allocate, head_recipe};
+
+/// Head size whose bytes the budget counts on when the allocation may choose.
+const NOMINAL_HEAD: u32 = 6;
+
+/// Allocates layouts for one bitrate.
+pub(super) fn target(job: &mut Job<'_>, bits: f64, measurement: &Measurement) -> Result<Target> {
+    let head = job.source.spec().head.linear.key.clone();
+    let free_head = job.options.head_bits.is_none();
+    let mut linears: Vec<&LinearMeasurement> = Vec::new();
+    for key in job.source.layout().iter().filter(|k| k.is_linear()) {
+        let found = measurement.linear(&key.name).ok_or_else(|| Error::Journal {
+            file: job.options.measurement.clone().unwrap_or_default(),
+            what: format!("has no curve for {}; measure again", key.name),
+        })?;
+        if key.name != head || free_head {
+            linears.push(found);
+        }
+    }
+    let fixed_head = fixed_head(job)?;
+    let budget = budget_bits(job, bits)?;
+    let mut layouts = Layouts::new();
+    if let Some(layout) = &fixed_head {
+        layouts.insert(head.clone(), layout.clone());
+    }
+    // The header is part of the files; its size depends on the number of digits in the offsets,
+    // so the bound is taken over the widest ones.
+    let header = 8 * header_bytes(job, fixed_head.is_some() || free_head);
+    let fixed = fixed_head.map_or(0, |l| l.bits(job.source.spec().vocab.next_multiple_of(32)));
+    let room = budget.saturating_sub(header + fixed);
+    let items: Vec<Vec<Choice>> = linears
+        .iter()
+        .map(|l| {
+            let choice = |p: &super::LayoutPoint| Choice {
+                cost: p.bits,
+                loss: p.loss * l.sensitivity,
+            };
+            l.points.iter().map(choice).collect()
+        })
+        .collect();
+    let picks = match allocate(&items, room) {
+        Ok(picks) => picks,
+        Err(Error::Budget { .. }) => smallest(job, bits, &items),
+        Err(e) => return Err(e),
+    };
+    let mut predicted = 0.0;
+    for ((linear, item), &pick) in linears.iter().zip(&items).zip(&picks) {
+        predicted += item[pick].loss;
+        layouts.insert(linear.name.clone(), linear.points[pick].layout.parse()?);
+    }
+    let name = name(bits);
+    let out = match job.options.bits.len() {
+        0 | 1 => job.options.out.clone(),
+        _ => job.options.out.join(&name),
+    };
+    Ok(Target { bits, name, out, layouts, predicted })
+}
+
+/// `4.0bpw`, with as many digits as the number needs.
+fn name(bits: f64) -> String {
+    let text = format!("{bits}");
+    if text.contains('.') { format!("{text}bpw") } else { format!("{text}.0bpw") }
+}
+
+/// The cheapest layouts, when even they exceed the budget.
+fn smallest(job: &mut Job<'_>, bits: f64, items: &[Vec<Choice>]) -> Vec<usize> {
+    job.emit(Event::Notice(format!(
+        "{bits} bits per weight is less than this model's smallest layouts take: making those"
+    )));
+    let cheapest = |item: &Vec<Choice>| {
+        (0..item.len()).min_by_key(|&i| (item[i].cost, i)).unwrap_or_default()
+    };
+    items.iter().map(cheapest).collect()
+}
+
+/// Layout of a head whose size was asked for.
+fn fixed_head(job: &Job<'_>) -> Result<Option<Layout>> {
+    match job.options.head_bits {
+        None | Some(16) => Ok(None),
+        Some(bits) => Ok(Some(head_recipe(bits)?.layout(job.source.spec().hidden)?)),
+    }
+}
+
+/// Bits that the linears and the header may take: the target over the decoder's weights, plus a
+/// head of the size asked for.
+fn budget_bits(job: &Job<'_>, bits: f64) -> Result<u64> {
+    let spec = job.source.spec();
+    let mut weights = 0u64;
+    for key in job.source.layout() {
+        if key.kind == WeightKind::Linear {
+            weights += (key.shape[0].next_multiple_of(32) * key.shape[1]) as u64;
+        }
+    }
+    let head = match job.options.head_bits.unwrap_or(NOMINAL_HEAD) {
+        16 => 0,
+        b => head_recipe(b)?.whole_groups(spec.hidden)?.bits(spec.vocab.next_multiple_of(32)),
+    };
+    Ok((bits * weights as f64).floor() as u64 + head)
+}
+
+/// At most this many bytes of safetensors header, in one file.
+fn header_bytes(job: &Job<'_>, quantized_head: bool) -> u64 {
+    // Group tables of any layout have shapes of at most this many digits.
+    let one = [exl_format::Group { bits: 8, rows: 32 }];
+    let mut specs: Vec<TensorSpec> = Vec::new();
+    for key in job.source.layout() {
+        let head = matches!(key.kind, WeightKind::Head { .. });
+        if key.is_linear() && (!head || quantized_head) {
+            specs.extend(Exl2Linear::specs(&key.name, 32, &one, key.bias.is_some()));
+        } else {
+            let name = format!("{}.weight", key.name);
+            specs.push(TensorSpec { name, dtype: Dtype::F16, shape: Vec::new() });
+        }
+    }
+    let total = job.source.files().total_bytes().to_string().len();
+    let of_spec = |s: &TensorSpec| {
+        // {"NAME":{"dtype":"F16","shape":[N,N],"data_offsets":[N,N]}} and a comma.
+        (s.name.len() + 55 + 7 * 2 + 2 * total) as u64
+    };
+    specs.iter().map(of_spec).sum::<u64>() + 16
+}
+
+/// Refuses a promise on memory that cannot be kept.
+pub(super) fn check_memory(
+    options: &ConvertOptions,
+    calibration: &Calibration,
+    source: &ModelSource,
+) -> Result<()> {
+    let Some(allowed) = options.max_ram else { return Ok(()) };
+    let spec = source.spec();
+    let tokens = (calibration.rows.len() * calibration.length()) as u64;
+    let widest = source.layout().iter().filter(|k| k.is_linear()).map(|k| k.shape[1]).max();
+    let widest = widest.unwrap_or(spec.hidden) as u64;
+    let largest = source.layout().iter().filter(|k| k.is_linear()).map(|k| k.parameters()).max();
+    let hidden = tokens * (spec.hidden as u64 + widest) * 4;
+    // Accumulator, three means, the f64 matrix and its inverse, the f32 factor.
+    let hessian = HessianAccumulator::bytes(widest as usize) as u64 + widest * widest * (4 + 8 + 8 + 4);
+    // The matrix as floats, its working copy, codes, the decoded values and their transpose.
+    let matrix = largest.unwrap_or(0) * (4 * 5 + 1);
+    let logits = 3 * (32 << 20) + tokens.min(1 << 16) * spec.vocab as u64 / 64;
+    let needed = hidden + hessian + matrix + logits;
+    if needed <= allowed {
+        return Ok(());
+    }
+    let gib = |b: u64| b as f64 / (1u64 << 30) as f64;
+    Err(Error::Memory {
+        needed_gib: gib(needed),
+        allowed_gib: gib(allowed),
+        what: format!(
+            "hidden states {:.2}, Hessian {:.2}, largest matrix {:.2}",
+            gib(hidden),
+            gib(hessian),
+            gib(matrix)
+        ),
+    })
+}

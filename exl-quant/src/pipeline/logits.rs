@@ -1,0 +1,97 @@
+//! Logits of hidden states, a few positions at a time, and the divergence between two of them.
+
+use std::sync::Arc;
+
+use exl_models::{BlockPart, Spec, block_plan};
+use exl_tensor::{
+    Activations, Bound, Cpu, CpuOptions, DType, Executor, HostExecutor, KvBuffers, Phase, PlanKey,
+    StepBlock, Weights,
+};
+
+use crate::{KlScore, Result};
+
+/// Logits kept at a time, per model.
+const BYTES: usize = 32 << 20;
+
+/// Final norm and head.
+#[derive(Debug)]
+pub(super) struct Head {
+    executor: HostExecutor,
+    kv: KvBuffers,
+    spec: Arc<Spec>,
+    rows: usize,
+}
+
+impl Head {
+    /// For rows of `length` positions, which are cut into equal pieces.
+    pub(super) fn new(spec: &Arc<Spec>, length: usize, threads: usize) -> Result<Self> {
+        let most = (BYTES / (4 * spec.vocab)).clamp(1, length);
+        // Pieces of equal size share one plan.
+        let rows = (1..=most).rev().find(|n| length.is_multiple_of(*n)).unwrap_or(1);
+        let cpu = Cpu::new(CpuOptions { threads, isa: None, activations: Activations::Exact16 });
+        Ok(Self {
+            executor: HostExecutor::cpu(cpu)?,
+            kv: KvBuffers::new(spec.block_kv_shape(DType::F32), 2)?,
+            spec: spec.clone(),
+            rows,
+        })
+    }
+
+    /// Binds the weights of a head.
+    pub(super) fn bind(&self, weights: &Weights) -> Result<Bound> {
+        let plan = block_plan(&self.spec, BlockPart::Head, &self.key());
+        Ok(Bound::new(Arc::new(plan), weights)?)
+    }
+
+    fn key(&self) -> PlanKey {
+        // A prefill plan keeps no taps.
+        PlanKey { phase: Phase::Prefill, rows: self.rows, seqs: 1, pages_per_seq: 1, out_rows: 0 }
+    }
+
+    /// Logits of every piece of a row.
+    pub(super) fn logits(
+        &mut self,
+        bound: &Bound,
+        hidden: &[f32],
+        mut each: impl FnMut(usize, &[f32]) -> Result<()>,
+    ) -> Result<()> {
+        let step = StepBlock::new(&self.key())?;
+        self.executor.prepare(bound)?;
+        let input = bound.plan().input("hidden").expect("the head's plan has this input");
+        let out = bound.plan().output("logits").expect("the head's plan has this output");
+        for (i, piece) in hidden.chunks_exact(self.rows * self.spec.hidden).enumerate() {
+            self.executor.write(bound, input, piece)?;
+            self.executor.run(bound, &step, &mut self.kv)?;
+            each(i * self.rows, self.executor.slot(bound, out))?;
+        }
+        Ok(())
+    }
+
+    /// Adds the divergence of `quantized` hidden states (through their head) from `reference`
+    /// ones of one row of `tokens`.
+    pub(super) fn score(
+        &mut self,
+        score: &mut KlScore,
+        reference: (&Bound, &[f32]),
+        quantized: (&Bound, &[f32]),
+        tokens: &[u32],
+    ) -> Result<()> {
+        let width = self.rows * self.spec.hidden;
+        let vocab = self.spec.vocab;
+        let rows = self.rows;
+        let pieces = reference.1.chunks_exact(width).zip(quantized.1.chunks_exact(width));
+        for (i, (r, q)) in pieces.enumerate() {
+            let mut right = Vec::with_capacity(rows * vocab);
+            self.logits(reference.0, r, |_, x| {
+                right.extend_from_slice(x);
+                Ok(())
+            })?;
+            let next = &tokens[(i * rows + 1).min(tokens.len())..((i + 1) * rows + 1).min(tokens.len())];
+            self.logits(quantized.0, q, |_, x| {
+                score.add(&right, x, vocab, next);
+                Ok(())
+            })?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,261 @@
+//! The measuring pass: one stream of the unquantized model gives curves and damping, then each
+//! linear is perturbed by itself to see what it does to the predictions.
+
+use exl_models::{BlockPart, Module};
+use exl_tensor::Weights;
+use rayon::prelude::*;
+
+use super::logits::Head;
+use super::machine::{Machine, dense, padded};
+use super::measurement::{LinearMeasurement, MEASUREMENT_VERSION, Measurement};
+use super::sites::{Rows, STOPS, Walk, embed, feed, head_inputs};
+use super::{Event, Job};
+use crate::measure::{difference, sample_columns};
+use crate::{
+    Factor, Gptq, HessianAccumulator, HessianSet, KlScore, Layout, Matrix, Quantizer, Result,
+    SAMPLE_COLUMNS, activity_order, measure_with,
+};
+
+/// Damping worth trying, as fractions of the mean diagonal.
+const DAMPINGS: [f64; 5] = [0.003, 0.01, 0.03, 0.06, 0.12];
+
+/// Tokens per row of the sensitivity probe.
+const PROBE_LENGTH: usize = 512;
+/// Positions of the sensitivity probe.
+const PROBE_POSITIONS: usize = 6144;
+/// Layers probed at most; the others are interpolated.
+const PROBE_LAYERS: usize = 12;
+
+/// A perturbed weight of a layer: the output error it makes and its decoded values.
+#[derive(Debug)]
+struct Perturbed {
+    name: String,
+    layer: usize,
+    loss: f64,
+    weight: Matrix,
+}
+
+/// Measures the model.
+pub(super) fn measure(job: &mut Job<'_>) -> Result<Measurement> {
+    let rows = spread(&job.calibration.rows, job.options.measure_rows);
+    let length = job.options.measure_length.min(job.calibration.length());
+    let rows: Vec<Vec<u32>> = rows.iter().map(|r| r[..length].to_vec()).collect();
+    let spec = job.source.spec().clone();
+    let mut machine = Machine::new(&spec, length, job.options.threads)?;
+    let mut hidden = embed(&job.source, &mut machine, &rows)?;
+    let probe_layers = probe_layers(spec.layers.len());
+    let (mut linears, mut perturbed) = (Vec::new(), Vec::new());
+    for layer in 0..spec.layers.len() {
+        job.check()?;
+        job.progress(layer, spec.layers.len() + 1);
+        let mut walk = Walk::new(&job.source, &mut machine, layer, &mut hidden)?;
+        for stop in STOPS {
+            let layer_spec = &spec.layers[layer];
+            let mut acc = HessianAccumulator::new(stop.inputs(layer_spec));
+            walk.visit(stop, feed(&mut acc))?;
+            let names = stop.linears(layer_spec);
+            let h = acc.finish(&names[0])?;
+            for (linear, matrix) in site(job, &walk.weights, &names, &h)? {
+                if probe_layers.contains(&layer) {
+                    perturbed.push(perturb(&linear, matrix, &h, layer)?);
+                }
+                linears.push(linear);
+            }
+        }
+        walk.finish()?;
+    }
+    let mut acc = HessianAccumulator::new(spec.hidden);
+    head_inputs(&job.source, &mut machine, &hidden, feed(&mut acc))?;
+    let name = spec.head.linear.key.clone();
+    let h = acc.finish(&name)?;
+    let head = job.source.load_module(Module::Head)?;
+    for (linear, matrix) in site(job, &head, &[name], &h)? {
+        perturbed.push(perturb(&linear, matrix, &h, spec.layers.len())?);
+        linears.push(linear);
+    }
+    drop(hidden);
+    let mut found = Measurement {
+        version: MEASUREMENT_VERSION,
+        model: job.model_hash.clone(),
+        calibration: job.calibration.hash(),
+        rows: rows.len(),
+        length,
+        linears,
+    };
+    sensitivities(job, &rows, perturbed, &mut found)?;
+    found.normalised()
+}
+
+/// `count` rows spread evenly.
+fn spread(rows: &[Vec<u32>], count: usize) -> Vec<Vec<u32>> {
+    let count = count.clamp(1, rows.len().max(1)).min(rows.len());
+    (0..count).map(|i| rows[i * rows.len() / count].clone()).collect()
+}
+
+/// Layers whose linears are perturbed: all of a small model, else evenly spread with both ends.
+fn probe_layers(layers: usize) -> Vec<usize> {
+    if layers <= PROBE_LAYERS {
+        return (0..layers).collect();
+    }
+    (0..PROBE_LAYERS).map(|i| i * (layers - 1) / (PROBE_LAYERS - 1)).collect()
+}
+
+/// Curves of the linears that share an input.
+fn site(
+    job: &mut Job<'_>,
+    weights: &Weights,
+    names: &[String],
+    h: &HessianSet,
+) -> Result<Vec<(LinearMeasurement, Matrix)>> {
+    let mut out = Vec::new();
+    let mut factor: Option<Factor> = None;
+    for name in names {
+        job.check()?;
+        let weight = weights.get(name).expect("the layer was loaded with all its linears");
+        let matrix = padded(name, weight)?;
+        if factor.is_none() {
+            factor = Some(best_damping(name, &matrix, h)?);
+        }
+        let factor = factor.as_ref().expect("set above");
+        let curve = measure_with(name, &matrix, h, factor)?;
+        let linear = LinearMeasurement::new(name, &curve, factor.damping());
+        job.emit(Event::Linear {
+            name: name.clone(),
+            bits_per_weight: None,
+            relative_error: None,
+        });
+        out.push((linear, matrix));
+    }
+    Ok(out)
+}
+
+/// The factor whose damping does best on the hold-out rows at three bits.
+fn best_damping(name: &str, matrix: &Matrix, h: &HessianSet) -> Result<Factor> {
+    let order = activity_order(&h.train);
+    let (sample, _) = sample_columns(matrix, SAMPLE_COLUMNS);
+    let layout = Layout::uniform(3, 128, matrix.rows)?;
+    let tried: Vec<(f64, Factor)> = DAMPINGS
+        .into_par_iter()
+        .map(|damping| {
+            let factor = Factor::new(name, &h.train, &order, damping)?;
+            let q = Gptq { factor: &factor }.quantize(name, &sample, &layout)?;
+            let loss = h.hold_out.loss(&difference(&sample, &q.dequantize()))?;
+            Ok((loss, factor))
+        })
+        .collect::<Result<_>>()?;
+    let best = tried.into_iter().reduce(|a, b| if b.0 < a.0 { b } else { a });
+    Ok(best.expect("the list of dampings is not empty").1)
+}
+
+fn perturb(
+    linear: &LinearMeasurement,
+    matrix: Matrix,
+    h: &HessianSet,
+    layer: usize,
+) -> Result<Perturbed> {
+    let factor = Factor::new(&linear.name, &h.train, &activity_order(&h.train), linear.damping)?;
+    let layout = Layout::uniform(3, 128, matrix.rows)?;
+    let q = Gptq { factor: &factor }.quantize(&linear.name, &matrix, &layout)?;
+    let weight = q.dequantize();
+    let loss = h.all.loss(&difference(&matrix, &weight))?;
+    Ok(Perturbed { name: linear.name.clone(), layer, loss, weight })
+}
+
+/// Perturbs one linear at a time and takes the divergence of the predictions per unit of loss.
+fn sensitivities(
+    job: &mut Job<'_>,
+    rows: &[Vec<u32>],
+    perturbed: Vec<Perturbed>,
+    found: &mut Measurement,
+) -> Result<()> {
+    let spec = job.source.spec().clone();
+    let length = PROBE_LENGTH.min(rows[0].len());
+    let count = (PROBE_POSITIONS / length).clamp(1, rows.len());
+    let rows: Vec<Vec<u32>> = rows[..count].iter().map(|r| r[..length].to_vec()).collect();
+    let mut machine = Machine::new(&spec, length, job.options.threads)?;
+    let mut states: Vec<Rows> = vec![embed(&job.source, &mut machine, &rows)?];
+    for layer in 0..spec.layers.len() {
+        let mut next = states[layer].clone();
+        forward(job, &mut machine, layer, None, &mut next)?;
+        states.push(next);
+    }
+    let mut head = Head::new(&spec, length, job.options.threads)?;
+    let original = job.source.load_module(Module::Head)?;
+    let right = head.bind(&original)?;
+    let total = perturbed.len();
+    for (at, p) in perturbed.into_iter().enumerate() {
+        job.check()?;
+        job.progress(at, total);
+        let mut hidden = states[p.layer].clone();
+        for layer in p.layer..spec.layers.len() {
+            let change = (layer == p.layer).then_some((p.name.as_str(), &p.weight));
+            forward(job, &mut machine, layer, change, &mut hidden)?;
+        }
+        let mut changed = original.clone();
+        if p.layer == spec.layers.len() {
+            changed.insert(p.name.clone(), dense(&p.name, &p.weight, spec.vocab)?);
+        }
+        let wrong = head.bind(&changed)?;
+        let mut score = KlScore::new();
+        for ((a, b), tokens) in states[spec.layers.len()].iter().zip(&hidden).zip(&rows) {
+            head.score(&mut score, (&right, a), (&wrong, b), tokens)?;
+        }
+        let kl = score.mean_kl();
+        let linear = found.linears.iter_mut().find(|l| l.name == p.name);
+        let linear = linear.expect("every perturbed linear was measured");
+        linear.sensitivity = kl / p.loss.max(f64::MIN_POSITIVE);
+    }
+    interpolate(job, found);
+    Ok(())
+}
+
+/// Runs a layer over all rows, one weight exchanged.
+fn forward(
+    job: &Job<'_>,
+    machine: &mut Machine,
+    layer: usize,
+    change: Option<(&str, &Matrix)>,
+    hidden: &mut Rows,
+) -> Result<()> {
+    let mut weights = job.source.load_layer(layer)?;
+    if let Some((name, matrix)) = change {
+        let outputs = weights.get(name).map_or(matrix.cols, |w| w.shape()[0]);
+        weights.insert(name, dense(name, matrix, outputs)?);
+    }
+    machine.positions()?;
+    let bound = machine.part(BlockPart::Layer(layer), &weights)?;
+    for row in hidden.iter_mut() {
+        let slots = machine.run(&bound, &[("hidden", row)])?;
+        row.copy_from_slice(slots.get("hidden"));
+    }
+    Ok(())
+}
+
+/// Fills in the layers between the probed ones, linear by linear, on a logarithmic scale.
+fn interpolate(job: &Job<'_>, found: &mut Measurement) {
+    let spec = job.source.spec();
+    let layers = spec.layers.len();
+    let probed = probe_layers(layers);
+    for stop in STOPS {
+        let width = spec.layers.first().map_or(0, |l| stop.linears(l).len());
+        for which in 0..width {
+            let name = |layer: usize| stop.linears(&spec.layers[layer])[which].clone();
+            let known: Vec<(usize, f64)> = probed
+                .iter()
+                .filter_map(|&l| Some((l, found.linear(&name(l))?.sensitivity)))
+                .collect();
+            for layer in (0..layers).filter(|l| !probed.contains(l)) {
+                let after = known.iter().position(|k| k.0 > layer).unwrap_or(known.len() - 1);
+                let (a, b) = (known[after.saturating_sub(1)], known[after]);
+                let t = (layer - a.0) as f64 / (b.0 - a.0).max(1) as f64;
+                let tiny = f64::MIN_POSITIVE;
+                let value = (a.1.max(tiny).ln() * (1.0 - t) + b.1.max(tiny).ln() * t).exp();
+                let key = name(layer);
+                if let Some(linear) = found.linears.iter_mut().find(|l| l.name == key) {
+                    linear.sensitivity = value;
+                    linear.interpolated = true;
+                }
+            }
+        }
+    }
+}

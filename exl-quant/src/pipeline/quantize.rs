@@ -1,0 +1,249 @@
+//! The quantizing pass of one bitrate.
+
+use std::collections::HashMap;
+
+use exl_format::{Exl2Builder, Exl2Linear};
+use exl_models::{Module, WeightKey};
+use exl_tensor::Weights;
+
+use super::logits::Head;
+use super::machine::{Machine, dense, padded};
+use super::measurement::Measurement;
+use super::sites::{Rows, STOPS, Walk, embed, feed, head_inputs};
+use super::{Event, Job, Target};
+use crate::measure::difference;
+use crate::resume::{Journal, Stored};
+use crate::{
+    Error, Factor, Gptq, HessianAccumulator, HessianSet, KlScore, Layout, Matrix, Part, Quantized,
+    Quantizer, Result, activity_order,
+};
+
+/// What the pass knows about a linear once it is done.
+#[derive(Clone, Copy, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
+pub(crate) struct LinearStats {
+    /// Relative output error on the rows fitted to.
+    pub(crate) train_loss: f64,
+    /// Relative output error on the hold-out rows.
+    pub(crate) holdout_loss: f64,
+    /// Damping used.
+    pub(crate) damping: f64,
+    /// Groups whose scales fell below the format's smallest.
+    pub(crate) underflows: usize,
+}
+
+/// The rows that judge, as the original model sees them after its last layer.
+#[derive(Debug)]
+pub(super) struct Judge {
+    pub(super) tokens: Vec<Vec<u32>>,
+    pub(super) hidden: Rows,
+}
+
+impl Judge {
+    /// Runs the original over the hold-out rows.
+    pub(super) fn new(job: &mut Job<'_>) -> Result<Self> {
+        let all = &job.calibration.rows;
+        let mut tokens: Vec<Vec<u32>> = all
+            .iter()
+            .enumerate()
+            .filter(|(r, _)| Part::of_row(*r) == Part::HoldOut)
+            .map(|(_, row)| row.clone())
+            .collect();
+        if tokens.is_empty() {
+            tokens.extend(all.last().cloned());
+        }
+        let spec = job.source.spec().clone();
+        let length = job.calibration.length();
+        let mut machine = Machine::new(&spec, length, job.options.threads)?;
+        let mut hidden = embed(&job.source, &mut machine, &tokens)?;
+        for layer in 0..spec.layers.len() {
+            job.check()?;
+            let mut walk = Walk::new(&job.source, &mut machine, layer, &mut hidden)?;
+            for stop in STOPS {
+                walk.visit(stop, |_, _| Ok(()))?;
+            }
+            walk.finish()?;
+        }
+        Ok(Self { tokens, hidden })
+    }
+}
+
+/// Quantizes every linear of a target into its journal and scores the result.
+pub(super) fn quantize(
+    job: &mut Job<'_>,
+    target: &Target,
+    measurement: &Measurement,
+    journal: &Journal,
+    judge: &Judge,
+) -> Result<KlScore> {
+    let spec = job.source.spec().clone();
+    let mut machine = Machine::new(&spec, job.calibration.length(), job.options.threads)?;
+    let mut hidden = embed(&job.source, &mut machine, &job.calibration.rows)?;
+    let mut pass = Pass { target, measurement, journal };
+    for layer in 0..spec.layers.len() {
+        job.progress(layer, spec.layers.len() + 1);
+        let mut walk = Walk::new(&job.source, &mut machine, layer, &mut hidden)?;
+        for stop in STOPS {
+            job.check()?;
+            let names = stop.linears(&spec.layers[layer]);
+            let done = names.iter().all(|n| journal.has(n));
+            let mut acc = HessianAccumulator::new(stop.inputs(&spec.layers[layer]));
+            let mut fill = feed(&mut acc);
+            walk.visit(stop, |r, x| if done { Ok(()) } else { fill(r, x) })?;
+            drop(fill);
+            let h = if done { None } else { Some(acc.finish(&names[0])?) };
+            pass.site(job, &mut walk.weights, &names, h.as_ref())?;
+        }
+        walk.finish()?;
+    }
+    job.check()?;
+    let mut weights = job.source.load_module(Module::Head)?;
+    let name = spec.head.linear.key.clone();
+    if target.layouts.contains_key(&name) {
+        let mut acc = HessianAccumulator::new(spec.hidden);
+        let done = journal.has(&name);
+        if !done {
+            head_inputs(&job.source, &mut machine, &hidden, feed(&mut acc))?;
+        }
+        let h = if done { None } else { Some(acc.finish(&name)?) };
+        pass.site(job, &mut weights, &[name], h.as_ref())?;
+    }
+    score(job, &weights, &hidden, judge)
+}
+
+/// Divergence on the hold-out rows, whose hidden states the pass has carried along.
+fn score(job: &mut Job<'_>, weights: &Weights, hidden: &Rows, judge: &Judge) -> Result<KlScore> {
+    let spec = job.source.spec().clone();
+    let mut head = Head::new(&spec, job.calibration.length(), job.options.threads)?;
+    let original = job.source.load_module(Module::Head)?;
+    let (right, ours) = (head.bind(&original)?, head.bind(weights)?);
+    let held: Vec<&Vec<f32>> = match hidden.len() {
+        n if n < 8 => hidden.iter().skip(n.saturating_sub(1)).collect(),
+        _ => hidden.iter().enumerate().filter(|(r, _)| Part::of_row(*r) == Part::HoldOut).map(|x| x.1).collect(),
+    };
+    let mut score = KlScore::new();
+    for ((reference, quantized), tokens) in judge.hidden.iter().zip(held).zip(&judge.tokens) {
+        job.check()?;
+        head.score(&mut score, (&right, reference), (&ours, quantized), tokens)?;
+    }
+    Ok(score)
+}
+
+struct Pass<'a> {
+    target: &'a Target,
+    measurement: &'a Measurement,
+    journal: &'a Journal,
+}
+
+impl Pass<'_> {
+    /// Quantizes the linears of one input, or takes them from the journal, and puts their decoded
+    /// weights into `weights`.
+    fn site(
+        &mut self,
+        job: &mut Job<'_>,
+        weights: &mut Weights,
+        names: &[String],
+        h: Option<&HessianSet>,
+    ) -> Result<()> {
+        let mut factor: Option<Factor> = None;
+        for name in names {
+            let key = job.source.key(name).expect("linears come from the layout").clone();
+            let decoded = match (self.journal.load(name)?, h) {
+                (Some(stored), _) => decode(&stored.linear)?,
+                (None, Some(h)) => {
+                    job.check()?;
+                    let weight = weights.get(name).expect("the layer has all its linears").clone();
+                    let matrix = padded(name, &weight)?;
+                    if factor.is_none() {
+                        factor = Some(self.factor(name, h)?);
+                    }
+                    let factor = factor.as_ref().expect("set above");
+                    self.linear(job, &key, weights, &matrix, (h, factor))?
+                }
+                (None, None) => {
+                    return Err(Error::numeric(name.as_str(), "its journal entry vanished"));
+                }
+            };
+            weights.insert(name.clone(), dense(name, &decoded, key.shape[0])?);
+        }
+        Ok(())
+    }
+
+    fn factor(&self, name: &str, h: &HessianSet) -> Result<Factor> {
+        let damping = self.measurement.linear(name).map_or(0.02, |l| l.damping);
+        Factor::new(name, &h.train, &activity_order(&h.train), damping)
+    }
+
+    fn linear(
+        &self,
+        job: &mut Job<'_>,
+        key: &WeightKey,
+        weights: &Weights,
+        matrix: &Matrix,
+        (h, factor): (&HessianSet, &Factor),
+    ) -> Result<Matrix> {
+        let name = &key.name;
+        let layout = &self.target.layouts[name];
+        let q = Gptq { factor }.quantize(name, matrix, layout)?;
+        let decoded = q.dequantize();
+        let left = difference(matrix, &decoded);
+        let relative = |h: &crate::Hessian| -> Result<f64> {
+            Ok(h.loss(&left)? / h.loss(matrix)?.max(f64::MIN_POSITIVE))
+        };
+        let stats = LinearStats {
+            train_loss: relative(&h.train)?,
+            holdout_loss: relative(&h.hold_out)?,
+            damping: factor.damping(),
+            underflows: q.stats.underflows,
+        };
+        let bias = match &key.bias {
+            Some(bias) => Some(half_bias(weights, bias, q.outputs)?),
+            None => None,
+        };
+        let linear = pack(name, &q, bias)?;
+        self.journal.store(name, &Stored { linear, stats })?;
+        job.emit(Event::Linear {
+            name: name.clone(),
+            bits_per_weight: Some(layout.bpw(q.outputs)),
+            relative_error: Some(stats.holdout_loss.sqrt()),
+        });
+        if factor.retries() > 0 {
+            job.emit(Event::Notice(format!(
+                "{name}: its Hessian needed a damping of {:.3}",
+                factor.damping()
+            )));
+        }
+        Ok(decoded)
+    }
+}
+
+/// A bias as bits of binary16, padded with zeros.
+fn half_bias(weights: &Weights, name: &str, outputs: usize) -> Result<Vec<u16>> {
+    let weight = weights.get(name).expect("biases are loaded with their layer");
+    let mut bias: Vec<u16> =
+        weight.to_f32(name)?.iter().map(|&x| half::f16::from_f32(x).to_bits()).collect();
+    bias.resize(outputs, 0);
+    Ok(bias)
+}
+
+/// Codes and scales in the layout of files.
+pub(super) fn pack(name: &str, q: &Quantized, bias: Option<Vec<u16>>) -> Result<Exl2Linear> {
+    let n = q.outputs;
+    let mut builder = Exl2Builder::new(n);
+    let mut row = 0;
+    for (g, group) in q.layout.groups().iter().enumerate() {
+        let codes = &q.codes[row * n..(row + group.rows) * n];
+        let scales = &q.scale_codes[g * n..][..n];
+        builder.push_group(group.bits, codes, scales, q.scale_max[g])?;
+        row += group.rows;
+    }
+    Ok(builder.finish(name, &q.order, bias)?)
+}
+
+/// The weights a packed linear decodes to, `[inputs, outputs]`.
+pub(super) fn decode(linear: &Exl2Linear) -> Result<Matrix> {
+    let data = linear.dequantize_f16().iter().map(|&b| half::f16::from_bits(b).to_f32()).collect();
+    Matrix::new(linear.inputs, linear.outputs, data)
+}
+
+/// Layouts by linear.
+pub(super) type Layouts = HashMap<String, Layout>;

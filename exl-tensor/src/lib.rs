@@ -15,6 +15,8 @@ pub use buffer::{Buffer, HostMemory};
 pub use cost::{Cost, CostReport, OpCost};
 pub use error::{Error, Result};
 pub use exec::{Bound, CheckReport, Executor, HostExecutor, SlotDiff, check};
+/// The cases every implementation of the ops must pass, for self-tests.
+pub use exl_kernels::conformance;
 pub use exl_kernels::cpu::{Activations, Cpu, CpuOptions, Isa};
 pub use exl_kernels::ops::{Activation, PAGE_TOKENS, RopeStyle};
 pub use exl_kernels::{DType, Exl2Parts, GptqParts, Group};

@@ -4,6 +4,7 @@ mod json;
 
 use anyhow::{Context, Result};
 use json::number;
+use std::time::Instant;
 use xshell::{Shell, cmd};
 
 const MODEL: &str = "testdata/demo-4m";
@@ -14,10 +15,11 @@ const OUT: &str = "target/demo/demo-4m-4.0bpw";
 const CALIBRATION_ROWS: &str = "100";
 const EVALUATION_ROWS: &str = "24";
 const ROW_TOKENS: &str = "512";
-const PROMPT: &str = "The old house at the end of the lane";
+const PROMPT: &str = "\"Where have you been?\" said the captain.";
 const NEW_TOKENS: &str = "160";
-const TEMPERATURE: &str = "0.7";
-const SEED: &str = "7";
+const TEMPERATURE: &str = "0.8";
+const MIN_P: &str = "0.05";
+const SEED: &str = "3";
 
 /// Builds `exl` and runs it the way a user would, printing each command before it runs.
 pub(crate) fn run(sh: &Shell) -> Result<()> {
@@ -30,6 +32,7 @@ pub(crate) fn run(sh: &Shell) -> Result<()> {
         .join("release")
         .join(format!("exl{}", std::env::consts::EXE_SUFFIX));
 
+    let start = Instant::now();
     sh.remove_path("target/demo")?;
     sh.create_dir("target/demo")?;
     println!("\n1. Quantize a small trained Llama to {BITS} bits per weight\n");
@@ -43,11 +46,14 @@ pub(crate) fn run(sh: &Shell) -> Result<()> {
     print!("\n{}", table(&before, &after));
 
     println!("\n3. Let the quantized model speak\n");
-    cmd!(sh, "{exl} generate -m {OUT} -p {PROMPT} -n {NEW_TOKENS}")
-        .args(["--temperature", TEMPERATURE, "--seed", SEED])
+    cmd!(sh, "{exl} generate -q -m {OUT} -p {PROMPT} -n {NEW_TOKENS}")
+        .args(["--temperature", TEMPERATURE, "--min-p", MIN_P])
+        .args(["--seed", SEED])
         .run()?;
     println!(
-        "\nThe quantized model is in {OUT}; talk to it with\n  {} chat -m {OUT}",
+        "\nThat took {:.0} s after the build. The quantized model is in {OUT}; give it a text of \
+         your own with\n  {} generate -m {OUT} -p \"It was a dark night\"",
+        start.elapsed().as_secs_f64(),
         exl.display()
     );
     Ok(())
@@ -86,7 +92,7 @@ fn judge(
     model: &str,
     reference: Option<&str>,
 ) -> Result<Verdict> {
-    let mut command = cmd!(sh, "{exl} eval -m {model} --text {TEXT}").args([
+    let mut command = cmd!(sh, "{exl} eval -q -m {model} --text {TEXT}").args([
         "--rows",
         EVALUATION_ROWS,
         "--length",
@@ -108,7 +114,7 @@ fn table(before: &Verdict, after: &Verdict) -> String {
             grouped(after.bytes),
         ),
         (
-            "bits per weight",
+            "bits per layer weight",
             format!("{:.2}", before.bpw),
             format!("{:.2}", after.bpw),
         ),

@@ -1,5 +1,5 @@
 //! Fences of the documents: each says its language, commands are marked as such, and Rust that no
-//! doc test compiles is a part of an example.
+//! doc test compiles is a part of an example. Links and paths lead to something.
 
 use super::File;
 
@@ -23,7 +23,66 @@ pub(super) fn check(files: &[File]) -> Vec<String> {
         .flat_map(check_document)
         .collect();
     problems.extend(check_rust(files));
+    problems.extend(check_paths(files));
     problems
+}
+
+/// Relative links of the top and of docs/, and source files named in backquotes, exist.
+fn check_paths(files: &[File]) -> Vec<String> {
+    let exists = |path: &str| files.iter().any(|f| f.path == path);
+    let mut problems = Vec::new();
+    for file in files.iter().filter(|f| f.is("md")) {
+        let folder = file.path.rsplit_once('/').map_or("", |(folder, _)| folder);
+        for (number, line) in (1..).zip(file.text.lines()) {
+            for target in between(line, "](", ")") {
+                let relative = !target.contains("://") && !target.starts_with('#');
+                let is_file = target
+                    .rsplit('/')
+                    .next()
+                    .is_some_and(|name| name.contains('.'));
+                if relative && is_file && !exists(&resolve(folder, target)) {
+                    problems.push(file.problem(number, format!("link to {target}: no such file")));
+                }
+            }
+            for path in between(line, "`", "`") {
+                let source = path.contains('/') && path.ends_with(".rs") && !path.contains('*');
+                let ours = source && !path.chars().any(|c| c.is_ascii_uppercase());
+                let top = path.split('/').next().unwrap_or_default();
+                let from_root = files.iter().any(|f| f.top() == top);
+                if ours && from_root && !exists(path) {
+                    problems.push(file.problem(number, format!("{path}: no such file")));
+                }
+            }
+        }
+    }
+    problems
+}
+
+/// The path that a link in a file of `folder` leads to.
+fn resolve(folder: &str, target: &str) -> String {
+    let mut parts: Vec<&str> = folder.split('/').filter(|p| !p.is_empty()).collect();
+    for part in target.split('/') {
+        match part {
+            ".." => drop(parts.pop()),
+            "." => {}
+            _ => parts.push(part),
+        }
+    }
+    parts.join("/")
+}
+
+/// The texts between `open` and the next `close`, without overlap.
+fn between<'a>(line: &'a str, open: &str, close: &str) -> Vec<&'a str> {
+    let mut found = Vec::new();
+    let mut rest = line;
+    while let Some((_, after)) = rest.split_once(open) {
+        let Some((text, behind)) = after.split_once(close) else {
+            break;
+        };
+        found.push(text);
+        rest = behind;
+    }
+    found
 }
 
 /// The README of a crate is a doc test. Rust elsewhere must stand in an example, word for word.
@@ -118,6 +177,23 @@ mod tests {
         assert_eq!(found.len(), 2, "{found:?}");
         assert!(found[0].starts_with("a.md:1: code fence without"));
         assert!(found[1].starts_with("a.md:2: a command outside"));
+    }
+
+    #[test]
+    fn dead_links_and_paths_are_problems() {
+        let page = "[a](b.md) [c](https://x.y/z.md) `a/src/lib.rs` `a/src/old.rs` `foo/tests.rs`\n";
+        let files = [
+            file("docs/page.md", page),
+            file("docs/b.md", "[up](../README.md)\n"),
+            file("a/src/lib.rs", ""),
+        ];
+        assert_eq!(
+            check_paths(&files),
+            [
+                "docs/page.md:1: a/src/old.rs: no such file",
+                "docs/b.md:1: link to ../README.md: no such file"
+            ]
+        );
     }
 
     #[test]

@@ -9,6 +9,7 @@ use std::collections::BTreeSet;
 
 const XTASK_FLAGS: &str = "xtask/src/flags.rs";
 const EXL_FLAGS: &str = "exl-cli/src/args";
+const COMMAND_PAGE: &str = "docs/cli.md";
 
 /// What a program understands: subcommands and long flags.
 #[derive(Debug, Default)]
@@ -22,6 +23,9 @@ pub(super) fn check(files: &[File]) -> Vec<String> {
     let xtask = xtask(files);
     let mut problems = Vec::new();
     for file in files.iter().filter(|f| f.is("md")) {
+        if file.path == COMMAND_PAGE {
+            problems.extend(check_page(file, &exl));
+        }
         for fence in fences(&file.text) {
             if fence.language != SHELL {
                 continue;
@@ -30,6 +34,26 @@ pub(super) fn check(files: &[File]) -> Vec<String> {
                 for problem in judge(line, &exl, &xtask) {
                     problems.push(file.problem(number, problem));
                 }
+            }
+        }
+    }
+    problems
+}
+
+/// Flags in backquotes on the page that describes the command line.
+fn check_page(file: &File, exl: &Program) -> Vec<String> {
+    let mut problems = Vec::new();
+    for (number, line) in (1..).zip(file.text.lines()) {
+        for quoted in line.split('`').skip(1).step_by(2) {
+            let Some((_, flag)) = quoted
+                .split_once("--")
+                .filter(|(before, _)| before.len() < 4)
+            else {
+                continue;
+            };
+            let flag = flag.split([' ', '=', '[']).next().unwrap_or_default();
+            if !exl.flags.contains(flag) && flag != "help" {
+                problems.push(file.problem(number, format!("`exl` has no flag --{flag}")));
             }
         }
     }
@@ -150,6 +174,17 @@ mod tests {
         assert!(exl.flags.contains("head-bits") && exl.flags.contains("cache"));
         assert_eq!(Vec::from_iter(&xtask.commands), ["fuzz"]);
         assert_eq!(Vec::from_iter(&xtask.flags), ["seconds"]);
+    }
+
+    #[test]
+    fn flags_on_the_command_page_are_checked() {
+        let (exl, _) = programs();
+        let page = file(
+            COMMAND_PAGE,
+            "`--head-bits N`, `-m/--mode`, `--gone`, `other --b`\n",
+        );
+        let found = check_page(&page, &exl);
+        assert_eq!(found, ["docs/cli.md:1: `exl` has no flag --gone"]);
     }
 
     #[test]

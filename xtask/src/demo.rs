@@ -4,6 +4,7 @@ mod json;
 
 use anyhow::{Context, Result};
 use json::number;
+use std::io::Write;
 use std::time::Instant;
 use xshell::{Shell, cmd};
 
@@ -43,13 +44,17 @@ pub(crate) fn run(sh: &Shell) -> Result<()> {
     println!("\n2. Judge it against its original on a novel it has not seen\n");
     let before = judge(sh, &exl, MODEL, None)?;
     let after = judge(sh, &exl, OUT, Some(MODEL))?;
-    print!("\n{}", table(&before, &after));
+    print!("{}", table(&before, &after));
 
     println!("\n3. Let the quantized model speak\n");
-    cmd!(sh, "{exl} generate -q -m {OUT} -p {PROMPT} -n {NEW_TOKENS}")
+    let generate = cmd!(sh, "{exl} generate -q -m {OUT} -p {PROMPT} -n {NEW_TOKENS}")
         .args(["--temperature", TEMPERATURE, "--min-p", MIN_P])
-        .args(["--seed", SEED])
-        .run()?;
+        .args(["--seed", SEED]);
+    // The text continues the prompt, so nothing may come between the two.
+    println!("$ {generate}\n");
+    print!("{PROMPT}");
+    std::io::stdout().flush()?;
+    generate.quiet().run()?;
     println!(
         "\nThat took {:.0} s after the build. The quantized model is in {OUT}; give it a text of \
          your own with\n  {} generate -m {OUT} -p \"It was a dark night\"",

@@ -46,11 +46,7 @@ struct Gpu {
 pub(crate) fn run(args: &DoctorArgs, ui: &Ui) -> Result<()> {
     ui.note("measuring the memory's read bandwidth");
     let bandwidth = machine::read_bandwidth(machine::cores());
-    let selftest = if args.selftest {
-        Some(selftest::run(ui)?)
-    } else {
-        None
-    };
+    let selftest = args.selftest.then(|| selftest::run(ui));
     let driver = GpuDriver::probe();
     let memory = machine::memory();
     let features = machine::cpu_features();

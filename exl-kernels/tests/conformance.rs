@@ -30,7 +30,7 @@ fn check(isa: Isa, threads: usize) {
             ));
         }
     }
-    println!("{isa:?}, {threads} threads: {worst:#?}");
+    eprintln!("{isa:?}, {threads} threads: {worst:#?}");
     assert!(
         failed.is_empty(),
         "{isa:?}, {threads} threads:\n{}",

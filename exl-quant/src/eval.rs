@@ -43,7 +43,11 @@ impl KlScore {
             .flat_map_iter(|chunk| {
                 chunk.iter().map(|&i| {
                     let row = i * vocab..(i + 1) * vocab;
-                    position(&reference[row.clone()], &quantized[row], next.get(i).copied())
+                    position(
+                        &reference[row.clone()],
+                        &quantized[row],
+                        next.get(i).copied(),
+                    )
                 })
             })
             .collect();
@@ -73,7 +77,9 @@ impl KlScore {
     pub fn p99_kl(&self) -> f64 {
         let mut sorted = self.kls.clone();
         sorted.sort_unstable_by(f32::total_cmp);
-        let Some(last) = sorted.len().checked_sub(1) else { return 0.0 };
+        let Some(last) = sorted.len().checked_sub(1) else {
+            return 0.0;
+        };
         let at = 0.99 * last as f64;
         let (low, high) = (at.floor() as usize, at.ceil() as usize);
         let (a, b) = (f64::from(sorted[low]), f64::from(sorted[high]));
@@ -107,11 +113,21 @@ fn position(reference: &[f32], quantized: &[f32], next: Option<u32>) -> Position
             kl += f64::from((log_p as f32).exp()) * (log_p - (f64::from(q) - norm_q));
         }
     }
-    let nll = next.map(|t| t as usize).filter(|&t| t < reference.len()).map(|t| {
-        (norm_r - f64::from(reference[t]), norm_q - f64::from(quantized[t]))
-    });
+    let nll = next
+        .map(|t| t as usize)
+        .filter(|&t| t < reference.len())
+        .map(|t| {
+            (
+                norm_r - f64::from(reference[t]),
+                norm_q - f64::from(quantized[t]),
+            )
+        });
     // Rounding can leave a tiny negative sum when both are the same.
-    Position { kl: kl.max(0.0), agrees: top_r == top_q, nll }
+    Position {
+        kl: kl.max(0.0),
+        agrees: top_r == top_q,
+        nll,
+    }
 }
 
 /// Index of the largest logit and the logarithm of the sum of exponentials.
@@ -162,7 +178,10 @@ mod tests {
         let a: Vec<f32> = noise(2, 101 * 16).iter().map(|x| x * 4.0).collect();
         let b: Vec<f32> = noise(3, 101 * 16).iter().map(|x| x * 4.0).collect();
         let run = |threads: usize| {
-            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            let pool = rayon::ThreadPoolBuilder::new()
+                .num_threads(threads)
+                .build()
+                .unwrap();
             pool.install(|| {
                 let mut score = KlScore::new();
                 score.add(&a, &b, 16, &[0; 100]);

@@ -11,14 +11,14 @@ mod layout;
 mod linalg;
 mod matrix;
 mod measure;
-mod quantized;
-mod scales;
 #[cfg(feature = "pipeline")]
 mod pipeline;
+mod quantized;
 #[cfg(feature = "pipeline")]
 mod report;
 #[cfg(feature = "pipeline")]
 mod resume;
+mod scales;
 #[cfg(test)]
 mod testing;
 

@@ -153,7 +153,11 @@ pub(crate) struct Target {
 impl Job<'_> {
     /// Stops when the flag is set.
     pub(crate) fn check(&self) -> Result<()> {
-        if self.stop.load(Ordering::Relaxed) { Err(Error::Interrupted) } else { Ok(()) }
+        if self.stop.load(Ordering::Relaxed) {
+            Err(Error::Interrupted)
+        } else {
+            Ok(())
+        }
     }
 
     pub(crate) fn emit(&mut self, event: Event) {
@@ -182,7 +186,10 @@ pub fn convert(
     let pool = rayon::ThreadPoolBuilder::new()
         .num_threads(options.threads)
         .build()
-        .map_err(|e| Error::Option { option: "--threads", what: e.to_string() })?;
+        .map_err(|e| Error::Option {
+            option: "--threads",
+            what: e.to_string(),
+        })?;
     pool.install(|| run(options, calibration, events, stop))
 }
 
@@ -297,12 +304,18 @@ fn check(options: &ConvertOptions, calibration: &Calibration, source: &ModelSour
     }
     if length > source.spec().context {
         let limit = source.spec().context;
-        return bad("--length", format!("{length} is beyond the model's {limit} positions"));
+        return bad(
+            "--length",
+            format!("{length} is beyond the model's {limit} positions"),
+        );
     }
     calibration.check_vocabulary(source.spec().vocab)?;
     for key in source.layout().iter().filter(|k| k.is_linear()) {
         if matches!(source.storage(key), Storage::Exl2 | Storage::Gptq) {
-            return bad("SRC", format!("{} is already quantized; give the original model", key.name));
+            return bad(
+                "SRC",
+                format!("{} is already quantized; give the original model", key.name),
+            );
         }
         source.check_finite(key)?;
     }

@@ -62,12 +62,17 @@ impl Work {
     /// [`Error::Journal`] when the directory holds the journal of another conversion, or files
     /// that are none of ours.
     pub(crate) fn open(dir: &Path, settings: &Settings, restart: bool) -> Result<Self> {
-        let refuse = |what: &str| Error::Journal { file: dir.to_owned(), what: what.to_owned() };
+        let refuse = |what: &str| Error::Journal {
+            file: dir.to_owned(),
+            what: what.to_owned(),
+        };
         let path = dir.join(SETTINGS);
         let ours = path.is_file();
         let occupied = std::fs::read_dir(dir).is_ok_and(|mut d| d.next().is_some());
         if occupied && !ours {
-            return Err(refuse("is not empty and no journal of ours; choose another --work"));
+            return Err(refuse(
+                "is not empty and no journal of ours; choose another --work",
+            ));
         }
         if restart && ours {
             std::fs::remove_dir_all(dir).map_err(|e| Error::io(dir, e))?;
@@ -79,10 +84,14 @@ impl Work {
                  discard it with --restart",
                 found.difference(settings)
             ))),
-            Some(_) => Ok(Self { dir: dir.to_owned() }),
+            Some(_) => Ok(Self {
+                dir: dir.to_owned(),
+            }),
             None => {
                 write_file_atomic(&path, to_json_text(settings))?;
-                Ok(Self { dir: dir.to_owned() })
+                Ok(Self {
+                    dir: dir.to_owned(),
+                })
             }
         }
     }
@@ -164,7 +173,11 @@ impl Journal {
     pub(crate) fn store(&self, name: &str, stored: &Stored) -> Result<()> {
         write_file_atomic(&self.path(name, "json"), to_json_text(&stored.stats))?;
         let tensors = stored.linear.to_tensors(name);
-        let options = WriterOptions { base: name.to_owned(), shard_bytes: u64::MAX, replace: true };
+        let options = WriterOptions {
+            base: name.to_owned(),
+            shard_bytes: u64::MAX,
+            replace: true,
+        };
         let specs = tensors.iter().map(|t| t.spec.clone()).collect();
         let mut writer = CheckpointWriter::create(&self.dir, specs, &options)?;
         for tensor in &tensors {

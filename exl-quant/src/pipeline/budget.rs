@@ -18,10 +18,12 @@ pub(super) fn target(job: &mut Job<'_>, bits: f64, measurement: &Measurement) ->
     let free_head = job.options.head_bits.is_none();
     let mut linears: Vec<&LinearMeasurement> = Vec::new();
     for key in job.source.layout().iter().filter(|k| k.is_linear()) {
-        let found = measurement.linear(&key.name).ok_or_else(|| Error::Journal {
-            file: job.options.measurement.clone().unwrap_or_default(),
-            what: format!("has no curve for {}; measure again", key.name),
-        })?;
+        let found = measurement
+            .linear(&key.name)
+            .ok_or_else(|| Error::Journal {
+                file: job.options.measurement.clone().unwrap_or_default(),
+                what: format!("has no curve for {}; measure again", key.name),
+            })?;
         if key.name != head || free_head {
             linears.push(found);
         }
@@ -62,13 +64,23 @@ pub(super) fn target(job: &mut Job<'_>, bits: f64, measurement: &Measurement) ->
         0 | 1 => job.options.out.clone(),
         _ => job.options.out.join(&name),
     };
-    Ok(Target { bits, name, out, layouts, predicted })
+    Ok(Target {
+        bits,
+        name,
+        out,
+        layouts,
+        predicted,
+    })
 }
 
 /// `4.0bpw`, with as many digits as the number needs.
 fn name(bits: f64) -> String {
     let text = format!("{bits}");
-    if text.contains('.') { format!("{text}bpw") } else { format!("{text}.0bpw") }
+    if text.contains('.') {
+        format!("{text}bpw")
+    } else {
+        format!("{text}.0bpw")
+    }
 }
 
 /// The cheapest layouts, when even they exceed the budget.
@@ -77,7 +89,9 @@ fn smallest(job: &mut Job<'_>, bits: f64, items: &[Vec<Choice>]) -> Vec<usize> {
         "{bits} bits per weight is less than this model's smallest layouts take: making those"
     )));
     let cheapest = |item: &Vec<Choice>| {
-        (0..item.len()).min_by_key(|&i| (item[i].cost, i)).unwrap_or_default()
+        (0..item.len())
+            .min_by_key(|&i| (item[i].cost, i))
+            .unwrap_or_default()
     };
     items.iter().map(cheapest).collect()
 }
@@ -102,7 +116,9 @@ fn budget_bits(job: &Job<'_>, bits: f64) -> Result<u64> {
     }
     let head = match job.options.head_bits.unwrap_or(NOMINAL_HEAD) {
         16 => 0,
-        b => head_recipe(b)?.whole_groups(spec.hidden)?.bits(spec.vocab.next_multiple_of(32)),
+        b => head_recipe(b)?
+            .whole_groups(spec.hidden)?
+            .bits(spec.vocab.next_multiple_of(32)),
     };
     Ok((bits * weights as f64).floor() as u64 + head)
 }
@@ -118,7 +134,11 @@ fn header_bytes(job: &Job<'_>, quantized_head: bool) -> u64 {
             specs.extend(Exl2Linear::specs(&key.name, 32, &one, key.bias.is_some()));
         } else {
             let name = format!("{}.weight", key.name);
-            specs.push(TensorSpec { name, dtype: Dtype::F16, shape: Vec::new() });
+            specs.push(TensorSpec {
+                name,
+                dtype: Dtype::F16,
+                shape: Vec::new(),
+            });
         }
     }
     let total = job.source.files().total_bytes().to_string().len();
@@ -135,15 +155,28 @@ pub(super) fn check_memory(
     calibration: &Calibration,
     source: &ModelSource,
 ) -> Result<()> {
-    let Some(allowed) = options.max_ram else { return Ok(()) };
+    let Some(allowed) = options.max_ram else {
+        return Ok(());
+    };
     let spec = source.spec();
     let tokens = (calibration.rows.len() * calibration.length()) as u64;
-    let widest = source.layout().iter().filter(|k| k.is_linear()).map(|k| k.shape[1]).max();
+    let widest = source
+        .layout()
+        .iter()
+        .filter(|k| k.is_linear())
+        .map(|k| k.shape[1])
+        .max();
     let widest = widest.unwrap_or(spec.hidden) as u64;
-    let largest = source.layout().iter().filter(|k| k.is_linear()).map(|k| k.parameters()).max();
+    let largest = source
+        .layout()
+        .iter()
+        .filter(|k| k.is_linear())
+        .map(|k| k.parameters())
+        .max();
     let hidden = tokens * (spec.hidden as u64 + widest) * 4;
     // Accumulator, three means, the f64 matrix and its inverse, the f32 factor.
-    let hessian = HessianAccumulator::bytes(widest as usize) as u64 + widest * widest * (4 + 8 + 8 + 4);
+    let hessian =
+        HessianAccumulator::bytes(widest as usize) as u64 + widest * widest * (4 + 8 + 8 + 4);
     // The matrix as floats, its working copy, codes, the decoded values and their transpose.
     let matrix = largest.unwrap_or(0) * (4 * 5 + 1);
     let logits = 3 * (32 << 20) + tokens.min(1 << 16) * spec.vocab as u64 / 64;

@@ -19,7 +19,9 @@ pub(super) fn model_hash(files: &ModelFiles) -> Result<String> {
     for file in files.files() {
         let path = file.path();
         let size = file.file_bytes();
-        let name = path.file_name().map_or(Vec::new(), |n| n.to_string_lossy().into_owned().into());
+        let name = path
+            .file_name()
+            .map_or(Vec::new(), |n| n.to_string_lossy().into_owned().into());
         hasher.update(&name);
         hasher.update(&size.to_le_bytes());
         let mut handle = std::fs::File::open(path).map_err(|e| Error::io(path, e))?;

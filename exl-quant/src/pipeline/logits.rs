@@ -27,8 +27,15 @@ impl Head {
     pub(super) fn new(spec: &Arc<Spec>, length: usize, threads: usize) -> Result<Self> {
         let most = (BYTES / (4 * spec.vocab)).clamp(1, length);
         // Pieces of equal size share one plan.
-        let rows = (1..=most).rev().find(|n| length.is_multiple_of(*n)).unwrap_or(1);
-        let cpu = Cpu::new(CpuOptions { threads, isa: None, activations: Activations::Exact16 });
+        let rows = (1..=most)
+            .rev()
+            .find(|n| length.is_multiple_of(*n))
+            .unwrap_or(1);
+        let cpu = Cpu::new(CpuOptions {
+            threads,
+            isa: None,
+            activations: Activations::Exact16,
+        });
         Ok(Self {
             executor: HostExecutor::cpu(cpu)?,
             kv: KvBuffers::new(spec.block_kv_shape(DType::F32), 2)?,
@@ -45,7 +52,13 @@ impl Head {
 
     fn key(&self) -> PlanKey {
         // A prefill plan keeps no taps.
-        PlanKey { phase: Phase::Prefill, rows: self.rows, seqs: 1, pages_per_seq: 1, out_rows: 0 }
+        PlanKey {
+            phase: Phase::Prefill,
+            rows: self.rows,
+            seqs: 1,
+            pages_per_seq: 1,
+            out_rows: 0,
+        }
     }
 
     /// Logits of every piece of a row.
@@ -57,9 +70,18 @@ impl Head {
     ) -> Result<()> {
         let step = StepBlock::new(&self.key())?;
         self.executor.prepare(bound)?;
-        let input = bound.plan().input("hidden").expect("the head's plan has this input");
-        let out = bound.plan().output("logits").expect("the head's plan has this output");
-        for (i, piece) in hidden.chunks_exact(self.rows * self.spec.hidden).enumerate() {
+        let input = bound
+            .plan()
+            .input("hidden")
+            .expect("the head's plan has this input");
+        let out = bound
+            .plan()
+            .output("logits")
+            .expect("the head's plan has this output");
+        for (i, piece) in hidden
+            .chunks_exact(self.rows * self.spec.hidden)
+            .enumerate()
+        {
             self.executor.write(bound, input, piece)?;
             self.executor.run(bound, &step, &mut self.kv)?;
             each(i * self.rows, self.executor.slot(bound, out))?;
@@ -79,14 +101,18 @@ impl Head {
         let width = self.rows * self.spec.hidden;
         let vocab = self.spec.vocab;
         let rows = self.rows;
-        let pieces = reference.1.chunks_exact(width).zip(quantized.1.chunks_exact(width));
+        let pieces = reference
+            .1
+            .chunks_exact(width)
+            .zip(quantized.1.chunks_exact(width));
         for (i, (r, q)) in pieces.enumerate() {
             let mut right = Vec::with_capacity(rows * vocab);
             self.logits(reference.0, r, |_, x| {
                 right.extend_from_slice(x);
                 Ok(())
             })?;
-            let next = &tokens[(i * rows + 1).min(tokens.len())..((i + 1) * rows + 1).min(tokens.len())];
+            let next =
+                &tokens[(i * rows + 1).min(tokens.len())..((i + 1) * rows + 1).min(tokens.len())];
             self.logits(quantized.0, q, |_, x| {
                 score.add(&right, x, vocab, next);
                 Ok(())

@@ -33,7 +33,10 @@ impl Slots<'_> {
     pub(super) fn get(&self, name: &str) -> &[f32] {
         let plan = self.bound.plan();
         let tap = || plan.taps().iter().find(|(n, _)| n == name).map(|&(_, s)| s);
-        let slot = plan.output(name).or_else(tap).expect("the plan was built with this slot");
+        let slot = plan
+            .output(name)
+            .or_else(tap)
+            .expect("the plan was built with this slot");
         self.executor.slot(self.bound, slot)
     }
 }
@@ -49,7 +52,11 @@ impl Machine {
             pages_per_seq: pages,
             out_rows: 0,
         };
-        let cpu = Cpu::new(CpuOptions { threads, isa: None, activations: Activations::Exact16 });
+        let cpu = Cpu::new(CpuOptions {
+            threads,
+            isa: None,
+            activations: Activations::Exact16,
+        });
         Ok(Self {
             spec: spec.clone(),
             executor: HostExecutor::cpu(cpu)?,
@@ -64,14 +71,12 @@ impl Machine {
         &self.spec
     }
 
-    /// Tokens per row.
-    pub(super) fn length(&self) -> usize {
-        self.key.rows
-    }
-
     /// A part of the model with its weights; taps are on.
     pub(super) fn part(&self, part: BlockPart, weights: &Weights) -> Result<Bound> {
-        Ok(Bound::new(Arc::new(block_plan(&self.spec, part, &self.key)), weights)?)
+        Ok(Bound::new(
+            Arc::new(block_plan(&self.spec, part, &self.key)),
+            weights,
+        )?)
     }
 
     /// `hidden` in, `out` = its norm.
@@ -104,7 +109,11 @@ impl Machine {
         self.record(weights, |b, spec, rows| {
             let hidden = b.input("hidden", rows, spec.hidden);
             let x = blocks::norm(b, norm, hidden);
-            let args = GateUpArgs { gate: part(b, &mlp.gate), up: part(b, &mlp.up), act: mlp.act };
+            let args = GateUpArgs {
+                gate: part(b, &mlp.gate),
+                up: part(b, &mlp.up),
+                act: mlp.act,
+            };
             let out = b.gate_up(x, &args);
             b.output("out", out);
         })
@@ -124,7 +133,12 @@ impl Machine {
     /// Embeds a row: `[length, hidden]`.
     pub(super) fn embed(&mut self, bound: &Bound, tokens: &[u32]) -> Result<Vec<f32>> {
         let pages: Vec<u32> = (1..=self.key.pages_per_seq as u32).collect();
-        self.step.fill(&[StepSeq { tokens, start: 0, pages: &pages, logits: (0, 0) }])?;
+        self.step.fill(&[StepSeq {
+            tokens,
+            start: 0,
+            pages: &pages,
+            logits: (0, 0),
+        }])?;
         Ok(self.run(bound, &[])?.get("hidden").to_vec())
     }
 
@@ -137,25 +151,38 @@ impl Machine {
     ) -> Result<Slots<'a>> {
         self.executor.prepare(bound)?;
         for (name, values) in inputs {
-            let slot = bound.plan().input(name).expect("the plan was built with this input");
+            let slot = bound
+                .plan()
+                .input(name)
+                .expect("the plan was built with this input");
             self.executor.write(bound, slot, values)?;
         }
         self.executor.run(bound, &self.step, &mut self.kv)?;
-        Ok(Slots { executor: &self.executor, bound })
+        Ok(Slots {
+            executor: &self.executor,
+            bound,
+        })
     }
 
     /// Fills the step block for a row whose tokens do not matter.
     pub(super) fn positions(&mut self) -> Result<()> {
         let tokens = vec![0u32; self.key.rows];
         let pages: Vec<u32> = (1..=self.key.pages_per_seq as u32).collect();
-        self.step.fill(&[StepSeq { tokens: &tokens, start: 0, pages: &pages, logits: (0, 0) }])?;
+        self.step.fill(&[StepSeq {
+            tokens: &tokens,
+            start: 0,
+            pages: &pages,
+            logits: (0, 0),
+        }])?;
         Ok(())
     }
 }
 
 fn part(b: &mut PlanBuilder, linear: &LinearSpec) -> Part {
     let weight = b.weight(&linear.key, &[linear.outputs, linear.inputs]);
-    let bias = linear.bias.then(|| b.weight(&linear.bias_key(), &[linear.outputs]));
+    let bias = linear
+        .bias
+        .then(|| b.weight(&linear.bias_key(), &[linear.outputs]));
     Part { weight, bias }
 }
 
@@ -163,7 +190,12 @@ fn part(b: &mut PlanBuilder, linear: &LinearSpec) -> Part {
 pub(super) fn dense(name: &str, matrix: &Matrix, outputs: usize) -> Result<Weight> {
     let transposed = matrix.transposed();
     let data = Buffer::from_slice(&transposed.data[..outputs * matrix.rows]);
-    Ok(Weight::dense(name, DType::F32, &[outputs, matrix.rows], data)?)
+    Ok(Weight::dense(
+        name,
+        DType::F32,
+        &[outputs, matrix.rows],
+        data,
+    )?)
 }
 
 /// A weight of the model as `[inputs, outputs padded to 32]`.

@@ -94,7 +94,10 @@ impl Measurement {
     /// # Errors
     /// [`Error::Journal`] when it is missing, damaged, newer, or of another model.
     pub fn read(path: &Path, model: &str) -> Result<Self> {
-        let refuse = |what: String| Error::Journal { file: path.to_owned(), what };
+        let refuse = |what: String| Error::Journal {
+            file: path.to_owned(),
+            what,
+        };
         let found: Option<Self> = read_json(path)?;
         let found = found.ok_or_else(|| refuse("there is no such measurement".into()))?;
         if found.version != MEASUREMENT_VERSION {

@@ -89,7 +89,9 @@ pub(super) fn measure(job: &mut Job<'_>) -> Result<Measurement> {
 /// `count` rows spread evenly.
 fn spread(rows: &[Vec<u32>], count: usize) -> Vec<Vec<u32>> {
     let count = count.clamp(1, rows.len().max(1)).min(rows.len());
-    (0..count).map(|i| rows[i * rows.len() / count].clone()).collect()
+    (0..count)
+        .map(|i| rows[i * rows.len() / count].clone())
+        .collect()
 }
 
 /// Layers whose linears are perturbed: all of a small model, else evenly spread with both ends.
@@ -97,7 +99,9 @@ fn probe_layers(layers: usize) -> Vec<usize> {
     if layers <= PROBE_LAYERS {
         return (0..layers).collect();
     }
-    (0..PROBE_LAYERS).map(|i| i * (layers - 1) / (PROBE_LAYERS - 1)).collect()
+    (0..PROBE_LAYERS)
+        .map(|i| i * (layers - 1) / (PROBE_LAYERS - 1))
+        .collect()
 }
 
 /// Curves of the linears that share an input.
@@ -111,7 +115,9 @@ fn site(
     let mut factor: Option<Factor> = None;
     for name in names {
         job.check()?;
-        let weight = weights.get(name).expect("the layer was loaded with all its linears");
+        let weight = weights
+            .get(name)
+            .expect("the layer was loaded with all its linears");
         let matrix = padded(name, weight)?;
         if factor.is_none() {
             factor = Some(best_damping(name, &matrix, h)?);
@@ -143,7 +149,9 @@ fn best_damping(name: &str, matrix: &Matrix, h: &HessianSet) -> Result<Factor> {
             Ok((loss, factor))
         })
         .collect::<Result<_>>()?;
-    let best = tried.into_iter().reduce(|a, b| if b.0 < a.0 { b } else { a });
+    let best = tried
+        .into_iter()
+        .reduce(|a, b| if b.0 < a.0 { b } else { a });
     Ok(best.expect("the list of dampings is not empty").1)
 }
 
@@ -153,12 +161,22 @@ fn perturb(
     h: &HessianSet,
     layer: usize,
 ) -> Result<Perturbed> {
-    let factor = Factor::new(&linear.name, &h.train, &activity_order(&h.train), linear.damping)?;
+    let factor = Factor::new(
+        &linear.name,
+        &h.train,
+        &activity_order(&h.train),
+        linear.damping,
+    )?;
     let layout = Layout::uniform(3, 128, matrix.rows)?;
     let q = Gptq { factor: &factor }.quantize(&linear.name, &matrix, &layout)?;
     let weight = q.dequantize();
     let loss = h.all.loss(&difference(&matrix, &weight))?;
-    Ok(Perturbed { name: linear.name.clone(), layer, loss, weight })
+    Ok(Perturbed {
+        name: linear.name.clone(),
+        layer,
+        loss,
+        weight,
+    })
 }
 
 /// Perturbs one linear at a time and takes the divergence of the predictions per unit of loss.
@@ -245,7 +263,10 @@ fn interpolate(job: &Job<'_>, found: &mut Measurement) {
                 .filter_map(|&l| Some((l, found.linear(&name(l))?.sensitivity)))
                 .collect();
             for layer in (0..layers).filter(|l| !probed.contains(l)) {
-                let after = known.iter().position(|k| k.0 > layer).unwrap_or(known.len() - 1);
+                let after = known
+                    .iter()
+                    .position(|k| k.0 > layer)
+                    .unwrap_or(known.len() - 1);
                 let (a, b) = (known[after.saturating_sub(1)], known[after]);
                 let t = (layer - a.0) as f64 / (b.0 - a.0).max(1) as f64;
                 let tiny = f64::MIN_POSITIVE;

@@ -78,7 +78,11 @@ pub(super) fn quantize(
     let spec = job.source.spec().clone();
     let mut machine = Machine::new(&spec, job.calibration.length(), job.options.threads)?;
     let mut hidden = embed(&job.source, &mut machine, &job.calibration.rows)?;
-    let mut pass = Pass { target, measurement, journal };
+    let mut pass = Pass {
+        target,
+        measurement,
+        journal,
+    };
     for layer in 0..spec.layers.len() {
         job.progress(layer, spec.layers.len() + 1);
         let mut walk = Walk::new(&job.source, &mut machine, layer, &mut hidden)?;
@@ -90,7 +94,11 @@ pub(super) fn quantize(
             let mut fill = feed(&mut acc);
             walk.visit(stop, |r, x| if done { Ok(()) } else { fill(r, x) })?;
             drop(fill);
-            let h = if done { None } else { Some(acc.finish(&names[0])?) };
+            let h = if done {
+                None
+            } else {
+                Some(acc.finish(&names[0])?)
+            };
             pass.site(job, &mut walk.weights, &names, h.as_ref())?;
         }
         walk.finish()?;
@@ -118,7 +126,12 @@ fn score(job: &mut Job<'_>, weights: &Weights, hidden: &Rows, judge: &Judge) -> 
     let (right, ours) = (head.bind(&original)?, head.bind(weights)?);
     let held: Vec<&Vec<f32>> = match hidden.len() {
         n if n < 8 => hidden.iter().skip(n.saturating_sub(1)).collect(),
-        _ => hidden.iter().enumerate().filter(|(r, _)| Part::of_row(*r) == Part::HoldOut).map(|x| x.1).collect(),
+        _ => hidden
+            .iter()
+            .enumerate()
+            .filter(|(r, _)| Part::of_row(*r) == Part::HoldOut)
+            .map(|x| x.1)
+            .collect(),
     };
     let mut score = KlScore::new();
     for ((reference, quantized), tokens) in judge.hidden.iter().zip(held).zip(&judge.tokens) {
@@ -146,12 +159,19 @@ impl Pass<'_> {
     ) -> Result<()> {
         let mut factor: Option<Factor> = None;
         for name in names {
-            let key = job.source.key(name).expect("linears come from the layout").clone();
+            let key = job
+                .source
+                .key(name)
+                .expect("linears come from the layout")
+                .clone();
             let decoded = match (self.journal.load(name)?, h) {
                 (Some(stored), _) => decode(&stored.linear)?,
                 (None, Some(h)) => {
                     job.check()?;
-                    let weight = weights.get(name).expect("the layer has all its linears").clone();
+                    let weight = weights
+                        .get(name)
+                        .expect("the layer has all its linears")
+                        .clone();
                     let matrix = padded(name, &weight)?;
                     if factor.is_none() {
                         factor = Some(self.factor(name, h)?);
@@ -218,9 +238,14 @@ impl Pass<'_> {
 
 /// A bias as bits of binary16, padded with zeros.
 fn half_bias(weights: &Weights, name: &str, outputs: usize) -> Result<Vec<u16>> {
-    let weight = weights.get(name).expect("biases are loaded with their layer");
-    let mut bias: Vec<u16> =
-        weight.to_f32(name)?.iter().map(|&x| half::f16::from_f32(x).to_bits()).collect();
+    let weight = weights
+        .get(name)
+        .expect("biases are loaded with their layer");
+    let mut bias: Vec<u16> = weight
+        .to_f32(name)?
+        .iter()
+        .map(|&x| half::f16::from_f32(x).to_bits())
+        .collect();
     bias.resize(outputs, 0);
     Ok(bias)
 }
@@ -241,7 +266,11 @@ pub(super) fn pack(name: &str, q: &Quantized, bias: Option<Vec<u16>>) -> Result<
 
 /// The weights a packed linear decodes to, `[inputs, outputs]`.
 pub(super) fn decode(linear: &Exl2Linear) -> Result<Matrix> {
-    let data = linear.dequantize_f16().iter().map(|&b| half::f16::from_bits(b).to_f32()).collect();
+    let data = linear
+        .dequantize_f16()
+        .iter()
+        .map(|&b| half::f16::from_bits(b).to_f32())
+        .collect();
     Matrix::new(linear.inputs, linear.outputs, data)
 }
 

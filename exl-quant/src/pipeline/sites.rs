@@ -4,7 +4,7 @@
 //! whatever weights earlier stops put in place, so that o_proj and down_proj are calibrated behind
 //! their quantized predecessors; every product runs once.
 
-use exl_models::{BlockPart, LayerSpec, Module, ModelSource};
+use exl_models::{BlockPart, LayerSpec, ModelSource, Module};
 use exl_tensor::{Bound, Weights};
 
 use super::machine::Machine;
@@ -75,7 +75,13 @@ impl<'a> Walk<'a> {
     ) -> Result<Self> {
         let weights = source.load_layer(layer)?;
         machine.positions()?;
-        Ok(Self { machine, layer, weights, hidden, inner: Vec::new() })
+        Ok(Self {
+            machine,
+            layer,
+            weights,
+            hidden,
+            inner: Vec::new(),
+        })
     }
 
     fn spec(&self) -> LayerSpec {
@@ -93,7 +99,9 @@ impl<'a> Walk<'a> {
         match stop {
             Stop::Qkv => self.look(self.machine.norm(&spec.attn_norm, &self.weights)?, each),
             Stop::O => {
-                let bound = self.machine.part(BlockPart::Attention(self.layer), &self.weights)?;
+                let bound = self
+                    .machine
+                    .part(BlockPart::Attention(self.layer), &self.weights)?;
                 let tap = spec.attn.o.key.clone();
                 for r in 0..self.hidden.len() {
                     let slots = self.machine.run(&bound, &[("hidden", &self.hidden[r])])?;
@@ -108,7 +116,9 @@ impl<'a> Walk<'a> {
                 self.look(self.machine.norm(&spec.mlp_norm, &self.weights)?, each)
             }
             Stop::Down => {
-                let bound = self.machine.gate_up(&spec.mlp_norm, &spec.mlp, &self.weights)?;
+                let bound = self
+                    .machine
+                    .gate_up(&spec.mlp_norm, &spec.mlp, &self.weights)?;
                 for r in 0..self.hidden.len() {
                     let slots = self.machine.run(&bound, &[("hidden", &self.hidden[r])])?;
                     let x = slots.get("out");
@@ -132,7 +142,10 @@ impl<'a> Walk<'a> {
         mut each: impl FnMut(usize, &[f32]) -> Result<()>,
     ) -> Result<()> {
         for (r, hidden) in self.hidden.iter().enumerate() {
-            each(r, self.machine.run(&bound, &[("hidden", hidden)])?.get("out"))?;
+            each(
+                r,
+                self.machine.run(&bound, &[("hidden", hidden)])?.get("out"),
+            )?;
         }
         Ok(())
     }
@@ -154,7 +167,9 @@ pub(super) fn embed(
 ) -> Result<Rows> {
     let weights = source.load_module(Module::Embedding)?;
     let bound = machine.part(BlockPart::Embed, &weights)?;
-    rows.iter().map(|tokens| machine.embed(&bound, tokens)).collect()
+    rows.iter()
+        .map(|tokens| machine.embed(&bound, tokens))
+        .collect()
 }
 
 /// The normed inputs of the head, row by row.

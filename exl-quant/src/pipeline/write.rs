@@ -46,7 +46,11 @@ pub(super) fn write(
         specs.extend(specs_of(target, journal, key)?);
     }
     let options = WriterOptions {
-        shard_bytes: if job.options.shard_bytes == 0 { u64::MAX } else { job.options.shard_bytes },
+        shard_bytes: if job.options.shard_bytes == 0 {
+            u64::MAX
+        } else {
+            job.options.shard_bytes
+        },
         base: BASE.to_owned(),
         replace: true,
     };
@@ -73,24 +77,33 @@ pub(super) fn write(
     Ok(report(job, target, quality, written.file_bytes))
 }
 
-fn specs_of(
-    target: &Target,
-    journal: &Journal,
-    key: &WeightKey,
-) -> Result<Vec<TensorSpec>> {
+fn specs_of(target: &Target, journal: &Journal, key: &WeightKey) -> Result<Vec<TensorSpec>> {
     if target.layouts.contains_key(&key.name) {
         let linear = stored(journal, key)?.linear;
         let bias = linear.bias.is_some();
-        return Ok(Exl2Linear::specs(&key.name, linear.outputs, &linear.groups, bias));
+        return Ok(Exl2Linear::specs(
+            &key.name,
+            linear.outputs,
+            &linear.groups,
+            bias,
+        ));
     }
     if matches!(&key.kind, WeightKind::Head { tied_to: Some(_) }) {
         return Ok(Vec::new());
     }
     let name = format!("{}.weight", key.name);
-    let mut specs = vec![TensorSpec { name, dtype: Dtype::F16, shape: key.shape.clone() }];
+    let mut specs = vec![TensorSpec {
+        name,
+        dtype: Dtype::F16,
+        shape: key.shape.clone(),
+    }];
     if let Some(bias) = &key.bias {
         let shape = vec![key.shape[0]];
-        specs.push(TensorSpec { name: bias.clone(), dtype: Dtype::F16, shape });
+        specs.push(TensorSpec {
+            name: bias.clone(),
+            dtype: Dtype::F16,
+            shape,
+        });
     }
     Ok(specs)
 }
@@ -135,7 +148,10 @@ fn write_plain(job: &Job<'_>, writer: &mut CheckpointWriter, key: &WeightKey) ->
     for (weight, tensor) in names.into_iter().chain(bias) {
         let found = weights.get(&weight).expect("the key was loaded above");
         let values = found.to_f32(&weight)?;
-        let bytes: Vec<u8> = values.iter().flat_map(|&x| f16::from_f32(x).to_le_bytes()).collect();
+        let bytes: Vec<u8> = values
+            .iter()
+            .flat_map(|&x| f16::from_f32(x).to_le_bytes())
+            .collect();
         writer.write(&tensor, &bytes)?;
     }
     Ok(())
@@ -143,33 +159,45 @@ fn write_plain(job: &Job<'_>, writer: &mut CheckpointWriter, key: &WeightKey) ->
 
 fn write_config(job: &Job<'_>, target: &Target) -> Result<()> {
     let path = job.source.files().dir().join("config.json");
-    let mut config: serde_json::Value = exl_format::read_json(&path)?.ok_or_else(|| {
-        Error::io(&path, std::io::Error::from(std::io::ErrorKind::NotFound))
-    })?;
+    let mut config: serde_json::Value = exl_format::read_json(&path)?
+        .ok_or_else(|| Error::io(&path, std::io::Error::from(std::io::ErrorKind::NotFound)))?;
     let what = QuantizationConfig {
         version: env!("CARGO_PKG_VERSION").to_owned(),
         bits: target.bits,
-        head_bits: job.options.head_bits.unwrap_or_else(|| head_bits(job, target)),
+        head_bits: job
+            .options
+            .head_bits
+            .unwrap_or_else(|| head_bits(job, target)),
         rows: job.calibration.rows.len(),
         length: job.calibration.length(),
         dataset: job.calibration.dataset.clone(),
     };
     patch_quantization_config(&mut config, &what)?;
-    Ok(write_file_atomic(&target.out.join("config.json"), to_json_text(&config))?)
+    Ok(write_file_atomic(
+        &target.out.join("config.json"),
+        to_json_text(&config),
+    )?)
 }
 
 /// The head's size in whole bits, as the configuration states it.
 fn head_bits(job: &Job<'_>, target: &Target) -> u32 {
     let spec = job.source.spec();
     let layout = target.layouts.get(&spec.head.linear.key);
-    layout.map_or(16, |l| l.bpw(spec.vocab.next_multiple_of(32)).floor() as u32)
+    layout.map_or(16, |l| {
+        l.bpw(spec.vocab.next_multiple_of(32)).floor() as u32
+    })
 }
 
 /// Reads the finished files and compares every linear with the journal, and its decoded weights
 /// with what the quantizer meant.
 fn verify(job: &mut Job<'_>, target: &Target, journal: &Journal) -> Result<()> {
     let files = ModelFiles::open(&target.out)?;
-    for key in job.source.layout().iter().filter(|k| target.layouts.contains_key(&k.name)) {
+    for key in job
+        .source
+        .layout()
+        .iter()
+        .filter(|k| target.layouts.contains_key(&k.name))
+    {
         job.check()?;
         let found = Exl2Linear::read(&files, &key.name)?;
         let meant = stored(journal, key)?.linear;
@@ -188,7 +216,10 @@ fn verify(job: &mut Job<'_>, target: &Target, journal: &Journal) -> Result<()> {
         }
         if found != meant {
             return Err(Error::Verify {
-                what: format!("{} is not what was written; run again with --restart", key.name),
+                what: format!(
+                    "{} is not what was written; run again with --restart",
+                    key.name
+                ),
             });
         }
     }

@@ -56,7 +56,8 @@ fn a_converted_model_is_smaller_close_and_speaks() {
         .success()
         .json();
     let bpw = info["bpw"].as_f64().unwrap();
-    assert!((3.8..=4.0).contains(&bpw), "{bpw}");
+    // What a head of whole 128-row groups would take beyond this one goes to the layers.
+    assert!((3.8..=4.1).contains(&bpw), "{bpw}");
     assert_eq!(info["storage"], "EXL2");
 
     let args = [
@@ -72,7 +73,9 @@ fn a_converted_model_is_smaller_close_and_speaks() {
     let eval = run(&mut exl(args)).success().json();
     let kl = eval["kl"].as_f64().unwrap();
     assert!(kl > 0.0 && kl < 0.3, "{kl}");
-    assert!(eval["bytes"].as_u64().unwrap() < 3_300_000);
+    // Bytes of the checkpoint that ExLlamaV2's converter makes at 4.0 bits with a 6-bit head.
+    let bytes = eval["bytes"].as_u64().unwrap();
+    assert!(bytes <= 3_005_312, "{bytes}");
 
     let args = [
         "generate",

@@ -263,7 +263,7 @@ fn measurement(job: &mut Job<'_>, work: &Work) -> Result<Measurement> {
         return Measurement::read(&path, &job.model_hash);
     }
     job.emit(Event::Stage(Stage::Measure));
-    let found = probe::measure(job)?;
+    let found = probe::measure(job, work)?;
     found.write(&path)?;
     Ok(found)
 }

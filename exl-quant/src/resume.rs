@@ -2,6 +2,8 @@
 //!
 //! ```text
 //! WORK/settings.json            what the journal belongs to; another conversion is refused
+//! WORK/measuring/KEY.json       curve of a linear, while the model is measured
+//! WORK/measuring/KEY.kl.json    its sensitivity
 //! WORK/measurement.json         once the model is measured
 //! WORK/4.0bpw/KEY.json          figures of a linear, written before
 //! WORK/4.0bpw/KEY.safetensors   its tensors: their presence means it is done
@@ -17,7 +19,7 @@ use exl_format::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::pipeline::LinearStats;
+use crate::pipeline::{LinearMeasurement, LinearStats};
 use crate::{Error, Result};
 
 /// What a journal belongs to.
@@ -53,6 +55,7 @@ pub(crate) struct Stored {
 }
 
 const SETTINGS: &str = "settings.json";
+const MEASURING: &str = "measuring";
 const FINISHED: &str = "finished";
 
 impl Work {
@@ -77,7 +80,8 @@ impl Work {
         if restart && ours {
             std::fs::remove_dir_all(dir).map_err(|e| Error::io(dir, e))?;
         }
-        std::fs::create_dir_all(dir).map_err(|e| Error::io(dir, e))?;
+        let measuring = dir.join(MEASURING);
+        std::fs::create_dir_all(&measuring).map_err(|e| Error::io(&measuring, e))?;
         match read_json::<Settings>(&path)? {
             Some(found) if found != *settings => Err(refuse(&format!(
                 "holds an unfinished conversion with {}; finish it with its own settings, or \
@@ -99,6 +103,32 @@ impl Work {
     /// Where the measurement lies.
     pub(crate) fn measurement(&self) -> PathBuf {
         self.dir.join("measurement.json")
+    }
+
+    fn measuring(&self, name: &str, suffix: &str) -> PathBuf {
+        self.dir.join(MEASURING).join(format!("{name}.{suffix}"))
+    }
+
+    /// What is known of a linear from an interrupted measurement.
+    pub(crate) fn measured(&self, name: &str) -> Result<Option<LinearMeasurement>> {
+        Ok(read_json(&self.measuring(name, "json"))?)
+    }
+
+    /// Keeps the curve of a linear.
+    pub(crate) fn keep_measured(&self, linear: &LinearMeasurement) -> Result<()> {
+        let path = self.measuring(&linear.name, "json");
+        Ok(write_file_atomic(&path, to_json_text(linear))?)
+    }
+
+    /// The sensitivity of a linear from an interrupted measurement.
+    pub(crate) fn sensitivity(&self, name: &str) -> Result<Option<f64>> {
+        Ok(read_json(&self.measuring(name, "kl.json"))?)
+    }
+
+    /// Keeps the sensitivity of a linear.
+    pub(crate) fn keep_sensitivity(&self, name: &str, value: f64) -> Result<()> {
+        let path = self.measuring(name, "kl.json");
+        Ok(write_file_atomic(&path, to_json_text(&value))?)
     }
 
     /// The part of one target.

@@ -3,8 +3,8 @@
 use crate::support::{TempDir, demo, demo_text, exl, run, run_with_input, text};
 use serde_json::Value;
 use std::path::Path;
-use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::process::{Command, Output, Stdio};
+use std::time::Duration;
 
 fn small(out: &Path, bits: &str) -> Command {
     exl([
@@ -122,53 +122,84 @@ fn a_calibration_text_too_short_is_refused() {
     );
 }
 
+/// Starts a conversion and sends it a signal once `count` files of the journal have a suffix.
 #[cfg(unix)]
-#[test]
-fn an_interrupted_conversion_says_how_to_go_on_and_ends_the_same() {
-    let temp = TempDir::new();
-    let (straight, stopped) = (temp.join("straight"), temp.join("stopped"));
-    run(&mut small(&straight, "3.0")).success();
-
-    let mut child = small(&stopped, "3.0")
+fn stopped_at(out: &Path, (folder, suffix, count): (&str, &str, usize), signal: &str) -> Output {
+    let mut child = small(out, "3.0")
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
         .unwrap();
-    std::thread::sleep(Duration::from_millis(1200));
-    interrupt(child.id());
-    let start = Instant::now();
-    while child.try_wait().unwrap().is_none() {
-        assert!(start.elapsed() < Duration::from_secs(60), "Ctrl-C ends it");
-        std::thread::sleep(Duration::from_millis(20));
+    let journal = out.with_extension("work").join(folder);
+    let files = || {
+        let entries = std::fs::read_dir(&journal).into_iter().flatten();
+        entries
+            .filter(|e| {
+                e.as_ref()
+                    .unwrap()
+                    .path()
+                    .to_str()
+                    .unwrap()
+                    .ends_with(suffix)
+            })
+            .count()
+    };
+    while files() < count {
+        assert!(
+            child.try_wait().unwrap().is_none(),
+            "{folder} was not reached"
+        );
+        std::thread::sleep(Duration::from_millis(2));
     }
+    let kill = Command::new("kill")
+        .args([signal, &child.id().to_string()])
+        .status();
+    assert!(kill.unwrap().success());
     let output = child.wait_with_output().unwrap();
+    assert!(
+        !output.status.success(),
+        "it was done before the signal came"
+    );
+    assert!(
+        !out.join("config.json").exists(),
+        "nothing under the final name"
+    );
+    output
+}
+
+#[cfg(unix)]
+#[test]
+fn an_interrupted_conversion_says_how_to_go_on() {
+    let temp = TempDir::new();
+    let output = stopped_at(&temp.join("out"), ("measuring", ".json", 1), "-INT");
     let stderr = String::from_utf8_lossy(&output.stderr);
-    if output.status.success() {
-        println!("skipped: it was done before Ctrl-C came");
-        return;
-    }
     assert_eq!(output.status.code(), Some(130), "{stderr}");
     assert!(
         stderr.contains("interrupted") && stderr.contains("same command"),
         "{stderr}"
     );
-    assert!(
-        !stopped.join("config.json").exists(),
-        "nothing under the final name"
-    );
-
-    run(&mut small(&stopped, "3.0")).success();
-    assert!(weights(&straight) == weights(&stopped), "the same bytes");
 }
 
 #[cfg(unix)]
-fn interrupt(pid: u32) {
+#[test]
+fn killed_in_every_stage_a_conversion_ends_the_same() {
+    let temp = TempDir::new();
+    let (straight, stopped) = (temp.join("straight"), temp.join("stopped"));
+    run(&mut small(&straight, "3.0")).success();
+    for moment in [
+        ("measuring", ".json", 3),
+        ("measuring", ".json", 10),
+        ("measuring", ".kl.json", 4),
+        ("3.0bpw", ".safetensors", 2),
+        ("3.0bpw", ".safetensors", 12),
+    ] {
+        stopped_at(&stopped, moment, "-KILL");
+    }
+    run(&mut small(&stopped, "3.0")).success();
+    assert!(weights(&straight) == weights(&stopped), "the same bytes");
     assert!(
-        Command::new("kill")
-            .args(["-INT", &pid.to_string()])
-            .status()
-            .unwrap()
-            .success()
+        !stopped.with_extension("work").exists(),
+        "the journal is gone"
     );
 }
 

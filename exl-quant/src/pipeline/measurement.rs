@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use exl_format::{read_json, write_file_atomic};
+use exl_format::{read_json, to_json_text, write_file_atomic};
 use serde::{Deserialize, Serialize};
 
 use crate::{Curve, Error, Layout, Point, Result};
@@ -128,17 +128,7 @@ impl Measurement {
     /// # Errors
     /// When the system refuses.
     pub fn write(&self, path: &Path) -> Result<()> {
-        Ok(write_file_atomic(path, self.text())?)
-    }
-
-    pub(super) fn text(&self) -> String {
-        exl_format::to_json_text(self)
-    }
-
-    /// As it will be read back: decimal text does not always give the last bit of a float.
-    pub(super) fn normalised(&self) -> Result<Self> {
-        serde_json::from_str(&self.text())
-            .map_err(|e| Error::numeric("measurement", format!("cannot be written as JSON: {e}")))
+        Ok(write_file_atomic(path, to_json_text(self))?)
     }
 
     /// The entry of a linear.

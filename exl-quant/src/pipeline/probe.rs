@@ -1,7 +1,7 @@
 //! The measuring pass: one stream of the unquantized model gives curves and damping, then each
 //! linear is perturbed by itself to see what it does to the predictions.
 
-use exl_models::{BlockPart, Module};
+use exl_models::{BlockPart, Module, Spec};
 use exl_tensor::Weights;
 use rayon::prelude::*;
 
@@ -11,6 +11,7 @@ use super::measurement::{LinearMeasurement, MEASUREMENT_VERSION, Measurement};
 use super::sites::{Rows, STOPS, Walk, embed, feed, head_inputs};
 use super::{Event, Job};
 use crate::measure::{difference, sample_columns};
+use crate::resume::Work;
 use crate::{
     Factor, Gptq, HessianAccumulator, HessianSet, KlScore, Layout, Matrix, Quantizer, Result,
     SAMPLE_COLUMNS, activity_order, measure_with,
@@ -35,43 +36,41 @@ struct Perturbed {
     weight: Matrix,
 }
 
-/// Measures the model.
-pub(super) fn measure(job: &mut Job<'_>) -> Result<Measurement> {
+/// Measures the model. Curves and sensitivities that `work` holds are not made again.
+pub(super) fn measure(job: &mut Job<'_>, work: &Work) -> Result<Measurement> {
     let rows = spread(&job.calibration.rows, job.options.measure_rows);
     let length = job.options.measure_length.min(job.calibration.length());
     let rows: Vec<Vec<u32>> = rows.iter().map(|r| r[..length].to_vec()).collect();
     let spec = job.source.spec().clone();
     let mut machine = Machine::new(&spec, length, job.options.threads)?;
     let mut hidden = embed(&job.source, &mut machine, &rows)?;
-    let probe_layers = probe_layers(spec.layers.len());
-    let (mut linears, mut perturbed) = (Vec::new(), Vec::new());
+    let mut survey = Survey::new(&spec, work);
     for layer in 0..spec.layers.len() {
         job.check()?;
-        job.progress(layer, spec.layers.len() + 1);
+        job.progress(layer, survey.steps);
         let mut walk = Walk::new(&job.source, &mut machine, layer, &mut hidden)?;
         for stop in STOPS {
             let layer_spec = &spec.layers[layer];
+            let names = stop.linears(layer_spec);
+            if survey.known(&names, layer)? {
+                walk.visit(stop, |_, _| Ok(()))?;
+                continue;
+            }
             let mut acc = HessianAccumulator::new(stop.inputs(layer_spec));
             walk.visit(stop, feed(&mut acc))?;
-            let names = stop.linears(layer_spec);
             let h = acc.finish(&names[0])?;
-            for (linear, matrix) in site(job, &walk.weights, &names, &h)? {
-                if probe_layers.contains(&layer) {
-                    perturbed.push(perturb(&linear, matrix, &h, layer)?);
-                }
-                linears.push(linear);
-            }
+            survey.site(job, (&names, layer), &walk.weights, &h)?;
         }
         walk.finish()?;
     }
-    let mut acc = HessianAccumulator::new(spec.hidden);
-    head_inputs(&job.source, &mut machine, &hidden, feed(&mut acc))?;
-    let name = spec.head.linear.key.clone();
-    let h = acc.finish(&name)?;
-    let head = job.source.load_module(Module::Head)?;
-    for (linear, matrix) in site(job, &head, &[name], &h)? {
-        perturbed.push(perturb(&linear, matrix, &h, spec.layers.len())?);
-        linears.push(linear);
+    job.progress(spec.layers.len(), survey.steps);
+    let names = [spec.head.linear.key.clone()];
+    if !survey.known(&names, spec.layers.len())? {
+        let mut acc = HessianAccumulator::new(spec.hidden);
+        head_inputs(&job.source, &mut machine, &hidden, feed(&mut acc))?;
+        let h = acc.finish(&names[0])?;
+        let head = job.source.load_module(Module::Head)?;
+        survey.site(job, (&names, spec.layers.len()), &head, &h)?;
     }
     drop(hidden);
     let mut found = Measurement {
@@ -80,10 +79,107 @@ pub(super) fn measure(job: &mut Job<'_>) -> Result<Measurement> {
         calibration: job.calibration.hash(),
         rows: rows.len(),
         length,
-        linears,
+        linears: std::mem::take(&mut survey.linears),
     };
-    sensitivities(job, &rows, perturbed, &mut found)?;
-    found.normalised()
+    sensitivities(job, &rows, survey, &mut found)?;
+    interpolate(job, &mut found);
+    Ok(found)
+}
+
+/// What the pass over the layers has found so far.
+struct Survey<'a> {
+    work: &'a Work,
+    /// Layers whose linears are perturbed; the head counts as one more layer and always is.
+    probed: Vec<usize>,
+    linears: Vec<LinearMeasurement>,
+    perturbed: Vec<Perturbed>,
+    /// Steps of the whole measurement: layers, head, perturbations.
+    steps: usize,
+}
+
+impl<'a> Survey<'a> {
+    fn new(spec: &Spec, work: &'a Work) -> Self {
+        let mut probed = probe_layers(spec.layers.len());
+        let linears = |&l: &usize| STOPS.iter().map(|s| s.linears(&spec.layers[l]).len()).sum();
+        let perturbations: usize = probed
+            .iter()
+            .map(linears)
+            .collect::<Vec<usize>>()
+            .iter()
+            .sum();
+        probed.push(spec.layers.len());
+        Self {
+            work,
+            probed,
+            linears: Vec::new(),
+            perturbed: Vec::new(),
+            steps: spec.layers.len() + 1 + perturbations + 1,
+        }
+    }
+
+    /// Takes the linears of an input over from the journal. False when the Hessian is needed:
+    /// for a curve that is missing, or to perturb a weight again whose effect is not known yet.
+    fn known(&mut self, names: &[String], layer: usize) -> Result<bool> {
+        let mut taken = Vec::new();
+        for name in names {
+            let Some(mut linear) = self.work.measured(name)? else {
+                return Ok(false);
+            };
+            if self.probed.contains(&layer) {
+                let Some(value) = self.work.sensitivity(name)? else {
+                    return Ok(false);
+                };
+                linear.sensitivity = value;
+            }
+            taken.push(linear);
+        }
+        self.linears.extend(taken);
+        Ok(true)
+    }
+
+    /// Measures and perturbs the linears that share an input.
+    fn site(
+        &mut self,
+        job: &mut Job<'_>,
+        (names, layer): (&[String], usize),
+        weights: &Weights,
+        h: &HessianSet,
+    ) -> Result<()> {
+        let mut factor: Option<Factor> = None;
+        for name in names {
+            job.check()?;
+            let weight = weights
+                .get(name)
+                .expect("the layer was loaded with all its linears");
+            let matrix = padded(name, weight)?;
+            let mut linear = match self.work.measured(name)? {
+                Some(linear) => linear,
+                None => {
+                    let factor = match &mut factor {
+                        Some(factor) => factor,
+                        none => none.insert(best_damping(names, weights, h)?),
+                    };
+                    let curve = measure_with(name, &matrix, h, factor)?;
+                    let linear = LinearMeasurement::new(name, &curve, factor.damping());
+                    self.work.keep_measured(&linear)?;
+                    linear
+                }
+            };
+            job.emit(Event::Linear {
+                name: name.clone(),
+                bits_per_weight: None,
+                relative_error: None,
+            });
+            if self.probed.contains(&layer) {
+                match self.work.sensitivity(name)? {
+                    Some(value) => linear.sensitivity = value,
+                    None => self.perturbed.push(perturb(&linear, matrix, h, layer)?),
+                }
+            }
+            self.linears.push(linear);
+        }
+        Ok(())
+    }
 }
 
 /// `count` rows spread evenly.
@@ -104,42 +200,16 @@ fn probe_layers(layers: usize) -> Vec<usize> {
         .collect()
 }
 
-/// Curves of the linears that share an input.
-fn site(
-    job: &mut Job<'_>,
-    weights: &Weights,
-    names: &[String],
-    h: &HessianSet,
-) -> Result<Vec<(LinearMeasurement, Matrix)>> {
-    let mut out = Vec::new();
-    let mut factor: Option<Factor> = None;
-    for name in names {
-        job.check()?;
-        let weight = weights
-            .get(name)
-            .expect("the layer was loaded with all its linears");
-        let matrix = padded(name, weight)?;
-        if factor.is_none() {
-            factor = Some(best_damping(name, &matrix, h)?);
-        }
-        let factor = factor.as_ref().expect("set above");
-        let curve = measure_with(name, &matrix, h, factor)?;
-        let linear = LinearMeasurement::new(name, &curve, factor.damping());
-        job.emit(Event::Linear {
-            name: name.clone(),
-            bits_per_weight: None,
-            relative_error: None,
-        });
-        out.push((linear, matrix));
-    }
-    Ok(out)
-}
-
-/// The factor whose damping does best on the hold-out rows at three bits.
-fn best_damping(name: &str, matrix: &Matrix, h: &HessianSet) -> Result<Factor> {
+/// The factor whose damping does best on the hold-out rows at three bits for the first of the
+/// linears that share an input.
+fn best_damping(names: &[String], weights: &Weights, h: &HessianSet) -> Result<Factor> {
+    let name = &names[0];
+    let weight = weights
+        .get(name)
+        .expect("the layer was loaded with all its linears");
+    let (sample, _) = sample_columns(&padded(name, weight)?, SAMPLE_COLUMNS);
     let order = activity_order(&h.train);
-    let (sample, _) = sample_columns(matrix, SAMPLE_COLUMNS);
-    let layout = Layout::uniform(3, 128, matrix.rows)?;
+    let layout = Layout::uniform(3, 128, sample.rows)?;
     let tried: Vec<(f64, Factor)> = DAMPINGS
         .into_par_iter()
         .map(|damping| {
@@ -183,9 +253,12 @@ fn perturb(
 fn sensitivities(
     job: &mut Job<'_>,
     rows: &[Vec<u32>],
-    perturbed: Vec<Perturbed>,
+    survey: Survey<'_>,
     found: &mut Measurement,
 ) -> Result<()> {
+    if survey.perturbed.is_empty() {
+        return Ok(());
+    }
     let spec = job.source.spec().clone();
     let length = PROBE_LENGTH.min(rows[0].len());
     let count = (PROBE_POSITIONS / length).clamp(1, rows.len());
@@ -200,10 +273,10 @@ fn sensitivities(
     let mut head = Head::new(&spec, length, job.options.threads)?;
     let original = job.source.load_module(Module::Head)?;
     let right = head.bind(&original)?;
-    let total = perturbed.len();
-    for (at, p) in perturbed.into_iter().enumerate() {
+    let before = survey.steps - survey.perturbed.len();
+    for (at, p) in survey.perturbed.into_iter().enumerate() {
         job.check()?;
-        job.progress(at, total);
+        job.progress(before + at, survey.steps);
         let mut hidden = states[p.layer].clone();
         for layer in p.layer..spec.layers.len() {
             let change = (layer == p.layer).then_some((p.name.as_str(), &p.weight));
@@ -222,8 +295,8 @@ fn sensitivities(
         let linear = found.linears.iter_mut().find(|l| l.name == p.name);
         let linear = linear.expect("every perturbed linear was measured");
         linear.sensitivity = kl / p.loss.max(f64::MIN_POSITIVE);
+        survey.work.keep_sensitivity(&p.name, linear.sensitivity)?;
     }
-    interpolate(job, found);
     Ok(())
 }
 

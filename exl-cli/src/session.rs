@@ -93,10 +93,7 @@ pub(crate) fn runner_options(compute: &ComputeArgs, cache: CacheMode) -> Result<
 
 /// Name of what computes, the instruction set included.
 pub(crate) fn device_name(runner: &Runner) -> String {
-    runner.executor().kernels().map_or_else(
-        || "cpu".to_owned(),
-        |cpu| format!("cpu/{:?}", cpu.isa()).to_lowercase(),
-    )
+    runner.executor().name()
 }
 
 /// Settings of opening a model.

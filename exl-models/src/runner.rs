@@ -95,7 +95,7 @@ impl Default for RunnerOptions {
 pub struct Runner {
     model: Arc<Model>,
     options: RunnerOptions,
-    executor: HostExecutor,
+    executor: Box<dyn Executor>,
     kv: KvBuffers,
     plans: PlanCache,
 }
@@ -112,13 +112,13 @@ impl Runner {
                 options.pages, options.max_rows, options.max_seqs
             )));
         }
-        let executor = match options.backend {
-            Backend::Reference => HostExecutor::reference()?,
-            Backend::Cpu => HostExecutor::cpu(Cpu::new(CpuOptions {
+        let executor: Box<dyn Executor> = match options.backend {
+            Backend::Reference => Box::new(HostExecutor::reference()?),
+            Backend::Cpu => Box::new(HostExecutor::cpu(Cpu::new(CpuOptions {
                 threads: options.threads,
                 isa: options.isa,
                 activations: options.activations,
-            }))?,
+            }))?),
         };
         let kv = KvBuffers::new(model.kv_shape(options.kv_dtype), options.pages)?;
         let plans = PlanCache::new(options.plans);
@@ -142,8 +142,8 @@ impl Runner {
     }
 
     /// The executor, for its name and counters.
-    pub fn executor(&self) -> &HostExecutor {
-        &self.executor
+    pub fn executor(&self) -> &dyn Executor {
+        self.executor.as_ref()
     }
 
     /// The cache, for copying pages.
@@ -178,7 +178,10 @@ impl Runner {
         } = ready;
         self.executor.prepare(bound)?;
         self.executor.run(bound, step, &mut self.kv)?;
-        Ok(logits.map_or(&[], |slot| self.executor.slot(bound, slot)))
+        match *logits {
+            Some(slot) => Ok(self.executor.values(bound, slot)?),
+            None => Ok(&[]),
+        }
     }
 
     /// Runs a row of tokens from position 0 in pages 1 and up, and hands the logits of all

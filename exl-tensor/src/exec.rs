@@ -2,6 +2,7 @@
 
 mod check;
 mod host;
+mod regions;
 
 pub use check::{CheckReport, SlotDiff, check};
 pub use host::HostExecutor;
@@ -71,7 +72,7 @@ fn fits(wanted: &[usize], found: &[usize], quantized: bool) -> bool {
 }
 
 /// Something that runs plans.
-pub trait Executor {
+pub trait Executor: std::fmt::Debug + Send {
     /// Name for reports.
     fn name(&self) -> String;
 
@@ -93,8 +94,14 @@ pub trait Executor {
         kv: &mut KvBuffers,
     ) -> Result<()>;
 
-    /// Copies a slot to the host.
-    fn read(&self, bound: &Bound, slot: Slot) -> Vec<f32>;
+    /// A slot's values, F32 `[rows, dim]`, on the host.
+    ///
+    /// # Errors
+    /// What the device reports.
+    fn values(&mut self, bound: &Bound, slot: Slot) -> Result<&[f32]>;
+
+    /// Bytes of the arena at present.
+    fn arena_bytes(&self) -> usize;
 
     /// Fills a slot from the host.
     ///

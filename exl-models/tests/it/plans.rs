@@ -85,7 +85,15 @@ fn kernels_agree_with_the_reference_slot_by_slot() {
         let mut reference = HostExecutor::reference().unwrap();
         let tested = (&mut cpu, &mut cpu_kv);
         let trusted = (&mut reference, &mut reference_kv);
-        let report = check(tested, trusted, &bound, &step, &[], |_| 1e-5).unwrap();
+        let report = check(
+            (tested.0, tested.1),
+            (trusted.0, trusted.1),
+            &bound,
+            &step,
+            &[],
+            |_| 1e-5,
+        )
+        .unwrap();
         assert_eq!(report.first_failure(), None, "{case}");
         assert!(report.diffs.len() >= bound.plan().ops().len() - 2);
     }
@@ -122,9 +130,9 @@ fn block_plans_chain_to_the_whole_model() {
         let taps = plan
             .taps()
             .iter()
-            .map(|(_, s)| executor.read(&bound, *s))
+            .map(|(_, s)| executor.slot(&bound, *s).to_vec())
             .collect();
-        let values = executor.read(&bound, out);
+        let values = executor.slot(&bound, out).to_vec();
         (plan, values, taps)
     };
     let (_, mut hidden, _) = run(BlockPart::Embed, None);

@@ -42,9 +42,9 @@ impl CheckReport {
 ///
 /// # Errors
 /// Whatever an executor returns.
-pub fn check<A: Executor, B: Executor>(
-    (tested, tested_kv): (&mut A, &mut KvBuffers),
-    (trusted, trusted_kv): (&mut B, &mut KvBuffers),
+pub fn check(
+    (tested, tested_kv): (&mut dyn Executor, &mut KvBuffers),
+    (trusted, trusted_kv): (&mut dyn Executor, &mut KvBuffers),
     bound: &Bound,
     step: &StepBlock,
     inputs: &[(Slot, Vec<f32>)],
@@ -61,15 +61,16 @@ pub fn check<A: Executor, B: Executor>(
         tested.run_op(bound, index, step, tested_kv)?;
         trusted.run_op(bound, index, step, trusted_kv)?;
         for slot in op.writes() {
-            let (a, b) = (tested.read(bound, slot), trusted.read(bound, slot));
+            let a = tested.values(bound, slot)?;
+            let b = trusted.values(bound, slot)?;
             diffs.push(SlotDiff {
                 index,
                 op: op.name(),
                 slot,
-                relative: relative(&a, &b),
+                relative: relative(a, b),
                 tolerance: tolerance(op.name()),
             });
-            tested.write(bound, slot, &b)?;
+            tested.write(bound, slot, b)?;
         }
     }
     Ok(CheckReport { diffs })

@@ -1,0 +1,239 @@
+//! From plan operands to the memory regions of an op's arguments, wherever the memory is.
+
+use exl_kernels::ops::{self, LinearPart, Op};
+use exl_kernels::{DType, Mem, MemMut};
+
+use super::Bound;
+use crate::plan::{AttnOp, GateUpOp, PlanOp, PlanPart, RopeOp};
+use crate::{KvBuffers, Slot, StepBlock, StepField, WeightId};
+
+/// Memory that holds the slots of a plan.
+pub(super) trait Arena {
+    /// A range for reading.
+    fn region(&self, offset: usize, bytes: usize, dtype: DType) -> Mem<'_>;
+
+    /// A range for writing.
+    ///
+    /// # Safety
+    /// No other region made from this arena may overlap the range while the result is used, except
+    /// where the op it is passed to allows its arguments to coincide.
+    unsafe fn region_mut(&self, offset: usize, bytes: usize, dtype: DType) -> MemMut<'_>;
+
+    /// An array of the step block where the kernels read it.
+    fn step<'a>(&'a self, step: &'a StepBlock, field: StepField) -> Mem<'a>;
+}
+
+/// Turns plan operands into memory regions.
+pub(super) struct Regions<'a> {
+    bound: &'a Bound,
+    arena: &'a dyn Arena,
+}
+
+impl<'a> Regions<'a> {
+    pub(super) fn new(bound: &'a Bound, arena: &'a dyn Arena) -> Self {
+        Self { bound, arena }
+    }
+
+    fn mem(&self, slot: Slot) -> Mem<'a> {
+        let plan = self.bound.plan();
+        let info = plan.slot(slot);
+        self.arena
+            .region(plan.arena().offset(slot), info.bytes(), info.dtype)
+    }
+
+    fn mem_mut(&self, slot: Slot) -> MemMut<'a> {
+        let plan = self.bound.plan();
+        let info = plan.slot(slot);
+        // SAFETY: the planner proved slots that are alive together disjoint; operands that name
+        // the same slot (in-place norm, residual) are those their op allows to coincide. One op
+        // runs at a time and its regions do not outlive it.
+        unsafe {
+            self.arena
+                .region_mut(plan.arena().offset(slot), info.bytes(), info.dtype)
+        }
+    }
+
+    fn dense(&self, id: WeightId) -> Mem<'a> {
+        // A quantized weight here is refused by the op's own check: an empty region fits nothing.
+        self.bound.weight(id).mem().unwrap_or(Mem::host::<f32>(&[]))
+    }
+
+    pub(super) fn op<'s: 'a>(
+        &self,
+        op: &PlanOp,
+        step: &'s StepBlock,
+        kv: &'s mut KvBuffers,
+    ) -> Op<'a> {
+        match op {
+            PlanOp::Embed {
+                table,
+                out,
+                vocab,
+                dim,
+                scale,
+            } => Op::Embed(ops::Embed {
+                ids: self.arena.step(step, StepField::Tokens),
+                table: self.dense(*table),
+                out: self.mem_mut(*out),
+                rows: step.key().rows,
+                vocab: *vocab,
+                dim: *dim,
+                scale: *scale,
+            }),
+            PlanOp::RmsNorm {
+                x,
+                weight,
+                out,
+                rows,
+                dim,
+                eps,
+                offset,
+            } => Op::RmsNorm(ops::RmsNorm {
+                x: self.mem(*x),
+                weight: self.dense(*weight),
+                out: self.mem_mut(*out),
+                rows: *rows,
+                dim: *dim,
+                eps: *eps,
+                offset: *offset,
+            }),
+            PlanOp::Linear {
+                x,
+                rows,
+                inputs,
+                parts,
+            } => Op::Linear(ops::Linear {
+                x: self.mem(*x),
+                rows: *rows,
+                inputs: *inputs,
+                parts: parts.iter().map(|p| self.part(p)).collect(),
+            }),
+            PlanOp::GateUp {
+                x,
+                out,
+                rows,
+                inputs,
+                args,
+            } => self.gate_up((*x, *out), (*rows, *inputs), args),
+            PlanOp::RopeAppend {
+                q,
+                k,
+                v,
+                layer,
+                args,
+            } => self.rope_append([*q, *k, *v], step, kv.write(*layer), args),
+            PlanOp::PagedAttn {
+                q,
+                out,
+                layer,
+                args,
+            } => self.attention((*q, *out), step, kv.read(*layer), args),
+            PlanOp::GatherRows { x, out, rows, dim } => Op::GatherRows(ops::GatherRows {
+                x: self.mem(*x),
+                index: self.arena.step(step, StepField::OutRows),
+                out: self.mem_mut(*out),
+                x_rows: self.bound.plan().slot(*x).rows,
+                rows: *rows,
+                dim: *dim,
+            }),
+            PlanOp::ScaleLogits {
+                x,
+                rows,
+                dim,
+                scale,
+                softcap,
+            } => Op::ScaleLogits(ops::ScaleLogits {
+                x: self.mem_mut(*x),
+                rows: *rows,
+                dim: *dim,
+                scale: *scale,
+                softcap: *softcap,
+            }),
+        }
+    }
+
+    fn part(&self, part: &PlanPart) -> LinearPart<'a> {
+        LinearPart {
+            matrix: self.bound.weight(part.weight).matrix(),
+            bias: part.bias.map(|b| self.dense(b)),
+            residual: part.residual.map(|r| self.mem(r)),
+            out: self.mem_mut(part.out),
+            outputs: part.outputs,
+        }
+    }
+
+    fn gate_up(
+        &self,
+        (x, out): (Slot, Slot),
+        (rows, inputs): (usize, usize),
+        args: &GateUpOp,
+    ) -> Op<'a> {
+        Op::GateUp(ops::GateUp {
+            x: self.mem(x),
+            gate: self.bound.weight(args.gate).matrix(),
+            up: self.bound.weight(args.up).matrix(),
+            gate_bias: args.gate_bias.map(|b| self.dense(b)),
+            up_bias: args.up_bias.map(|b| self.dense(b)),
+            out: self.mem_mut(out),
+            rows,
+            inputs,
+            outputs: args.outputs,
+            act: args.act,
+        })
+    }
+
+    fn rope_append<'s: 'a>(
+        &self,
+        [q, k, v]: [Slot; 3],
+        step: &'s StepBlock,
+        (k_cache, v_cache): (MemMut<'s>, MemMut<'s>),
+        args: &RopeOp,
+    ) -> Op<'a> {
+        Op::RopeAppend(ops::RopeAppend {
+            q: self.mem_mut(q),
+            k: self.mem(k),
+            v: self.mem(v),
+            positions: self.arena.step(step, StepField::Positions),
+            slots: self.arena.step(step, StepField::Slots),
+            inv_freq: args
+                .inv_freq
+                .map_or(Mem::host::<f32>(&[]), |w| self.dense(w)),
+            k_cache,
+            v_cache,
+            rows: step.key().rows,
+            heads: args.heads,
+            kv_heads: args.kv_heads,
+            head_dim: args.head_dim,
+            style: args.style,
+            attention_factor: args.attention_factor,
+        })
+    }
+
+    fn attention<'s: 'a>(
+        &self,
+        (q, out): (Slot, Slot),
+        step: &'s StepBlock,
+        (k_cache, v_cache): (Mem<'s>, Mem<'s>),
+        args: &AttnOp,
+    ) -> Op<'a> {
+        let key = step.key();
+        Op::PagedAttn(ops::PagedAttn {
+            q: self.mem(q),
+            k_cache,
+            v_cache,
+            block_table: self.arena.step(step, StepField::BlockTable),
+            q_start: self.arena.step(step, StepField::QStart),
+            kv_len: self.arena.step(step, StepField::KvLen),
+            out: self.mem_mut(out),
+            rows: key.rows,
+            seqs: key.seqs,
+            pages_per_seq: key.pages_per_seq,
+            heads: args.heads,
+            kv_heads: args.kv_heads,
+            head_dim: args.head_dim,
+            scale: args.scale,
+            softcap: args.softcap,
+            window: args.window,
+        })
+    }
+}

@@ -9,6 +9,7 @@
 mod check;
 
 pub use check::check;
+pub(crate) use check::repeated_slot;
 
 use crate::mem::{Mem, MemMut};
 use crate::quant::QuantMatrix;
@@ -147,7 +148,7 @@ pub struct RopeAppend<'a> {
     pub v: Mem<'a>,
     /// I32 `[rows]`: position of each token in its sequence.
     pub positions: Mem<'a>,
-    /// I32 `[rows]`: `page * PAGE_TOKENS + offset` of each token in the cache.
+    /// I32 `[rows]`: `page * PAGE_TOKENS + offset` of each token in the cache; all different.
     pub slots: Mem<'a>,
     /// F32 `[rotary_dim / 2]`: angle per position; empty for no rotation.
     pub inv_freq: Mem<'a>,

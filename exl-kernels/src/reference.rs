@@ -198,6 +198,10 @@ fn rope_append(op: &mut RopeAppend<'_>) -> Result<()> {
     let d = op.head_dim;
     let width = op.kv_heads * d;
     let tokens = op.k_cache.len() / width;
+    let mut seen = std::collections::HashSet::new();
+    if let Some(slot) = slots.iter().find(|&&slot| !seen.insert(slot)) {
+        return Err(ops::repeated_slot(slots, *slot));
+    }
     for r in 0..op.rows {
         let position = f64::from(positions[r]);
         for head in q[r * op.heads * d..][..op.heads * d].chunks_exact_mut(d) {

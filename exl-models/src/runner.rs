@@ -1,5 +1,6 @@
 //! Runs steps of a model: plans by shape, the KV cache, the executor.
 
+mod pages;
 mod plans;
 
 use std::sync::Arc;
@@ -11,6 +12,7 @@ use exl_tensor::{
 
 use crate::model::{MemoryUse, Model};
 use crate::{Error, Result};
+use pages::PageUses;
 use plans::{PlanCache, Ready};
 
 /// Logits kept at a time by [`Runner::forward_row`].
@@ -34,7 +36,8 @@ pub struct SeqSlice<'a> {
     pub tokens: &'a [u32],
     /// Position of the first of them; everything before it is in the cache.
     pub start: usize,
-    /// Pages of the sequence in order, enough for `start + tokens.len()`; never page 0.
+    /// Pages of the sequence in order, enough for `start + tokens.len()`; never page 0. Sequences
+    /// may share pages that the step only reads.
     pub pages: &'a [u32],
     /// Rows that get logits.
     pub logits: LogitRows,
@@ -98,6 +101,7 @@ pub struct Runner {
     executor: Box<dyn Executor>,
     kv: KvBuffers,
     plans: PlanCache,
+    uses: PageUses,
 }
 
 impl Runner {
@@ -122,12 +126,14 @@ impl Runner {
         };
         let kv = KvBuffers::new(model.kv_shape(options.kv_dtype), options.pages)?;
         let plans = PlanCache::new(options.plans);
+        let uses = PageUses::new(options.pages);
         Ok(Self {
             model,
             options,
             executor,
             kv,
             plans,
+            uses,
         })
     }
 
@@ -165,9 +171,11 @@ impl Runner {
     /// for, `[rows, vocab]`, slice by slice and token by token; valid until the next step.
     ///
     /// # Errors
-    /// [`Error::Step`] when a token, a page or a length is out of range.
+    /// [`Error::Step`] when a token, a page or a length is out of range, or a page that the step
+    /// writes is used in two places.
     pub fn step(&mut self, slices: &[SeqSlice<'_>]) -> Result<&[f32]> {
         let key = self.key(slices)?;
+        self.uses.check(slices)?;
         let ready = self.plans.ready(&self.model, &key)?;
         let seqs: Vec<StepSeq<'_>> = slices.iter().map(step_seq).collect();
         ready.step.fill(&seqs)?;
@@ -273,7 +281,8 @@ impl Runner {
 }
 
 fn pages_needed(slice: &SeqSlice<'_>) -> usize {
-    (slice.start + slice.tokens.len()).div_ceil(PAGE_TOKENS)
+    let end = slice.start.saturating_add(slice.tokens.len());
+    end.div_ceil(PAGE_TOKENS)
 }
 
 fn out_rows(slice: &SeqSlice<'_>) -> usize {

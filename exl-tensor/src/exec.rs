@@ -8,12 +8,14 @@ pub use check::{CheckReport, SlotDiff, check};
 pub use host::HostExecutor;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::{Error, KvBuffers, Plan, Result, Slot, StepBlock, Weight, Weights};
 
 /// A plan with its weights resolved, ready to run.
 #[derive(Clone, Debug)]
 pub struct Bound {
+    id: u64,
     plan: Arc<Plan>,
     weights: Vec<Arc<Weight>>,
 }
@@ -44,10 +46,18 @@ impl Bound {
                 })
             })
             .collect::<Result<_>>()?;
+        static NEXT: AtomicU64 = AtomicU64::new(0);
         Ok(Self {
+            id: NEXT.fetch_add(1, Ordering::Relaxed),
             plan,
             weights: found,
         })
+    }
+
+    /// Tells plans with their weights apart, so that executors can keep what they made for one;
+    /// clones share it.
+    pub fn id(&self) -> u64 {
+        self.id
     }
 
     /// The plan.
@@ -76,7 +86,8 @@ pub trait Executor: std::fmt::Debug + Send {
     /// Name for reports.
     fn name(&self) -> String;
 
-    /// Makes room for a plan: afterwards, running it allocates nothing.
+    /// Makes room for a plan: afterwards, running it grows neither the arena nor the kernels'
+    /// scratch memory. Cheap for a plan prepared shortly before.
     ///
     /// # Errors
     /// Out of memory.

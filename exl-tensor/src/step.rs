@@ -68,7 +68,8 @@ impl StepBlock {
     }
 
     /// Fills the block. Rows and sequences beyond the given ones become padding: they read token
-    /// 0 and write to the reserved page 0.
+    /// 0 and write to the reserved page 0. Pages that sequences share must not be written: kernels
+    /// refuse two rows for one slot.
     ///
     /// # Errors
     /// [`Error::Step`] when the sequences exceed the key, or pages are missing.
@@ -142,7 +143,8 @@ impl StepBlock {
             )));
         }
         for (i, seq) in seqs.iter().enumerate() {
-            let pages = (seq.start + seq.tokens.len()).div_ceil(PAGE_TOKENS);
+            let end = seq.start.saturating_add(seq.tokens.len());
+            let pages = end.div_ceil(PAGE_TOKENS);
             if seq.pages.len() < pages || pages > key.pages_per_seq {
                 return Err(Error::Step(format!(
                     "sequence {i} needs {pages} pages, has {}, the plan holds {}",

@@ -207,6 +207,60 @@ fn chunks_and_single_tokens_give_the_same_logits() {
 }
 
 #[test]
+fn a_prepared_plan_runs_without_more_scratch_memory() {
+    let weights = weights();
+    let tokens = tokens(21);
+    let (mut exec, mut kv) = (executor(Isa::detect()), kv());
+    for (n, start) in [(1, 0), (21, 1)] {
+        let key = key(n, n);
+        let bound = Bound::new(Arc::new(record(&key)), &weights).expect("valid by construction");
+        let mut step = StepBlock::new(&key).expect("valid by construction");
+        let seq = StepSeq {
+            tokens: &tokens[..n],
+            start,
+            pages: &[1],
+            logits: (0, n),
+        };
+        step.fill(&[seq]).expect("valid by construction");
+        exec.prepare(&bound).expect("memory");
+        let arena = exec.arena_bytes();
+        exec.run(&bound, &step, &mut kv)
+            .expect("valid by construction");
+        assert_eq!(exec.kernels().map(Cpu::growths), Some(0), "{n} rows");
+        assert_eq!(exec.arena_bytes(), arena);
+    }
+}
+
+#[test]
+fn two_rows_for_one_cache_slot_are_refused() {
+    let key = key(4, 1);
+    let two = PlanKey {
+        seqs: 2,
+        ..key.clone()
+    };
+    let bound = Bound::new(Arc::new(record(&two)), &weights()).expect("valid by construction");
+    let mut step = StepBlock::new(&two).expect("valid by construction");
+    let tokens = tokens(2);
+    let seq = StepSeq {
+        tokens: &tokens,
+        start: 7,
+        pages: &[2],
+        logits: (0, 0),
+    };
+    step.fill(&[seq, seq])
+        .expect("each sequence by itself is fine");
+    for mut exec in [executor(Isa::detect()), HostExecutor::reference().unwrap()] {
+        exec.prepare(&bound).expect("memory");
+        let error = exec.run(&bound, &step, &mut kv()).unwrap_err();
+        let text = std::error::Error::source(&error).unwrap().to_string();
+        assert_eq!(
+            text,
+            "rope_append.slots[2]: expected a slot of its own, found 519 a second time"
+        );
+    }
+}
+
+#[test]
 fn a_missing_or_misshapen_weight_is_named() {
     let plan = Arc::new(record(&key(1, 1)));
     let mut without = weights();

@@ -57,6 +57,11 @@ fn refuses_what_does_not_fit() {
         logits: (0, 0),
     };
     assert!(step.fill(&[no_page]).is_err());
+    let no_end = StepSeq {
+        start: usize::MAX,
+        ..no_page
+    };
+    assert!(step.fill(&[no_end]).is_err());
     let outputs = StepSeq {
         tokens: &[1, 2],
         start: 0,

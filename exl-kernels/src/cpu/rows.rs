@@ -5,7 +5,7 @@ use half::slice::HalfFloatSliceExt;
 
 use super::dense::Dense;
 use super::{Cpu, Isa};
-use crate::ops::{Embed, GatherRows, RmsNorm, RopeAppend, RopeStyle, ScaleLogits};
+use crate::ops::{self, Embed, GatherRows, RmsNorm, RopeAppend, RopeStyle, ScaleLogits};
 use crate::{Error, MemMut, Result};
 
 /// Elements below which waking the other threads costs more than it saves.
@@ -207,9 +207,19 @@ impl Cache {
     }
 }
 
-/// Scratch words of a rotation: each row's cosines, sines and rotated key.
+/// Scratch words of a rotation: each row's cosines, sines, rotated key and slot.
 pub(super) fn rope_append_words(op: &RopeAppend<'_>) -> usize {
-    op.rows * (2 * op.inv_freq.len() + op.kv_heads * op.head_dim)
+    op.rows * (2 * op.inv_freq.len() + op.kv_heads * op.head_dim + 1)
+}
+
+/// Checks that no two rows write one slot; `sorted` is scratch of the slots' number.
+fn check_distinct(slots: &[i32], sorted: &mut [i32]) -> Result<()> {
+    sorted.copy_from_slice(slots);
+    sorted.sort_unstable();
+    match sorted.windows(2).find(|pair| pair[0] == pair[1]) {
+        None => Ok(()),
+        Some(pair) => Err(ops::repeated_slot(slots, pair[0])),
+    }
 }
 
 pub(super) fn rope_append(op: &mut RopeAppend<'_>, cpu: &Cpu) -> Result<()> {
@@ -224,11 +234,13 @@ pub(super) fn rope_append(op: &mut RopeAppend<'_>, cpu: &Cpu) -> Result<()> {
     let (k_cache, v_cache) = (Cache::new(&mut op.k_cache)?, Cache::new(&mut op.v_cache)?);
     let per_row = 2 * half + width;
     cpu.scratch(rope_append_words(op), |scratch| {
+        let (sorted, scratch) = scratch.split_at_mut(op.rows);
+        check_distinct(slots, sorted)?;
         let scratch: &mut [f32] = bytemuck::cast_slice_mut(scratch);
         let scratch = Rows(scratch.as_mut_ptr());
         for_rows(cpu, op.rows, q_width + 2 * width, |r| {
-            // SAFETY: each row has its own scratch, query row and cache slot (the step's slots
-            // are distinct), all in bounds by `check` and `check_index`.
+            // SAFETY: each row has its own scratch, query row and cache slot
+            // (`check_distinct`), all in bounds by `check` and `check_index`.
             unsafe {
                 let (angles, key) = scratch.range(r * per_row, per_row).split_at_mut(2 * half);
                 let (cos, sin) = angles.split_at_mut(half);
@@ -250,8 +262,8 @@ pub(super) fn rope_append(op: &mut RopeAppend<'_>, cpu: &Cpu) -> Result<()> {
                 v_cache.store(slot, &v[r * width..][..width]);
             }
         });
-    });
-    Ok(())
+        Ok(())
+    })
 }
 
 fn rotate(head: &mut [f32], cos: &[f32], sin: &[f32], style: RopeStyle) {

@@ -102,6 +102,18 @@ pub fn check(op: &Op<'_>) -> Result<()> {
     }
 }
 
+/// The error for a cache slot that two rows of a [`super::RopeAppend`] would write: names the
+/// second of them.
+pub(crate) fn repeated_slot(slots: &[i32], slot: i32) -> Error {
+    let mut rows = slots.iter().enumerate().filter(|(_, s)| **s == slot);
+    let row = rows.nth(1).map_or(0, |(row, _)| row);
+    Error::argument(
+        format!("rope_append.slots[{row}]"),
+        "a slot of its own",
+        format!("{slot} a second time"),
+    )
+}
+
 struct Check {
     op: &'static str,
 }

@@ -136,6 +136,40 @@ fn impossible_steps_are_refused() {
         "step: sequence 0: page 5, the cache has 1 to 4"
     );
     assert!(message(&[1; 129], 0, &[1]).contains("1 sequences with 129 tokens"));
+    assert!(message(&[1], usize::MAX, &[1]).contains("needs 72057594037927936 pages, has 1"));
+}
+
+#[test]
+fn a_page_that_is_written_has_one_user() {
+    let golden = golden("llama-plain");
+    let mut runner = golden.runner(Backend::Cpu);
+    let slice = |start, pages| SeqSlice {
+        tokens: &[1, 2],
+        start,
+        pages,
+        logits: LogitRows::None,
+    };
+    let mut message = |slices: &[SeqSlice<'_>]| {
+        let result = runner.step(slices).map(|_| ());
+        result.map_err(|e| e.to_string())
+    };
+    let refused = |sequence: usize, page: usize| {
+        format!(
+            "step: sequence {sequence}: page {page} is written and used a second time; copy it first"
+        )
+    };
+    assert_eq!(
+        message(&[slice(0, &[2]), slice(5, &[2])]).unwrap_err(),
+        refused(0, 2)
+    );
+    assert_eq!(message(&[slice(255, &[3, 3])]).unwrap_err(), refused(0, 3));
+    // The second sequence writes what the first one reads.
+    assert_eq!(
+        message(&[slice(256, &[1, 2]), slice(0, &[1])]).unwrap_err(),
+        refused(1, 1)
+    );
+    // Reading together is allowed, and so are pages beyond those in use.
+    assert!(message(&[slice(256, &[1, 2]), slice(300, &[1, 3, 2])]).is_ok());
 }
 
 /// Each fixture would notice if the setting it is about were ignored.

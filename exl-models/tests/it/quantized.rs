@@ -6,7 +6,10 @@ use std::sync::Arc;
 use exl_models::{
     Backend, LoadOptions, LogitRows, Model, ModelSource, SeqSlice, Storage, WeightKey, layout,
 };
-use exl_tensor::{Buffer, DType, Weight};
+use exl_tensor::{
+    Bound, Buffer, Cpu, CpuOptions, DType, Executor, HostExecutor, KvBuffers, Phase, PlanKey,
+    StepBlock, StepSeq, Weight,
+};
 use serde_json::json;
 
 use crate::common::{Parts, golden, runner};
@@ -184,6 +187,44 @@ fn quantized_weights_act_as_their_decoded_values() {
             assert!(
                 error < bound,
                 "{case} {backend:?} in pieces of {size}: {error}"
+            );
+        }
+    }
+}
+
+#[test]
+fn prepared_plans_over_quantized_weights_need_no_more_scratch_memory() {
+    for (case, write) in [
+        ("qwen3", exl2 as fn(&mut _, &_, &mut _)),
+        ("llama-bias", gptq),
+    ] {
+        let dir = quantized(case, write).write(&format!("scratch-{case}"));
+        let model = Model::open(&dir, &LoadOptions::default()).unwrap();
+        let mut kv = KvBuffers::new(model.kv_shape(DType::F16), 2).unwrap();
+        for rows in [1, 7, 40] {
+            let key = PlanKey {
+                phase: Phase::Prefill,
+                rows,
+                seqs: 1,
+                pages_per_seq: 1,
+                out_rows: 1,
+            };
+            let bound = Bound::new(Arc::new(model.plan(&key)), model.weights()).unwrap();
+            let mut step = StepBlock::new(&key).unwrap();
+            step.fill(&[StepSeq {
+                tokens: &vec![1; rows],
+                start: 0,
+                pages: &[1],
+                logits: (rows - 1, rows),
+            }])
+            .unwrap();
+            let mut cpu = HostExecutor::cpu(Cpu::new(CpuOptions::default())).unwrap();
+            cpu.prepare(&bound).unwrap();
+            cpu.run(&bound, &step, &mut kv).unwrap();
+            assert_eq!(
+                cpu.kernels().map(Cpu::growths),
+                Some(0),
+                "{case}, {rows} rows"
             );
         }
     }

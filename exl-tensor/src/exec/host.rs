@@ -1,11 +1,17 @@
 //! Interprets a plan on the host: SIMD kernels, or the f64 reference.
 
+use std::collections::VecDeque;
+
 use exl_kernels::cpu::Cpu;
 use exl_kernels::{DType, Mem, MemMut, reference};
 
 use super::regions::{Arena, Regions};
 use super::{Bound, Executor};
-use crate::{Error, HostMemory, KvBuffers, Result, Slot, StepBlock, StepField};
+use crate::plan::PlanOp;
+use crate::{Error, HostMemory, KvBuffers, KvShape, Result, Slot, StepBlock, StepField};
+
+/// Prepared plans remembered: more than a runner keeps ready.
+const PREPARED: usize = 64;
 
 #[derive(Debug)]
 enum Kernels {
@@ -18,6 +24,8 @@ enum Kernels {
 pub struct HostExecutor {
     kernels: Kernels,
     arena: HostMemory,
+    /// [`Bound::id`]s whose scratch memory is reserved, the newest first.
+    prepared: VecDeque<u64>,
 }
 
 impl HostExecutor {
@@ -41,7 +49,31 @@ impl HostExecutor {
         Ok(Self {
             kernels,
             arena: HostMemory::zeroed(0, "the arena")?,
+            prepared: VecDeque::new(),
         })
+    }
+
+    /// Scratch bytes of the plan's most demanding op. Sizes follow from shapes and weights alone,
+    /// so a cache without pages and an empty step stand in for those of the run.
+    fn workspace_bytes(&self, cpu: &Cpu, bound: &Bound) -> Result<usize> {
+        let ops = bound.plan().ops();
+        let layers = ops.iter().map(|op| match op {
+            PlanOp::RopeAppend { layer, .. } | PlanOp::PagedAttn { layer, .. } => layer + 1,
+            _ => 0,
+        });
+        let shape = KvShape {
+            layers: layers.max().unwrap_or(0),
+            kv_heads: 1,
+            head_dim: 1,
+            dtype: DType::F32,
+        };
+        let mut kv = KvBuffers::new(shape, 0)?;
+        let step = StepBlock::new(bound.plan().key())?;
+        let bytes = ops.iter().map(|op| {
+            let regions = Regions::new(bound, &self.arena);
+            cpu.workspace_bytes(&regions.op(op, &step, &mut kv))
+        });
+        Ok(bytes.max().unwrap_or(0))
     }
 
     /// The CPU kernels, if it runs them.
@@ -87,6 +119,13 @@ impl Executor for HostExecutor {
         let bytes = bound.plan().arena().bytes();
         if bytes > self.arena.bytes() {
             self.arena = HostMemory::zeroed(bytes, "the arena")?;
+        }
+        if let Kernels::Cpu(cpu) = &self.kernels
+            && !self.prepared.contains(&bound.id())
+        {
+            cpu.reserve(self.workspace_bytes(cpu, bound)?);
+            self.prepared.truncate(PREPARED - 1);
+            self.prepared.push_front(bound.id());
         }
         Ok(())
     }

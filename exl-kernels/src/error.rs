@@ -18,6 +18,77 @@ pub enum Error {
         /// What was asked for.
         what: String,
     },
+    /// This machine has no CUDA driver that could be loaded.
+    #[error("no NVIDIA driver: {reason}; install driver R525 or newer")]
+    NoDriver {
+        /// What was missing.
+        reason: String,
+    },
+    /// The driver is older than what the kernels were built for.
+    #[error(
+        "the NVIDIA driver supports CUDA {}.{} and {}.{} is needed; install driver R525 or newer",
+        found.0, found.1, needed.0, needed.1
+    )]
+    DriverTooOld {
+        /// CUDA version of the driver, major and minor.
+        found: (u32, u32),
+        /// Oldest version that works.
+        needed: (u32, u32),
+    },
+    /// The driver works and sees no GPU.
+    #[error("the NVIDIA driver sees no GPU; look at nvidia-smi and CUDA_VISIBLE_DEVICES")]
+    NoDevice,
+    /// No GPU has this ordinal.
+    #[error("GPU {ordinal} does not exist; the driver sees {count}")]
+    NoSuchDevice {
+        /// What was asked for.
+        ordinal: u32,
+        /// Number of GPUs.
+        count: u32,
+    },
+    /// A call of the CUDA driver failed.
+    #[error("{call}: {meaning} (CUDA error {code})")]
+    Driver {
+        /// Function of the driver.
+        call: &'static str,
+        /// The driver's code.
+        code: u32,
+        /// What the code stands for.
+        meaning: &'static str,
+    },
+    /// Device memory does not suffice.
+    #[error(
+        "GPU {ordinal}: {what} needs {} MiB of device memory and {} of {} MiB are free",
+        bytes.div_ceil(1 << 20), free >> 20, total >> 20
+    )]
+    OutOfMemory {
+        /// The GPU.
+        ordinal: u32,
+        /// What the memory is for.
+        what: String,
+        /// Bytes asked for.
+        bytes: u64,
+        /// Bytes free at that time.
+        free: u64,
+        /// Bytes of the GPU.
+        total: u64,
+    },
+    /// A GPU kernel could not be loaded or launched.
+    #[error("kernel {kernel}: {problem}")]
+    Kernel {
+        /// `module::entry`, or the module alone.
+        kernel: String,
+        /// What happened.
+        problem: String,
+    },
+    /// A GPU kernel left its outputs: a bug of the kernel.
+    #[error("{ops}: {what}")]
+    Stray {
+        /// Names of the ops that ran.
+        ops: String,
+        /// What was found changed.
+        what: String,
+    },
 }
 
 /// What an argument had to be and what it was.
@@ -33,6 +104,11 @@ pub struct Mismatch {
 }
 
 impl Error {
+    /// A matrix in device memory where the host computes.
+    pub(crate) fn not_on_host(op: &'static str) -> Self {
+        Self::argument(format!("{op}.matrix"), "host memory", "device memory")
+    }
+
     /// An [`Error::Argument`].
     pub fn argument(
         argument: impl Into<String>,

@@ -1,0 +1,124 @@
+//! The same op with other arguments: what collects regions and what replaces them.
+
+use super::spans::Access;
+use crate::ops::{
+    Dequant, Embed, GateUp, GatherRows, HessianSyrk, Linear, LinearPart, Matrix, Op, PagedAttn,
+    RmsNorm, RopeAppend, ScaleLogits,
+};
+use crate::{Mem, MemMut, Result};
+
+/// Maps the arguments of ops over `'h` to arguments over `'d`.
+pub(super) trait Translate<'h, 'd> {
+    fn read(&mut self, mem: &Mem<'h>) -> Result<Mem<'d>>;
+    fn write(&mut self, mem: &MemMut<'h>, access: Access) -> Result<MemMut<'d>>;
+    fn matrix(&mut self, matrix: &Matrix<'h>) -> Result<Matrix<'d>>;
+
+    fn optional(&mut self, mem: &Option<Mem<'h>>) -> Result<Option<Mem<'d>>> {
+        mem.as_ref().map(|m| self.read(m)).transpose()
+    }
+}
+
+/// An op with translated arguments.
+pub(super) fn translate<'h: 'd, 'd>(op: &Op<'h>, t: &mut impl Translate<'h, 'd>) -> Result<Op<'d>> {
+    match op {
+        Op::Linear(o) => Ok(Op::Linear(linear(o, t)?)),
+        Op::GateUp(o) => Ok(Op::GateUp(gate_up(o, t)?)),
+        Op::RopeAppend(o) => Ok(Op::RopeAppend(rope_append(o, t)?)),
+        Op::PagedAttn(o) => Ok(Op::PagedAttn(paged_attn(o, t)?)),
+        Op::Embed(o) => Ok(Op::Embed(Embed {
+            ids: t.read(&o.ids)?,
+            table: t.read(&o.table)?,
+            out: t.write(&o.out, Access::Write)?,
+            ..*o
+        })),
+        Op::RmsNorm(o) => Ok(Op::RmsNorm(RmsNorm {
+            x: t.read(&o.x)?,
+            weight: t.read(&o.weight)?,
+            out: t.write(&o.out, Access::Write)?,
+            ..*o
+        })),
+        Op::GatherRows(o) => Ok(Op::GatherRows(GatherRows {
+            x: t.read(&o.x)?,
+            index: t.read(&o.index)?,
+            out: t.write(&o.out, Access::Write)?,
+            ..*o
+        })),
+        Op::ScaleLogits(o) => Ok(Op::ScaleLogits(ScaleLogits {
+            x: t.write(&o.x, Access::Update)?,
+            ..*o
+        })),
+        Op::HessianSyrk(o) => Ok(Op::HessianSyrk(HessianSyrk {
+            x: t.read(&o.x)?,
+            h: t.write(&o.h, Access::Update)?,
+            ..*o
+        })),
+        Op::Dequant(o) => Ok(Op::Dequant(Dequant {
+            matrix: t.matrix(&o.matrix)?,
+            out: t.write(&o.out, Access::Write)?,
+        })),
+    }
+}
+
+fn linear<'h: 'd, 'd>(o: &Linear<'h>, t: &mut impl Translate<'h, 'd>) -> Result<Linear<'d>> {
+    let part = |p: &LinearPart<'h>| {
+        Ok(LinearPart {
+            matrix: t.matrix(&p.matrix)?,
+            bias: t.optional(&p.bias)?,
+            residual: t.optional(&p.residual)?,
+            out: t.write(&p.out, Access::Write)?,
+            outputs: p.outputs,
+        })
+    };
+    Ok(Linear {
+        parts: o.parts.iter().map(part).collect::<Result<_>>()?,
+        x: t.read(&o.x)?,
+        rows: o.rows,
+        inputs: o.inputs,
+    })
+}
+
+fn gate_up<'h: 'd, 'd>(o: &GateUp<'h>, t: &mut impl Translate<'h, 'd>) -> Result<GateUp<'d>> {
+    Ok(GateUp {
+        x: t.read(&o.x)?,
+        gate: t.matrix(&o.gate)?,
+        up: t.matrix(&o.up)?,
+        gate_bias: t.optional(&o.gate_bias)?,
+        up_bias: t.optional(&o.up_bias)?,
+        out: t.write(&o.out, Access::Write)?,
+        ..*o
+    })
+}
+
+fn rope_append<'h: 'd, 'd>(
+    o: &RopeAppend<'h>,
+    t: &mut impl Translate<'h, 'd>,
+) -> Result<RopeAppend<'d>> {
+    Ok(RopeAppend {
+        q: t.write(&o.q, Access::Update)?,
+        k: t.read(&o.k)?,
+        v: t.read(&o.v)?,
+        positions: t.read(&o.positions)?,
+        slots: t.read(&o.slots)?,
+        inv_freq: t.read(&o.inv_freq)?,
+        k_cache: t.write(&o.k_cache, Access::Update)?,
+        v_cache: t.write(&o.v_cache, Access::Update)?,
+        ..*o
+    })
+}
+
+fn paged_attn<'h: 'd, 'd>(
+    o: &PagedAttn<'h>,
+    t: &mut impl Translate<'h, 'd>,
+) -> Result<PagedAttn<'d>> {
+    Ok(PagedAttn {
+        q: t.read(&o.q)?,
+        k_cache: t.read(&o.k_cache)?,
+        v_cache: t.read(&o.v_cache)?,
+        block_table: t.read(&o.block_table)?,
+        q_start: t.read(&o.q_start)?,
+        kv_len: t.read(&o.kv_len)?,
+        // Rows of no sequence keep what they held.
+        out: t.write(&o.out, Access::Update)?,
+        ..*o
+    })
+}

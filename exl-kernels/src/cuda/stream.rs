@@ -8,7 +8,7 @@ use std::sync::Arc;
 use cudarc::driver::sys;
 
 use super::device::{Context, Device};
-use super::launch::{Args, MAX_ARGS};
+use super::launch::{Args, MAX_ARGS, MAX_WORDS};
 use super::memory::{DeviceRegion, PinnedMemory};
 use super::{Kernel, Launch};
 use crate::{Error, Result};
@@ -61,15 +61,17 @@ impl ReadyLaunch {
     }
 }
 
-/// What arguments beyond the given ones read.
-static ZERO: u64 = 0;
+/// What parameters without an argument are read from.
+static ZEROS: [u64; MAX_WORDS] = [0; MAX_WORDS];
 
 /// Pointers to the arguments. Kernels with more parameters than arguments read zeros.
 fn argument_pointers(args: &Args) -> [*mut c_void; MAX_ARGS] {
-    let zero = std::ptr::from_ref(&ZERO);
-    let mut pointers = [zero.cast_mut().cast(); MAX_ARGS];
-    for (pointer, word) in pointers.iter_mut().zip(args.params()) {
-        *pointer = std::ptr::from_ref(word).cast_mut().cast();
+    let mut pointers = [ZEROS.as_ptr().cast_mut().cast(); MAX_ARGS];
+    let words = args.words().as_ptr();
+    for (pointer, first) in pointers.iter_mut().zip(args.params()) {
+        // By way of all words, since a struct has more than its first.
+        let first = words.with_addr(std::ptr::from_ref(first).addr());
+        *pointer = first.cast_mut().cast();
     }
     pointers
 }
@@ -139,7 +141,7 @@ impl Stream {
             numAttrs: u32::from(overlap),
         };
         // SAFETY: the function is loaded for as long as the launch keeps the context; there is a
-        // pointer to a 64-bit word for each of the 32 parameters a kernel has at most; what the
+        // pointer to words of the launch for each of the 32 parameters a kernel has at most; what the
         // words name was promised to `Device::ready`.
         let queued = unsafe {
             let arguments = pointers.as_mut_ptr();
@@ -389,7 +391,7 @@ mod tests {
 
     /// What a kernel sees of its parameters.
     fn read<T: Copy>(pointers: &[*mut c_void; MAX_ARGS], index: usize) -> T {
-        // SAFETY: every pointer is to a live 64-bit word.
+        // SAFETY: every pointer is to live words, enough of them for `T`.
         unsafe { pointers[index].cast::<T>().read() }
     }
 
@@ -408,6 +410,16 @@ mod tests {
         for index in 4..MAX_ARGS {
             assert_eq!(read::<u64>(&pointers, index), 0);
         }
+    }
+
+    #[test]
+    fn structs_are_read_word_by_word() {
+        let args = Args::new().int(1).block(&[5, 6, 7]).float(0.5);
+        let pointers = argument_pointers(&args);
+        assert_eq!(read::<i32>(&pointers, 0), 1);
+        assert_eq!(read::<[u64; 3]>(&pointers, 1), [5, 6, 7]);
+        assert_eq!(read::<f32>(&pointers, 2), 0.5);
+        assert_eq!(read::<[u64; MAX_WORDS]>(&pointers, 3), [0; MAX_WORDS]);
     }
 
     #[test]

@@ -1,10 +1,12 @@
 //! From a model directory to weights that executors read.
 //!
-//! Every tensor is checked against the spec before any is loaded. Models without quantized tensors
+//! Every tensor's presence, shape and type is checked against the spec before any is loaded; what
+//! lies in quantized tensors (permutations, group tables, scales) is checked on loading. Models without quantized tensors
 //! stay in the mapped files; of others, nothing refers to the files once they are repacked.
 
 mod finite;
 mod probe;
+mod quantized;
 mod read;
 
 pub use finite::check_finite;

@@ -160,7 +160,8 @@ pub fn block_plan(spec: &Spec, part: BlockPart, key: &PlanKey) -> Plan {
 impl MemoryUse {
     /// The sum.
     pub fn total(&self) -> u64 {
-        self.weights + self.cache + self.arena + self.step
+        let parts = [self.weights, self.cache, self.arena, self.step];
+        parts.into_iter().fold(0, u64::saturating_add)
     }
 }
 
@@ -184,7 +185,7 @@ pub fn memory_for(spec: &Spec, weights: u64, request: &MemoryRequest) -> MemoryU
     };
     let arena = |key| plan(spec, key).arena().bytes() as u64;
     // One page more: page 0 takes the writes of padding rows.
-    let pages = seqs * pages_per_seq + 1;
+    let pages = seqs.saturating_mul(pages_per_seq).saturating_add(1);
     MemoryUse {
         weights,
         cache: spec.kv_shape(request.kv_dtype).bytes(pages) as u64,

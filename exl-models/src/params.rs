@@ -4,6 +4,17 @@ use exl_format::{ConfigFile, Lookup};
 
 use crate::Result;
 
+/// Largest width or count of a model, far above any that exists. Products of two of these are
+/// exact, and lists of [`MAX_LAYERS`] or [`MAX_HEAD_DIM`] are small, so that a damaged
+/// configuration is an error and not an attempt to allocate it.
+pub(crate) const MAX_SIZE: usize = 1 << 24;
+/// Most decoder layers.
+pub(crate) const MAX_LAYERS: usize = 1 << 12;
+/// Widest attention head.
+pub(crate) const MAX_HEAD_DIM: usize = 1 << 12;
+/// Longest context or window: positions are 32-bit integers in kernels.
+pub(crate) const MAX_CONTEXT: usize = i32::MAX as usize;
+
 /// Lookups in `config.json`, at the top level and below `text_config`.
 #[derive(Clone, Copy)]
 pub(crate) struct Params<'a>(pub(crate) &'a ConfigFile);
@@ -13,17 +24,21 @@ impl<'a> Params<'a> {
         self.0.key(keys).or_text()
     }
 
-    /// A whole number above zero that must be there.
-    pub(crate) fn size(self, keys: &[&str]) -> Result<usize> {
+    /// A whole number above zero and up to `most` that must be there.
+    pub(crate) fn size(self, keys: &[&str], most: usize) -> Result<usize> {
         let lookup = self.0.key(keys).or_text();
-        Ok(lookup.required(self.positive(keys)?)?)
+        Ok(lookup.required(self.positive(keys, most)?)?)
     }
 
-    /// A whole number above zero.
-    pub(crate) fn positive(self, keys: &[&str]) -> Result<Option<usize>> {
+    /// A whole number above zero and up to `most`.
+    pub(crate) fn positive(self, keys: &[&str], most: usize) -> Result<Option<usize>> {
         let lookup = self.0.key(keys).or_text();
         match lookup.integer()? {
             Some(0) => Err(lookup.error("a number above 0", "0").into()),
+            Some(n) if n > most => {
+                let expected = format!("a number of at most {most}");
+                Err(lookup.error(expected, n.to_string()).into())
+            }
             found => Ok(found),
         }
     }

@@ -21,13 +21,23 @@ pub struct KvShape {
 impl KvShape {
     /// Bytes of one page of one of K or V in one layer.
     pub fn page_bytes(&self) -> usize {
-        PAGE_TOKENS * self.kv_heads * self.head_dim * self.dtype.bytes()
+        product(&[
+            PAGE_TOKENS,
+            self.kv_heads,
+            self.head_dim,
+            self.dtype.bytes(),
+        ])
     }
 
     /// Bytes of `pages` pages over all layers, K and V.
     pub fn bytes(&self, pages: usize) -> usize {
-        2 * self.layers * pages * self.page_bytes()
+        product(&[2, self.layers, pages, self.page_bytes()])
     }
+}
+
+/// `usize::MAX`, which no machine has, stands for all that is larger.
+fn product(factors: &[usize]) -> usize {
+    factors.iter().fold(1, |n, &f| n.saturating_mul(f))
 }
 
 /// K and V of every layer: `[pages, PAGE_TOKENS, kv_heads, head_dim]` each. Page 0 takes the
@@ -45,7 +55,7 @@ impl KvBuffers {
     /// # Errors
     /// Out of memory.
     pub fn new(shape: KvShape, pages: usize) -> Result<Self> {
-        let bytes = pages * shape.page_bytes();
+        let bytes = pages.saturating_mul(shape.page_bytes());
         let one = || HostMemory::zeroed(bytes, "the KV cache");
         let layers = (0..shape.layers)
             .map(|_| Ok((one()?, one()?)))

@@ -5,7 +5,7 @@ use exl_format::ConfigFile;
 use exl_tensor::{Activation, RopeStyle};
 
 use crate::Result;
-use crate::params::Params;
+use crate::params::{MAX_CONTEXT, MAX_HEAD_DIM, MAX_LAYERS, MAX_SIZE, Params};
 use crate::rope::{RopeOptions, RopeParams};
 use crate::spec::{AttnSpec, EmbedSpec, HeadSpec, LayerSpec, LinearSpec, MlpSpec, NormSpec, Spec};
 
@@ -35,7 +35,7 @@ struct Sizes {
 
 /// Number of decoder layers.
 pub(super) fn layers(p: Params<'_>) -> Result<usize> {
-    p.size(&["num_hidden_layers", "n_layers", "n_layer"])
+    p.size(&["num_hidden_layers", "n_layers", "n_layer"], MAX_LAYERS)
 }
 
 /// Windows by `layer_types`, else by a rule on the layer's index.
@@ -71,16 +71,19 @@ impl Dense {
         let p = Params(config);
         let sizes = Sizes::read(p)?;
         let max_context = p
-            .positive(&[
-                "max_sequence_length",
-                "model_max_length",
-                "max_position_embeddings",
-                "max_seq_len",
-                "n_positions",
-            ])?
+            .positive(
+                &[
+                    "max_sequence_length",
+                    "model_max_length",
+                    "max_position_embeddings",
+                    "max_seq_len",
+                    "n_positions",
+                ],
+                MAX_CONTEXT,
+            )?
             .unwrap_or(2048);
         let rope = RopeParams::read(config, None, sizes.head_dim, max_context)?;
-        let vocab = p.size(&["vocab_size"])?;
+        let vocab = p.size(&["vocab_size"], MAX_SIZE)?;
         let head = linear("lm_head", sizes.hidden, vocab, false);
         Ok(Spec {
             architecture: config.architecture()?.to_owned(),
@@ -154,16 +157,16 @@ impl Dense {
 
 impl Sizes {
     fn read(p: Params<'_>) -> Result<Self> {
-        let hidden = p.size(&["hidden_size", "d_model", "n_embd"])?;
+        let hidden = p.size(&["hidden_size", "d_model", "n_embd"], MAX_SIZE)?;
         let head_keys = ["num_attention_heads", "n_heads", "n_head"];
-        let explicit = p.positive(&["head_dim"])?;
-        let heads = match (p.positive(&head_keys)?, explicit) {
+        let explicit = p.positive(&["head_dim"], MAX_HEAD_DIM)?;
+        let heads = match (p.positive(&head_keys, MAX_SIZE)?, explicit) {
             (Some(n), _) => n,
             (None, Some(d)) => (hidden / d).max(1),
-            (None, None) => p.size(&head_keys)?,
+            (None, None) => p.size(&head_keys, MAX_SIZE)?,
         };
         let kv_keys = ["num_key_value_heads", "attn_config->kv_n_heads"];
-        let kv_heads = p.positive(&kv_keys)?.unwrap_or(heads);
+        let kv_heads = p.positive(&kv_keys, MAX_SIZE)?.unwrap_or(heads);
         if !heads.is_multiple_of(kv_heads) {
             let expected = format!("a divisor of the {heads} query heads");
             return Err(p.key(&kv_keys).error(expected, kv_heads.to_string()).into());
@@ -172,18 +175,28 @@ impl Sizes {
             let expected = format!("a divisor of hidden_size {hidden}, or head_dim");
             return Err(p.key(&head_keys).error(expected, heads.to_string()).into());
         }
-        let eps = p.key(&["rms_norm_eps"]);
+        let head_dim = explicit.unwrap_or(hidden / heads);
+        if head_dim > MAX_HEAD_DIM || heads * head_dim > MAX_SIZE {
+            let expected = format!(
+                "heads of at most {MAX_HEAD_DIM} elements that are {MAX_SIZE} together at most"
+            );
+            let found = format!("{heads} heads of {head_dim}");
+            return Err(p.key(&head_keys).error(expected, found).into());
+        }
         Ok(Self {
             hidden,
-            inner: p.size(&[
-                "intermediate_size",
-                "ffn_config->ffn_hidden_size",
-                "n_inner",
-            ])?,
+            inner: p.size(
+                &[
+                    "intermediate_size",
+                    "ffn_config->ffn_hidden_size",
+                    "n_inner",
+                ],
+                MAX_SIZE,
+            )?,
             heads,
             kv_heads,
-            head_dim: explicit.unwrap_or(hidden / heads),
-            eps: eps.required(eps.number()?)? as f32,
+            head_dim,
+            eps: epsilon(p)?,
             act: activation(p)?,
             mlp_bias: p.flag("mlp_bias")?,
         })
@@ -206,6 +219,18 @@ fn linear(key: &str, inputs: usize, outputs: usize, bias: bool) -> LinearSpec {
         outputs,
         bias,
     }
+}
+
+/// Added to the mean square of a norm's input.
+fn epsilon(p: Params<'_>) -> Result<f32> {
+    let lookup = p.key(&["rms_norm_eps"]);
+    let eps = lookup.required(lookup.number()?)?;
+    if (0.0..1.0).contains(&eps) {
+        return Ok(eps as f32);
+    }
+    Err(lookup
+        .error("a number of at least 0 and below 1", eps.to_string())
+        .into())
 }
 
 fn activation(p: Params<'_>) -> Result<Activation> {

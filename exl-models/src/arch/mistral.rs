@@ -4,7 +4,7 @@ use exl_format::ConfigFile;
 
 use super::Arch;
 use super::dense::{Dense, windows};
-use crate::params::Params;
+use crate::params::{MAX_CONTEXT, Params};
 use crate::rope::RopeOptions;
 use crate::{Result, Spec};
 
@@ -19,7 +19,7 @@ fn parse(config: &ConfigFile, options: &RopeOptions) -> Result<Spec> {
     let bias = p.flag("attention_bias")?;
     // transformers would take 4096 for an absent key; published files say null from 0.2 on.
     let window = p
-        .positive(&["sliding_window", "sliding_window_size"])?
+        .positive(&["sliding_window", "sliding_window_size"], MAX_CONTEXT)?
         .unwrap_or(0);
     Dense {
         family: "mistral",

@@ -4,7 +4,7 @@ use exl_format::ConfigFile;
 
 use super::Arch;
 use super::dense::{Dense, windows};
-use crate::params::Params;
+use crate::params::{MAX_CONTEXT, Params};
 use crate::rope::RopeOptions;
 use crate::{Result, Spec};
 
@@ -30,7 +30,9 @@ pub(super) fn upper_windows(p: Params<'_>) -> Result<Vec<usize>> {
     if !p.flag("use_sliding_window")? {
         return Ok(vec![]);
     }
-    let window = p.positive(&["sliding_window"])?.unwrap_or(4096);
+    let window = p
+        .positive(&["sliding_window"], MAX_CONTEXT)?
+        .unwrap_or(4096);
     let first = p.key(&["max_window_layers"]).integer()?.unwrap_or(28);
     windows(p, window, |layer| layer >= first)
 }

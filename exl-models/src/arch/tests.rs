@@ -75,6 +75,63 @@ fn impossible_sizes_are_refused() {
 }
 
 #[test]
+fn absurd_sizes_are_refused_under_their_key() {
+    let keys = [
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "vocab_size",
+        "max_position_embeddings",
+        "head_dim",
+        "sliding_window",
+    ];
+    for key in keys {
+        for value in [json!(u64::MAX), json!(1e15), json!(1u64 << 40)] {
+            let text =
+                message(json!({"architectures": ["MistralForCausalLM"], key: value.clone()}));
+            assert!(text.starts_with("m/config.json: "), "{text}");
+            assert!(
+                text.contains(key) && text.contains(": expected "),
+                "{value}: {text}"
+            );
+        }
+    }
+    let wide = json!({"num_attention_heads": 1 << 20, "num_key_value_heads": 1, "head_dim": 64});
+    assert!(message(wide).contains("found 1048576 heads of 64"));
+    let narrow = json!({"hidden_size": 1 << 20, "num_attention_heads": 1,
+        "num_key_value_heads": 1});
+    assert!(message(narrow).contains("found 1 heads of 1048576"));
+    // The largest sizes that pass can be counted.
+    let largest = json!({"hidden_size": 1 << 24, "intermediate_size": 1 << 24,
+        "num_hidden_layers": 1 << 12, "num_attention_heads": 1 << 12,
+        "num_key_value_heads": 1 << 12, "head_dim": 1 << 12, "vocab_size": 1 << 24,
+        "max_position_embeddings": i32::MAX});
+    let spec = spec(largest).unwrap();
+    assert!(spec.parameters() > 1 << 62);
+    let request = crate::MemoryRequest {
+        context: usize::MAX,
+        seqs: 2,
+        kv_dtype: exl_tensor::DType::F16,
+        rows: 1,
+    };
+    assert_eq!(crate::model::memory_for(&spec, 0, &request).cache, u64::MAX);
+}
+
+#[test]
+fn an_impossible_epsilon_is_refused() {
+    for eps in [-1.0, 1.0] {
+        let text = message(json!({"rms_norm_eps": eps}));
+        assert!(
+            text.contains("rms_norm_eps: expected a number of at least 0"),
+            "{text}"
+        );
+    }
+    assert!(spec(json!({"rms_norm_eps": 0})).is_ok());
+}
+
+#[test]
 fn biases_follow_the_family() {
     let biased = |architecture: &str, changes: Value| {
         let mut changes = changes;

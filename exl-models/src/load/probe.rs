@@ -4,6 +4,7 @@ use std::collections::HashMap;
 
 use exl_format::{GptqFormat, ModelFiles};
 
+use super::quantized;
 use super::read::{dense_view, zero_bias};
 use crate::{Error, Module, Result, WeightKey, WeightKind};
 
@@ -67,23 +68,36 @@ pub(super) fn probe(files: &ModelFiles, layout: &[WeightKey]) -> Result<HashMap<
             missing.push((bias.clone(), "this name"));
         }
     }
-    if let Some((name, tried)) = missing.first().cloned() {
-        let more = match missing.len() - 1 {
-            0 => String::new(),
-            n => format!(", nor {n} others"),
-        };
-        return Err(Error::MissingTensor {
-            dir: files.dir().to_owned(),
-            name,
-            tried,
-            more,
-        });
-    }
+    refuse_missing(files, &missing)?;
     check_blocks(layout, &found)?;
+    let companions = layout.iter().flat_map(|k| companions(k, found[&k.name]));
+    let missing: Vec<_> = companions
+        .filter(|name| !files.contains(name))
+        .map(|name| (name, "this name"))
+        .collect();
+    refuse_missing(files, &missing)?;
+    refuse_more_layers(files, layout)?;
     for key in layout {
         check_tensors(files, key, found[&key.name])?;
     }
     Ok(found)
+}
+
+/// Names the first of the tensors that are not there, with the suffixes it was looked for under.
+fn refuse_missing(files: &ModelFiles, missing: &[(String, &'static str)]) -> Result<()> {
+    let Some((name, tried)) = missing.first().cloned() else {
+        return Ok(());
+    };
+    let more = match missing.len() - 1 {
+        0 => String::new(),
+        n => format!(", nor {n} others"),
+    };
+    Err(Error::MissingTensor {
+        dir: files.dir().to_owned(),
+        name,
+        tried,
+        more,
+    })
 }
 
 /// What the configuration says about GPTQ tensors, if there are any.
@@ -123,6 +137,16 @@ fn stored_as(files: &ModelFiles, key: &WeightKey) -> Option<Storage> {
     }
 }
 
+/// Names of the tensors that a quantized weight must have beside the one that tells its storage.
+fn companions(key: &WeightKey, storage: Storage) -> Vec<String> {
+    // Without `g_idx`, GPTQ's groups are consecutive.
+    let needed = storage.suffixes().iter().filter(|s| **s != "g_idx");
+    needed
+        .skip(1)
+        .map(|s| format!("{}.{s}", key.name))
+        .collect()
+}
+
 fn tried(key: &WeightKey) -> &'static str {
     if key.is_linear() {
         ".q_weight, .qweight, .weight"
@@ -158,14 +182,49 @@ fn check_blocks(layout: &[WeightKey], found: &HashMap<String, Storage>) -> Resul
     Ok(())
 }
 
+/// Tensors of layers beyond the last: a model cut short by its configuration computes nonsense.
+fn refuse_more_layers(files: &ModelFiles, layout: &[WeightKey]) -> Result<()> {
+    let Some(last) = layout.iter().rev().find_map(|k| match k.module {
+        Module::Mlp(i) => Some((i, &k.name)),
+        _ => None,
+    }) else {
+        return Ok(());
+    };
+    let (index, name) = last;
+    let Some((prefix, _)) = name.split_once(&format!(".{index}.")) else {
+        return Ok(());
+    };
+    let layer = |name: &str| -> Option<usize> {
+        let rest = name.strip_prefix(prefix)?.strip_prefix('.')?;
+        rest.split_once('.')?.0.parse().ok()
+    };
+    let beyond = files
+        .names()
+        .filter(|n| layer(n).is_some_and(|i| i > index));
+    let Some(name) = beyond.min() else {
+        return Ok(());
+    };
+    Err(Error::Tensor {
+        file: files.tensor(name)?.file.clone(),
+        name: name.to_owned(),
+        expected: format!("{} layers (num_hidden_layers in config.json)", index + 1),
+        found: "one more".to_owned(),
+    })
+}
+
 fn check_tensors(files: &ModelFiles, key: &WeightKey, storage: Storage) -> Result<()> {
-    if storage == Storage::Dense {
-        let name = format!("{}.weight", key.name);
-        let per_head = match key.kind {
-            WeightKind::HeadNorm { heads } => vec![heads, key.shape[0]],
-            _ => vec![],
-        };
-        dense_view(files, &name, &[&key.shape, &per_head])?;
+    match storage {
+        Storage::Dense => {
+            let name = format!("{}.weight", key.name);
+            let per_head = match key.kind {
+                WeightKind::HeadNorm { heads } => vec![heads, key.shape[0]],
+                _ => vec![],
+            };
+            dense_view(files, &name, &[&key.shape, &per_head])?;
+        }
+        Storage::Exl2 => quantized::check_exl2(files, key)?,
+        Storage::Gptq => quantized::check_gptq(files, key)?,
+        Storage::Tied => {}
     }
     let Some(bias) = &key.bias else {
         return refuse_bias(files, key);

@@ -49,6 +49,20 @@ fn missing_tensors() {
 }
 
 #[test]
+fn layers_the_configuration_leaves_out() {
+    let mut parts = Parts::of("llama-plain");
+    parts.config["num_hidden_layers"] = json!(1);
+    let text = error(&parts, "layers");
+    assert!(
+        text.ends_with(
+            "tensor model.layers.1.input_layernorm.weight: expected 1 layers (num_hidden_layers \
+             in config.json), found one more"
+        ),
+        "{text}"
+    );
+}
+
+#[test]
 fn a_head_may_be_missing_only_when_tied() {
     let mut parts = Parts::of("qwen2");
     parts.tensors.remove("lm_head.weight");

@@ -280,11 +280,60 @@ fn quantized_shapes_are_checked() {
         .to_string();
     assert!(
         text.ends_with(
-            "tensor lm_head.q_weight: expected 64 inputs and 320 outputs, found 64 inputs and \
-             256 outputs"
+            "tensor lm_head.q_weight: expected I32 of shape [any, 320], found I32 of shape \
+             [14, 256]"
         ),
         "{text}"
     );
+}
+
+/// Every tensor of a quantized linear is looked at when the model is opened, not when its layer is
+/// loaded.
+#[test]
+fn opening_finds_a_missing_or_misshapen_tensor() {
+    type Write = fn(&mut Parts, &WeightKey, &mut Noise);
+    let exl2_tensors = ["q_scale", "q_scale_max", "q_groups", "q_invperm"];
+    let gptq_tensors = ["qzeros", "scales"];
+    let cases: [(Write, &[&str]); 2] = [(exl2, &exl2_tensors), (gptq, &gptq_tensors)];
+    let refused = |parts: &Parts| {
+        let dir = parts.write("quantized-open");
+        let error = ModelSource::open(&dir, &LoadOptions::default()).unwrap_err();
+        error.to_string()
+    };
+    for (write, suffixes) in cases {
+        for suffix in suffixes {
+            let name = format!("model.layers.1.mlp.up_proj.{suffix}");
+            let mut parts = quantized("llama-plain", write);
+            let tensor = parts.tensors.remove(&name).unwrap();
+            let text = refused(&parts);
+            assert!(text.contains(&format!("no tensor {name} ")), "{text}");
+            let mut longer = tensor.clone();
+            *longer.1.last_mut().unwrap() *= 2;
+            longer.2 = longer.2.repeat(2);
+            let mut other_type = tensor.clone();
+            other_type.0 = "U8".to_owned();
+            *other_type.1.last_mut().unwrap() *= if tensor.0 == "I32" { 4 } else { 2 };
+            for wrong in [longer, other_type] {
+                parts.tensors.insert(name.clone(), wrong);
+                let text = refused(&parts);
+                let at = text
+                    .find("tensor model.layers.1.mlp.up_proj.q")
+                    .or(text.find("scales"));
+                assert!(at.is_some() && text.contains("found "), "{suffix}: {text}");
+            }
+        }
+    }
+    let mut parts = quantized("llama-plain", gptq);
+    for (name, tensor) in &mut parts.tensors {
+        if name.ends_with("g_idx") {
+            tensor.1[0] *= 2;
+            tensor.2 = tensor.2.repeat(2);
+        }
+    }
+    assert!(refused(&parts).contains("g_idx: expected I32 of shape [64], found"));
+    parts.tensors.retain(|name, _| !name.ends_with("g_idx"));
+    let dir = parts.write("quantized-open");
+    ModelSource::open(&dir, &LoadOptions::default()).unwrap();
 }
 
 #[test]

@@ -126,12 +126,6 @@ pub(crate) enum ActivationMode {
 pub(crate) enum CacheMode {
     F16,
     F32,
-    #[value(hide = true)]
-    Q8,
-    #[value(hide = true)]
-    Q6,
-    #[value(hide = true)]
-    Q4,
 }
 
 impl CacheMode {
@@ -139,9 +133,6 @@ impl CacheMode {
         match self {
             Self::F16 => "f16",
             Self::F32 => "f32",
-            Self::Q8 => "q8",
-            Self::Q6 => "q6",
-            Self::Q4 => "q4",
         }
     }
 }
@@ -166,10 +157,10 @@ pub(crate) struct EvalArgs {
     #[arg(long, value_name = "FILE")]
     pub(crate) text: Option<PathBuf>,
     /// Rows to evaluate [default: all of --tokens, 20 of --text]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) rows: Option<u32>,
     /// Tokens per row [default: as in --tokens, 2048 (or the model's maximum) of --text]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(2..))]
+    #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = clap::value_parser!(u32).range(2..))]
     pub(crate) length: Option<u32>,
     /// The model that is right: adds KL divergence and top-1 agreement
     #[arg(long, value_name = "DIR")]
@@ -210,12 +201,12 @@ pub(crate) struct GenerateArgs {
     pub(crate) prompt: Vec<String>,
     /// New tokens at most, per prompt
     #[arg(short = 'n', long, value_name = "N", default_value_t = 256,
-          value_parser = clap::value_parser!(u32).range(1..))]
+          allow_negative_numbers = true, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) max_tokens: u32,
     #[command(flatten)]
     pub(crate) sampling: SamplingArgs,
     /// Stop at this text, which is not printed; may be given several times
-    #[arg(long, value_name = "STR")]
+    #[arg(long, value_name = "STR", value_parser = clap::builder::NonEmptyStringValueParser::new())]
     pub(crate) stop: Vec<String>,
     /// Go on past the end-of-text token
     #[arg(long)]
@@ -235,7 +226,7 @@ pub(crate) struct GenerateArgs {
 #[derive(Clone, Debug, Args)]
 pub(crate) struct CacheArgs {
     /// Tokens of context per prompt [default: what is needed, up to the model's maximum]
-    #[arg(help_heading = "Cache", long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(help_heading = "Cache", long, value_name = "N", allow_negative_numbers = true, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) context: Option<u32>,
     /// How keys and values are stored
     #[arg(help_heading = "Cache", long = "cache", value_enum, value_name = "MODE", default_value_t = CacheMode::F16)]
@@ -266,7 +257,7 @@ pub(crate) struct ChatArgs {
     pub(crate) template: Option<PathBuf>,
     /// New tokens at most, per reply
     #[arg(short = 'n', long, value_name = "N", default_value_t = 1024,
-          value_parser = clap::value_parser!(u32).range(1..))]
+          allow_negative_numbers = true, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) max_tokens: u32,
     #[command(flatten)]
     pub(crate) sampling: SamplingArgs,
@@ -297,7 +288,7 @@ pub(crate) struct InfoArgs {
     #[arg(short, long, value_name = "DIR", conflicts_with = "dir")]
     pub(crate) model: Option<PathBuf>,
     /// Tokens of context to plan memory for [default: 4096 or the model's maximum]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) context: Option<u32>,
     /// KV cache storage to plan memory for
     #[arg(long, value_enum, value_name = "MODE", default_value_t = CacheMode::F16)]
@@ -344,23 +335,26 @@ pub(crate) struct BenchArgs {
         long,
         value_name = "N,...",
         value_delimiter = ',',
-        default_value = "512"
+        default_value = "512",
+        allow_negative_numbers = true, value_parser = count_from_1
     )]
     pub(crate) prefill: Vec<usize>,
     /// Batch sizes to decode
-    #[arg(long, value_name = "N,...", value_delimiter = ',', default_value = "1")]
+    #[arg(long, value_name = "N,...", value_delimiter = ',', default_value = "1",
+          allow_negative_numbers = true, value_parser = count_from_1)]
     pub(crate) batch: Vec<usize>,
     /// Tokens already in the cache when decoding starts
-    #[arg(long, value_name = "N,...", value_delimiter = ',', default_value = "0")]
+    #[arg(long, value_name = "N,...", value_delimiter = ',', default_value = "0",
+          allow_negative_numbers = true, value_parser = count)]
     pub(crate) context: Vec<usize>,
     /// KV cache storage
     #[arg(long, value_enum, value_name = "MODE", default_value_t = CacheMode::F16)]
     pub(crate) cache: CacheMode,
     /// Timed decode steps per measurement
-    #[arg(long, value_name = "N", default_value_t = 32)]
+    #[arg(long, value_name = "N", default_value_t = 32, allow_negative_numbers = true, value_parser = count_from_1)]
     pub(crate) steps: usize,
     /// Repeats per measurement; the median counts
-    #[arg(long, value_name = "N", default_value_t = 3)]
+    #[arg(long, value_name = "N", default_value_t = 3, allow_negative_numbers = true, value_parser = count_from_1)]
     pub(crate) repeats: usize,
     /// Write a report in Markdown
     #[arg(long, value_name = "FILE")]
@@ -375,6 +369,19 @@ pub(crate) struct BenchArgs {
     pub(crate) load: LoadArgs,
     #[command(flatten)]
     pub(crate) compute: ComputeArgs,
+}
+
+/// Most tokens, sequences or repeats of a measurement.
+const MAX_COUNT: usize = 1 << 24;
+
+fn count(text: &str) -> Result<usize, String> {
+    let count = text.parse().ok().filter(|n| *n <= MAX_COUNT);
+    count.ok_or_else(|| format!("must be a whole number from 0 to {MAX_COUNT}"))
+}
+
+fn count_from_1(text: &str) -> Result<usize, String> {
+    let count = count(text).ok().filter(|n| *n > 0);
+    count.ok_or_else(|| format!("must be a whole number from 1 to {MAX_COUNT}"))
 }
 
 /// Look at this machine: CPU features, memory, GPU driver, kernels

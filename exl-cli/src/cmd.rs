@@ -14,6 +14,7 @@ use crate::args::{Cli, Command, exllama_short_flags};
 use crate::ui::Ui;
 use anyhow::Result;
 use clap::Parser;
+use std::io::IsTerminal;
 
 /// Reads the command line and does what it says.
 pub(crate) fn run() -> Result<()> {
@@ -44,8 +45,10 @@ fn init_tracing(verbose: u8, quiet: bool) {
         _ => "debug",
     };
     let filter = EnvFilter::try_from_env("EXL_LOG").unwrap_or_else(|_| EnvFilter::new(level));
+    let plain = std::env::var_os("NO_COLOR").is_some_and(|v| !v.is_empty());
     tracing_subscriber::fmt()
         .with_env_filter(filter)
+        .with_ansi(std::io::stderr().is_terminal() && !plain)
         .with_writer(std::io::stderr)
         .with_target(false)
         .without_time()

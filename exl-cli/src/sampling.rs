@@ -1,7 +1,8 @@
 //! Sampling settings: flags over the model's generation_config.json over built-in defaults.
 
 use crate::args::SamplingArgs;
-use anyhow::Result;
+use crate::failure::Usage;
+use anyhow::{Context, Result};
 use exl_format::{ConfigFile, ModelFiles};
 use exl_gen::SamplerSettings;
 
@@ -14,8 +15,16 @@ pub(crate) fn settings(args: &SamplingArgs, files: &ModelFiles) -> Result<Sample
         Some(config) => from_config(&config)?,
         None => SamplerSettings::default(),
     };
+    base.check().with_context(|| {
+        files
+            .dir()
+            .join("generation_config.json")
+            .display()
+            .to_string()
+    })?;
     let settings = apply(args, base);
-    settings.check()?;
+    // What the file says is in range: a flag is not.
+    settings.check().map_err(|e| Usage(e.to_string()))?;
     Ok(settings)
 }
 

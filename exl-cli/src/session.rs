@@ -10,8 +10,10 @@ use exl_gen::{Engine, EngineHandle, EngineOptions, RunnerBackend, Tokenizer};
 use exl_models::rope::RopeOptions;
 use exl_models::{LoadOptions, MemoryRequest, Model, ModelSource, Runner, RunnerOptions};
 use exl_tensor::{Activations, DType, PAGE_TOKENS};
+use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
+use std::time::Instant;
 
 /// Prompt tokens of one step.
 pub(crate) const PREFILL_ROWS: usize = 512;
@@ -70,25 +72,21 @@ pub(crate) fn activations(compute: &ComputeArgs) -> Activations {
 }
 
 /// Element type of a cache mode.
-pub(crate) fn kv_dtype(mode: CacheMode) -> Result<DType> {
+pub(crate) fn kv_dtype(mode: CacheMode) -> DType {
     match mode {
-        CacheMode::F16 => Ok(DType::F16),
-        CacheMode::F32 => Ok(DType::F32),
-        CacheMode::Q8 | CacheMode::Q6 | CacheMode::Q4 => bail!(
-            "--cache {}: quantized caches are not supported yet (use --cache f16 or f32)",
-            mode.name()
-        ),
+        CacheMode::F16 => DType::F16,
+        CacheMode::F32 => DType::F32,
     }
 }
 
 /// Settings of a runner; the caller sets its sizes.
-pub(crate) fn runner_options(compute: &ComputeArgs, cache: CacheMode) -> Result<RunnerOptions> {
-    Ok(RunnerOptions {
-        kv_dtype: kv_dtype(cache)?,
+pub(crate) fn runner_options(compute: &ComputeArgs, cache: CacheMode) -> RunnerOptions {
+    RunnerOptions {
+        kv_dtype: kv_dtype(cache),
         threads: threads(&compute.device),
         activations: activations(compute),
         ..RunnerOptions::default()
-    })
+    }
 }
 
 /// Name of what computes, the instruction set included.
@@ -116,6 +114,14 @@ pub(crate) fn load_options(
 pub(crate) fn open(dir: &Path, options: &LoadOptions, ui: &Ui) -> Result<ModelSource> {
     let source = ModelSource::open(dir, options)
         .with_context(|| format!("cannot open the model in {}", dir.display()))?;
+    tracing::info!(
+        "{}: {}, {} layers, {} in {} files",
+        dir.display(),
+        source.spec().architecture,
+        source.spec().layers.len(),
+        ui::bytes(source.total_bytes()),
+        source.files().files().len()
+    );
     for notice in source.files().notices() {
         ui.note(&format!("note: {notice}"));
     }
@@ -124,31 +130,48 @@ pub(crate) fn open(dir: &Path, options: &LoadOptions, ui: &Ui) -> Result<ModelSo
 
 /// Loads an opened model, with progress; Ctrl-C ends it.
 pub(crate) fn load(source: &ModelSource, stop: &StopFlag, ui: &Ui) -> Result<Loaded> {
-    let total = source.total_bytes();
+    let (total, start) = (source.total_bytes(), Instant::now());
     let progress = Mutex::new(ui.bytes("loading", total));
-    let model = source.load(&|at| {
+    let model = source.load_while(&|at| {
         if let Ok(mut progress) = progress.lock() {
             progress.set(at.done);
         }
+        if stop.is_set() {
+            return ControlFlow::Break(());
+        }
+        ControlFlow::Continue(())
     })?;
     drop(progress);
-    if stop.is_set() {
+    let Some(model) = model else {
         return Err(Interrupted("stopped while loading".to_owned()).into());
-    }
+    };
+    tracing::info!(
+        "loaded in {:.2} s, {} in memory",
+        start.elapsed().as_secs_f64(),
+        ui::bytes(model.weights().bytes() as u64)
+    );
     Ok(Loaded {
         model: Arc::new(model),
         checkpoint_bytes: total,
     })
 }
 
-/// Refuses work that cannot fit into this machine's memory, before anything is loaded.
-pub(crate) fn check_memory(source: &ModelSource, request: &MemoryRequest) -> Result<()> {
-    let need = source.memory_for(request).total();
+/// Says when a flag asks for more tokens than the model was trained for.
+pub(crate) fn remark_context(source: &ModelSource, flag: &str, tokens: usize, ui: &Ui) {
+    let max = source.spec().max_context;
+    if tokens > max {
+        ui.note(&format!(
+            "{flag} {tokens}: the model was trained for {max}, expect nonsense beyond"
+        ));
+    }
+}
+
+/// Refuses work that cannot fit into this machine's memory, before anything is loaded; `what` is
+/// the work and `less` the flags that make it smaller.
+pub(crate) fn check_memory(need: u64, what: &str, less: &str) -> Result<()> {
     match machine::memory() {
         Some((total, _)) if need > total => bail!(
-            "{} with {} tokens of context needs {} of memory, this machine has {} (use a smaller --context, or a model with fewer bits)",
-            source.files().dir().display(),
-            request.context * request.seqs,
+            "{what} needs {} of memory, this machine has {} (use a smaller {less}, or a model with fewer bits)",
             ui::bytes(need),
             ui::bytes(total),
         ),
@@ -185,7 +208,7 @@ pub(crate) fn engine(
     ui: &Ui,
 ) -> Result<EngineHandle> {
     let longest = room.lengths.iter().copied().max().unwrap_or(1);
-    let mut options = runner_options(compute, room.cache)?;
+    let mut options = runner_options(compute, room.cache);
     options.pages = room.pages() + 1;
     options.max_seqs = room.seqs;
     options.max_rows = PREFILL_ROWS.min(longest) + room.seqs;
@@ -195,13 +218,26 @@ pub(crate) fn engine(
         kv_dtype: options.kv_dtype,
         rows: options.max_rows,
     };
-    check_memory(&source, &request)?;
+    let what = format!(
+        "{} with {} tokens of context",
+        source.files().dir().display(),
+        request.context
+    );
+    check_memory(source.memory_for(&request).total(), &what, "--context")?;
     let loaded = load(&source, stop, ui)?;
     // The files that were repacked need not stay mapped.
     drop(source);
+    tracing::debug!(
+        "cache of {} pages of {PAGE_TOKENS} tokens, {:?}; steps of up to {} rows",
+        options.pages,
+        options.kv_dtype,
+        options.max_rows
+    );
     let runner = Runner::new(loaded.model, options)?;
     let options = EngineOptions {
         chunk_rows: PREFILL_ROWS,
+        // Every sequence that there is room for may wait.
+        max_waiting: room.seqs.max(1),
         ..EngineOptions::default()
     };
     Ok(Engine::start(

@@ -8,6 +8,7 @@ pub(crate) use format::{bar, bytes, count, duration};
 pub(crate) use progress::Progress;
 pub(crate) use table::{Align, Table};
 
+use anyhow::Context;
 use serde::Serialize;
 use std::io::{self, IsTerminal, Write};
 
@@ -51,10 +52,10 @@ impl Ui {
 }
 
 /// Writes text to stdout at once.
-pub(crate) fn print(text: &str) -> io::Result<()> {
+pub(crate) fn print(text: &str) -> anyhow::Result<()> {
     let mut out = io::stdout().lock();
-    out.write_all(text.as_bytes())?;
-    out.flush()
+    let written = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+    written.context("cannot write to stdout")
 }
 
 /// Writes one JSON value and a newline to stdout.

@@ -13,6 +13,7 @@ pub use finite::check_finite;
 pub use probe::Storage;
 
 use std::collections::HashMap;
+use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -203,18 +204,37 @@ impl ModelSource {
     /// # Errors
     /// As [`ModelSource::load_weight`]; the first in model order.
     pub fn load(&self, progress: &(dyn Fn(Progress) + Sync)) -> Result<Model> {
+        let model = self.load_while(&|at| {
+            progress(at);
+            ControlFlow::Continue(())
+        })?;
+        Ok(model.expect("nothing asked to stop"))
+    }
+
+    /// As [`ModelSource::load`]; `None` as soon as `progress`, called after each weight, says to
+    /// stop.
+    ///
+    /// # Errors
+    /// As [`ModelSource::load`].
+    pub fn load_while(
+        &self,
+        progress: &(dyn Fn(Progress) -> ControlFlow<()> + Sync),
+    ) -> Result<Option<Model>> {
         let total = self.total_bytes();
         let done = Mutex::new(0);
-        progress(Progress { done: 0, total });
-        let parts = self.for_each_key(|key| {
+        if progress(Progress { done: 0, total }).is_break() {
+            return Ok(None);
+        }
+        let parts: Option<Vec<Weights>> = self.for_each_key(|key| {
             let mut part = Weights::new();
             self.load_key(key, &mut part)?;
             // Held over the call, so that the figures only grow.
             let mut done = done.lock().expect("no holder of this lock panics");
             *done += self.file_bytes(key);
-            progress(Progress { done: *done, total });
-            Ok(part)
+            let go_on = progress(Progress { done: *done, total }).is_continue();
+            Ok(go_on.then_some(part))
         })?;
+        let Some(parts) = parts else { return Ok(None) };
         let mut weights = self.constants();
         for part in &parts {
             for (name, weight) in part.iter() {
@@ -222,7 +242,7 @@ impl ModelSource {
             }
         }
         self.share_tied_head(&mut weights);
-        Ok(Model::from_parts(self.spec.clone(), weights))
+        Ok(Some(Model::from_parts(self.spec.clone(), weights)))
     }
 
     fn reader(&self) -> Reader<'_> {
@@ -244,21 +264,22 @@ impl ModelSource {
         }
     }
 
-    /// Runs `load` for every key on several threads; results in model order.
+    /// Runs `load` for every key on several threads; results in model order, or `None` when one
+    /// of them was.
     fn for_each_key<T: Send>(
         &self,
-        load: impl Fn(&WeightKey) -> Result<T> + Sync,
-    ) -> Result<Vec<T>> {
+        load: impl Fn(&WeightKey) -> Result<Option<T>> + Sync,
+    ) -> Result<Option<Vec<T>>> {
         let keys: Vec<&WeightKey> = self.layout.iter().collect();
-        let results: Vec<Mutex<Option<Result<T>>>> =
+        let results: Vec<Mutex<Option<Result<Option<T>>>>> =
             keys.iter().map(|_| Mutex::new(None)).collect();
-        let (next, failed) = (AtomicUsize::new(0), AtomicBool::new(false));
+        let (next, ended) = (AtomicUsize::new(0), AtomicBool::new(false));
         let worker = || {
-            while !failed.load(Ordering::Relaxed) {
+            while !ended.load(Ordering::Relaxed) {
                 let i = next.fetch_add(1, Ordering::Relaxed);
                 let Some(key) = keys.get(i) else { break };
                 let result = load(key);
-                failed.fetch_or(result.is_err(), Ordering::Relaxed);
+                ended.fetch_or(!matches!(result, Ok(Some(_))), Ordering::Relaxed);
                 *results[i].lock().expect("no holder of this lock panics") = Some(result);
             }
         };
@@ -270,9 +291,11 @@ impl ModelSource {
             }
             worker();
         });
+        // Those after the first that ended it may not have been started.
         let taken = results.into_iter();
-        taken
-            .filter_map(|slot| slot.into_inner().expect("no holder of this lock panics"))
-            .collect()
+        let started =
+            taken.filter_map(|slot| slot.into_inner().expect("no holder of this lock panics"));
+        let all: Result<Vec<Option<T>>> = started.collect();
+        Ok(all?.into_iter().collect())
     }
 }

@@ -40,7 +40,7 @@ struct Report {
 }
 
 pub(crate) fn run(args: &BenchArgs, ui: &Ui) -> Result<()> {
-    let settings = settings(args)?;
+    let settings = settings(args);
     session::check_device(args.compute.device.device, ui)?;
     let stop = signal::stop_flag()?;
     let subject = Subject::prepare(args, &stop, ui)?;
@@ -71,17 +71,8 @@ fn write(path: &Path, text: &str) -> Result<()> {
     std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))
 }
 
-fn settings(args: &BenchArgs) -> Result<Settings> {
-    let positive = [("--prefill", &args.prefill), ("--batch", &args.batch)];
-    for (flag, values) in positive {
-        if values.contains(&0) {
-            return Err(Usage(format!("{flag}: 0 is nothing to measure")).into());
-        }
-    }
-    if args.steps == 0 || args.repeats == 0 {
-        return Err(Usage("--steps and --repeats must be at least 1".to_owned()).into());
-    }
-    Ok(Settings {
+fn settings(args: &BenchArgs) -> Settings {
+    Settings {
         prefill: args.prefill.clone(),
         batch: args.batch.clone(),
         context: args.context.clone(),
@@ -90,7 +81,7 @@ fn settings(args: &BenchArgs) -> Result<Settings> {
         repeats: args.repeats,
         compute: args.compute.clone(),
         load: args.load,
-    })
+    }
 }
 
 /// The model to measure; a temporary one is removed in the end.

@@ -13,7 +13,7 @@ use crate::ui::Ui;
 use anyhow::{Context, Result};
 use command::{HELP, Line};
 use conversation::Conversation;
-use exl_gen::{ChatTemplate, Tokenizer};
+use exl_gen::{ChatTemplate, ChatTemplates, Tokenizer};
 use exl_models::ModelSource;
 use input::{Event, Input};
 use std::path::{Path, PathBuf};
@@ -24,7 +24,6 @@ use voice::{Prompt, Voice};
 const DEFAULT_CONTEXT: usize = 8192;
 
 pub(crate) fn run(args: &ChatArgs, ui: &Ui) -> Result<()> {
-    session::kv_dtype(args.cache.mode)?;
     session::check_device(args.compute.device.device, ui)?;
     let context = args.cache.context.map(|n| n as usize);
     let options = session::load_options(args.load, &args.compute, context);
@@ -73,12 +72,20 @@ fn template(file: Option<&Path>, source: &ModelSource) -> Result<ChatTemplate> {
             .with_context(|| format!("cannot read {}", path.display()))?;
         return ChatTemplate::new(&text).with_context(|| format!("--template {}", path.display()));
     }
-    let dir = source.files().dir().display();
-    let text = source.files().chat_template()?.with_context(|| {
-        format!("{dir}: the model has no chat template: name one with --template FILE, or use `exl generate`")
+    let dir = source.files().dir();
+    let own = || {
+        format!(
+            "{}: the model's chat template (--template FILE replaces it)",
+            dir.display()
+        )
+    };
+    let templates = ChatTemplates::open(dir).with_context(own)?.with_context(|| {
+        format!(
+            "{}: the model has no chat template: name one with --template FILE, or use `exl generate`",
+            dir.display()
+        )
     })?;
-    ChatTemplate::new(&text)
-        .with_context(|| format!("{dir}: the model's chat template (--template FILE replaces it)"))
+    templates.into_selected(false).with_context(own)
 }
 
 struct Chat {
@@ -117,9 +124,15 @@ impl Chat {
                 self.ui.note("the conversation begins anew");
             }
             Line::System(text) => {
+                let which = if text.is_empty() {
+                    "without a"
+                } else {
+                    "with this"
+                };
                 self.conversation = Conversation::new(Some(text));
-                self.ui
-                    .note("the conversation begins anew, with this system message");
+                self.ui.note(&format!(
+                    "the conversation begins anew, {which} system message"
+                ));
             }
             Line::Save(file) => self.save(Path::new(&file)),
             Line::Load(file) => self.load(&PathBuf::from(file)),
@@ -186,6 +199,10 @@ impl Chat {
         self.conversation.say(text);
         let prompt = match self.fitting_prompt() {
             Ok(prompt) => prompt,
+            // A template that fails once fails on every line: a pipe should learn of it.
+            Err(error) if error.is::<exl_gen::Error>() && !self.input.is_interactive() => {
+                return Err(error);
+            }
             Err(error) => {
                 self.conversation = before;
                 self.ui.note(&format!("{error:#}"));

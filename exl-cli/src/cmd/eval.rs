@@ -9,7 +9,7 @@ use crate::session;
 use crate::signal::{self, StopFlag};
 use crate::ui::{self, Align, Table, Ui};
 use anyhow::{Result, bail};
-use exl_models::{LogitRows, ModelSource, Runner, SeqSlice};
+use exl_models::{LogitRows, MemoryRequest, ModelSource, Runner, SeqSlice};
 use exl_quant::KlScore;
 use exl_tensor::PAGE_TOKENS;
 use serde::Serialize;
@@ -40,14 +40,10 @@ struct Report {
 
 pub(crate) fn run(args: &EvalArgs, ui: &Ui) -> Result<()> {
     session::check_device(args.compute.device.device, ui)?;
-    // Said before anything is loaded.
-    if let Some(mode) = args.cache {
-        session::kv_dtype(mode)?;
-    }
     let stop = signal::stop_flag()?;
     let options = session::load_options(args.load, &args.compute, None);
     let source = session::open(&args.model, &options, ui)?;
-    let rows = rows::rows(args, &source)?;
+    let rows = rows::rows(args, &source, ui)?;
     let reference = match &args.reference {
         Some(dir) => Some(session::open(dir, &options, ui)?),
         None => None,
@@ -141,26 +137,34 @@ impl Evaluation<'_> {
                 spec.vocab
             );
         }
-        // The reference is always exact: whole rows, cache in 32 bits.
-        let mut right = match reference {
-            Some(source) => Some(self.runner(source, CacheMode::F32, 1)?),
-            None => None,
-        };
         let side_by_side = if self.args.cache.is_some() {
             self.batch(spec.vocab)
         } else {
             1
         };
         let mode = self.args.cache.unwrap_or(CacheMode::F32);
+        let mut need = self.memory(source, mode, side_by_side);
+        if let Some(reference) = reference {
+            need = need.saturating_add(self.memory(reference, CacheMode::F32, 1));
+        }
+        let name = self.args.model.display();
+        let what = format!("evaluating {name} in rows of {} tokens", self.length());
+        session::check_memory(need, &what, "--length")?;
+        // The reference is always exact: whole rows, cache in 32 bits.
+        let mut right = match reference {
+            Some(source) => Some(self.runner(source, CacheMode::F32, 1)?),
+            None => None,
+        };
         let mut judged = self.runner(source, mode, side_by_side)?;
         let mut progress = self.ui.steps("evaluating", self.rows.len() as u64);
         let mut score = KlScore::new();
-        for rows in self.rows.chunks(side_by_side) {
+        for (step, rows) in self.rows.chunks(side_by_side).enumerate() {
+            let first = step * side_by_side;
             if self.args.cache.is_some() {
-                self.token_by_token(rows, &mut judged, right.as_mut(), &mut score)?;
+                self.token_by_token((first, rows), &mut judged, right.as_mut(), &mut score)?;
             } else {
                 self.row(
-                    &rows[0],
+                    (first, &rows[0]),
                     Judged::Runner(&mut judged),
                     right.as_mut(),
                     &mut score,
@@ -174,25 +178,39 @@ impl Evaluation<'_> {
     /// A loaded model with room for `seqs` rows in its cache.
     fn runner(&self, source: &ModelSource, cache: CacheMode, seqs: usize) -> Result<Runner> {
         let loaded = session::load(source, self.stop, self.ui)?;
-        let mut options = session::runner_options(&self.args.compute, cache)?;
-        let length = self.rows.iter().map(Vec::len).max().unwrap_or(0);
-        options.pages = seqs * length.div_ceil(PAGE_TOKENS) + 1;
+        let mut options = session::runner_options(&self.args.compute, cache);
+        options.pages = seqs * self.length().div_ceil(PAGE_TOKENS) + 1;
         options.max_rows = CHUNK_ROWS;
         options.max_seqs = seqs;
         Ok(Runner::new(loaded.model, options)?)
     }
 
+    /// Tokens of a row.
+    fn length(&self) -> usize {
+        self.rows.iter().map(Vec::len).max().unwrap_or(1)
+    }
+
+    /// Bytes that a model with room for `seqs` rows takes.
+    fn memory(&self, source: &ModelSource, cache: CacheMode, seqs: usize) -> u64 {
+        let request = MemoryRequest {
+            context: self.length(),
+            seqs,
+            kv_dtype: session::kv_dtype(cache),
+            rows: CHUNK_ROWS,
+        };
+        source.memory_for(&request).total()
+    }
+
     /// Rows whose logits are kept at once when they go side by side.
     fn batch(&self, vocab: usize) -> usize {
-        let length = self.rows.iter().map(Vec::len).max().unwrap_or(1);
-        let fit = (LOGITS_BYTES * 4) / (4 * vocab * length);
+        let fit = (LOGITS_BYTES * 4) / (4 * vocab * self.length());
         fit.clamp(1, CACHED_ROWS).min(self.rows.len().max(1))
     }
 
     /// Several rows side by side, one token of each per step, as decoding does.
     fn token_by_token(
         &self,
-        rows: &[Vec<u32>],
+        (first, rows): (usize, &[Vec<u32>]),
         judged: &mut Runner,
         mut right: Option<&mut Runner>,
         score: &mut KlScore,
@@ -218,7 +236,8 @@ impl Evaluation<'_> {
                 all.extend_from_slice(one);
             }
         }
-        for (row, judged) in rows.iter().zip(&logits) {
+        for (i, (row, judged)) in rows.iter().zip(&logits).enumerate() {
+            let row = (first + i, row.as_slice());
             self.row(row, Judged::Known(judged), right.as_deref_mut(), score)?;
         }
         Ok(())
@@ -227,7 +246,7 @@ impl Evaluation<'_> {
     /// Scores one row in chunks of positions.
     fn row(
         &self,
-        row: &[u32],
+        (number, row): (usize, &[u32]),
         mut judged: Judged<'_>,
         mut right: Option<&mut Runner>,
         score: &mut KlScore,
@@ -253,6 +272,10 @@ impl Evaluation<'_> {
                 // Perplexity needs no reference; the divergence is not reported then.
                 None => quantized,
             };
+            check_finite(&self.args.model, (number, start), quantized, vocab)?;
+            if let Some(dir) = &self.args.reference {
+                check_finite(dir, (number, start), reference, vocab)?;
+            }
             score.add(
                 reference,
                 quantized,
@@ -269,6 +292,25 @@ impl Evaluation<'_> {
         }
         Ok(())
     }
+}
+
+/// A score of NaN says nothing. `logits` are those of a row from position `start` on.
+fn check_finite(
+    dir: &Path,
+    (row, start): (usize, usize),
+    logits: &[f32],
+    vocab: usize,
+) -> Result<()> {
+    let Some(at) = logits.iter().position(|v| !v.is_finite()) else {
+        return Ok(());
+    };
+    bail!(
+        "{}: the logit of token {} is {} at position {} of row {row}: the model's weights are damaged",
+        dir.display(),
+        at % vocab,
+        logits[at],
+        start + at / vocab
+    )
 }
 
 /// Pages of the `index`-th row of a step; page 0 is reserved.

@@ -32,7 +32,6 @@ struct Job {
 }
 
 pub(crate) fn run(args: &GenerateArgs, ui: &Ui) -> Result<()> {
-    session::kv_dtype(args.cache.mode)?;
     session::check_device(args.compute.device.device, ui)?;
     let stop = signal::stop_flag()?;
     let context = args.cache.context.map(|n| n as usize);
@@ -51,14 +50,15 @@ pub(crate) fn run(args: &GenerateArgs, ui: &Ui) -> Result<()> {
     };
     let engine = session::engine(source, &tokenizer, &room, &args.compute, &stop, ui)?;
     let mut streams = Vec::new();
-    for job in &jobs {
-        streams.push(engine.submit(Request {
+    for (number, job) in (1..).zip(&jobs) {
+        let stream = engine.submit(Request {
             max_new_tokens: job.max_new,
             sampler: sampler.clone(),
             stop_strings: args.stop.clone(),
             ignore_eos: args.ignore_eos,
             ..Request::new(job.tokens.clone())
-        })?);
+        });
+        streams.push(stream.with_context(|| format!("prompt {number}"))?);
     }
     let prompts = jobs.iter().map(|job| job.text.as_str()).collect();
     let mut output = Output::new(args.json, prompts, *ui);
@@ -114,6 +114,12 @@ fn jobs(
     let mut jobs = Vec::new();
     for (number, text) in texts(&args.prompt)?.into_iter().enumerate() {
         let tokens = tokenizer.encode(&text, PROMPT)?;
+        if text.is_empty() {
+            ui.note(&format!(
+                "prompt {} is empty: the model starts from nothing",
+                number + 1
+            ));
+        }
         if tokens.is_empty() {
             return Err(Usage(format!("prompt {} is empty", number + 1)).into());
         }
@@ -145,11 +151,7 @@ fn jobs(
 fn limit(args: &GenerateArgs, source: &ModelSource, ui: &Ui) -> usize {
     let max = source.spec().max_context;
     let limit = args.cache.context.map_or(max, |n| n as usize);
-    if limit > max {
-        ui.note(&format!(
-            "--context {limit}: the model was trained for {max}, expect nonsense beyond"
-        ));
-    }
+    session::remark_context(source, "--context", limit, ui);
     limit
 }
 

@@ -71,7 +71,8 @@ pub(crate) fn run(args: &InfoArgs, ui: &Ui) -> Result<()> {
     };
     let source = session::open(dir, &options, ui)?;
     let bits = bits(&source);
-    let memory = memory(&source, context, args.cache)?;
+    let memory = memory(&source, context, args.cache);
+    session::remark_context(&source, "--context", memory.context, ui);
     let found = machine::memory();
     let spec = source.spec();
     let attn = spec.layers.first().map(|layer| &layer.attn);
@@ -101,22 +102,22 @@ pub(crate) fn run(args: &InfoArgs, ui: &Ui) -> Result<()> {
     Ok(())
 }
 
-fn memory(source: &ModelSource, context: Option<usize>, cache: CacheMode) -> Result<Memory> {
+fn memory(source: &ModelSource, context: Option<usize>, cache: CacheMode) -> Memory {
     let context = context.unwrap_or(DEFAULT_CONTEXT.min(source.spec().max_context));
     let used: MemoryUse = source.memory_for(&MemoryRequest {
         context,
         seqs: 1,
-        kv_dtype: session::kv_dtype(cache)?,
+        kv_dtype: session::kv_dtype(cache),
         rows: PREFILL_ROWS.min(context),
     });
-    Ok(Memory {
+    Memory {
         context,
         cache: cache.name(),
         weight_bytes: used.weights,
         cache_bytes: used.cache,
         activation_bytes: used.arena + used.step,
         total_bytes: used.total(),
-    })
+    }
 }
 
 fn text(o: &Output<'_>) -> Result<String> {

@@ -1,6 +1,6 @@
 //! `exl chat` through a pipe.
 
-use crate::support::{Outcome, TempDir, demo, exl, run_with_input, text};
+use crate::support::{Outcome, TempDir, copy_demo, demo, exl, run_with_input, text};
 
 #[track_caller]
 fn chat(args: &[&str], input: &str) -> Outcome {
@@ -101,4 +101,79 @@ fn a_template_of_the_user_s_own_is_used() {
     let bad = dir.join("bad.jinja");
     std::fs::write(&bad, "{% for %}").unwrap();
     chat(&["--template", text(&bad)], "Hello\n").failure(1, &["bad.jinja"]);
+}
+
+#[test]
+fn a_pipe_learns_that_the_template_fails() {
+    let dir = TempDir::new();
+    let bad = dir.join("strict.jinja");
+    std::fs::write(&bad, "{{ raise_exception('no conversations here') }}").unwrap();
+    chat(&["--template", text(&bad)], "Hello\n").failure(1, &["no conversations here"]);
+}
+
+#[test]
+fn templates_are_found_wherever_models_keep_them() {
+    let temp = TempDir::new();
+    let dir = copy_demo(&temp);
+    let config = dir.join("tokenizer_config.json");
+    let mut json: serde_json::Value =
+        serde_json::from_str(&std::fs::read_to_string(&config).unwrap()).unwrap();
+    let own = json["chat_template"].take();
+    std::fs::write(&config, json.to_string()).unwrap();
+    let own_file = serde_json::json!({ "chat_template": own }).to_string();
+    std::fs::write(dir.join("chat_template.json"), own_file).unwrap();
+    let args = [
+        "chat",
+        "-m",
+        text(&dir),
+        "--greedy",
+        "-n",
+        "12",
+        "--context",
+        "512",
+    ];
+    let said = run_with_input(&mut exl(args), "Hello\n").success().stdout;
+    assert_eq!(said, chat(&[], "Hello\n").success().stdout);
+    // Several without a default one: none of them is meant for this.
+    let several = serde_json::json!({ "chat_template": [
+        { "name": "rag", "template": "a" }, { "name": "tool_use", "template": "b" } ] });
+    std::fs::write(dir.join("chat_template.json"), several.to_string()).unwrap();
+    let outcome = run_with_input(&mut exl(args), "Hello\n").failure(1, &["--template FILE"]);
+    assert!(
+        outcome.stderr.contains("rag, tool_use"),
+        "{}",
+        outcome.stderr
+    );
+}
+
+#[test]
+fn remarks_say_what_is_so() {
+    let outcome = chat(&["--system", "Be brief."], "/system\n/stats\n").success();
+    assert!(
+        outcome.stderr.contains("without a system message"),
+        "{}",
+        outcome.stderr
+    );
+    let long = format!("{}\n/stats\n", "and on ".repeat(50));
+    let small = [
+        "chat",
+        "-m",
+        demo(),
+        "--greedy",
+        "-n",
+        "60",
+        "--context",
+        "192",
+    ];
+    let outcome = run_with_input(&mut exl(small), &long).success();
+    let stats = outcome
+        .stderr
+        .lines()
+        .find(|line| line.contains("of 192 tokens"));
+    let used = stats.and_then(|line| line.split(", ").nth(1)?.split(' ').next()?.parse().ok());
+    assert!(
+        used.is_some_and(|used: usize| used <= 192),
+        "{}",
+        outcome.stderr
+    );
 }

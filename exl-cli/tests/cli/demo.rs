@@ -250,3 +250,30 @@ fn json_output_is_alone_on_stdout() {
     );
     assert!(outcome.stderr.contains("CPU"), "{}", outcome.stderr);
 }
+
+#[test]
+fn logging_says_more_and_has_no_colours_in_a_file() {
+    let said = |flags: &[&str]| {
+        let args = [
+            "generate",
+            "-m",
+            demo(),
+            "-p",
+            "Once",
+            "-n",
+            "2",
+            "--greedy",
+        ];
+        run(exl(args).args(flags)).success().stderr
+    };
+    let (plain, more, most) = (said(&[]), said(&["-v"]), said(&["-vv"]));
+    assert!(
+        !plain.contains("loaded in") && more.contains("loaded in"),
+        "{more}"
+    );
+    assert!(
+        !more.contains("cache of") && most.contains("cache of"),
+        "{most}"
+    );
+    assert!(!most.contains('\u{1b}'), "{most:?}");
+}

@@ -1,6 +1,6 @@
 //! Command lines that cannot be meant: exit code 2 and a line that says what is allowed.
 
-use crate::support::{exl, run};
+use crate::support::{demo, exl, run};
 
 #[track_caller]
 fn refused(line: &str, words: &[&str]) {
@@ -59,7 +59,21 @@ fn values_out_of_range_are_refused() {
     refused("generate -m dir -p x --top-p 1.5", &["0 to 1"]);
     refused("generate -m dir -p x -n 0", &["--max-tokens"]);
     refused("generate -m dir -p x --device tpu", &["auto, cpu, cuda"]);
-    refused("generate -m dir -p x --cache q5", &["possible values"]);
+    refused(
+        "generate -m dir -p x --cache q4",
+        &["possible values: f16, f32"],
+    );
+    refused("generate -m dir -p x --temperature -1", &["at least 0"]);
+    refused("generate -m dir -p x -n -1", &["--max-tokens"]);
+    refused(
+        "generate -m dir -p x --frequency-penalty inf",
+        &["must be a number"],
+    );
+    refused("generate -m dir -p x --stop=", &["--stop"]);
+    refused("bench -m dir --prefill 99999999999", &["1 to 16777216"]);
+    refused("bench -m dir --context -1", &["0 to 16777216"]);
+    let args = format!("generate -m {} -p x --temperature 1e30", demo());
+    refused(&args, &["temperature", "between 0 and 10000"]);
     refused("convert src --out d --bits 4 --max-ram 0", &["above 0"]);
     refused("frobnicate", &["unrecognized subcommand"]);
 }

@@ -84,16 +84,25 @@ impl ChatTemplates {
     /// # Errors
     /// [`Error::NoTemplate`] when none of these is there.
     pub fn select(&self, tools: bool) -> Result<&ChatTemplate> {
-        let tool_use = tools.then(|| self.get("tool_use")).flatten();
-        let only = match self.named.as_slice() {
-            [(_, template)] => Some(template),
-            _ => None,
-        };
-        tool_use
-            .or_else(|| self.get("default"))
-            .or(only)
-            .ok_or_else(|| Error::NoTemplate {
-                names: self.names().collect::<Vec<_>>().join(", "),
-            })
+        Ok(&self.named[self.selected(tools)?].1)
+    }
+
+    /// As [`ChatTemplates::select`], without the others.
+    ///
+    /// # Errors
+    /// As [`ChatTemplates::select`].
+    pub fn into_selected(mut self, tools: bool) -> Result<ChatTemplate> {
+        let at = self.selected(tools)?;
+        Ok(self.named.swap_remove(at).1)
+    }
+
+    fn selected(&self, tools: bool) -> Result<usize> {
+        let at = |name| self.names().position(|other| other == name);
+        let tool_use = tools.then(|| at("tool_use")).flatten();
+        let only = (self.named.len() == 1).then_some(0);
+        let found = tool_use.or_else(|| at("default")).or(only);
+        found.ok_or_else(|| Error::NoTemplate {
+            names: self.names().collect::<Vec<_>>().join(", "),
+        })
     }
 }

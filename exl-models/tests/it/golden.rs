@@ -3,7 +3,9 @@
 use std::sync::Arc;
 
 use exl_models::rope::RopeTable;
-use exl_models::{Backend, LogitRows, MemoryRequest, Model, Runner, SeqSlice, Spec};
+use exl_models::{
+    Backend, LoadOptions, LogitRows, MemoryRequest, Model, ModelSource, Runner, SeqSlice, Spec,
+};
 use exl_tensor::{DType, Weight};
 
 use crate::common::{CASES, golden, runner};
@@ -170,6 +172,27 @@ fn a_page_that_is_written_has_one_user() {
     );
     // Reading together is allowed, and so are pages beyond those in use.
     assert!(message(&[slice(256, &[1, 2]), slice(300, &[1, 3, 2])]).is_ok());
+}
+
+#[test]
+fn loading_stops_when_told_to() {
+    use std::ops::ControlFlow;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    let dir = crate::common::dir("llama-plain");
+    let source = ModelSource::open(&dir, &LoadOptions::default()).unwrap();
+    for stop_at in [0, 3] {
+        let calls = AtomicUsize::new(0);
+        let model = source.load_while(&|_| {
+            if calls.fetch_add(1, Ordering::Relaxed) >= stop_at {
+                return ControlFlow::Break(());
+            }
+            ControlFlow::Continue(())
+        });
+        assert!(model.unwrap().is_none());
+        assert!(calls.into_inner() < source.layout().len());
+    }
+    let whole = source.load_while(&|_| ControlFlow::Continue(())).unwrap();
+    assert!(whole.is_some());
 }
 
 /// Each fixture would notice if the setting it is about were ignored.

@@ -6,7 +6,14 @@ use std::collections::BTreeSet;
 
 const TABLE: &str = "docs/environment.md";
 /// Calls whose first argument is the name of a variable.
-const READERS: [&str; 4] = ["env::var(\"", "env::var_os(\"", "var_os(\"", "sh.var(\""];
+const READERS: [&str; 5] = [
+    "env::var(\"",
+    "env::var_os(\"",
+    "var_os(\"",
+    "sh.var(\"",
+    // What our own helpers that read a variable are called.
+    "variable(\"",
+];
 const PREFIX: &str = "\"EXL_";
 /// Set by Cargo for its own children.
 const CARGO: &str = "CARGO_";
@@ -80,6 +87,7 @@ mod tests {
     fn readers_are_found_in_every_form() {
         assert_eq!(reads("std::env::var(\"EXL_LOG\").ok()"), ["EXL_LOG"]);
         assert_eq!(reads("env::var_os(\"HF_HOME\")"), ["HF_HOME"]);
+        assert_eq!(reads("variable(\"XDG_CACHE_HOME\")?"), ["XDG_CACHE_HOME"]);
         assert_eq!(reads("const NAME: &str = \"EXL_ISA\";"), ["EXL_ISA"]);
         assert!(reads("env::var_os(\"CARGO_MANIFEST_DIR\")").is_empty());
         assert!(reads("env!(\"CARGO_BIN_EXE_exl\")").is_empty());

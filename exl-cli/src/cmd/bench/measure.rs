@@ -8,7 +8,7 @@ use crate::session;
 use crate::signal::StopFlag;
 use crate::ui::Ui;
 use anyhow::{Result, bail};
-use exl_models::{LogitRows, Runner, SeqSlice};
+use exl_models::{LogitRows, MemoryRequest, ModelSource, Runner, SeqSlice};
 use exl_tensor::{PAGE_TOKENS, Phase, PlanKey};
 use serde::Serialize;
 use std::path::Path;
@@ -65,10 +65,11 @@ pub(super) fn measure(
     let start = Instant::now();
     let options = session::load_options(settings.load, &settings.compute, None);
     let source = session::open(dir, &options, ui)?;
+    check_sizes(&source, settings, ui)?;
     let loaded = session::load(&source, stop, ui)?;
     drop(source);
     let load_seconds = start.elapsed().as_secs_f64();
-    let mut options = session::runner_options(&settings.compute, settings.cache)?;
+    let mut options = session::runner_options(&settings.compute, settings.cache);
     let batch = settings.batch.iter().copied().max().unwrap_or(1);
     options.pages = pages(settings) + 1;
     options.max_rows = CHUNK_ROWS.max(batch);
@@ -94,6 +95,31 @@ pub(super) fn measure(
         memory_peak_bytes: resident.map_or(0, |r| r.peak),
         cache_bytes: runner.memory().cache,
     })
+}
+
+/// Refuses measurements that do not fit into memory, and remarks on those that the model was not
+/// made for.
+fn check_sizes(source: &ModelSource, settings: &Settings, ui: &Ui) -> Result<()> {
+    let kv_dtype = session::kv_dtype(settings.cache);
+    let most = |values: &[usize]| values.iter().copied().max().unwrap_or(0);
+    let (tokens, batch) = (most(&settings.prefill), most(&settings.batch));
+    let context = most(&settings.context) + decode_tokens(settings);
+    let need = |context, seqs, rows| {
+        let request = MemoryRequest {
+            context,
+            seqs,
+            kv_dtype,
+            rows,
+        };
+        source.memory_for(&request).total()
+    };
+    let need = need(tokens, 1, CHUNK_ROWS).max(need(context, batch, CHUNK_ROWS.max(batch)));
+    let name = source.files().dir().display();
+    let what = format!("{name} with prompts of {tokens} tokens and {batch} sequences of {context}");
+    session::check_memory(need, &what, "--prefill, --batch or --context")?;
+    session::remark_context(source, "--prefill", tokens, ui);
+    session::remark_context(source, "--context", context, ui);
+    Ok(())
 }
 
 fn speeds(

@@ -133,11 +133,12 @@ fn pipe_line() -> Result<Event> {
 
 /// The user's data directory for this program's history.
 pub(super) fn default_history() -> Option<PathBuf> {
-    let set = |name: &str| {
+    let variable = |name: &str| {
         std::env::var_os(name)
             .filter(|v| !v.is_empty())
             .map(PathBuf::from)
     };
-    let base = set("XDG_DATA_HOME").or_else(|| Some(set("HOME")?.join(".local/share")))?;
+    let base =
+        variable("XDG_DATA_HOME").or_else(|| Some(variable("HOME")?.join(".local/share")))?;
     Some(base.join("exl/chat-history"))
 }

@@ -134,8 +134,9 @@ impl Voice {
     /// Sizes and speeds, for the user.
     pub(super) fn stats(&self, conversation: &Conversation, context: usize) -> String {
         let size = format!(
-            "{} messages, {context} of {} tokens of context",
+            "{} messages, {} of {} tokens of context",
             conversation.messages().len(),
+            context.min(self.context),
             self.context
         );
         let Some(done) = &self.last else { return size };

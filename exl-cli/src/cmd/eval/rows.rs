@@ -2,6 +2,7 @@
 
 use crate::args::EvalArgs;
 use crate::failure::Usage;
+use crate::ui::Ui;
 use anyhow::{Context, Result, bail};
 use exl_format::{Dtype, SafetensorsFile, TensorSource};
 use exl_gen::{Encode, Tokenizer};
@@ -20,7 +21,7 @@ const PLAIN: Encode = Encode {
 };
 
 /// The rows that the flags ask for, all of one length and within the vocabulary.
-pub(super) fn rows(args: &EvalArgs, source: &ModelSource) -> Result<Vec<Vec<u32>>> {
+pub(super) fn rows(args: &EvalArgs, source: &ModelSource, ui: &Ui) -> Result<Vec<Vec<u32>>> {
     let (asked, length) = (
         args.rows.map(|n| n as usize),
         args.length.map(|n| n as usize),
@@ -34,10 +35,7 @@ pub(super) fn rows(args: &EvalArgs, source: &ModelSource) -> Result<Vec<Vec<u32>
         (Some(path), _) => (path, token_rows(path, asked, length)?),
         (None, Some(path)) => {
             let length = length.unwrap_or(TEXT_LENGTH.min(max));
-            (
-                path,
-                text_rows(path, source, asked.unwrap_or(TEXT_ROWS), length)?,
-            )
+            (path, text_rows(path, source, (asked, length), ui)?)
         }
         (None, None) => bail!("nothing to evaluate: give --tokens or --text"),
     };
@@ -69,6 +67,13 @@ fn token_rows(path: &Path, rows: Option<usize>, length: Option<usize>) -> Result
             ids.shape
         );
     };
+    if have == 0 || width == 0 {
+        bail!(
+            "{}: input_ids has shape {:?}: there is nothing to evaluate",
+            path.display(),
+            ids.shape
+        );
+    }
     let (rows, length) = (rows.unwrap_or(have), length.unwrap_or(width));
     if rows > have || length > width {
         bail!(
@@ -108,18 +113,27 @@ fn integers(data: &[u8], dtype: Dtype) -> Option<Vec<u32>> {
     }
 }
 
-/// A text in consecutive rows, without special tokens.
+/// A text in consecutive rows, without special tokens: as many as asked for, else up to
+/// [`TEXT_ROWS`].
 fn text_rows(
     path: &Path,
     source: &ModelSource,
-    rows: usize,
-    length: usize,
+    (asked, length): (Option<usize>, usize),
+    ui: &Ui,
 ) -> Result<Vec<Vec<u32>>> {
     let text = std::fs::read_to_string(path)
         .with_context(|| format!("cannot read {} as UTF-8 text", path.display()))?;
     let tokenizer = Tokenizer::open(source.files().dir())?;
     let tokens = tokenizer.encode(&text, PLAIN)?;
-    if tokens.len() < rows * length {
+    let whole = tokens.len() / length;
+    let rows = asked.unwrap_or(TEXT_ROWS.min(whole.max(1)));
+    if asked.is_none() && rows < TEXT_ROWS && whole > 0 {
+        ui.note(&format!(
+            "{}: the text fills {rows} rows of {length} tokens",
+            path.display()
+        ));
+    }
+    if whole < rows {
         bail!(
             "{}: the text has {} tokens, {rows} rows of {length} need {} (use fewer --rows or a smaller --length)",
             path.display(),

@@ -1,6 +1,6 @@
 use crate::SeqId;
 
-/// What can go wrong in a page table or a layout.
+/// What can go wrong in a page table.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -48,19 +48,6 @@ pub enum Error {
         pages: usize,
         /// The largest pool.
         max: usize,
-    },
-    /// Unknown name of a storage type.
-    #[error("unknown cache type `{0}`: use f16 or f32")]
-    UnknownDtype(String),
-    /// A memory budget below one usable page.
-    #[error("{budget} bytes hold {pages} cache pages of {page_bytes} bytes: 2 are the least")]
-    Budget {
-        /// Bytes given.
-        budget: usize,
-        /// Pages that fit in them.
-        pages: usize,
-        /// Bytes of one page over all layers.
-        page_bytes: usize,
     },
 }
 

@@ -2,10 +2,8 @@
 #![forbid(unsafe_code)]
 
 mod error;
-mod layout;
 mod table;
 
 pub use error::{Error, Result};
 pub use exl_tensor::PAGE_TOKENS;
-pub use layout::{KvDtype, KvLayout};
 pub use table::{PageCopy, PageId, PageTable, SeqId, pages_for};

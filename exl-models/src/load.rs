@@ -167,7 +167,7 @@ impl ModelSource {
     }
 
     /// Looks at every value of an unquantized weight and its bias (loading only samples large
-    /// ones); quantized weights have nothing to look at.
+    /// ones). Quantized weights are not looked at here: their readers check the scales.
     ///
     /// # Errors
     /// [`crate::Error::NotFinite`] with the position of the first NaN or infinity.

@@ -15,9 +15,6 @@ use crate::{Error, Result};
 use pages::PageUses;
 use plans::{PlanCache, Ready};
 
-/// Logits kept at a time by [`Runner::forward_row`].
-const LOGITS_BYTES: usize = 64 << 20;
-
 /// Which rows of a slice get logits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LogitRows {
@@ -190,38 +187,6 @@ impl Runner {
             Some(slot) => Ok(self.executor.values(bound, slot)?),
             None => Ok(&[]),
         }
-    }
-
-    /// Runs a row of tokens from position 0 in pages 1 and up, and hands the logits of all
-    /// positions to `each` chunk by chunk: first position, `[n, vocab]`. Whatever the cache held
-    /// in those pages is lost.
-    ///
-    /// # Errors
-    /// [`Error::Step`] when the row is longer than the cache; whatever `each` returns.
-    pub fn forward_row<E: From<Error>>(
-        &mut self,
-        tokens: &[u32],
-        mut each: impl FnMut(usize, &[f32]) -> Result<(), E>,
-    ) -> Result<(), E> {
-        let room = (self.options.pages - 1) * PAGE_TOKENS;
-        if tokens.len() > room {
-            let message = format!("a row of {} tokens, the cache holds {room}", tokens.len());
-            return Err(Error::Step(message).into());
-        }
-        let pages: Vec<u32> = (1..=tokens.len().div_ceil(PAGE_TOKENS) as u32).collect();
-        let by_memory = LOGITS_BYTES / (4 * self.model.spec().vocab);
-        let rows = by_memory.clamp(1, self.options.max_rows);
-        for (i, chunk) in tokens.chunks(rows).enumerate() {
-            let start = i * rows;
-            let slice = SeqSlice {
-                tokens: chunk,
-                start,
-                pages: &pages,
-                logits: LogitRows::All,
-            };
-            each(start, self.step(&[slice])?)?;
-        }
-        Ok(())
     }
 
     /// The shape of a step: exact rows and sequences, pages rounded up to a power of two.

@@ -18,7 +18,14 @@ pub(crate) fn man() -> Result<()> {
     let mut root = Cli::command();
     root.build();
     let mut page = Vec::new();
-    clap_mangen::Man::new(root.clone()).render(&mut page)?;
+    let man = clap_mangen::Man::new(root.clone());
+    // Everything but the list of subcommands, which names pages of their own.
+    man.render_title(&mut page)?;
+    man.render_name_section(&mut page)?;
+    man.render_synopsis_section(&mut page)?;
+    man.render_description_section(&mut page)?;
+    man.render_options_section(&mut page)?;
+    man.render_extra_section(&mut page)?;
     for command in root
         .get_subcommands()
         .filter(|c| !c.is_hide_set() && c.get_name() != "help")

@@ -75,6 +75,7 @@ impl Progress {
         self.total = total;
         if let Display::Bar(bar) = &self.display {
             bar.set_length(total);
+            bar.set_style(style(total, self.unit));
         }
     }
 
@@ -133,18 +134,23 @@ fn remaining(elapsed: Duration, share: f64) -> Option<Duration> {
     (share > 0.0 && share < 1.0).then(|| elapsed.mul_f64((1.0 - share) / share))
 }
 
-fn new_bar(label: &str, total: u64, unit: Unit) -> ProgressBar {
+/// A bar has a meaning only when it is known how much there is to do.
+fn style(total: u64, unit: Unit) -> ProgressStyle {
     let template = match unit {
+        _ if total == 0 => "{wide_msg}",
         Unit::Steps => "{msg} {wide_bar} {pos}/{len} {percent}% {elapsed} eta {eta}",
         Unit::Bytes => {
             "{msg} {wide_bar} {decimal_bytes}/{decimal_total_bytes} {decimal_bytes_per_sec} eta {eta}"
         }
     };
-    let style = ProgressStyle::with_template(template)
+    ProgressStyle::with_template(template)
         .unwrap_or_else(|_| ProgressStyle::default_bar())
-        .progress_chars("█▉▊▋▌▍▎▏ ");
+        .progress_chars("█▉▊▋▌▍▎▏ ")
+}
+
+fn new_bar(label: &str, total: u64, unit: Unit) -> ProgressBar {
     let bar = ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::stderr_with_hz(10));
-    bar.set_style(style);
+    bar.set_style(style(total, unit));
     bar.set_message(label.to_owned());
     bar
 }

@@ -53,6 +53,9 @@ fn the_manual_page_names_every_command_and_its_flags() {
         "CONVERT", "EVAL", "GENERATE", "CHAT", "INFO", "BENCH", "DOCTOR", "PULL",
     ] {
         assert!(page.contains(&format!("EXL {command}")), "{command}");
+        // There is this one page.
+        let own_page = format!("exl\\-{}(1)", command.to_lowercase());
+        assert!(!page.contains(&own_page), "{own_page}");
     }
     for flag in ["head\\-bits", "synthetic", "max\\-tokens", "selftest"] {
         assert!(page.contains(flag), "{flag}");

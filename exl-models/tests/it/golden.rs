@@ -89,25 +89,6 @@ fn sequences_in_one_step_do_not_touch_each_other() {
 }
 
 #[test]
-fn forward_row_gives_every_position_in_order() {
-    let golden = golden("llama-yarn");
-    let vocab = golden.model.spec().vocab;
-    let mut runner = golden.runner(Backend::Cpu);
-    let mut all = Vec::new();
-    let each = |start: usize, logits: &[f32]| {
-        assert_eq!(start * vocab, all.len());
-        all.extend_from_slice(logits);
-        Ok::<_, exl_models::Error>(())
-    };
-    runner.forward_row(&golden.ids, each).unwrap();
-    assert!(golden.error(&all) < TOLERANCE);
-    let long = vec![1; 4 * 256 + 1];
-    let refused = runner.forward_row(&long, |_, _| Ok::<_, exl_models::Error>(()));
-    let text = refused.unwrap_err().to_string();
-    assert_eq!(text, "step: a row of 1025 tokens, the cache holds 1024");
-}
-
-#[test]
 fn impossible_steps_are_refused() {
     let golden = golden("llama-plain");
     let mut runner = golden.runner(Backend::Cpu);

@@ -8,7 +8,7 @@ const EDGES: [(&str, &[&str]); 9] = [
     ("exl-format", &[]),
     ("exl-tensor", &["exl-kernels"]),
     ("exl-cache", &["exl-tensor"]),
-    ("exl-models", &["exl-tensor", "exl-cache", "exl-format"]),
+    ("exl-models", &["exl-tensor", "exl-format"]),
     (
         "exl-quant",
         &["exl-kernels", "exl-tensor", "exl-format", "exl-models"],
@@ -22,7 +22,6 @@ const EDGES: [(&str, &[&str]); 9] = [
             "exl-models",
             "exl-format",
             "exl-tensor",
-            "exl-cache",
         ],
     ),
     ("xtask", &[]),

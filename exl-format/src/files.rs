@@ -5,9 +5,7 @@ mod index;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
-use serde_json::Value;
-
-use crate::json::{brief, read_text};
+use crate::json::brief;
 use crate::{ConfigFile, Error, Result, SafetensorsFile, TensorSource, TensorView};
 
 /// An opened model directory: configuration, tensors by name, and the files beside them.
@@ -146,58 +144,6 @@ impl ModelFiles {
     /// [`Error::Io`], [`Error::Json`], or [`Error::Config`] when it is no object.
     pub fn tokenizer_config(&self) -> Result<Option<ConfigFile>> {
         ConfigFile::open(&self.dir.join("tokenizer_config.json"))
-    }
-
-    /// The path of `tokenizer.json`.
-    ///
-    /// # Errors
-    /// [`Error::NotAModel`] when there is none.
-    pub fn tokenizer_path(&self) -> Result<PathBuf> {
-        let path = self.dir.join("tokenizer.json");
-        if path.is_file() {
-            return Ok(path);
-        }
-        let sentencepiece = self.dir.join("tokenizer.model").is_file();
-        let what = if sentencepiece {
-            "no tokenizer.json (tokenizer.model alone is not enough; transformers can convert it)"
-        } else {
-            "no tokenizer.json"
-        };
-        Err(not_a_model(&self.dir, what))
-    }
-
-    /// The chat template: `chat_template.jinja`, else the `chat_template` of
-    /// `tokenizer_config.json` (of several, the one named `default`, else the first).
-    ///
-    /// # Errors
-    /// [`Error::Io`], [`Error::Json`], or [`Error::Config`] when the key holds something else.
-    pub fn chat_template(&self) -> Result<Option<String>> {
-        if let Some(text) = read_text(&self.dir.join("chat_template.jinja"))? {
-            return Ok(Some(text));
-        }
-        let Some(config) = self.tokenizer_config()? else {
-            return Ok(None);
-        };
-        let lookup = config.key(&["chat_template"]);
-        let wrong = |found: String| {
-            let expected = "a template or a list of objects with name and template";
-            Err(lookup.error(expected, found))
-        };
-        match lookup.value() {
-            None => Ok(None),
-            Some(Value::String(text)) => Ok(Some(text.clone())),
-            Some(Value::Array(list)) => {
-                let named = |v: &&Value| v.get("name").and_then(Value::as_str) == Some("default");
-                let Some(chosen) = list.iter().find(named).or(list.first()) else {
-                    return Ok(None);
-                };
-                match chosen.get("template").and_then(Value::as_str) {
-                    Some(text) => Ok(Some(text.to_owned())),
-                    None => wrong(format!("an entry that is {}", brief(chosen))),
-                }
-            }
-            Some(other) => wrong(brief(other)),
-        }
     }
 
     /// `quantization_config` of `config.json`, or `quantize_config.json`, as GPTQ tools write it.

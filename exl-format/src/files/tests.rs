@@ -253,46 +253,6 @@ fn links_to_files() {
 }
 
 #[test]
-fn chat_templates() {
-    let dir = model();
-    dir.put("m.safetensors", shard(&["a"]));
-    let files = ModelFiles::open(dir.path()).unwrap();
-    let template = || files.chat_template();
-    assert_eq!(template().unwrap(), None);
-    for (config, expected) in [
-        ("{}", None),
-        (r#"{"chat_template": null}"#, None),
-        (r#"{"chat_template": []}"#, None),
-        (r#"{"chat_template": "one"}"#, Some("one")),
-        (
-            r#"{"chat_template": [{"name": "tool_use", "template": "t"},
-                {"name": "default", "template": "d"}]}"#,
-            Some("d"),
-        ),
-        (
-            r#"{"chat_template": [{"name": "rag", "template": "r"}]}"#,
-            Some("r"),
-        ),
-    ] {
-        dir.put("tokenizer_config.json", config);
-        assert_eq!(template().unwrap().as_deref(), expected, "{config}");
-    }
-    for bad in [
-        r#"{"chat_template": 7}"#,
-        r#"{"chat_template": [{"name": "default"}]}"#,
-    ] {
-        dir.put("tokenizer_config.json", bad);
-        let text = template().unwrap_err().to_string();
-        assert!(
-            text.contains("tokenizer_config.json: chat_template: "),
-            "{text}"
-        );
-    }
-    dir.put("chat_template.jinja", "file");
-    assert_eq!(template().unwrap().as_deref(), Some("file"));
-}
-
-#[test]
 fn files_beside_the_tensors() {
     let dir = model();
     dir.put("m.safetensors", shard(&["a"]));
@@ -300,20 +260,7 @@ fn files_beside_the_tensors() {
     assert!(files.generation_config().unwrap().is_none());
     assert!(files.tokenizer_config().unwrap().is_none());
     assert!(files.quantization_config().unwrap().is_none());
-    let text = files.tokenizer_path().unwrap_err().to_string();
-    assert!(text.contains(": no tokenizer.json; "), "{text}");
-    dir.put("tokenizer.model", "");
-    let text = files.tokenizer_path().unwrap_err().to_string();
-    assert!(
-        text.contains("tokenizer.model alone is not enough"),
-        "{text}"
-    );
-    dir.put("tokenizer.json", "{}")
-        .put("generation_config.json", r#"{"eos_token_id": [7, 8]}"#);
-    assert_eq!(
-        files.tokenizer_path().unwrap(),
-        dir.path().join("tokenizer.json")
-    );
+    dir.put("generation_config.json", r#"{"eos_token_id": [7, 8]}"#);
     let generation = files.generation_config().unwrap().unwrap();
     assert_eq!(
         generation.key(&["eos_token_id"]).integers().unwrap(),

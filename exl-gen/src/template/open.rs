@@ -1,6 +1,6 @@
 //! Where a model directory keeps its chat templates.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde_json::Value as Json;
 
@@ -26,12 +26,7 @@ impl ChatTemplates {
                 }
             }
         }
-        let folder = dir.join("additional_chat_templates");
-        let entries = match std::fs::read_dir(&folder) {
-            Ok(entries) => entries.flatten().map(|entry| entry.path()).collect(),
-            Err(_) => Vec::new(),
-        };
-        for path in entries {
+        for path in list(&dir.join("additional_chat_templates"))? {
             let name = path.file_stem().and_then(|name| name.to_str());
             let jinja = path
                 .extension()
@@ -56,6 +51,19 @@ impl ChatTemplates {
             Json::Null => Ok(Self::default()),
             value => Self::from_json(value),
         }
+    }
+}
+
+/// Files of a folder that need not be there.
+fn list(folder: &Path) -> Result<Vec<PathBuf>> {
+    let io = |source| Error::Io {
+        path: folder.to_owned(),
+        source,
+    };
+    match std::fs::read_dir(folder) {
+        Ok(entries) => entries.map(|entry| Ok(entry.map_err(io)?.path())).collect(),
+        Err(source) if source.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
+        Err(source) => Err(io(source)),
     }
 }
 
@@ -96,6 +104,14 @@ mod tests {
             (source(false).as_str(), source(true).as_str()),
             ("file", "tools")
         );
+        let all = || ChatTemplates::open(&dir).unwrap().unwrap();
+        assert_eq!(all().into_selected(true).unwrap().source(), "tools");
+        let folder = dir.join("additional_chat_templates");
+        std::fs::remove_dir_all(&folder).unwrap();
+        assert_eq!(all().into_selected(true).unwrap().source(), "file");
+        std::fs::write(&folder, "no folder").unwrap();
+        assert!(matches!(ChatTemplates::open(&dir), Err(Error::Io { .. })));
+        std::fs::remove_file(&folder).unwrap();
         std::fs::write(dir.join("chat_template.jinja"), "{% if %}").unwrap();
         assert!(ChatTemplates::open(&dir).is_err());
         std::fs::remove_dir_all(&dir).unwrap();

@@ -3,7 +3,7 @@
 use crate::args::ConvertArgs;
 use crate::ui::Ui;
 use anyhow::Result;
-use exl_gen::{ChatInput, ChatTemplate, Encode, Tokenizer};
+use exl_gen::{ChatInput, ChatTemplate, ChatTemplates, Encode, Tokenizer};
 use exl_models::ModelSource;
 use exl_quant::{Calibration, ChatTurn, builtin};
 use serde_json::{Value, json};
@@ -35,7 +35,7 @@ pub(super) fn read(args: &ConvertArgs, source: &ModelSource, ui: &Ui) -> Result<
     if let Some(path) = &args.cal {
         return Ok(Calibration::from_file(path, &encode, rows, length)?);
     }
-    let template = template(source, ui)?;
+    let template = template(source, ui);
     let chat = |turns: &[ChatTurn]| match &template {
         Some(template) => dialogue(template, &tokenizer, turns),
         None => Err("the model has no chat template".to_owned()),
@@ -45,17 +45,15 @@ pub(super) fn read(args: &ConvertArgs, source: &ModelSource, ui: &Ui) -> Result<
 }
 
 /// The model's chat template; one that cannot be used costs the dialogues, not the conversion.
-fn template(source: &ModelSource, ui: &Ui) -> Result<Option<ChatTemplate>> {
-    let Some(text) = source.files().chat_template()? else {
-        return Ok(None);
+fn template(source: &ModelSource, ui: &Ui) -> Option<ChatTemplate> {
+    let own = || {
+        let templates = ChatTemplates::open(source.files().dir())?;
+        templates.map(|t| t.into_selected(false)).transpose()
     };
-    match ChatTemplate::new(&text) {
-        Ok(template) => Ok(Some(template)),
-        Err(error) => {
-            ui.note(&format!("calibrating without dialogues: {error}"));
-            Ok(None)
-        }
-    }
+    own().unwrap_or_else(|error: exl_gen::Error| {
+        ui.note(&format!("calibrating without dialogues: {error}"));
+        None
+    })
 }
 
 fn dialogue(

@@ -5,7 +5,7 @@ use crate::failure::Interrupted;
 use crate::machine::{self, GpuDriver};
 use crate::signal::StopFlag;
 use crate::ui::{self, Ui};
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use exl_gen::{Engine, EngineHandle, EngineOptions, RunnerBackend, Tokenizer};
 use exl_models::rope::RopeOptions;
 use exl_models::{LoadOptions, MemoryRequest, Model, ModelSource, Runner, RunnerOptions};
@@ -112,8 +112,15 @@ pub(crate) fn load_options(
 
 /// Opens a model's files and passes on what they had to remark.
 pub(crate) fn open(dir: &Path, options: &LoadOptions, ui: &Ui) -> Result<ModelSource> {
-    let source = ModelSource::open(dir, options)
-        .with_context(|| format!("cannot open the model in {}", dir.display()))?;
+    let source = ModelSource::open(dir, options).map_err(|error| {
+        // Most errors name a file of the directory; said twice, it is only longer.
+        let named = error.to_string().contains(&dir.display().to_string());
+        let error = anyhow::Error::new(error);
+        if named {
+            return error;
+        }
+        error.context(format!("cannot open the model in {}", dir.display()))
+    })?;
     tracing::info!(
         "{}: {}, {} layers, {} in {} files",
         dir.display(),

@@ -1,5 +1,6 @@
 use std::path::Path;
 
+use proptest::prelude::*;
 use serde_json::{Value, json};
 
 use super::*;
@@ -279,4 +280,47 @@ fn impossible_options_name_the_flag() {
         ..Default::default()
     });
     assert_eq!(text, "--context: expected a number above 0, found 0");
+}
+
+/// Values that configurations should not hold, and some that they may.
+fn any_value() -> impl Strategy<Value = Value> {
+    prop_oneof![
+        (0u32..64).prop_map(|bit| json!(1u64 << bit)),
+        (0u64..9).prop_map(|n| json!(n)),
+        any::<u64>().prop_map(|n| json!(n)),
+        any::<i64>().prop_map(|n| json!(n)),
+        any::<f64>().prop_map(|x| json!(x)),
+        Just(json!(null)),
+        Just(json!(true)),
+        Just(json!("gelu")),
+        Just(json!([1, "full_attention"])),
+        Just(json!({"rope_type": "yarn", "factor": 1e300})),
+        Just(json!({"rope_type": "dynamic", "factor": 0.5, "rope_theta": 1e-9})),
+    ]
+}
+
+proptest! {
+    /// Whatever a configuration says, reading it gives a spec whose weights can be counted or an
+    /// error that names the file.
+    #[test]
+    fn no_configuration_panics(
+        family in 0usize..4,
+        changes in prop::collection::vec((0usize..19, any_value()), 1..5),
+    ) {
+        let keys = [
+            "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+            "num_key_value_heads", "vocab_size", "rms_norm_eps", "max_position_embeddings",
+            "head_dim", "sliding_window", "use_sliding_window", "max_window_layers",
+            "layer_types", "rope_theta", "rope_scaling", "partial_rotary_factor", "hidden_act",
+            "tie_word_embeddings", "attention_bias",
+        ];
+        let mut config = json!({"architectures": [registry()[family].names[0]]});
+        for (key, value) in changes {
+            config[keys[key]] = value;
+        }
+        match spec(config) {
+            Ok(spec) => prop_assert!(spec.parameters() > 0 && layout(&spec).len() > 9),
+            Err(error) => prop_assert!(error.to_string().starts_with("m/config.json: "), "{error}"),
+        }
+    }
 }

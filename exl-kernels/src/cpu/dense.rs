@@ -1,6 +1,5 @@
 //! Products with unquantized matrices.
 
-use gemm::{Parallelism, gemm};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
@@ -62,42 +61,6 @@ fn widen(v: &[u16], to: &mut [f32]) {
     }
 }
 
-/// `out[r, c] = sum_k x[r, k] w[c, k]` for the columns `first..first + columns` of a matrix;
-/// `tile` holds those columns as f32 `[columns, inputs]`, `out` is `[rows, stride]`.
-pub(super) fn columns(
-    x: &[f32],
-    tile: &[f32],
-    out: &mut [f32],
-    (rows, inputs, stride): (usize, usize, usize),
-) {
-    let columns = tile.len() / inputs;
-    assert!(columns <= stride && out.len() >= rows * stride && x.len() >= rows * inputs);
-    // SAFETY: the assertion bounds every access; `out` is exclusively borrowed.
-    unsafe {
-        gemm(
-            rows,
-            columns,
-            inputs,
-            out.as_mut_ptr(),
-            1,
-            stride as isize,
-            false,
-            x.as_ptr(),
-            1,
-            inputs as isize,
-            tile.as_ptr(),
-            inputs as isize,
-            1,
-            0.0,
-            1.0,
-            false,
-            false,
-            false,
-            Parallelism::None,
-        );
-    }
-}
-
 /// Dot products of one row with some columns, straight from the storage type.
 pub(super) fn dots(w: &Dense<'_>, first: usize, x: &[f32], out: &mut [f32], isa: Isa) {
     match isa {
@@ -107,43 +70,77 @@ pub(super) fn dots(w: &Dense<'_>, first: usize, x: &[f32], out: &mut [f32], isa:
         #[cfg(target_arch = "x86_64")]
         // SAFETY: as above.
         Isa::Avx2 => unsafe { dots_avx2(w, first, x, out) },
-        _ => dots_any(w, first, x, out),
+        _ => dots_any::<false>(w, first, x, out),
     }
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,fma,f16c")]
 unsafe fn dots_avx512(w: &Dense<'_>, first: usize, x: &[f32], out: &mut [f32]) {
-    dots_any(w, first, x, out);
+    dots_any::<true>(w, first, x, out);
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn dots_avx2(w: &Dense<'_>, first: usize, x: &[f32], out: &mut [f32]) {
-    dots_any(w, first, x, out);
+    dots_any::<true>(w, first, x, out);
+}
+
+/// Dot products of one column, widened, with every row of `x`; that of row `r` goes to
+/// `out[r * stride]`. Bit for bit what [`dots`] gives.
+pub(super) fn dots_with(column: &[f32], x: &[f32], (out, stride): (&mut [f32], usize), isa: Isa) {
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: `Isa::Avx512` is only made after detection.
+        Isa::Avx512 => unsafe { dots_with_avx512(column, x, out, stride) },
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: as above.
+        Isa::Avx2 => unsafe { dots_with_avx2(column, x, out, stride) },
+        _ => dots_with_any::<false>(column, x, out, stride),
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,fma,f16c")]
+unsafe fn dots_with_avx512(column: &[f32], x: &[f32], out: &mut [f32], stride: usize) {
+    dots_with_any::<true>(column, x, out, stride);
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn dots_with_avx2(column: &[f32], x: &[f32], out: &mut [f32], stride: usize) {
+    dots_with_any::<true>(column, x, out, stride);
+}
+
+#[inline(always)]
+fn dots_with_any<const FUSED: bool>(column: &[f32], x: &[f32], out: &mut [f32], stride: usize) {
+    let rows = x.chunks_exact(column.len());
+    for (x, out) in rows.zip(out.iter_mut().step_by(stride)) {
+        *out = dot::<f32, FUSED>(column, x, |v| v);
+    }
 }
 
 /// Independent partial sums: enough for two registers of 16 and their latency.
 const LANES: usize = 64;
 
 #[inline(always)]
-fn dots_any(w: &Dense<'_>, first: usize, x: &[f32], out: &mut [f32]) {
+fn dots_any<const FUSED: bool>(w: &Dense<'_>, first: usize, x: &[f32], out: &mut [f32]) {
     let k = x.len();
     for (c, out) in out.iter_mut().enumerate() {
         let at = (first + c) * k;
         *out = match w {
-            Dense::F32(v) => dot(&v[at..at + k], x, |v| v),
-            Dense::F16(v) => dot_halves(&v[at..at + k], x),
+            Dense::F32(v) => dot::<f32, FUSED>(&v[at..at + k], x, |v| v),
+            Dense::F16(v) => dot_halves::<FUSED>(&v[at..at + k], x),
             Dense::Bf16(v) => {
                 let v: &[u16] = bytemuck::cast_slice(&v[at..at + k]);
-                dot(v, x, |v| f32::from_bits(u32::from(v) << 16))
+                dot::<u16, FUSED>(v, x, |v| f32::from_bits(u32::from(v) << 16))
             }
         };
     }
 }
 
 #[inline(always)]
-fn dot<T: Copy>(w: &[T], x: &[f32], value: impl Fn(T) -> f32) -> f32 {
+fn dot<T: Copy, const FUSED: bool>(w: &[T], x: &[f32], value: impl Fn(T) -> f32) -> f32 {
     let mut lanes = [0f32; LANES];
     let (w_chunks, x_chunks) = (w.chunks_exact(LANES), x.chunks_exact(LANES));
     let tail: f32 = w_chunks
@@ -154,14 +151,14 @@ fn dot<T: Copy>(w: &[T], x: &[f32], value: impl Fn(T) -> f32) -> f32 {
         .sum();
     for (w, x) in w_chunks.zip(x_chunks) {
         for i in 0..LANES {
-            lanes[i] = value(w[i]).mul_add(x[i], lanes[i]);
+            lanes[i] = multiply_add::<FUSED>(value(w[i]), x[i], lanes[i]);
         }
     }
     fold(&mut lanes) + tail
 }
 
 #[inline(always)]
-fn dot_halves(w: &[f16], x: &[f32]) -> f32 {
+fn dot_halves<const FUSED: bool>(w: &[f16], x: &[f32]) -> f32 {
     let mut lanes = [0f32; LANES];
     let mut wide = [0f32; LANES];
     let (w_chunks, x_chunks) = (w.chunks_exact(LANES), x.chunks_exact(LANES));
@@ -170,10 +167,16 @@ fn dot_halves(w: &[f16], x: &[f32]) -> f32 {
     for (w, x) in w_chunks.zip(x_chunks) {
         w.convert_to_f32_slice(&mut wide);
         for i in 0..LANES {
-            lanes[i] = wide[i].mul_add(x[i], lanes[i]);
+            lanes[i] = multiply_add::<FUSED>(wide[i], x[i], lanes[i]);
         }
     }
     fold(&mut lanes) + tail
+}
+
+/// `a b + c`; fused only where the processor does it: in software it takes a hundred times longer.
+#[inline(always)]
+fn multiply_add<const FUSED: bool>(a: f32, b: f32, c: f32) -> f32 {
+    if FUSED { a.mul_add(b, c) } else { a * b + c }
 }
 
 #[inline(always)]

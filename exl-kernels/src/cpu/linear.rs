@@ -14,8 +14,10 @@ use crate::{Mem, QuantMatrix, Result};
 
 /// Tiles of a block of rows: their activations and the accumulator stay in L2 while columns go by.
 const BLOCK_TILES: usize = 32;
-/// Rows up to which dense matrices are read in their storage type.
-const STREAM_ROWS: usize = 4;
+/// Rows up to which an op has more to gain from even shares than from wide ones.
+const FEW_ROWS: usize = 4;
+/// Activations that stay in L2 while the columns of a dense matrix go by, in elements.
+const X_BLOCK: usize = 1 << 17;
 /// Parts of a linear op that run in one parallel region: q, k and v, and one to spare.
 const FUSED: usize = 4;
 
@@ -135,15 +137,15 @@ impl<'m, 'a> Matrices<'m, 'a> {
     }
 
     /// Scratch words of one thread: an accumulator per matrix that a task computes, and for each
-    /// a tile of f32 columns when a matrix is dense and has more rows than are streamed.
+    /// a column in f32 when a matrix is dense and meets more than one row.
     fn thread_words(&self, per_task: usize) -> usize {
         let dense = |m: &Option<&Matrix<'_>>| matches!(m, Some(Matrix::Dense(_)));
-        let tile = if self.list.iter().any(dense) && self.rows > STREAM_ROWS {
-            CHUNK * self.inputs
+        let column = if self.list.iter().any(dense) && self.rows > 1 {
+            self.inputs
         } else {
             0
         };
-        (per_task * (block_rows(self.rows) * CHUNK + tile)).next_multiple_of(16)
+        (per_task * (block_rows(self.rows) * CHUNK + column)).next_multiple_of(16)
     }
 
     /// Scratch words of the op.
@@ -206,7 +208,7 @@ impl Source<'_> {
         (first, columns): (usize, usize),
         rows: Range<usize>,
         acc: &mut [f32],
-        (tile, isa): (&mut [f32], Isa),
+        (column, isa): (&mut [f32], Isa),
     ) {
         match self {
             Source::Quant(product) => {
@@ -216,20 +218,22 @@ impl Source<'_> {
                 product.run(panels, tiles, acc);
             }
             Source::Dense { w, x, inputs } => {
-                let (k, n) = (*inputs, rows.len());
+                let k = *inputs;
                 let x = &x[rows.start * k..rows.end * k];
-                if tile.is_empty() {
+                if column.is_empty() {
                     for (row, acc) in x.chunks_exact(k).zip(acc.chunks_exact_mut(CHUNK)) {
                         dense::dots(w, first, row, &mut acc[..columns], isa);
                     }
                     return;
                 }
-                let tile = &mut tile[..columns * k];
-                if rows.start == 0 {
-                    // Later blocks of rows find the columns already widened.
-                    w.copy_to(first * k, tile, isa);
+                let column = &mut column[..k];
+                let some = (X_BLOCK / k).max(FEW_ROWS);
+                for (x, acc) in x.chunks(some * k).zip(acc.chunks_mut(some * CHUNK)) {
+                    for c in 0..columns {
+                        w.copy_to((first + c) * k, column, isa);
+                        dense::dots_with(column, x, (&mut acc[c..], CHUNK), isa);
+                    }
                 }
-                dense::columns(x, tile, acc, (n, k, CHUNK));
             }
         }
     }
@@ -268,14 +272,14 @@ fn sweep(
         let columns = chunk.min(outputs - first);
         // SAFETY: each thread index runs one task at a time and gets its own range.
         let mine = unsafe { scratch.of(thread) };
-        let (accs, tiles) = mine.split_at_mut(sources.len() * block * CHUNK);
-        let tile_words = tiles.len() / sources.len();
+        let (accs, wide) = mine.split_at_mut(sources.len() * block * CHUNK);
+        let wide_words = wide.len() / sources.len();
         for start in (0..rows).step_by(block) {
             let end = (start + block).min(rows);
             for (i, source) in sources.iter().flatten().enumerate() {
-                let tile = &mut tiles[i * tile_words..][..tile_words];
+                let column = &mut wide[i * wide_words..][..wide_words];
                 let acc = &mut accs[i * block * CHUNK..][..block * CHUNK];
-                source.run((first, columns), start..end, acc, (tile, cpu.isa()));
+                source.run((first, columns), start..end, acc, (column, cpu.isa()));
             }
             finish(index, start..end, (first, columns), accs);
         }
@@ -285,7 +289,7 @@ fn sweep(
 /// Columns of a task: whole chunks, but enough tasks that the last one does not leave threads
 /// idle, in whole panels.
 fn chunk_columns(outputs: usize, threads: usize, rows: usize) -> usize {
-    let wanted = if rows <= STREAM_ROWS {
+    let wanted = if rows <= FEW_ROWS {
         4 * threads
     } else {
         2 * threads

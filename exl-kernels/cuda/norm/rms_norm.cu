@@ -1,0 +1,181 @@
+// exl_rms_norm: y = x / sqrt(mean(x^2) + eps) * (weight + offset) for each row.
+//
+// x and y are F32 [rows, dim] and may coincide; weight is F32, F16 or BF16 [dim]. Moves 8 bytes an
+// element (the weight comes from L2); bound: memory at many rows, latency of one load at one row.
+// A row is read once and stays in registers. Which entry takes a row depends on dim alone, so the
+// order of a sum never depends on the number of rows:
+//   <lanes>x<vectors>   dim <= 1024: lanes of a warp, each with so many vectors of four elements,
+//                       several rows in a block; no barrier
+//   <threads>x<vectors> dim <= 16384: a block for each row, one barrier
+//   any                 odd or longer rows: a block for each row, which is read twice
+// All but the last need dim % 4 == 0 and addresses aligned to 16 bytes.
+
+#include "common/common.cuh"
+
+namespace {
+
+constexpr int LANE_THREADS = 128;
+constexpr int ANY_THREADS = 512;
+
+// Four weights from place 4 i.
+__device__ __forceinline__ float4 load_4(const float* p, int i) {
+    return reinterpret_cast<const float4*>(p)[i];
+}
+__device__ __forceinline__ float4 load_4(const __half* p, int i) {
+    uint2 v = reinterpret_cast<const uint2*>(p)[i];
+    float2 a = __half22float2(*reinterpret_cast<__half2*>(&v.x));
+    float2 b = __half22float2(*reinterpret_cast<__half2*>(&v.y));
+    return make_float4(a.x, a.y, b.x, b.y);
+}
+__device__ __forceinline__ float4 load_4(const __nv_bfloat16* p, int i) {
+    uint2 v = reinterpret_cast<const uint2*>(p)[i];
+    return make_float4(__uint_as_float(v.x << 16), __uint_as_float(v.x & 0xffff0000u),
+                       __uint_as_float(v.y << 16), __uint_as_float(v.y & 0xffff0000u));
+}
+
+__device__ __forceinline__ float add_squares(float sum, float4 v) {
+    return fmaf(v.w, v.w, fmaf(v.z, v.z, fmaf(v.y, v.y, fmaf(v.x, v.x, sum))));
+}
+
+__device__ __forceinline__ float factor_of(float sum, int dim, float eps) {
+    return 1.0f / sqrtf(sum / float(dim) + eps);
+}
+
+__device__ __forceinline__ float4 scaled(float4 v, float factor, float4 w, float offset) {
+    return make_float4(v.x * factor * (w.x + offset), v.y * factor * (w.y + offset),
+                       v.z * factor * (w.z + offset), v.w * factor * (w.w + offset));
+}
+
+// Thread `at` of STRIDE has the vectors at, at + STRIDE, ... of a row.
+template <int STRIDE, int V, typename W>
+__device__ __forceinline__ void load_weights(float4 (&w)[V], const W* weight, int at, int vectors) {
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+        int i = at + j * STRIDE;
+        w[j] = i < vectors ? load_4(weight, i) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    }
+}
+
+template <int STRIDE, int V>
+__device__ __forceinline__ float load_row(float4 (&v)[V], const float* row, int at, int vectors) {
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+        int i = at + j * STRIDE;
+        v[j] = i < vectors ? load_4(row, i) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    }
+    float sum = 0.0f;
+#pragma unroll
+    for (int j = 0; j < V; ++j) sum = add_squares(sum, v[j]);
+    return sum;
+}
+
+template <int STRIDE, int V>
+__device__ __forceinline__ void store_row(float* row, const float4 (&v)[V], const float4 (&w)[V],
+                                          int at, int vectors, float factor, float offset) {
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+        int i = at + j * STRIDE;
+        if (i < vectors) {
+            reinterpret_cast<float4*>(row)[i] = scaled(v[j], factor, w[j], offset);
+        }
+    }
+}
+
+template <int LANES, int V, typename W>
+__device__ __forceinline__ void rms_lanes(const float* x, const W* weight, float* out, int rows,
+                                          int dim, float eps, float offset) {
+    pdl_launch();
+    const int lane = threadIdx.x % LANES;
+    const u32 row = blockIdx.x * u32(LANE_THREADS / LANES) + threadIdx.x / LANES;
+    float4 w[V], v[V];
+    load_weights<LANES>(w, weight, lane, dim / 4);
+    // Lanes without a row take part in the sums of their warp, with nothing.
+    const int vectors = row < u32(rows) ? dim / 4 : 0;
+    const long long start = (long long)row * dim;
+    pdl_wait();
+    float sum = load_row<LANES>(v, x + start, lane, vectors);
+#pragma unroll
+    for (int d = LANES / 2; d > 0; d >>= 1) sum += __shfl_xor_sync(FULL_MASK, sum, d);
+    store_row<LANES>(out + start, v, w, lane, vectors, factor_of(sum, dim, eps), offset);
+}
+
+// The sum over a block, the same in all threads.
+template <int T>
+__device__ __forceinline__ float block_sum(float v) {
+    __shared__ float partial[T / WARP];
+    v = warp_sum(v);
+    const int lane = threadIdx.x % WARP;
+    if (lane == 0) partial[threadIdx.x / WARP] = v;
+    __syncthreads();
+    return warp_sum(lane < T / WARP ? partial[lane] : 0.0f);
+}
+
+template <int T, int V, typename W>
+__device__ __forceinline__ void rms_block(const float* x, const W* weight, float* out, int dim,
+                                          float eps, float offset) {
+    pdl_launch();
+    const long long start = (long long)blockIdx.x * dim;
+    float4 w[V], v[V];
+    load_weights<T>(w, weight, threadIdx.x, dim / 4);
+    pdl_wait();
+    float sum = block_sum<T>(load_row<T>(v, x + start, threadIdx.x, dim / 4));
+    store_row<T>(out + start, v, w, threadIdx.x, dim / 4, factor_of(sum, dim, eps), offset);
+}
+
+template <typename W>
+__device__ __forceinline__ void rms_any(const float* x, const W* weight, float* out, int dim,
+                                        float eps, float offset) {
+    pdl_launch();
+    const float* from = x + (long long)blockIdx.x * dim;
+    float* to = out + (long long)blockIdx.x * dim;
+    pdl_wait();
+    float sum = 0.0f;
+    for (int i = threadIdx.x; i < dim; i += ANY_THREADS) sum = fmaf(from[i], from[i], sum);
+    float factor = factor_of(block_sum<ANY_THREADS>(sum), dim, eps);
+    for (int i = threadIdx.x; i < dim; i += ANY_THREADS) {
+        to[i] = from[i] * factor * (to_float(weight[i]) + offset);
+    }
+}
+
+}  // namespace
+
+#define LANES(NAME, L, V, W)                                                                       \
+    extern "C" __global__ void __launch_bounds__(LANE_THREADS)                                     \
+        NAME(const float* x, const W* weight, float* out, int rows, int dim, float eps,            \
+             float offset) {                                                                       \
+        rms_lanes<L, V>(x, weight, out, rows, dim, eps, offset);                                   \
+    }
+#define BLOCK(NAME, T, V, W)                                                                       \
+    extern "C" __global__ void __launch_bounds__(T)                                                \
+        NAME(const float* x, const W* weight, float* out, int rows, int dim, float eps,            \
+             float offset) {                                                                       \
+        rms_block<T, V>(x, weight, out, dim, eps, offset);                                         \
+    }
+#define ANY(NAME, W)                                                                               \
+    extern "C" __global__ void __launch_bounds__(ANY_THREADS)                                      \
+        NAME(const float* x, const W* weight, float* out, int rows, int dim, float eps,            \
+             float offset) {                                                                       \
+        rms_any(x, weight, out, dim, eps, offset);                                                 \
+    }
+
+LANES(exl_rms_norm_16x2_f32, 16, 2, float)
+LANES(exl_rms_norm_16x2_f16, 16, 2, __half)
+LANES(exl_rms_norm_16x2_bf16, 16, 2, __nv_bfloat16)
+LANES(exl_rms_norm_32x4_f32, 32, 4, float)
+LANES(exl_rms_norm_32x4_f16, 32, 4, __half)
+LANES(exl_rms_norm_32x4_bf16, 32, 4, __nv_bfloat16)
+LANES(exl_rms_norm_32x8_f32, 32, 8, float)
+LANES(exl_rms_norm_32x8_f16, 32, 8, __half)
+LANES(exl_rms_norm_32x8_bf16, 32, 8, __nv_bfloat16)
+BLOCK(exl_rms_norm_256x4_f32, 256, 4, float)
+BLOCK(exl_rms_norm_256x4_f16, 256, 4, __half)
+BLOCK(exl_rms_norm_256x4_bf16, 256, 4, __nv_bfloat16)
+BLOCK(exl_rms_norm_512x4_f32, 512, 4, float)
+BLOCK(exl_rms_norm_512x4_f16, 512, 4, __half)
+BLOCK(exl_rms_norm_512x4_bf16, 512, 4, __nv_bfloat16)
+BLOCK(exl_rms_norm_1024x4_f32, 1024, 4, float)
+BLOCK(exl_rms_norm_1024x4_f16, 1024, 4, __half)
+BLOCK(exl_rms_norm_1024x4_bf16, 1024, 4, __nv_bfloat16)
+ANY(exl_rms_norm_any_f32, float)
+ANY(exl_rms_norm_any_f16, __half)
+ANY(exl_rms_norm_any_bf16, __nv_bfloat16)

@@ -1,0 +1,195 @@
+use super::*;
+use crate::cuda::DeviceProps;
+use crate::cuda::lower::{Scratch, lower};
+use crate::ops::Op;
+use crate::{MemMut, Place};
+
+/// An address that device memory could have.
+const BASE: usize = 0x7000_0000;
+
+fn read(at: usize, elements: usize, dtype: DType) -> Mem<'static> {
+    let pointer = std::ptr::without_provenance(at);
+    // SAFETY: lowering reads no memory.
+    unsafe { Mem::from_raw(pointer, elements * dtype.bytes(), dtype, Place::Device(0)) }
+}
+
+fn write(at: usize, elements: usize) -> MemMut<'static> {
+    let pointer = std::ptr::without_provenance_mut(at);
+    // SAFETY: lowering touches no memory.
+    unsafe { MemMut::from_raw(pointer, elements * 4, DType::F32, Place::Device(0)) }
+}
+
+/// Lowers for every sample GPU and checks what holds for all launches.
+fn launch(op: &Op<'_>) -> Option<Launch> {
+    let mut found = Vec::new();
+    for props in DeviceProps::samples() {
+        let target = Target {
+            props: &props,
+            scratch: Scratch::default(),
+            deterministic: false,
+        };
+        let mut list = Vec::new();
+        lower(op, &target, &mut list).unwrap();
+        for launch in &list {
+            assert!(launch.grid[0] > 0 && launch.grid[1] > 0 && launch.grid[2] == 1);
+            assert!(launch.grid[1] <= 65535, "{launch:?}");
+            assert!(launch.block[0] <= 1024 && launch.block[1..] == [1, 1]);
+            assert!(launch.shared_bytes <= props.shared_per_block);
+            assert!(KERNELS.contains(&launch.kernel));
+        }
+        let fixed = Target {
+            deterministic: true,
+            ..target
+        };
+        let mut again = Vec::new();
+        lower(op, &fixed, &mut again).unwrap();
+        assert_eq!(list, again);
+        found.push(list);
+    }
+    assert!(
+        found
+            .iter()
+            .all(|list| *list == found[0] && list.len() <= 1)
+    );
+    found.remove(0).pop()
+}
+
+fn rms(rows: usize, dim: usize, weight: DType, at: usize) -> Option<Launch> {
+    launch(&Op::RmsNorm(ops::RmsNorm {
+        x: read(at, rows * dim, DType::F32),
+        weight: read(BASE + (1 << 20), dim, weight),
+        out: write(at, rows * dim),
+        rows,
+        dim,
+        eps: 1e-5,
+        offset: 0.0,
+    }))
+}
+
+#[test]
+fn norms_keep_rows_in_registers() {
+    for (dim, entry, threads, rows) in [
+        (4, "16x2", 128, 8),
+        (64, "16x2", 128, 8),
+        (128, "16x2", 128, 8),
+        (256, "32x4", 128, 4),
+        (768, "32x8", 128, 4),
+        (2048, "256x4", 256, 1),
+        (4096, "256x4", 256, 1),
+        (5120, "512x4", 512, 1),
+        (16384, "1024x4", 1024, 1),
+        (16388, "any", 512, 1),
+        (257, "any", 512, 1),
+    ] {
+        for (dtype, suffix) in [
+            (DType::F32, "f32"),
+            (DType::F16, "f16"),
+            (DType::Bf16, "bf16"),
+        ] {
+            for count in [1, 7, 100_000] {
+                let launch = rms(count, dim, dtype, BASE).unwrap();
+                assert_eq!(
+                    launch.kernel.entry,
+                    format!("exl_rms_norm_{entry}_{suffix}")
+                );
+                assert_eq!(launch.block[0], threads);
+                assert_eq!(launch.grid[0] as usize, count.div_ceil(rows));
+            }
+        }
+    }
+    let odd = rms(3, 4096, DType::F16, BASE + 4).unwrap();
+    assert_eq!(odd.kernel.entry, "exl_rms_norm_any_f16");
+    assert_eq!(rms(0, 64, DType::F32, BASE), None);
+}
+
+#[test]
+fn the_registers_of_a_norm_hold_its_longest_row() {
+    for (rms, vectors) in RMS.iter().zip([2, 4, 8, 4, 4, 4]) {
+        let threads = rms.threads as usize / rms.rows;
+        let lanes = rms.kernels[0].entry.split(['_', 'x']).nth(4).unwrap();
+        assert_eq!(lanes, threads.to_string());
+        assert_eq!(rms.dim, threads * vectors * 4);
+    }
+    assert!(RMS.is_sorted_by_key(|rms| rms.dim));
+}
+
+#[test]
+fn rows_are_taken_in_chunks() {
+    let embed = |table: DType, rows: usize, dim: usize| {
+        launch(&Op::Embed(ops::Embed {
+            ids: read(BASE, rows, DType::I32),
+            table: read(2 * BASE, 32000 * dim, table),
+            out: write(3 * BASE, rows * dim),
+            rows,
+            vocab: 32000,
+            dim,
+            scale: 2.0,
+        }))
+    };
+    let one = embed(DType::F16, 1, 4096).unwrap();
+    assert_eq!(
+        (one.kernel.entry, one.grid),
+        ("exl_take_rows_f16", [1, 2, 1])
+    );
+    let words = one.args.words();
+    assert_eq!(words[3..], [32000, 4096, u64::from(2f32.to_bits()), 1]);
+    let odd = embed(DType::Bf16, 100_000, 33).unwrap();
+    assert_eq!(
+        (odd.kernel.entry, odd.grid),
+        ("exl_take_rows_bf16", [100_000, 1, 1])
+    );
+    assert_eq!(odd.args.words()[6], 0);
+    assert_eq!(embed(DType::F32, 0, 64), None);
+
+    let gather = launch(&Op::GatherRows(ops::GatherRows {
+        x: read(2 * BASE, 11 * 130, DType::F32),
+        index: read(BASE, 9, DType::I32),
+        out: write(3 * BASE, 9 * 130),
+        x_rows: 11,
+        rows: 9,
+        dim: 130,
+    }))
+    .unwrap();
+    assert_eq!(gather.kernel.entry, "exl_take_rows_f32");
+    let one = u64::from(1f32.to_bits());
+    assert_eq!(gather.args.words()[3..], [11, 130, one, 0]);
+}
+
+#[test]
+fn logits_are_scaled_four_by_four() {
+    let scale = |at: usize, rows: usize, dim: usize| {
+        launch(&Op::ScaleLogits(ops::ScaleLogits {
+            x: write(at, rows * dim),
+            rows,
+            dim,
+            scale: 0.5,
+            softcap: 30.0,
+        }))
+    };
+    let all = scale(BASE, 8, 151_936).unwrap();
+    assert_eq!(all.grid, [1187, 1, 1]);
+    assert_eq!(all.args.words()[1], 8 * 151_936);
+    assert_eq!(scale(BASE + 4, 1, 5).unwrap().args.words()[4], 0);
+    assert_eq!(scale(BASE, 0, 5), None);
+}
+
+#[test]
+fn sizes_beyond_32_bits_are_refused() {
+    let rows = 1 << 31;
+    let op = Op::GatherRows(ops::GatherRows {
+        x: read(2 * BASE, 1, DType::F32),
+        index: read(BASE, rows, DType::I32),
+        out: write(3 * BASE, rows),
+        x_rows: 1,
+        rows,
+        dim: 1,
+    });
+    let props = &DeviceProps::samples()[0];
+    let target = Target {
+        props,
+        scratch: Scratch::default(),
+        deterministic: false,
+    };
+    let error = lower(&op, &target, &mut Vec::new()).unwrap_err();
+    assert!(error.to_string().contains("2147483648"), "{error}");
+}

@@ -54,6 +54,8 @@ fn a_missing_tokenizer_is_named_with_the_remedy() {
         "{}",
         outcome.stderr
     );
+    let eval = ["eval", "-m", text(&dir), "--text", demo_text()];
+    run(&mut exl(eval)).failure(1, &["tokenizer.json"]);
     // Nothing but the text needs it.
     run(&mut exl(["info", text(&dir)])).success();
 }
@@ -90,6 +92,21 @@ fn a_truncated_checkpoint_is_refused() {
         "{}",
         outcome.stderr
     );
+}
+
+#[test]
+fn a_missing_shard_is_named() {
+    let temp = TempDir::new();
+    let dir = copy_demo(&temp);
+    let shard = dir.join("model-00001-of-00002.safetensors");
+    std::fs::rename(dir.join("model.safetensors"), shard).unwrap();
+    for command in ["info", "generate"] {
+        let mut exl = exl([command, "-m", text(&dir)]);
+        if command == "generate" {
+            exl.args(["-p", "x"]);
+        }
+        run(&mut exl).failure(1, &["model-00002-of-00002.safetensors"]);
+    }
 }
 
 #[test]

@@ -114,11 +114,6 @@ impl GpuDriver {
             .find(|p| p.exists());
         Self { version, library }
     }
-
-    /// Whether programs could use a GPU through this driver.
-    pub(crate) fn is_present(&self) -> bool {
-        self.library.is_some()
-    }
 }
 
 fn driver_version(text: &str) -> Option<&str> {

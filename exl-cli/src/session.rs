@@ -2,21 +2,23 @@
 
 use crate::args::{ActivationMode, CacheMode, ComputeArgs, Device, DeviceArgs, LoadArgs};
 use crate::failure::Interrupted;
-use crate::machine::{self, GpuDriver};
+use crate::machine;
 use crate::signal::StopFlag;
 use crate::ui::{self, Ui};
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use exl_gen::{Engine, EngineHandle, EngineOptions, RunnerBackend, Tokenizer};
 use exl_models::rope::RopeOptions;
-use exl_models::{LoadOptions, MemoryRequest, Model, ModelSource, Runner, RunnerOptions};
-use exl_tensor::{Activations, DType, PAGE_TOKENS};
+use exl_models::{Backend, LoadOptions, MemoryRequest, Model, ModelSource, Runner, RunnerOptions};
+use exl_tensor::{Activations, CudaOptions, DType, Gpu, PAGE_TOKENS};
 use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
-/// Prompt tokens of one step.
+/// Prompt tokens of one step on the CPU.
 pub(crate) const PREFILL_ROWS: usize = 512;
+/// Prompt tokens of one step on a GPU.
+const GPU_PREFILL_ROWS: usize = 2048;
 
 /// A model in memory.
 #[derive(Debug)]
@@ -26,23 +28,40 @@ pub(crate) struct Loaded {
     pub(crate) checkpoint_bytes: u64,
 }
 
-/// Says which device computes, or why the wanted one cannot.
-pub(crate) fn check_device(device: Device, ui: &Ui) -> Result<()> {
-    match device {
-        Device::Cpu => Ok(()),
-        Device::Auto if GpuDriver::probe().is_present() => {
-            ui.note(
-                "an NVIDIA driver is installed, but this version has no GPU support: using the CPU",
-            );
-            Ok(())
+/// The GPU that computes, or `None` for the CPU. Says which one it is when nobody named it.
+pub(crate) fn gpu(device: Device, ui: &Ui) -> Result<Option<Gpu>> {
+    let ordinal = match device {
+        Device::Cpu => return Ok(None),
+        Device::Cuda(n) => n,
+        Device::Auto => match exl_tensor::probe() {
+            Ok(list) => match list.first() {
+                Some(first) => first.ordinal,
+                None => return Ok(None),
+            },
+            Err(error) => {
+                tracing::info!("{error}");
+                ui.note("no usable GPU found: using the CPU (exl doctor says why)");
+                return Ok(None);
+            }
+        },
+    };
+    match (Gpu::open(ordinal), device) {
+        (Ok(gpu), _) => Ok(Some(gpu)),
+        (Err(error), Device::Auto) => {
+            ui.note(&format!("{error}: using the CPU"));
+            Ok(None)
         }
-        Device::Auto => {
-            ui.note("no GPU support in this version and none found: using the CPU");
-            Ok(())
-        }
-        Device::Cuda(n) => bail!(
-            "--device cuda:{n}: this version of exl has no GPU support (use --device cpu, or leave the flag out)"
-        ),
+        (Err(error), _) => Err(error).context(format!(
+            "--device cuda:{ordinal} (use --device cpu, or leave the flag out)"
+        )),
+    }
+}
+
+/// Prompt tokens of one step: enough rows to keep the device busy.
+pub(crate) fn prefill_rows(gpu: Option<&Gpu>) -> usize {
+    match gpu {
+        Some(_) => GPU_PREFILL_ROWS,
+        None => PREFILL_ROWS,
     }
 }
 
@@ -80,8 +99,16 @@ pub(crate) fn kv_dtype(mode: CacheMode) -> DType {
 }
 
 /// Settings of a runner; the caller sets its sizes.
-pub(crate) fn runner_options(compute: &ComputeArgs, cache: CacheMode) -> RunnerOptions {
+pub(crate) fn runner_options(
+    compute: &ComputeArgs,
+    cache: CacheMode,
+    gpu: Option<&Gpu>,
+) -> RunnerOptions {
     RunnerOptions {
+        backend: match gpu {
+            Some(gpu) => Backend::Cuda(gpu.clone(), CudaOptions::default()),
+            None => Backend::Cpu,
+        },
         kv_dtype: kv_dtype(cache),
         threads: threads(&compute.device),
         activations: activations(compute),
@@ -136,10 +163,15 @@ pub(crate) fn open(dir: &Path, options: &LoadOptions, ui: &Ui) -> Result<ModelSo
 }
 
 /// Loads an opened model, with progress; Ctrl-C ends it.
-pub(crate) fn load(source: &ModelSource, stop: &StopFlag, ui: &Ui) -> Result<Loaded> {
+pub(crate) fn load(
+    source: &ModelSource,
+    gpu: Option<&Gpu>,
+    stop: &StopFlag,
+    ui: &Ui,
+) -> Result<Loaded> {
     let (total, start) = (source.total_bytes(), Instant::now());
     let progress = Mutex::new(ui.bytes("loading", total));
-    let model = source.load_while(&|at| {
+    let model = source.load_onto(gpu, &|at| {
         if let Ok(mut progress) = progress.lock() {
             progress.set(at.done);
         }
@@ -173,9 +205,20 @@ pub(crate) fn remark_context(source: &ModelSource, flag: &str, tokens: usize, ui
     }
 }
 
-/// Refuses work that cannot fit into this machine's memory, before anything is loaded; `what` is
-/// the work and `less` the flags that make it smaller.
-pub(crate) fn check_memory(need: u64, what: &str, less: &str) -> Result<()> {
+/// Refuses work that cannot fit into the memory of the machine or the GPU, before anything is
+/// loaded; `what` is the work and `less` the flags that make it smaller.
+pub(crate) fn check_memory(need: u64, what: &str, less: &str, gpu: Option<&Gpu>) -> Result<()> {
+    if let Some(gpu) = gpu {
+        let (free, _) = gpu.memory()?;
+        if need > free {
+            bail!(
+                "{what} needs {} of device memory, the GPU has {} free (use a smaller {less}, a model with fewer bits, or --device cpu)",
+                ui::bytes(need),
+                ui::bytes(free),
+            );
+        }
+        return Ok(());
+    }
     match machine::memory() {
         Some((total, _)) if need > total => bail!(
             "{what} needs {} of memory, this machine has {} (use a smaller {less}, or a model with fewer bits)",
@@ -214,11 +257,14 @@ pub(crate) fn engine(
     stop: &StopFlag,
     ui: &Ui,
 ) -> Result<EngineHandle> {
+    let gpu = gpu(compute.device.device, ui)?;
+    let gpu = gpu.as_ref();
+    let prefill_rows = prefill_rows(gpu);
     let longest = room.lengths.iter().copied().max().unwrap_or(1);
-    let mut options = runner_options(compute, room.cache);
+    let mut options = runner_options(compute, room.cache, gpu);
     options.pages = room.pages() + 1;
     options.max_seqs = room.seqs;
-    options.max_rows = PREFILL_ROWS.min(longest) + room.seqs;
+    options.max_rows = prefill_rows.min(longest) + room.seqs;
     let request = MemoryRequest {
         context: room.pages() * PAGE_TOKENS,
         seqs: 1,
@@ -230,8 +276,8 @@ pub(crate) fn engine(
         source.files().dir().display(),
         request.context
     );
-    check_memory(source.memory_for(&request).total(), &what, "--context")?;
-    let loaded = load(&source, stop, ui)?;
+    check_memory(source.memory_for(&request).total(), &what, "--context", gpu)?;
+    let loaded = load(&source, gpu, stop, ui)?;
     // The files that were repacked need not stay mapped.
     drop(source);
     tracing::debug!(
@@ -242,7 +288,7 @@ pub(crate) fn engine(
     );
     let runner = Runner::new(loaded.model, options)?;
     let options = EngineOptions {
-        chunk_rows: PREFILL_ROWS,
+        chunk_rows: prefill_rows,
         // Every sequence that there is room for may wait.
         max_waiting: room.seqs.max(1),
         ..EngineOptions::default()

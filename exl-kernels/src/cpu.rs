@@ -16,8 +16,8 @@ use std::sync::{Mutex, PoisonError};
 pub use isa::Isa;
 pub use pool::Pool;
 
-use crate::Result;
 use crate::ops::{self, Op};
+use crate::{Error, Result};
 
 /// Precision of the activations that meet quantized weights.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -150,7 +150,11 @@ impl Cpu {
             Op::GatherRows(op) => rows::gather_rows(op, self),
             Op::ScaleLogits(op) => rows::scale_logits(op, self),
             Op::HessianSyrk(op) => syrk::run(op, self),
-            Op::Dequant(op) => op.matrix.dequantize(op.out.slice_mut::<f32>()?),
+            Op::Dequant(op) => {
+                let matrix = op.matrix.host_quant();
+                let matrix = matrix.ok_or_else(|| Error::not_on_host("dequant"))?;
+                matrix.dequantize(op.out.slice_mut::<f32>()?)
+            }
         }
     }
 }

@@ -2,6 +2,7 @@
 
 pub mod conformance;
 pub mod cpu;
+pub mod cuda;
 mod error;
 mod mem;
 pub mod ops;

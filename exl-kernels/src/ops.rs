@@ -11,6 +11,7 @@ mod check;
 pub use check::check;
 pub(crate) use check::repeated_slot;
 
+use crate::cuda::CudaMatrix;
 use crate::mem::{Mem, MemMut};
 use crate::quant::QuantMatrix;
 
@@ -24,6 +25,18 @@ pub enum Matrix<'a> {
     Dense(Mem<'a>),
     /// EXL2 or GPTQ codes, repacked for the CPU.
     Quant(&'a QuantMatrix),
+    /// EXL2 or GPTQ codes in the memory of a GPU.
+    Cuda(&'a CudaMatrix),
+}
+
+impl<'a> Matrix<'a> {
+    /// The matrix, when it is quantized and in host memory.
+    pub(crate) fn host_quant(&self) -> Option<&'a QuantMatrix> {
+        match self {
+            Matrix::Quant(q) => Some(q),
+            Matrix::Dense(_) | Matrix::Cuda(_) => None,
+        }
+    }
 }
 
 /// Activation function of an MLP.
@@ -259,8 +272,8 @@ pub struct HessianSyrk<'a> {
 /// format's own rounding to 16-bit floats.
 #[derive(Debug)]
 pub struct Dequant<'a> {
-    /// The matrix.
-    pub matrix: &'a QuantMatrix,
+    /// A quantized matrix.
+    pub matrix: Matrix<'a>,
     /// F32 `[inputs, outputs]`.
     pub out: MemMut<'a>,
 }

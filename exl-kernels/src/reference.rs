@@ -102,6 +102,7 @@ fn rms_norm(op: &mut RmsNorm<'_>) -> Result<()> {
 fn matrix(matrix: &Matrix<'_>, outputs: usize, inputs: usize) -> Result<Vec<f64>> {
     match matrix {
         Matrix::Dense(mem) => floats(mem),
+        Matrix::Cuda(_) => Err(Error::not_on_host("linear")),
         Matrix::Quant(q) => {
             let mut values = vec![0f32; q.inputs() * q.outputs()];
             q.dequantize(&mut values)?;
@@ -344,7 +345,9 @@ fn hessian_syrk(op: &mut HessianSyrk<'_>) -> Result<()> {
 }
 
 fn dequant(op: &mut Dequant<'_>) -> Result<()> {
-    op.matrix.dequantize(op.out.slice_mut::<f32>()?)
+    let matrix = op.matrix.host_quant();
+    let matrix = matrix.ok_or_else(|| Error::not_on_host("dequant"))?;
+    matrix.dequantize(op.out.slice_mut::<f32>()?)
 }
 
 #[cfg(test)]

@@ -19,7 +19,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use exl_format::{GptqFormat, ModelFiles};
-use exl_tensor::{Weight, Weights};
+use exl_tensor::{Gpu, Weight, Weights};
 
 use read::Reader;
 
@@ -220,14 +220,38 @@ impl ModelSource {
         &self,
         progress: &(dyn Fn(Progress) -> ControlFlow<()> + Sync),
     ) -> Result<Option<Model>> {
+        self.load_onto(None, progress)
+    }
+
+    /// As [`ModelSource::load_while`], with the weights on a GPU if there is one: host memory then
+    /// holds no more than the weights on their way.
+    ///
+    /// # Errors
+    /// As [`ModelSource::load`]; out of device memory.
+    pub fn load_onto(
+        &self,
+        gpu: Option<&Gpu>,
+        progress: &(dyn Fn(Progress) -> ControlFlow<()> + Sync),
+    ) -> Result<Option<Model>> {
+        let place = |name: &str, weight: &Arc<Weight>| -> Result<Arc<Weight>> {
+            match gpu {
+                Some(gpu) => Ok(Arc::new(gpu.upload(name, weight)?)),
+                None => Ok(weight.clone()),
+            }
+        };
         let total = self.total_bytes();
         let done = Mutex::new(0);
         if progress(Progress { done: 0, total }).is_break() {
             return Ok(None);
         }
         let parts: Option<Vec<Weights>> = self.for_each_key(|key| {
+            let mut loaded = Weights::new();
+            self.load_key(key, &mut loaded)?;
             let mut part = Weights::new();
-            self.load_key(key, &mut part)?;
+            for (name, weight) in loaded.iter() {
+                part.insert_shared(name, place(name, weight)?);
+            }
+            drop(loaded);
             // Held over the call, so that the figures only grow.
             let mut done = done.lock().expect("no holder of this lock panics");
             *done += self.file_bytes(key);
@@ -235,13 +259,19 @@ impl ModelSource {
             Ok(go_on.then_some(part))
         })?;
         let Some(parts) = parts else { return Ok(None) };
-        let mut weights = self.constants();
+        let mut weights = Weights::new();
+        for (name, weight) in self.constants().iter() {
+            weights.insert_shared(name, place(name, weight)?);
+        }
         for part in &parts {
             for (name, weight) in part.iter() {
                 weights.insert_shared(name, weight.clone());
             }
         }
         self.share_tied_head(&mut weights);
+        if let Some(gpu) = gpu {
+            gpu.finish_loading();
+        }
         Ok(Some(Model::from_parts(self.spec.clone(), weights)))
     }
 

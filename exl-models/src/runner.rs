@@ -6,8 +6,8 @@ mod plans;
 use std::sync::Arc;
 
 use exl_tensor::{
-    Activations, Cpu, CpuOptions, DType, Executor, HostExecutor, Isa, KvBuffers, PAGE_TOKENS,
-    Phase, PlanKey, StepSeq,
+    Activations, Cpu, CpuOptions, CudaExecutor, CudaOptions, DType, Executor, Gpu, HostExecutor,
+    Isa, KvBuffers, PAGE_TOKENS, Phase, PlanKey, StepSeq,
 };
 
 use crate::model::{MemoryUse, Model};
@@ -41,13 +41,15 @@ pub struct SeqSlice<'a> {
 }
 
 /// Kernels that run the plans.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default)]
 pub enum Backend {
     /// SIMD kernels of the CPU.
     #[default]
     Cpu,
     /// The f64 reference kernels: slow, for checking.
     Reference,
+    /// A GPU, which must hold the model's weights ([`crate::ModelSource::load_onto`]).
+    Cuda(Gpu, CudaOptions),
 }
 
 /// Settings of a [`Runner`].
@@ -113,15 +115,20 @@ impl Runner {
                 options.pages, options.max_rows, options.max_seqs
             )));
         }
-        let executor: Box<dyn Executor> = match options.backend {
+        let executor: Box<dyn Executor> = match &options.backend {
             Backend::Reference => Box::new(HostExecutor::reference()?),
             Backend::Cpu => Box::new(HostExecutor::cpu(Cpu::new(CpuOptions {
                 threads: options.threads,
                 isa: options.isa,
                 activations: options.activations,
             }))?),
+            Backend::Cuda(gpu, how) => Box::new(CudaExecutor::new(gpu, *how)?),
         };
-        let kv = KvBuffers::new(model.kv_shape(options.kv_dtype), options.pages)?;
+        let shape = model.kv_shape(options.kv_dtype);
+        let kv = match &options.backend {
+            Backend::Cuda(gpu, _) => KvBuffers::on_gpu(gpu, shape, options.pages)?,
+            Backend::Cpu | Backend::Reference => KvBuffers::new(shape, options.pages)?,
+        };
         let plans = PlanCache::new(options.plans);
         let uses = PageUses::new(options.pages);
         Ok(Self {

@@ -44,6 +44,9 @@ pub enum Error {
     /// The step does not fit the plan it is run with.
     #[error("step: {0}")]
     Step(String),
+    /// A GPU or its driver refused.
+    #[error("GPU: {0}")]
+    Gpu(#[source] exl_kernels::Error),
     /// Memory could not be had.
     #[error("out of memory: {what} needs {bytes} bytes")]
     OutOfMemory {

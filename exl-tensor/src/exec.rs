@@ -1,10 +1,12 @@
 //! Executors: what runs a plan.
 
 mod check;
+mod cuda;
 mod host;
 mod regions;
 
 pub use check::{CheckReport, SlotDiff, check};
+pub use cuda::{CudaExecutor, CudaOptions};
 pub use host::HostExecutor;
 
 use std::sync::Arc;
@@ -125,13 +127,17 @@ pub trait Executor: std::fmt::Debug + Send {
     /// # Errors
     /// As [`Executor::run_op`]; [`Error::Step`] when the step block was made for another shape.
     fn run(&mut self, bound: &Bound, step: &StepBlock, kv: &mut KvBuffers) -> Result<()> {
-        if step.key() != bound.plan().key() {
-            return Err(Error::Step(format!(
-                "block for {} with a plan for {}",
-                step.key(),
-                bound.plan().key()
-            )));
-        }
+        check_key(bound, step)?;
         (0..bound.plan().ops().len()).try_for_each(|i| self.run_op(bound, i, step, kv))
     }
+}
+
+fn check_key(bound: &Bound, step: &StepBlock) -> Result<()> {
+    let (wanted, found) = (bound.plan().key(), step.key());
+    if wanted == found {
+        return Ok(());
+    }
+    Err(Error::Step(format!(
+        "block for {found} with a plan for {wanted}"
+    )))
 }

@@ -5,6 +5,7 @@ mod buffer;
 mod cost;
 mod error;
 mod exec;
+mod gpu;
 mod kv;
 mod plan;
 mod step;
@@ -14,12 +15,17 @@ pub use arena::{ARENA_ALIGN, ArenaLayout};
 pub use buffer::{Buffer, HostMemory};
 pub use cost::{Cost, CostReport, OpCost};
 pub use error::{Error, Result};
-pub use exec::{Bound, CheckReport, Executor, HostExecutor, SlotDiff, check};
+pub use exec::{
+    Bound, CheckReport, CudaExecutor, CudaOptions, Executor, HostExecutor, SlotDiff, check,
+};
 /// The cases every implementation of the ops must pass, for self-tests.
 pub use exl_kernels::conformance;
 pub use exl_kernels::cpu::{Activations, Cpu, CpuOptions, Isa};
+/// GPUs that the driver sees, and what one is.
+pub use exl_kernels::cuda::{DeviceInfo, DeviceProps, probe};
 pub use exl_kernels::ops::{Activation, PAGE_TOKENS, RopeStyle};
 pub use exl_kernels::{DType, Exl2Parts, GptqParts, Group};
+pub use gpu::{Gpu, gpu_kernels};
 pub use kv::{KvBuffers, KvShape};
 pub use plan::{
     AttnArgs, GateUpArgs, Part, Phase, Plan, PlanBuilder, PlanKey, PlanOp, RopeArgs, Slot,

@@ -161,6 +161,18 @@ impl StepBlock {
         Ok(())
     }
 
+    /// The whole block.
+    pub(crate) fn bytes(&self) -> &[u8] {
+        let all = self.data.mem(0, self.data.bytes(), DType::U8);
+        all.slice().expect("the step block is host memory")
+    }
+
+    /// Byte offset and length of an array.
+    pub(crate) fn range(&self, field: StepField) -> (usize, usize) {
+        let (start, len) = offset(&self.key, field);
+        (start, len * 4)
+    }
+
     /// An array of the block for kernels.
     pub fn mem(&self, field: StepField) -> Mem<'_> {
         let (start, len) = offset(&self.key, field);

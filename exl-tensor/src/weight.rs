@@ -3,17 +3,41 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use exl_kernels::cuda::{CudaMatrix, DeviceRegion};
 use exl_kernels::ops::Matrix;
 use exl_kernels::{DType, Exl2Parts, GptqParts, Mem, Place, QuantMatrix};
 
 use crate::{Buffer, Error, Result};
+
+/// Where the bytes of a dense weight are.
+#[derive(Clone, Debug)]
+enum Storage {
+    Host(Buffer),
+    Gpu(DeviceRegion),
+}
+
+impl Storage {
+    fn len(&self) -> usize {
+        match self {
+            Storage::Host(buffer) => buffer.len(),
+            Storage::Gpu(region) => region.bytes(),
+        }
+    }
+}
+
+/// Where a quantized matrix is.
+#[derive(Debug)]
+enum QuantStorage {
+    Host(QuantMatrix),
+    Gpu(CudaMatrix),
+}
 
 /// An unquantized tensor: `[outputs, inputs]` for a linear layer, `[n]` for a norm or a bias.
 #[derive(Clone, Debug)]
 pub struct DenseWeight {
     dtype: DType,
     shape: Vec<usize>,
-    data: Buffer,
+    data: Storage,
 }
 
 /// Which quantized format a weight came from.
@@ -25,11 +49,17 @@ pub enum QuantKind {
     Gptq,
 }
 
-/// A quantized linear weight, repacked for this machine.
+/// A quantized linear weight, repacked for the CPU or the GPU.
 #[derive(Debug)]
 pub struct QuantWeight {
     kind: QuantKind,
-    matrix: QuantMatrix,
+    matrix: QuantStorage,
+}
+
+/// Brings the parts of weights to a GPU.
+pub(crate) trait Upload {
+    fn bytes(&mut self, bytes: &[u8]) -> Result<DeviceRegion>;
+    fn matrix(&mut self, matrix: &QuantMatrix) -> Result<CudaMatrix>;
 }
 
 /// One named weight.
@@ -67,7 +97,7 @@ impl Weight {
         Ok(Weight::Dense(DenseWeight {
             dtype,
             shape: shape.to_vec(),
-            data,
+            data: Storage::Host(data),
         }))
     }
 
@@ -77,7 +107,7 @@ impl Weight {
         Weight::Dense(DenseWeight {
             dtype: DType::F32,
             shape: vec![values.len()],
-            data,
+            data: Storage::Host(data),
         })
     }
 
@@ -89,7 +119,7 @@ impl Weight {
         let matrix = QuantMatrix::from_exl2(parts).map_err(|e| weight_error(name, e))?;
         Ok(Weight::Quant(QuantWeight {
             kind: QuantKind::Exl2,
-            matrix,
+            matrix: QuantStorage::Host(matrix),
         }))
     }
 
@@ -101,7 +131,7 @@ impl Weight {
         let matrix = QuantMatrix::from_gptq(parts).map_err(|e| weight_error(name, e))?;
         Ok(Weight::Quant(QuantWeight {
             kind: QuantKind::Gptq,
-            matrix,
+            matrix: QuantStorage::Host(matrix),
         }))
     }
 
@@ -109,7 +139,10 @@ impl Weight {
     pub fn bytes(&self) -> usize {
         match self {
             Weight::Dense(d) => d.data.len(),
-            Weight::Quant(q) => q.matrix.bytes(),
+            Weight::Quant(q) => match &q.matrix {
+                QuantStorage::Host(m) => m.bytes(),
+                QuantStorage::Gpu(m) => m.bytes(),
+            },
         }
     }
 
@@ -117,7 +150,10 @@ impl Weight {
     pub fn shape(&self) -> Vec<usize> {
         match self {
             Weight::Dense(d) => d.shape.clone(),
-            Weight::Quant(q) => vec![q.matrix.outputs(), q.matrix.inputs()],
+            Weight::Quant(q) => match &q.matrix {
+                QuantStorage::Host(m) => vec![m.outputs(), m.inputs()],
+                QuantStorage::Gpu(m) => vec![m.outputs(), m.inputs()],
+            },
         }
     }
 
@@ -133,7 +169,10 @@ impl Weight {
     pub fn matrix(&self) -> Matrix<'_> {
         match self {
             Weight::Dense(d) => Matrix::Dense(d.mem()),
-            Weight::Quant(q) => Matrix::Quant(&q.matrix),
+            Weight::Quant(q) => match &q.matrix {
+                QuantStorage::Host(m) => Matrix::Quant(m),
+                QuantStorage::Gpu(m) => Matrix::Cuda(m),
+            },
         }
     }
 
@@ -145,17 +184,51 @@ impl Weight {
         }
     }
 
+    /// A copy of a weight in host memory on a GPU.
+    pub(crate) fn copied(&self, to: &mut dyn Upload) -> Result<Self> {
+        match self {
+            Weight::Dense(d) => {
+                let Storage::Host(data) = &d.data else {
+                    return Ok(Weight::Dense(d.clone()));
+                };
+                Ok(Weight::Dense(DenseWeight {
+                    data: Storage::Gpu(to.bytes(data.as_bytes())?),
+                    ..d.clone()
+                }))
+            }
+            Weight::Quant(q) => {
+                let QuantStorage::Host(m) = &q.matrix else {
+                    return Err(Error::Step("a weight is on a GPU already".to_owned()));
+                };
+                Ok(Weight::Quant(QuantWeight {
+                    kind: q.kind,
+                    matrix: QuantStorage::Gpu(to.matrix(m)?),
+                }))
+            }
+        }
+    }
+
     /// The weight as F32 `[outputs, inputs]` (a quantized one through its format's own rounding).
     ///
     /// # Errors
-    /// [`Error::Weight`] when decoding fails.
+    /// [`Error::Weight`] when decoding fails or the weight is not in host memory.
     pub fn to_f32(&self, name: &str) -> Result<Vec<f32>> {
+        let elsewhere = || {
+            let error = exl_kernels::Error::argument("weight", "host memory", "device memory");
+            weight_error(name, error)
+        };
         match self {
-            Weight::Dense(d) => Ok(d.to_f32()),
+            Weight::Dense(d) => match &d.data {
+                Storage::Host(data) => Ok(floats(data.as_bytes(), d.dtype)),
+                Storage::Gpu(_) => Err(elsewhere()),
+            },
             Weight::Quant(q) => {
-                let (k, n) = (q.matrix.inputs(), q.matrix.outputs());
+                let QuantStorage::Host(matrix) = &q.matrix else {
+                    return Err(elsewhere());
+                };
+                let (k, n) = (matrix.inputs(), matrix.outputs());
                 let mut rows = vec![0.0; k * n];
-                q.matrix
+                matrix
                     .dequantize(&mut rows)
                     .map_err(|e| weight_error(name, e))?;
                 let mut out = vec![0.0; k * n];
@@ -177,28 +250,34 @@ impl DenseWeight {
     }
 
     fn mem(&self) -> Mem<'_> {
-        let bytes = self.data.as_bytes();
-        // SAFETY: the bytes live as long as `self`, are never written, and `Weight::dense`
-        // checked their alignment.
-        unsafe { Mem::from_raw(bytes.as_ptr(), bytes.len(), self.dtype, Place::Host) }
-    }
-
-    fn to_f32(&self) -> Vec<f32> {
-        let bytes = self.data.as_bytes();
-        let two = |i: usize| u16::from_le_bytes([bytes[2 * i], bytes[2 * i + 1]]);
-        match self.dtype {
-            DType::F32 => bytes
-                .chunks_exact(4)
-                .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
-                .collect(),
-            DType::F16 => (0..bytes.len() / 2)
-                .map(|i| half::f16::from_bits(two(i)).to_f32())
-                .collect(),
-            DType::Bf16 => (0..bytes.len() / 2)
-                .map(|i| half::bf16::from_bits(two(i)).to_f32())
-                .collect(),
-            DType::I32 | DType::U8 => bytes.iter().map(|&b| f32::from(b)).collect(),
+        match &self.data {
+            Storage::Host(data) => {
+                let bytes = data.as_bytes();
+                // SAFETY: the bytes live as long as `self`, are never written, and
+                // `Weight::dense` checked their alignment.
+                unsafe { Mem::from_raw(bytes.as_ptr(), bytes.len(), self.dtype, Place::Host) }
+            }
+            Storage::Gpu(region) => region
+                .mem(0, region.bytes(), self.dtype)
+                .expect("regions are aligned for every element type"),
         }
+    }
+}
+
+fn floats(bytes: &[u8], dtype: DType) -> Vec<f32> {
+    let two = |i: usize| u16::from_le_bytes([bytes[2 * i], bytes[2 * i + 1]]);
+    match dtype {
+        DType::F32 => bytes
+            .chunks_exact(4)
+            .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
+            .collect(),
+        DType::F16 => (0..bytes.len() / 2)
+            .map(|i| half::f16::from_bits(two(i)).to_f32())
+            .collect(),
+        DType::Bf16 => (0..bytes.len() / 2)
+            .map(|i| half::bf16::from_bits(two(i)).to_f32())
+            .collect(),
+        DType::I32 | DType::U8 => bytes.iter().map(|&b| f32::from(b)).collect(),
     }
 }
 

@@ -41,14 +41,23 @@ struct Report {
 
 pub(crate) fn run(args: &BenchArgs, ui: &Ui) -> Result<()> {
     let settings = settings(args);
-    session::check_device(args.compute.device.device, ui)?;
+    let gpu = session::gpu(args.compute.device.device, ui)?;
     let stop = signal::stop_flag()?;
     let subject = Subject::prepare(args, &stop, ui)?;
     let threads = session::threads(&args.compute.device);
-    ui.note("measuring the memory's read bandwidth");
-    let bandwidth = machine::read_bandwidth(threads);
+    ui.note("measuring the memory's bandwidth");
+    let bandwidth = match &gpu {
+        Some(gpu) => gpu.memory_bandwidth()?,
+        None => machine::read_bandwidth(threads),
+    };
     machine::reset_peak();
-    let report = measure::measure(&subject.dir, &settings, bandwidth, &stop, ui)?;
+    let report = measure::measure(
+        &subject.dir,
+        (&settings, gpu.as_ref()),
+        bandwidth,
+        &stop,
+        ui,
+    )?;
     let report = Report {
         model: subject.name.clone(),
         ..report

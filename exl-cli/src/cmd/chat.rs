@@ -24,7 +24,6 @@ use voice::{Prompt, Voice};
 const DEFAULT_CONTEXT: usize = 8192;
 
 pub(crate) fn run(args: &ChatArgs, ui: &Ui) -> Result<()> {
-    session::check_device(args.compute.device.device, ui)?;
     let context = args.cache.context.map(|n| n as usize);
     let options = session::load_options(args.load, &args.compute, context);
     let source = session::open(&args.model, &options, ui)?;

@@ -2,12 +2,12 @@
 
 mod calibration;
 
-use crate::args::ConvertArgs;
+use crate::args::{ConvertArgs, Device};
 use crate::failure::Interrupted;
 use crate::session;
 use crate::signal;
 use crate::ui::{self, Align, Progress, Table, Ui};
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use exl_format::quality::Evaluation;
 use exl_models::LoadOptions;
 use exl_models::rope::RopeOptions;
@@ -30,9 +30,11 @@ struct Output<'a> {
 }
 
 pub(crate) fn run(args: &ConvertArgs, ui: &Ui) -> Result<()> {
-    session::check_device(args.device.device, ui)?;
+    if let Device::Cuda(n) = args.device.device {
+        bail!("--device cuda:{n}: conversions run on the CPU in this version (leave the flag out)");
+    }
     if args.max_vram.is_some() {
-        ui.note("--max-vram is not needed: this version computes on the CPU");
+        ui.note("--max-vram is not needed: conversions run on the CPU");
     }
     let stop = signal::stop_flag()?;
     let start = Instant::now();

@@ -37,10 +37,74 @@ struct Feature {
 
 #[derive(Serialize)]
 struct Gpu {
-    /// Whether this version can compute on GPUs.
-    supported: bool,
+    /// GPUs that the driver sees.
+    devices: Vec<GpuDevice>,
+    /// Kernels inside this program, or why there are none.
+    kernels: String,
+    /// Why no GPU can be used.
+    problem: Option<String>,
     driver_version: Option<String>,
     driver_library: Option<String>,
+}
+
+#[derive(Serialize)]
+struct GpuDevice {
+    ordinal: u32,
+    name: String,
+    /// Compute capability.
+    capability: String,
+    memory_bytes: u64,
+    /// Whether it was opened and its memory measured.
+    usable: bool,
+    problem: Option<String>,
+    bandwidth_gb_s: Option<f64>,
+}
+
+impl Gpu {
+    fn probe(driver: &GpuDriver) -> Self {
+        let (devices, problem) = match exl_tensor::probe() {
+            Ok(list) => (list.iter().map(GpuDevice::new).collect(), None),
+            Err(error) => (Vec::new(), Some(error.to_string())),
+        };
+        Self {
+            devices,
+            kernels: exl_tensor::gpu_kernels().unwrap_or_else(|error| error.to_string()),
+            problem,
+            driver_version: driver.version.clone(),
+            driver_library: driver.library.as_ref().map(|p| p.display().to_string()),
+        }
+    }
+}
+
+impl GpuDevice {
+    fn new(info: &exl_tensor::DeviceInfo) -> Self {
+        let measured = exl_tensor::Gpu::open(info.ordinal).and_then(|gpu| gpu.memory_bandwidth());
+        let (major, minor) = info.props.capability;
+        Self {
+            ordinal: info.ordinal,
+            name: info.props.name.clone(),
+            capability: format!("{major}.{minor}"),
+            memory_bytes: info.props.memory_bytes,
+            usable: measured.is_ok(),
+            bandwidth_gb_s: measured.as_ref().ok().map(|b| b / 1e9),
+            problem: measured.err().map(|e| e.to_string()),
+        }
+    }
+
+    fn line(&self) -> String {
+        let what = match (&self.problem, self.bandwidth_gb_s) {
+            (Some(problem), _) => format!("not usable: {problem}"),
+            (None, Some(speed)) => format!("{speed:.0} GB/s copying"),
+            (None, None) => String::new(),
+        };
+        format!(
+            "cuda:{} {}, compute capability {}, {}, {what}",
+            self.ordinal,
+            self.name,
+            self.capability,
+            ui::bytes(self.memory_bytes)
+        )
+    }
 }
 
 pub(crate) fn run(args: &DoctorArgs, ui: &Ui) -> Result<()> {
@@ -63,11 +127,7 @@ pub(crate) fn run(args: &DoctorArgs, ui: &Ui) -> Result<()> {
         memory_bytes: memory.map(|(total, _)| total),
         available_bytes: memory.map(|(_, available)| available),
         read_bandwidth_gb_s: bandwidth / 1e9,
-        gpu: Gpu {
-            supported: false,
-            driver_version: driver.version.clone(),
-            driver_library: driver.library.as_ref().map(|p| p.display().to_string()),
-        },
+        gpu: Gpu::probe(&driver),
         advice: advice(&driver),
         selftest,
     };
@@ -122,13 +182,17 @@ fn text(o: &Output) -> Result<String> {
         .filter(|f| !f.present)
         .map(|f| f.name)
         .collect();
-    let gpu = match (&o.gpu.driver_version, &o.gpu.driver_library) {
-        (None, None) => "no NVIDIA driver".to_owned(),
+    let driver = match (&o.gpu.driver_version, &o.gpu.driver_library) {
+        (None, None) => "none".to_owned(),
         (version, library) => format!(
-            "NVIDIA driver {}, library {}",
+            "NVIDIA {}, library {}",
             version.as_deref().unwrap_or("not loaded"),
             library.as_deref().unwrap_or("not found")
         ),
+    };
+    let gpus = match &o.gpu.problem {
+        Some(problem) => vec![format!("none: {problem}")],
+        None => o.gpu.devices.iter().map(GpuDevice::line).collect(),
     };
     let memory = match (o.memory_bytes, o.available_bytes) {
         (Some(total), Some(free)) => format!("{}, {} free", ui::bytes(total), ui::bytes(free)),
@@ -150,12 +214,13 @@ fn text(o: &Output) -> Result<String> {
             "bandwidth",
             format!("{:.1} GB/s reading", o.read_bandwidth_gb_s),
         ),
-        (
-            "gpu",
-            format!("{gpu}; this version computes on the CPU only"),
-        ),
+        ("driver", driver),
+        ("gpu code", o.gpu.kernels.clone()),
     ] {
         writeln!(out, "{name:<12}{value}")?;
+    }
+    for gpu in gpus {
+        writeln!(out, "{:<12}{gpu}", "gpu")?;
     }
     if let Some(results) = &o.selftest {
         write!(out, "\n{}", results.table().render())?;

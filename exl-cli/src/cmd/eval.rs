@@ -11,7 +11,7 @@ use crate::ui::{self, Align, Table, Ui};
 use anyhow::{Result, bail};
 use exl_models::{LogitRows, MemoryRequest, ModelSource, Runner, SeqSlice};
 use exl_quant::KlScore;
-use exl_tensor::PAGE_TOKENS;
+use exl_tensor::{Gpu, PAGE_TOKENS};
 use serde::Serialize;
 use std::path::Path;
 use std::time::Instant;
@@ -39,7 +39,6 @@ struct Report {
 }
 
 pub(crate) fn run(args: &EvalArgs, ui: &Ui) -> Result<()> {
-    session::check_device(args.compute.device.device, ui)?;
     let stop = signal::stop_flag()?;
     let options = session::load_options(args.load, &args.compute, None);
     let source = session::open(&args.model, &options, ui)?;
@@ -49,8 +48,10 @@ pub(crate) fn run(args: &EvalArgs, ui: &Ui) -> Result<()> {
         None => None,
     };
     let start = Instant::now();
+    let gpu = session::gpu(args.compute.device.device, ui)?;
     let score = Evaluation {
         args,
+        gpu: gpu.as_ref(),
         rows: &rows,
         stop: &stop,
         ui,
@@ -117,6 +118,7 @@ impl Judged<'_> {
 }
 
 struct Evaluation<'a> {
+    gpu: Option<&'a Gpu>,
     args: &'a EvalArgs,
     rows: &'a [Vec<u32>],
     stop: &'a StopFlag,
@@ -149,7 +151,7 @@ impl Evaluation<'_> {
         }
         let name = self.args.model.display();
         let what = format!("evaluating {name} in rows of {} tokens", self.length());
-        session::check_memory(need, &what, "--length")?;
+        session::check_memory(need, &what, "--length", self.gpu)?;
         // The reference is always exact: whole rows, cache in 32 bits.
         let mut right = match reference {
             Some(source) => Some(self.runner(source, CacheMode::F32, 1)?),
@@ -177,8 +179,8 @@ impl Evaluation<'_> {
 
     /// A loaded model with room for `seqs` rows in its cache.
     fn runner(&self, source: &ModelSource, cache: CacheMode, seqs: usize) -> Result<Runner> {
-        let loaded = session::load(source, self.stop, self.ui)?;
-        let mut options = session::runner_options(&self.args.compute, cache);
+        let loaded = session::load(source, self.gpu, self.stop, self.ui)?;
+        let mut options = session::runner_options(&self.args.compute, cache, self.gpu);
         options.pages = seqs * self.length().div_ceil(PAGE_TOKENS) + 1;
         options.max_rows = CHUNK_ROWS;
         options.max_seqs = seqs;

@@ -32,7 +32,6 @@ struct Job {
 }
 
 pub(crate) fn run(args: &GenerateArgs, ui: &Ui) -> Result<()> {
-    session::check_device(args.compute.device.device, ui)?;
     let stop = signal::stop_flag()?;
     let context = args.cache.context.map(|n| n as usize);
     let options = session::load_options(args.load, &args.compute, context);

@@ -59,7 +59,7 @@ fn doctor_describes_this_machine_and_the_kernels_pass() {
         .json();
     assert!(json["cores"].as_u64().unwrap() >= 1);
     assert!(json["read_bandwidth_gb_s"].as_f64().unwrap() > 0.0);
-    assert_eq!(json["gpu"]["supported"], false);
+    assert!(json["gpu"]["devices"].is_array() && json["gpu"]["kernels"].is_string());
     assert!(!json["isa"].as_str().unwrap().is_empty());
     let results = json["selftest"]["kernels"].as_array().unwrap();
     assert!(results.iter().all(|row| row["failed"] == 0), "{results:?}");

@@ -2,7 +2,7 @@
 
 use super::Case;
 use super::data::{Exl2, Rng, STORAGE, Stored};
-use crate::ops::{Dequant, Embed, GatherRows, HessianSyrk, Op, RmsNorm, ScaleLogits};
+use crate::ops::{Dequant, Embed, GatherRows, HessianSyrk, Matrix, Op, RmsNorm, ScaleLogits};
 use crate::{DType, Mem, MemMut, QuantMatrix};
 
 pub(super) fn cases() -> Vec<Case> {
@@ -155,7 +155,7 @@ fn dequant() -> Case {
         let matrix = QuantMatrix::from_exl2(&exl2.parts())?;
         let mut out = vec![f32::NAN; matrix.inputs() * matrix.outputs()];
         run(&mut Op::Dequant(Dequant {
-            matrix: &matrix,
+            matrix: Matrix::Quant(&matrix),
             out: MemMut::host(&mut out),
         }))?;
         Ok(vec![out])

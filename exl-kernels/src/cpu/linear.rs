@@ -10,7 +10,7 @@ use super::qgemm::{self, CHUNK, Input, Product};
 use super::{Cpu, Isa};
 use crate::ops::{GateUp, Linear, LinearPart, Matrix};
 use crate::quant::PANEL;
-use crate::{Mem, QuantMatrix, Result};
+use crate::{Error, Mem, QuantMatrix, Result};
 
 /// Tiles of a block of rows: their activations and the accumulator stay in L2 while columns go by.
 const BLOCK_TILES: usize = 32;
@@ -74,14 +74,6 @@ impl Out {
     }
 }
 
-/// The matrix of an op, when it is quantized.
-fn quantized<'a>(matrix: &Matrix<'a>) -> Option<&'a QuantMatrix> {
-    match matrix {
-        Matrix::Dense(_) => None,
-        Matrix::Quant(q) => Some(q),
-    }
-}
-
 /// Rows of a block, whole tiles of the quantized input.
 fn block_rows(rows: usize) -> usize {
     (BLOCK_TILES * qgemm::tile_rows(rows)).min(rows)
@@ -113,7 +105,7 @@ impl<'m, 'a> Matrices<'m, 'a> {
     }
 
     fn quant(&self, i: usize) -> Option<&'a QuantMatrix> {
-        self.list[i].and_then(quantized)
+        self.list[i].and_then(Matrix::host_quant)
     }
 
     /// The first matrix whose prepared input the `i`-th can use: itself or an earlier one.
@@ -179,6 +171,7 @@ impl<'m, 'a> Matrices<'m, 'a> {
             for (i, source) in sources.iter_mut().enumerate() {
                 *source = match self.list[i] {
                     None => None,
+                    Some(Matrix::Cuda(_)) => return Err(Error::not_on_host("linear")),
                     Some(Matrix::Dense(mem)) => Some(Source::Dense {
                         w: Dense::new(mem)?,
                         x,

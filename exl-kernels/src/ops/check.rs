@@ -98,7 +98,10 @@ pub fn check(op: &Op<'_>) -> Result<()> {
             c.read("x", &o.x, F32, &[o.rows, o.dim])?;
             c.write("h", &o.h, F32, &[o.dim, o.dim])
         }
-        Op::Dequant(o) => c.write("out", &o.out, F32, &[o.matrix.inputs(), o.matrix.outputs()]),
+        Op::Dequant(o) => match quantized_shape(&o.matrix) {
+            Some((inputs, outputs)) => c.write("out", &o.out, F32, &[inputs, outputs]),
+            None => c.rule("matrix", false, "a quantized matrix"),
+        },
     }
 }
 
@@ -112,6 +115,15 @@ pub(crate) fn repeated_slot(slots: &[i32], slot: i32) -> Error {
         "a slot of its own",
         format!("{slot} a second time"),
     )
+}
+
+/// Inputs and outputs of a quantized matrix.
+fn quantized_shape(matrix: &Matrix<'_>) -> Option<(usize, usize)> {
+    match matrix {
+        Matrix::Dense(_) => None,
+        Matrix::Quant(m) => Some((m.inputs(), m.outputs())),
+        Matrix::Cuda(m) => Some((m.inputs(), m.outputs())),
+    }
 }
 
 struct Check {
@@ -176,18 +188,19 @@ impl Check {
         outputs: usize,
         inputs: usize,
     ) -> Result<()> {
-        match matrix {
-            Matrix::Dense(mem) => self.read(field, mem, FLOATS, &[outputs, inputs]),
-            Matrix::Quant(q) => {
-                let fits = q.inputs() == inputs
-                    && (outputs..=outputs.next_multiple_of(32)).contains(&q.outputs());
-                if fits {
-                    return Ok(());
-                }
-                let found = format!("[{}, {}]", q.outputs(), q.inputs());
-                self.fail(field, format!("[{outputs}, {inputs}]"), found)
-            }
+        let (k, n) = match (matrix, quantized_shape(matrix)) {
+            (Matrix::Dense(mem), _) => return self.read(field, mem, FLOATS, &[outputs, inputs]),
+            (_, Some(shape)) => shape,
+            (_, None) => return self.rule(field, false, "a matrix"),
+        };
+        if k == inputs && (outputs..=outputs.next_multiple_of(32)).contains(&n) {
+            return Ok(());
         }
+        self.fail(
+            field,
+            format!("[{outputs}, {inputs}]"),
+            format!("[{n}, {k}]"),
+        )
     }
 
     fn cache(&self, field: &str, mem: &Mem<'_>, (heads, head_dim): (usize, usize)) -> Result<()> {

@@ -257,6 +257,11 @@ impl QuantMatrix {
         Ok(())
     }
 
+    /// All panels, one after the other.
+    pub(crate) fn packed_bytes(&self) -> &[u8] {
+        bytemuck::cast_slice(&self.lines)
+    }
+
     pub(crate) fn panels(&self) -> usize {
         self.outputs.div_ceil(PANEL)
     }

@@ -9,15 +9,13 @@ use crate::signal::StopFlag;
 use crate::ui::Ui;
 use anyhow::{Result, bail};
 use exl_models::{LogitRows, MemoryRequest, ModelSource, Runner, SeqSlice};
-use exl_tensor::{PAGE_TOKENS, Phase, PlanKey};
+use exl_tensor::{Gpu, PAGE_TOKENS, Phase, PlanKey};
 use serde::Serialize;
 use std::path::Path;
 use std::time::Instant;
 
 /// Steps run before the clock starts: they record plans, touch memory and wake threads.
 const WARMUP_STEPS: usize = 2;
-/// Token rows of one prefill step, as in the engine.
-const CHUNK_ROWS: usize = 512;
 
 /// What to measure.
 #[derive(Debug)]
@@ -57,7 +55,7 @@ pub(super) struct Decode {
 /// Loads the model and measures everything in `settings`.
 pub(super) fn measure(
     dir: &Path,
-    settings: &Settings,
+    (settings, gpu): (&Settings, Option<&Gpu>),
     bandwidth: f64,
     stop: &StopFlag,
     ui: &Ui,
@@ -65,14 +63,14 @@ pub(super) fn measure(
     let start = Instant::now();
     let options = session::load_options(settings.load, &settings.compute, None);
     let source = session::open(dir, &options, ui)?;
-    check_sizes(&source, settings, ui)?;
-    let loaded = session::load(&source, stop, ui)?;
+    check_sizes(&source, (settings, gpu), ui)?;
+    let loaded = session::load(&source, gpu, stop, ui)?;
     drop(source);
     let load_seconds = start.elapsed().as_secs_f64();
-    let mut options = session::runner_options(&settings.compute, settings.cache);
+    let mut options = session::runner_options(&settings.compute, settings.cache, gpu);
     let batch = settings.batch.iter().copied().max().unwrap_or(1);
     options.pages = pages(settings) + 1;
-    options.max_rows = CHUNK_ROWS.max(batch);
+    options.max_rows = session::prefill_rows(gpu).max(batch);
     options.max_seqs = batch;
     let mut runner = Runner::new(loaded.model, options)?;
     let (prefill, decode) = speeds(&mut runner, settings, bandwidth, stop, ui)?;
@@ -99,7 +97,12 @@ pub(super) fn measure(
 
 /// Refuses measurements that do not fit into memory, and remarks on those that the model was not
 /// made for.
-fn check_sizes(source: &ModelSource, settings: &Settings, ui: &Ui) -> Result<()> {
+fn check_sizes(
+    source: &ModelSource,
+    (settings, gpu): (&Settings, Option<&Gpu>),
+    ui: &Ui,
+) -> Result<()> {
+    let chunk_rows = session::prefill_rows(gpu);
     let kv_dtype = session::kv_dtype(settings.cache);
     let most = |values: &[usize]| values.iter().copied().max().unwrap_or(0);
     let (tokens, batch) = (most(&settings.prefill), most(&settings.batch));
@@ -113,10 +116,10 @@ fn check_sizes(source: &ModelSource, settings: &Settings, ui: &Ui) -> Result<()>
         };
         source.memory_for(&request).total()
     };
-    let need = need(tokens, 1, CHUNK_ROWS).max(need(context, batch, CHUNK_ROWS.max(batch)));
+    let need = need(tokens, 1, chunk_rows).max(need(context, batch, chunk_rows.max(batch)));
     let name = source.files().dir().display();
     let what = format!("{name} with prompts of {tokens} tokens and {batch} sequences of {context}");
-    session::check_memory(need, &what, "--prefill, --batch or --context")?;
+    session::check_memory(need, &what, "--prefill, --batch or --context", gpu)?;
     session::remark_context(source, "--prefill", tokens, ui);
     session::remark_context(source, "--context", context, ui);
     Ok(())
@@ -179,7 +182,7 @@ fn time_prefill(
 ) -> Result<Prefill> {
     let pages: Vec<u32> = (1..=tokens.div_ceil(PAGE_TOKENS) as u32).collect();
     let text = some_tokens(runner, tokens);
-    let chunk_rows = runner.options().max_rows.min(CHUNK_ROWS);
+    let chunk_rows = runner.options().max_rows;
     let mut times = Vec::new();
     // One round more than asked: the first one warms up.
     for round in 0..=repeats {

@@ -1,0 +1,54 @@
+// What happens to a finished sum: bias, residual, or the gate's activation.
+#pragma once
+
+#include "common/common.cuh"
+
+// Element types of biases (lower.rs: dtype_code).
+constexpr int TYPE_F32 = 0;
+constexpr int TYPE_F16 = 1;
+constexpr int TYPE_BF16 = 2;
+
+constexpr int ACT_SILU = 0;
+constexpr int ACT_GELU_TANH = 1;
+constexpr int ACT_GELU = 2;
+
+struct Epilogue {
+    float* out;          // [rows, n]
+    const void* bias;    // [n] or 0
+    const float* add;    // [rows, n], added; may be `out`
+    int n;               // columns beyond are padding
+    int bias_type;
+};
+
+__device__ __forceinline__ float bias_at(const void* bias, int type, int i) {
+    if (!bias) return 0.0f;
+    if (type == TYPE_F16) return __half2float(static_cast<const __half*>(bias)[i]);
+    if (type == TYPE_BF16) return __bfloat162float(static_cast<const __nv_bfloat16*>(bias)[i]);
+    return static_cast<const float*>(bias)[i];
+}
+
+__device__ __forceinline__ float activate(float v, int act) {
+    if (act == ACT_SILU) return v / (1.0f + expf(-v));
+    if (act == ACT_GELU_TANH) {
+        float u = 0.7978845608028654f * (v + 0.044715f * v * v * v);
+        return 0.5f * v * (1.0f + tanhf(u));
+    }
+    return 0.5f * v * (1.0f + erff(v * 0.7071067811865476f));
+}
+
+__device__ __forceinline__ void finish_linear(const Epilogue& e, int row, int column, float s) {
+    if (column >= e.n) return;
+    long long at = (long long)row * e.n + column;
+    float v = s + bias_at(e.bias, e.bias_type, column);
+    if (e.add) v += e.add[at];
+    e.out[at] = v;
+}
+
+// `e` is the gate's; `up` has the bias of the other branch.
+__device__ __forceinline__ void finish_gated(const Epilogue& e, const Epilogue& other, int act,
+                                             int row, int column, float gate, float up) {
+    if (column >= e.n) return;
+    gate += bias_at(e.bias, e.bias_type, column);
+    up += bias_at(other.bias, other.bias_type, column);
+    e.out[(long long)row * e.n + column] = activate(gate, act) * up;
+}

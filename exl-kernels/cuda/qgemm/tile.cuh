@@ -1,0 +1,183 @@
+// Tiles: how quantized matrices lie in device memory.
+//
+// A matrix [K packed rows, N columns] is cut into column tiles of 32 columns, a column tile into
+// blocks of 32 packed rows. Blocks of a column tile follow each other in memory, so a warp that
+// walks down a column tile reads one contiguous stream. A block of B-bit codes takes 128 B bytes.
+//
+// Inside a block every lane owns 32 codes, in the operand order of mma.m16n8k32 with the weights
+// as A (16 columns x 32 rows of 8-bit integers): lane 4g + t owns columns g, g+8, g+16, g+24 and
+// rows 8t..8t+7, as eight registers of four rows each:
+//
+//   register q = 4 m + r:  column 16 m + 8 (r & 1) + g,  rows 8t + 4 (r >> 1) + {0, 1, 2, 3}
+//
+// which are the fragments of column half m. (The rows of a block may be visited in any order as
+// long as x follows it; this order lets a lane read its eight values of x in one piece.) Codes are
+// centred: what a register holds per byte is (q - zero) 2^(8 - B), with zero half of the code
+// range, a signed byte whose low bits are 0. A lane's block is B words:
+//
+//   8 bits: word q = register q
+//   4 bits: word w < 4 = register 2w in the high, 2w+1 in the low halves of the bytes
+//   2 bits: word w < 2 = register 4w+j at bits 6-2j, 7-2j of the bytes
+//   1 bit:  register j at bit 7-j of the bytes
+//   6 bits: 4-bit words of the low bits, then 2-bit words of the high bits
+//   5 bits: 4-bit words of the low bits, then one word of the high bits
+//   3 bits: 2-bit words of the low bits, then one word of the high bits
+//
+// The top bit is stored inverted (two's complement of the centred code). The words of the lanes are
+// stored in sections, so that every load of a warp is contiguous and as wide as it can be: first
+// words 0..3 of all lanes (16 bytes each), then words 4..7, then a pair of words (8 bytes), then a
+// single one.
+#pragma once
+
+#include "common/common.cuh"
+
+// Words of a lane before the section that holds word w, and the width of that section.
+template <int B>
+struct Sections {
+    static constexpr int QUADS = B / 4;         // sections of four words
+    static constexpr int PAIR = (B % 4) / 2;    // one section of two words?
+    static constexpr int SINGLE = B % 2;        // one section of one word?
+    static constexpr int BYTES = 128 * B;       // a block
+};
+
+// A lane's words of the block at `block` in global memory (16-byte aligned), read around L1.
+template <int B>
+__device__ __forceinline__ void load_words(u32 (&w)[B], const char* block, int lane) {
+    typedef Sections<B> S;
+#pragma unroll
+    for (int i = 0; i < S::QUADS; ++i) {
+        asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(w[4 * i]), "=r"(w[4 * i + 1]), "=r"(w[4 * i + 2]), "=r"(w[4 * i + 3])
+                     : "l"(block + 512 * i + 16 * lane));
+    }
+    if constexpr (S::PAIR) {
+        asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2];"
+                     : "=r"(w[4 * S::QUADS]), "=r"(w[4 * S::QUADS + 1])
+                     : "l"(block + 512 * S::QUADS + 8 * lane));
+    }
+    if constexpr (S::SINGLE) {
+        asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];"
+                     : "=r"(w[B - 1])
+                     : "l"(block + 128 * (B - 1) + 4 * lane));
+    }
+}
+
+// The same from a ring of RING bytes (a power of two) in shared memory, the block beginning at
+// byte `at` of it.
+template <int B, int RING>
+__device__ __forceinline__ void ring_words(u32 (&w)[B], u32 ring, u32 at, int lane) {
+    typedef Sections<B> S;
+#pragma unroll
+    for (int i = 0; i < S::QUADS; ++i) {
+        asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(w[4 * i]), "=r"(w[4 * i + 1]), "=r"(w[4 * i + 2]), "=r"(w[4 * i + 3])
+                     : "r"(ring + ((at + 512 * i + 16 * lane) & (RING - 1))));
+    }
+    if constexpr (S::PAIR) {
+        asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];"
+                     : "=r"(w[4 * S::QUADS]), "=r"(w[4 * S::QUADS + 1])
+                     : "r"(ring + ((at + 512 * S::QUADS + 8 * lane) & (RING - 1))));
+    }
+    if constexpr (S::SINGLE) {
+        asm volatile("ld.shared.u32 %0, [%1];"
+                     : "=r"(w[B - 1])
+                     : "r"(ring + ((at + 128 * (B - 1) + 4 * lane) & (RING - 1))));
+    }
+}
+
+// Where word w of a lane lies in its block, in bytes.
+template <int B>
+__device__ __forceinline__ int word_offset(int w, int lane) {
+    typedef Sections<B> S;
+    if (w < 4 * S::QUADS) return 512 * (w / 4) + 16 * lane + 4 * (w % 4);
+    if (S::PAIR && w < 4 * S::QUADS + 2) {
+        return 512 * S::QUADS + 8 * lane + 4 * (w - 4 * S::QUADS);
+    }
+    return 128 * (B - 1) + 4 * lane;
+}
+
+// (a & mask) | b
+__device__ __forceinline__ u32 and_or(u32 a, u32 mask, u32 b) {
+    u32 d;
+    asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(d) : "r"(a), "r"(mask), "r"(b));
+    return d;
+}
+
+constexpr u32 MAGIC = 0x64006400u;
+
+__device__ __forceinline__ __half2 as_half2(u32 v) { return *reinterpret_cast<__half2*>(&v); }
+__device__ __forceinline__ u32 as_u32(__half2 v) { return *reinterpret_cast<u32*>(&v); }
+
+// Shifts left, right when negative.
+template <int LEFT>
+__device__ __forceinline__ u32 shift(u32 w) {
+    if constexpr (LEFT >= 0) {
+        return w << LEFT;
+    } else {
+        return w >> -LEFT;
+    }
+}
+
+// Four-bit words with their codes at bits LOW.. of the bytes.
+template <int LOW>
+__device__ __forceinline__ void nibbles(const u32* w, u32 (&v)[8]) {
+    constexpr u32 mask = 0x0f0f0f0fu << LOW;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        v[2 * i] = shift<LOW - 4>(w[i]) & mask;
+        v[2 * i + 1] = shift<LOW>(w[i]) & mask;
+    }
+}
+
+// The registers of a lane: (q - zero) 2^(8 - B) per byte.
+template <int B>
+__device__ __forceinline__ void expand(const u32 (&w)[B], u32 (&v)[8]) {
+    if constexpr (B == 8) {
+#pragma unroll
+        for (int q = 0; q < 8; ++q) v[q] = w[q];
+    } else if constexpr (B == 4) {
+        nibbles<4>(w, v);
+    } else if constexpr (B == 6) {
+        nibbles<2>(w, v);
+#pragma unroll
+        for (int q = 0; q < 8; ++q) v[q] = and_or(w[4 + q / 4] << (2 * (q % 4)), 0xc0c0c0c0u, v[q]);
+    } else if constexpr (B == 5) {
+        nibbles<3>(w, v);
+#pragma unroll
+        for (int q = 0; q < 8; ++q) v[q] = and_or(w[4] << q, 0x80808080u, v[q]);
+    } else if constexpr (B == 2) {
+#pragma unroll
+        for (int q = 0; q < 8; ++q) v[q] = (w[q / 4] << (2 * (q % 4))) & 0xc0c0c0c0u;
+    } else {
+        static_assert(B == 3, "2, 3, 4, 5, 6 or 8 bits");
+#pragma unroll
+        for (int q = 0; q < 8; ++q) {
+            u32 low = q % 4 ? w[q / 4] << (2 * (q % 4) - 1) : w[q / 4] >> 1;
+            v[q] = and_or(w[2] << q, 0x80808080u, low & 0x60606060u);
+        }
+    }
+}
+
+// A quantized matrix in device memory (matrix.rs writes this struct). Pieces are the groups of
+// the packed rows that share a scale; blocks never straddle pieces.
+struct QMatrix {
+    const char* tiles;       // column tiles, `column_bytes` each
+    const u16* codes;        // EXL2: [column tiles][pieces][8]: scale codes of columns g + 8 i at bit 4 i
+                             // GPTQ: [column tiles][pieces][8][4]: bits of binary16 scales of g + 8 i
+    const u16* bases;        // EXL2: [pieces]: binary16 factor of the squared scale codes
+                             // GPTQ: [column tiles][pieces][8][4]: 8 - zero point as an integer
+    const u16* piece_of;     // [blocks]: piece of each block
+    const u32* perm;         // [K]: feature of each packed row; 0 when they are in order
+    u64 column_bytes;
+    int blocks;              // K / 32
+    int pieces;
+    int columns;             // column tiles
+    int kind;                // 0 EXL2, 1 GPTQ
+    int runs;                // runs of blocks of one width
+    int padding;
+    int run_bits[6];
+    int run_end[6];          // first block after the run
+};
+
+constexpr int KIND_EXL2 = 0;
+constexpr int KIND_GPTQ = 1;

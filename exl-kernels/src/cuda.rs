@@ -1,0 +1,29 @@
+//! Running ops on NVIDIA GPUs through the driver alone.
+//!
+//! [`lower`] turns an op into [`Launch`]es, plain data that depend on shapes, addresses and
+//! [`DeviceProps`] only. A [`Device`] looks their kernels up in the embedded [`Pack`] and launches
+//! them on a [`Stream`], one by one or captured as a [`Graph`].
+
+mod device;
+mod driver;
+mod graph;
+mod launch;
+mod lower;
+mod matrix;
+mod memory;
+mod pack;
+mod props;
+mod run;
+mod stream;
+
+pub use device::{Device, FunctionInfo};
+pub use driver::{DeviceInfo, probe};
+pub use graph::Graph;
+pub use launch::{Args, Kernel, Launch, MAX_ARGS};
+pub use lower::{COUNTERS, Scratch, Target, kernels, lower, scratch_bytes};
+pub use matrix::{CudaMatrix, MatrixUploader};
+pub use memory::{DeviceMemory, DevicePool, DeviceRegion, PinnedMemory};
+pub use pack::Pack;
+pub use props::DeviceProps;
+pub use run::{CudaOps, RunOptions};
+pub use stream::{Event, ReadyLaunch, Stream};

@@ -1,0 +1,86 @@
+//! From ops to launches: pure functions of shapes, addresses and the GPU's properties.
+
+mod attention;
+mod gemm;
+mod linear;
+mod rows;
+
+use super::{DeviceProps, Kernel, Launch};
+use crate::Result;
+use crate::ops::{self, Op};
+
+/// Device memory that the launches of one op may use. Ops run one after the other, so all of
+/// them share it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Scratch {
+    /// Address of the first byte, aligned to 256.
+    pub address: u64,
+    /// Bytes there.
+    pub bytes: u64,
+    /// Address of [`COUNTERS`] 32-bit counters that are zero between launches: kernels that count
+    /// arrivals put them back to zero.
+    pub counters: u64,
+}
+
+/// Number of counters in [`Scratch`].
+pub const COUNTERS: usize = 4096;
+
+/// What lowering depends on besides the op.
+#[derive(Clone, Copy, Debug)]
+pub struct Target<'a> {
+    /// The GPU.
+    pub props: &'a DeviceProps,
+    /// Scratch memory of at least [`scratch_bytes`].
+    pub scratch: Scratch,
+    /// Fixed order of all sums and the same kernels for every number of rows.
+    pub deterministic: bool,
+}
+
+/// Every kernel that lowering may choose.
+pub fn kernels() -> impl Iterator<Item = Kernel> {
+    let families = [
+        rows::KERNELS,
+        attention::KERNELS,
+        gemm::KERNELS,
+        linear::KERNELS,
+        super::matrix::KERNELS,
+    ];
+    families.into_iter().flatten().copied()
+}
+
+/// Appends the launches of an op.
+///
+/// # Errors
+/// [`Error::Argument`] when a region has the wrong size, type or place, [`Error::Unsupported`]
+/// when no kernel takes the shape.
+pub fn lower(op: &Op<'_>, target: &Target<'_>, list: &mut Vec<Launch>) -> Result<()> {
+    ops::check(op)?;
+    match op {
+        Op::Embed(o) => rows::embed(o, target, list),
+        Op::RmsNorm(o) => rows::rms_norm(o, target, list),
+        Op::GatherRows(o) => rows::gather_rows(o, target, list),
+        Op::ScaleLogits(o) => rows::scale_logits(o, target, list),
+        Op::HessianSyrk(o) => gemm::hessian_syrk(o, target, list),
+        Op::Linear(o) => linear::linear(o, target, list),
+        Op::GateUp(o) => linear::gate_up(o, target, list),
+        Op::Dequant(o) => linear::dequant(o, target, list),
+        Op::RopeAppend(o) => attention::rope_append(o, target, list),
+        Op::PagedAttn(o) => attention::paged_attn(o, target, list),
+    }
+}
+
+/// Bytes of scratch memory that the launches of an op need.
+pub fn scratch_bytes(op: &Op<'_>, props: &DeviceProps) -> u64 {
+    match op {
+        Op::Linear(o) => linear::linear_scratch(o),
+        Op::GateUp(o) => linear::gate_up_scratch(o),
+        Op::PagedAttn(o) => attention::paged_attn_scratch(o, props),
+        Op::Embed(_)
+        | Op::RmsNorm(_)
+        | Op::GatherRows(_)
+        | Op::ScaleLogits(_)
+        | Op::HessianSyrk(_)
+        | Op::Dequant(_)
+        | Op::RopeAppend(_) => 0,
+    }
+}

@@ -1,0 +1,106 @@
+//! Unquantized weights (cuda/gemm/dense.cu).
+
+use super::bias_words;
+use crate::DType;
+use crate::cuda::launch::Args;
+use crate::cuda::lower::linear::{activation_code, dtype_code};
+use crate::cuda::{Kernel, Launch};
+use crate::ops::Activation;
+
+const UNIT: &str = "gemm/dense";
+
+/// By element type as [`dtype_code`] numbers them.
+pub(super) const DENSE: [Kernel; 3] = [
+    Kernel::new(UNIT, "exl_dense_f32"),
+    Kernel::new(UNIT, "exl_dense_f16"),
+    Kernel::new(UNIT, "exl_dense_bf16"),
+];
+pub(super) const GATE_UP: [Kernel; 3] = [
+    Kernel::new(UNIT, "exl_dense_gate_up_f32"),
+    Kernel::new(UNIT, "exl_dense_gate_up_f16"),
+    Kernel::new(UNIT, "exl_dense_gate_up_bf16"),
+];
+
+/// Columns of a block, one per warp, and rows of a warp.
+const COLUMNS: usize = 8;
+const ROWS: usize = 8;
+
+/// A linear layer with addresses on the GPU.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct DenseLinear {
+    pub(crate) x: u64,
+    pub(crate) rows: usize,
+    pub(crate) inputs: usize,
+    pub(crate) weight: u64,
+    pub(crate) dtype: DType,
+    pub(crate) bias: Option<(u64, DType)>,
+    pub(crate) residual: Option<u64>,
+    pub(crate) out: u64,
+    pub(crate) outputs: usize,
+}
+
+/// Gate and up with addresses on the GPU.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct DenseGateUp {
+    pub(crate) x: u64,
+    pub(crate) rows: usize,
+    pub(crate) inputs: usize,
+    pub(crate) gate: u64,
+    pub(crate) up: u64,
+    pub(crate) dtype: DType,
+    pub(crate) gate_bias: Option<(u64, DType)>,
+    pub(crate) up_bias: Option<(u64, DType)>,
+    pub(crate) out: u64,
+    pub(crate) outputs: usize,
+    pub(crate) act: Activation,
+}
+
+fn launch(kernel: Kernel, (rows, outputs): (usize, usize), args: Args) -> Launch {
+    Launch {
+        kernel,
+        grid: [
+            outputs.div_ceil(COLUMNS) as u32,
+            rows.div_ceil(ROWS) as u32,
+            1,
+        ],
+        block: [32 * COLUMNS as u32, 1, 1],
+        shared_bytes: 0,
+        args,
+    }
+}
+
+pub(crate) fn dense_linear(list: &mut Vec<Launch>, o: &DenseLinear) {
+    let (bias, bias_type) = bias_words(o.bias);
+    let args = Args::new()
+        .ptr(o.x)
+        .ptr(o.weight)
+        .ptr(o.out)
+        .ptr(bias)
+        .int(bias_type)
+        .ptr(o.residual.unwrap_or(0))
+        .int(o.rows)
+        .int(o.inputs)
+        .int(o.outputs);
+    let kernel = DENSE[dtype_code(o.dtype)];
+    list.push(launch(kernel, (o.rows, o.outputs), args));
+}
+
+pub(crate) fn dense_gate_up(list: &mut Vec<Launch>, o: &DenseGateUp) {
+    let (gate_bias, gate_bias_type) = bias_words(o.gate_bias);
+    let (up_bias, up_bias_type) = bias_words(o.up_bias);
+    let args = Args::new()
+        .ptr(o.x)
+        .ptr(o.gate)
+        .ptr(o.up)
+        .ptr(o.out)
+        .ptr(gate_bias)
+        .int(gate_bias_type)
+        .ptr(up_bias)
+        .int(up_bias_type)
+        .int(activation_code(o.act))
+        .int(o.rows)
+        .int(o.inputs)
+        .int(o.outputs);
+    let kernel = GATE_UP[dtype_code(o.dtype)];
+    list.push(launch(kernel, (o.rows, o.outputs), args));
+}

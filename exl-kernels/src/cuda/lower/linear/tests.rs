@@ -1,0 +1,97 @@
+use super::*;
+use crate::MemMut;
+use crate::cuda::DeviceProps;
+use crate::cuda::lower::{Scratch, lower, scratch_bytes};
+use crate::ops::Op;
+
+/// Shapes of q, k and v (with 8 and 32 heads), gate, down and head of models from 1 to 70 billion.
+const SHAPES: [(usize, usize); 6] = [
+    (2048, 2048),
+    (4096, 4096),
+    (4096, 11008),
+    (11008, 4096),
+    (28672, 8192),
+    (4096, 32000),
+];
+
+fn target(props: &DeviceProps) -> Target<'_> {
+    Target {
+        props,
+        scratch: Scratch {
+            address: 0x100_0000,
+            bytes: 1 << 40,
+            counters: 0x200,
+        },
+        deterministic: false,
+    }
+}
+
+/// The launches of one product. The regions are never read: lowering looks at addresses only.
+fn launches(rows: usize, (inputs, outputs): (usize, usize), props: &DeviceProps) -> Vec<Launch> {
+    let matrix = CudaMatrix::imaginary(inputs, outputs, 0x10_0000);
+    let x = vec![0f32; rows * inputs];
+    let mut out = vec![0f32; rows * outputs];
+    let op = Op::Linear(ops::Linear {
+        x: Mem::host(&x),
+        rows,
+        inputs,
+        parts: vec![LinearPart {
+            matrix: Matrix::Cuda(&matrix),
+            bias: None,
+            residual: None,
+            out: MemMut::host(&mut out),
+            outputs,
+        }],
+    });
+    let mut list = Vec::new();
+    lower(&op, &target(props), &mut list).unwrap();
+    assert!(rows == 1 || scratch_bytes(&op, props) > 0);
+    list
+}
+
+#[test]
+fn launches_fit_every_gpu() {
+    for props in DeviceProps::samples() {
+        for shape in SHAPES {
+            for rows in [1, 2, 4, 5, 8, 9, 16, 17, 32, 33, 100] {
+                for launch in launches(rows, shape, &props) {
+                    assert!(
+                        launch.shared_bytes <= props.shared_per_block,
+                        "{}: {shape:?} x {rows}: {launch:?}",
+                        props.name
+                    );
+                    assert!((1..=1024).contains(&launch.block[0]), "{launch:?}");
+                    assert!(launch.grid[1] < 1 << 16, "{launch:?}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn few_rows_stream_the_codes_and_many_expand_them() {
+    let props = &DeviceProps::samples()[5];
+    let names = |rows| -> Vec<&str> {
+        let list = launches(rows, (4096, 4096), props);
+        list.iter().map(|l| l.kernel.entry).collect()
+    };
+    assert_eq!(names(1), ["exl_qgemm_row1_exl2"]);
+    assert_eq!(names(3), ["exl_block_x", "exl_qgemm_rows4_exl2"]);
+    assert_eq!(names(8), ["exl_block_x", "exl_qgemm_rows8_exl2"]);
+    assert_eq!(names(32), ["exl_block_x", "exl_qgemm_rows32_exl2"]);
+    let many = names(33);
+    assert!(many[0].starts_with("exl_prepare_x"), "{many:?}");
+    assert_eq!(many[1], "exl_dequant_f16_exl2");
+    assert!(many[2].starts_with("exl_gemm_f16"), "{many:?}");
+}
+
+#[test]
+fn the_task_has_the_size_of_its_struct() {
+    // Three matrices of 120 bytes, three epilogues of 32, three pointers, six integers.
+    let props = &DeviceProps::samples()[5];
+    let list = launches(1, (4096, 4096), props);
+    assert_eq!(
+        list[0].args.words().len() * 8,
+        3 * 120 + 3 * 32 + 3 * 8 + 6 * 4
+    );
+}

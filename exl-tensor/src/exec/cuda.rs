@@ -1,0 +1,383 @@
+//! Runs a plan on a GPU: a launch list, or its captured graph.
+
+use std::collections::HashMap;
+use std::ops::Range;
+
+use exl_kernels::cuda::{
+    COUNTERS, DeviceRegion, Graph, PinnedMemory, ReadyLaunch, Scratch, Target, lower, scratch_bytes,
+};
+use exl_kernels::{DType, Mem, MemMut};
+
+use super::regions::{Arena, Regions};
+use super::{Bound, Executor};
+use crate::{Error, Gpu, KvBuffers, Phase, Result, Slot, StepBlock, StepField};
+
+/// Plans whose launches are kept; more than a runner keeps ready.
+const KEPT_PLANS: usize = 64;
+
+/// How a [`CudaExecutor`] runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CudaOptions {
+    /// Captures decode plans when they run for the second time.
+    pub graphs: bool,
+    /// Lets kernels overlap where the GPU and the driver can.
+    pub overlap: bool,
+    /// Fixed order of all sums, whatever else is in the batch.
+    pub deterministic: bool,
+}
+
+impl Default for CudaOptions {
+    fn default() -> Self {
+        Self {
+            graphs: true,
+            overlap: true,
+            deterministic: false,
+        }
+    }
+}
+
+/// Runs plans on a GPU.
+#[derive(Debug)]
+pub struct CudaExecutor {
+    // Before the regions: graphs refer to them.
+    plans: HashMap<u64, Lowered>,
+    gpu: Gpu,
+    options: CudaOptions,
+    arena: DeviceRegion,
+    scratch: DeviceRegion,
+    counters: DeviceRegion,
+    step: DeviceRegion,
+    /// Values on their way to the host, and steps on theirs to the GPU.
+    from_gpu: PinnedMemory,
+    to_gpu: PinnedMemory,
+    /// Nothing is queued.
+    idle: bool,
+    clock: u64,
+}
+
+/// The launches of a plan with one cache.
+#[derive(Debug)]
+struct Lowered {
+    /// Keeps the weights alive.
+    bound: Bound,
+    kv: usize,
+    launches: Vec<ReadyLaunch>,
+    /// Launches of each op.
+    ops: Vec<Range<usize>>,
+    graph: Option<Graph>,
+    runs: u64,
+    used: u64,
+}
+
+impl CudaExecutor {
+    /// An executor on a GPU. Memory for plans is taken by [`Executor::prepare`].
+    ///
+    /// # Errors
+    /// [`Error::Gpu`].
+    pub fn new(gpu: &Gpu, options: CudaOptions) -> Result<Self> {
+        let device = gpu.device();
+        let region = |bytes, what| DeviceRegion::zeroed(device, bytes, what).map_err(Error::Gpu);
+        let pinned = |bytes| PinnedMemory::new(device, bytes).map_err(Error::Gpu);
+        Ok(Self {
+            plans: HashMap::new(),
+            options,
+            arena: region(256, "activations")?,
+            scratch: region(256, "scratch memory")?,
+            counters: region(4 * COUNTERS, "counters")?,
+            step: region(256, "the step block")?,
+            from_gpu: pinned(256)?,
+            to_gpu: pinned(256)?,
+            idle: true,
+            clock: 0,
+            gpu: gpu.clone(),
+        })
+    }
+
+    /// The GPU.
+    pub fn gpu(&self) -> &Gpu {
+        &self.gpu
+    }
+
+    /// Bytes of scratch memory at present.
+    pub fn scratch_bytes(&self) -> usize {
+        self.scratch.bytes()
+    }
+
+    /// Kernel launches of a plan that has run.
+    pub fn launches(&self, bound: &Bound) -> Option<usize> {
+        self.plans.get(&bound.id()).map(|l| l.launches.len())
+    }
+
+    fn wait(&mut self) -> Result<()> {
+        if !self.idle {
+            self.gpu.device().synchronize().map_err(Error::Gpu)?;
+            self.idle = true;
+        }
+        Ok(())
+    }
+
+    /// A region of at least `bytes`. Launches that were made with the old one are dropped.
+    fn grow(&mut self, which: Growing, bytes: usize) -> Result<()> {
+        let (region, what) = match which {
+            Growing::Arena => (&self.arena, "activations"),
+            Growing::Scratch => (&self.scratch, "scratch memory"),
+            Growing::Step => (&self.step, "the step block"),
+        };
+        if region.bytes() >= bytes {
+            return Ok(());
+        }
+        self.wait()?;
+        self.plans.clear();
+        let device = self.gpu.device().clone();
+        let region = match which {
+            Growing::Arena => &mut self.arena,
+            Growing::Scratch => &mut self.scratch,
+            Growing::Step => &mut self.step,
+        };
+        // The old memory goes first: both together may not fit.
+        *region = DeviceRegion::zeroed(&device, 256, what).map_err(Error::Gpu)?;
+        *region = DeviceRegion::zeroed(&device, bytes, what).map_err(Error::Gpu)?;
+        Ok(())
+    }
+
+    /// Makes the launches of a plan unless they are there.
+    fn lower(&mut self, bound: &Bound, step: &StepBlock, kv: &mut KvBuffers) -> Result<()> {
+        self.clock += 1;
+        let identity = kv.identity();
+        if let Some(lowered) = self.plans.get_mut(&bound.id())
+            && lowered.kv == identity
+        {
+            lowered.used = self.clock;
+            return Ok(());
+        }
+        let bytes = self.scratch_for(bound, step, kv)?;
+        self.grow(Growing::Scratch, bytes)?;
+        let space = Space {
+            arena: &self.arena,
+            step: &self.step,
+        };
+        let target = Target {
+            props: self.gpu.props(),
+            scratch: Scratch {
+                address: self.scratch.address(),
+                bytes: self.scratch.bytes() as u64,
+                counters: self.counters.address(),
+            },
+            deterministic: self.options.deterministic,
+        };
+        let (mut list, mut ops) = (Vec::new(), Vec::new());
+        for (index, plan_op) in bound.plan().ops().iter().enumerate() {
+            let first = list.len();
+            let op = Regions::new(bound, &space).op(plan_op, step, kv);
+            lower(&op, &target, &mut list).map_err(|source| Error::Op {
+                index,
+                op: plan_op.name(),
+                source,
+            })?;
+            ops.push(first..list.len());
+        }
+        let device = self.gpu.device();
+        // SAFETY: the launches name the arena, scratch, counters and step block, which outlive
+        // them here (growing one drops the launches), weights that `bound` keeps, and the cache,
+        // whose identity is compared before every run.
+        let ready = list.iter().map(|l| unsafe { device.ready(l) });
+        let launches = ready
+            .collect::<std::result::Result<_, _>>()
+            .map_err(Error::Gpu)?;
+        self.make_room();
+        let lowered = Lowered {
+            bound: bound.clone(),
+            kv: identity,
+            launches,
+            ops,
+            graph: None,
+            runs: 0,
+            used: self.clock,
+        };
+        self.plans.insert(bound.id(), lowered);
+        Ok(())
+    }
+
+    fn scratch_for(&self, bound: &Bound, step: &StepBlock, kv: &mut KvBuffers) -> Result<usize> {
+        let space = Space {
+            arena: &self.arena,
+            step: &self.step,
+        };
+        let mut most = 0;
+        for plan_op in bound.plan().ops() {
+            let op = Regions::new(bound, &space).op(plan_op, step, kv);
+            most = most.max(scratch_bytes(&op, self.gpu.props()));
+        }
+        Ok(most as usize)
+    }
+
+    fn make_room(&mut self) {
+        while self.plans.len() >= KEPT_PLANS {
+            let oldest = self.plans.iter().min_by_key(|(_, l)| l.used);
+            let Some(id) = oldest.map(|(&id, _)| id) else {
+                return;
+            };
+            self.plans.remove(&id);
+        }
+    }
+
+    /// Queues the copy of a step to the GPU.
+    fn send(&mut self, step: &StepBlock) -> Result<()> {
+        // The pinned memory may still be on its way.
+        self.wait()?;
+        let bytes = step.bytes();
+        if self.to_gpu.len() < bytes.len() {
+            self.to_gpu = PinnedMemory::new(self.gpu.device(), bytes.len()).map_err(Error::Gpu)?;
+        }
+        self.to_gpu[..bytes.len()].copy_from_slice(bytes);
+        self.idle = false;
+        let stream = self.gpu.device().stream();
+        // SAFETY: `wait` comes before the memory is written again, and before the region is
+        // replaced; dropping either waits for the copy.
+        unsafe { stream.copy_in_async(&self.step, 0, &self.to_gpu, bytes.len()) }
+            .map_err(Error::Gpu)
+    }
+
+    fn launch(&mut self, id: u64, range: Option<Range<usize>>) -> Result<()> {
+        let overlap = self.options.overlap && self.gpu.device().overlaps_launches();
+        let stream = self.gpu.device().stream();
+        let lowered = self.plans.get_mut(&id).expect("the plan was lowered");
+        if let Some(range) = range {
+            for launch in &lowered.launches[range] {
+                stream.launch(launch, overlap).map_err(Error::Gpu)?;
+            }
+            return Ok(());
+        }
+        let decode = lowered.bound.plan().key().phase == Phase::Decode;
+        // The first run loads kernels, which cannot be captured.
+        if lowered.graph.is_none() && lowered.runs > 0 && decode && self.options.graphs {
+            let graph = stream.capture(|stream| {
+                let all = lowered.launches.iter();
+                all.enumerate()
+                    // The first one has the copy of the step before it, which is no kernel.
+                    .try_for_each(|(i, launch)| stream.launch(launch, overlap && i > 0))
+            });
+            let graph = graph.map_err(Error::Gpu)?;
+            graph.upload(stream).map_err(Error::Gpu)?;
+            lowered.graph = Some(graph);
+        }
+        lowered.runs += 1;
+        match &lowered.graph {
+            Some(graph) => graph.launch(stream).map_err(Error::Gpu),
+            None => {
+                let all = lowered.launches.iter();
+                all.enumerate()
+                    .try_for_each(|(i, launch)| stream.launch(launch, overlap && i > 0))
+                    .map_err(Error::Gpu)
+            }
+        }
+    }
+}
+
+impl Drop for CudaExecutor {
+    fn drop(&mut self) {
+        // An error here means that the GPU is gone, and its memory with it.
+        let _ = self.wait();
+    }
+}
+
+#[derive(Clone, Copy)]
+enum Growing {
+    Arena,
+    Scratch,
+    Step,
+}
+
+impl Executor for CudaExecutor {
+    fn name(&self) -> String {
+        let device = self.gpu.device();
+        format!("cuda:{} ({})", device.ordinal(), device.props().name)
+    }
+
+    fn prepare(&mut self, bound: &Bound) -> Result<()> {
+        self.grow(Growing::Arena, bound.plan().arena().bytes())?;
+        self.grow(Growing::Step, StepBlock::bytes_for(bound.plan().key()))
+    }
+
+    fn run_op(
+        &mut self,
+        bound: &Bound,
+        index: usize,
+        step: &StepBlock,
+        kv: &mut KvBuffers,
+    ) -> Result<()> {
+        self.lower(bound, step, kv)?;
+        self.send(step)?;
+        let range = self.plans[&bound.id()].ops[index].clone();
+        self.launch(bound.id(), Some(range))
+    }
+
+    fn values(&mut self, bound: &Bound, slot: Slot) -> Result<&[f32]> {
+        let info = bound.plan().slot(slot);
+        let bytes = info.bytes();
+        if self.from_gpu.len() < bytes {
+            self.from_gpu = PinnedMemory::new(self.gpu.device(), bytes).map_err(Error::Gpu)?;
+        }
+        let stream = self.gpu.device().stream();
+        let offset = bound.plan().arena().offset(slot);
+        // SAFETY: nothing touches the memory before the wait below.
+        let queued = unsafe { stream.copy_out_async(&self.arena, offset, &self.from_gpu, bytes) };
+        self.idle = false;
+        self.wait()?;
+        queued.map_err(Error::Gpu)?;
+        Ok(bytemuck::cast_slice(&self.from_gpu[..bytes]))
+    }
+
+    fn arena_bytes(&self) -> usize {
+        self.arena.bytes()
+    }
+
+    fn write(&mut self, bound: &Bound, slot: Slot, values: &[f32]) -> Result<()> {
+        let info = bound.plan().slot(slot);
+        if info.rows * info.dim != values.len() {
+            let (what, want, have) = (&info.name, info.rows * info.dim, values.len());
+            return Err(Error::Step(format!(
+                "input {what} takes {want} values, got {have}"
+            )));
+        }
+        let offset = bound.plan().arena().offset(slot);
+        self.gpu
+            .device()
+            .copy_in(&self.arena, offset, bytemuck::cast_slice(values))
+            .map_err(Error::Gpu)
+    }
+
+    fn run(&mut self, bound: &Bound, step: &StepBlock, kv: &mut KvBuffers) -> Result<()> {
+        super::check_key(bound, step)?;
+        self.lower(bound, step, kv)?;
+        self.send(step)?;
+        self.launch(bound.id(), None)
+    }
+}
+
+/// The memory of one plan's operands.
+struct Space<'a> {
+    arena: &'a DeviceRegion,
+    step: &'a DeviceRegion,
+}
+
+impl Arena for Space<'_> {
+    fn region(&self, offset: usize, bytes: usize, dtype: DType) -> Mem<'_> {
+        self.arena
+            .mem(offset, bytes, dtype)
+            .expect("the arena was prepared for the plan")
+    }
+
+    unsafe fn region_mut(&self, offset: usize, bytes: usize, dtype: DType) -> MemMut<'_> {
+        // SAFETY: the caller's promise.
+        unsafe { self.arena.mem_mut(offset, bytes, dtype) }
+            .expect("the arena was prepared for the plan")
+    }
+
+    fn step<'a>(&'a self, step: &'a StepBlock, field: StepField) -> Mem<'a> {
+        let (offset, bytes) = step.range(field);
+        self.step
+            .mem(offset, bytes, DType::I32)
+            .expect("the step block was prepared for the plan")
+    }
+}

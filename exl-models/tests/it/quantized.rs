@@ -182,7 +182,7 @@ fn quantized_weights_act_as_their_decoded_values() {
             (Backend::Cpu, n, 1e-2),
             (Backend::Cpu, 1, 1e-2),
         ] {
-            let error = relative(&logits(model.clone(), backend, &ids, size), &exact);
+            let error = relative(&logits(model.clone(), backend.clone(), &ids, size), &exact);
             println!("{case} {backend:?} in pieces of {size}: {error:.1e}");
             assert!(
                 error < bound,

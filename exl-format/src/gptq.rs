@@ -123,7 +123,7 @@ impl GptqLinear {
         Ok(Self {
             qweight: weight.to_u32(),
             qzeros: zeros.to_u32(),
-            scales: halves(&scales)?,
+            scales: finite_halves(&scales)?,
             g_idx,
             bias: read_bias(source, key, outputs)?,
             group_size,
@@ -150,6 +150,18 @@ impl GptqLinear {
             }
         }
         out
+    }
+}
+
+/// Scales in 16 bits; one that is no number would make every weight of its group none.
+fn finite_halves(scales: &TensorView) -> Result<Vec<u16>> {
+    let values = halves(scales)?;
+    match values.iter().position(|s| s & 0x7c00 == 0x7c00) {
+        None => Ok(values),
+        Some(at) => {
+            let found = format!("{} at {at}", f16::from_bits(values[at]));
+            Err(scales.error("finite scales", found))
+        }
     }
 }
 

@@ -86,6 +86,12 @@ impl KlScore {
         a + (b - a) * (at - low as f64)
     }
 
+    /// Whether every number is one: false when a model computed NaN or infinity.
+    pub fn is_finite(&self) -> bool {
+        let sums = [self.kl_sum, self.nll, self.reference_nll];
+        sums.iter().all(|s| s.is_finite())
+    }
+
     /// Share of positions where both models find the same token likeliest.
     pub fn top1(&self) -> f64 {
         self.agreements as f64 / self.kls.len().max(1) as f64
@@ -122,9 +128,9 @@ fn position(reference: &[f32], quantized: &[f32], next: Option<u32>) -> Position
                 norm_q - f64::from(quantized[t]),
             )
         });
-    // Rounding can leave a tiny negative sum when both are the same.
     Position {
-        kl: kl.max(0.0),
+        // Rounding can leave a tiny negative sum when both are the same; NaN stays what it is.
+        kl: if kl < 0.0 { 0.0 } else { kl },
         agrees: top_r == top_q,
         nll,
     }
@@ -171,6 +177,18 @@ mod tests {
         assert!(score.mean_kl() < 1e-7 && score.top1() == 1.0);
         assert_eq!((score.positions(), score.predictions), (5, 4));
         close(score.perplexity(), score.reference_perplexity());
+    }
+
+    #[test]
+    fn what_is_no_number_is_not_taken_for_agreement() {
+        for bad in [f32::NAN, f32::INFINITY] {
+            let mut score = KlScore::new();
+            score.add(&[1.0, 2.0, 3.0], &[1.0, bad, 3.0], 3, &[1]);
+            assert!(!score.is_finite() && !score.mean_kl().is_finite(), "{bad}");
+        }
+        let mut score = KlScore::new();
+        score.add(&[1.0, 2.0], &[2.0, 1.0], 2, &[1]);
+        assert!(score.is_finite());
     }
 
     #[test]

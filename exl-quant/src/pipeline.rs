@@ -8,6 +8,7 @@ mod identity;
 mod logits;
 mod machine;
 mod measurement;
+mod place;
 mod probe;
 mod quantize;
 mod sites;
@@ -26,6 +27,9 @@ use crate::report::ConvertReport;
 use crate::resume::{Settings, Work};
 use crate::{Error, Result};
 use quantize::{Judge, Layouts};
+
+/// Largest number of inputs: permutations are stored in 16 bits.
+const MAX_INPUTS: usize = 1 << 16;
 
 /// What to convert and how.
 #[derive(Clone, Debug)]
@@ -69,7 +73,8 @@ pub struct ConvertOptions {
 impl ConvertOptions {
     /// The defaults for converting `source` into `out`.
     pub fn new(source: impl Into<PathBuf>, out: impl Into<PathBuf>, bits: Vec<f64>) -> Self {
-        let out = out.into();
+        // Without a trailing separator, or the journal would lie inside the result.
+        let out: PathBuf = out.into().components().collect();
         let mut work = out.clone().into_os_string();
         work.push(".work");
         Self {
@@ -210,9 +215,18 @@ fn run(
         events: &mut |e| events(e),
         stop,
     };
-    let settings = settings(&job);
+    let given = match &options.measurement {
+        Some(path) => Some(Measurement::read(path, &job.model_hash)?),
+        None => None,
+    };
+    let settings = settings(&job, given.as_ref());
+    let resumed = Work::exists(&options.work) && !options.restart;
+    place::check_outputs(options, resumed)?;
     let work = Work::open(&options.work, &settings, options.restart)?;
-    let measurement = measurement(&mut job, &work)?;
+    let measurement = match given {
+        Some(given) => given,
+        None => measurement(&mut job, &work)?,
+    };
     if let Some(path) = &options.save_measurement {
         measurement.write(path)?;
     }
@@ -253,11 +267,8 @@ fn one(
     Ok(report)
 }
 
-/// The measurement given, the journal's, or a new one.
+/// The journal's measurement, or a new one.
 fn measurement(job: &mut Job<'_>, work: &Work) -> Result<Measurement> {
-    if let Some(path) = &job.options.measurement {
-        return Measurement::read(path, &job.model_hash);
-    }
     let path = work.measurement();
     if path.is_file() {
         return Measurement::read(&path, &job.model_hash);
@@ -268,9 +279,13 @@ fn measurement(job: &mut Job<'_>, work: &Work) -> Result<Measurement> {
     Ok(found)
 }
 
-fn settings(job: &Job<'_>) -> Settings {
+fn settings(job: &Job<'_>, given: Option<&Measurement>) -> Settings {
     let o = job.options;
-    let given = o.measurement.as_ref().map(|p| p.display().to_string());
+    // By content: another file may take its name.
+    let given = given.map(|m| {
+        let hash = blake3::hash(exl_format::to_json_text(m).as_bytes());
+        hash.to_hex()[..16].to_owned()
+    });
     Settings {
         converter: concat!("exl ", env!("CARGO_PKG_VERSION")).to_owned(),
         model: job.model_hash.clone(),
@@ -287,6 +302,11 @@ fn check(options: &ConvertOptions, calibration: &Calibration, source: &ModelSour
     for &bits in &options.bits {
         if !(2.0..=8.0).contains(&bits) {
             return bad("--bits", format!("{bits} is outside 2.0 to 8.0"));
+        }
+    }
+    for (i, bits) in options.bits.iter().enumerate() {
+        if options.bits[..i].contains(bits) {
+            return bad("--bits", format!("{bits} is named twice"));
         }
     }
     if options.bits.is_empty() && !options.measure_only {
@@ -310,14 +330,30 @@ fn check(options: &ConvertOptions, calibration: &Calibration, source: &ModelSour
         );
     }
     calibration.check_vocabulary(source.spec().vocab)?;
-    for key in source.layout().iter().filter(|k| k.is_linear()) {
+    place::check_source(options, source)?;
+    for key in source.layout() {
+        if source.storage(key) != Storage::Tied {
+            source.check_finite(key)?;
+        }
+        if !key.is_linear() {
+            continue;
+        }
+        let inputs = key.shape[1];
+        if !inputs.is_multiple_of(32) || inputs > MAX_INPUTS {
+            return bad(
+                "SRC",
+                format!(
+                    "{} has {inputs} inputs; the format takes multiples of 32 up to {MAX_INPUTS}",
+                    key.name
+                ),
+            );
+        }
         if matches!(source.storage(key), Storage::Exl2 | Storage::Gptq) {
             return bad(
                 "SRC",
                 format!("{} is already quantized; give the original model", key.name),
             );
         }
-        source.check_finite(key)?;
     }
     budget::check_memory(options, calibration, source)
 }

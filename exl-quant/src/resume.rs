@@ -11,6 +11,7 @@
 //!
 //! Every file is written aside and renamed.
 
+use std::fs::{File, TryLockError};
 use std::path::{Path, PathBuf};
 
 use exl_format::{
@@ -35,10 +36,12 @@ pub(crate) struct Settings {
     pub(crate) options: String,
 }
 
-/// The journal's directory.
-#[derive(Clone, Debug)]
+/// The journal's directory, locked against other conversions.
+#[derive(Debug)]
 pub(crate) struct Work {
     dir: PathBuf,
+    /// The system lets go of the lock when this is closed, also by a kill.
+    lock: File,
 }
 
 /// The part of one target.
@@ -56,6 +59,8 @@ pub(crate) struct Stored {
 
 const SETTINGS: &str = "settings.json";
 const MEASURING: &str = "measuring";
+const MEASUREMENT: &str = "measurement.json";
+const LOCK: &str = "lock";
 const FINISHED: &str = "finished";
 
 impl Work {
@@ -70,39 +75,46 @@ impl Work {
             what: what.to_owned(),
         };
         let path = dir.join(SETTINGS);
-        let ours = path.is_file();
-        let occupied = std::fs::read_dir(dir).is_ok_and(|mut d| d.next().is_some());
+        let ours = Self::exists(dir);
+        let other = |e: std::io::Result<std::fs::DirEntry>| e.is_ok_and(|e| e.file_name() != LOCK);
+        let occupied = std::fs::read_dir(dir).is_ok_and(|mut d| d.any(other));
         if occupied && !ours {
             return Err(refuse(
                 "is not empty and no journal of ours; choose another --work",
             ));
         }
+        std::fs::create_dir_all(dir).map_err(|e| Error::io(dir, e))?;
+        let lock = lock(dir)?;
         if restart && ours {
-            std::fs::remove_dir_all(dir).map_err(|e| Error::io(dir, e))?;
+            clear(dir)?;
         }
         let measuring = dir.join(MEASURING);
         std::fs::create_dir_all(&measuring).map_err(|e| Error::io(&measuring, e))?;
         match read_json::<Settings>(&path)? {
-            Some(found) if found != *settings => Err(refuse(&format!(
-                "holds an unfinished conversion with {}; finish it with its own settings, or \
+            Some(found) if found != *settings => {
+                return Err(refuse(&format!(
+                    "holds an unfinished conversion with {}; finish it with its own settings, or \
                  discard it with --restart",
-                found.difference(settings)
-            ))),
-            Some(_) => Ok(Self {
-                dir: dir.to_owned(),
-            }),
-            None => {
-                write_file_atomic(&path, to_json_text(settings))?;
-                Ok(Self {
-                    dir: dir.to_owned(),
-                })
+                    found.difference(settings)
+                )));
             }
+            Some(_) => {}
+            None => write_file_atomic(&path, to_json_text(settings))?,
         }
+        Ok(Self {
+            dir: dir.to_owned(),
+            lock,
+        })
+    }
+
+    /// Whether a directory holds a journal.
+    pub(crate) fn exists(dir: &Path) -> bool {
+        matches!(read_json::<Settings>(&dir.join(SETTINGS)), Ok(Some(_)))
     }
 
     /// Where the measurement lies.
     pub(crate) fn measurement(&self) -> PathBuf {
-        self.dir.join("measurement.json")
+        self.dir.join(MEASUREMENT)
     }
 
     fn measuring(&self, name: &str, suffix: &str) -> PathBuf {
@@ -138,10 +150,47 @@ impl Work {
         Ok(Journal { dir })
     }
 
-    /// Removes the journal of a finished conversion.
+    /// Removes the journal of a finished conversion. What others put beside it stays.
     pub(crate) fn remove(self) -> Result<()> {
-        std::fs::remove_dir_all(&self.dir).map_err(|e| Error::io(&self.dir, e))
+        clear(&self.dir)?;
+        drop(self.lock);
+        let lock = self.dir.join(LOCK);
+        std::fs::remove_file(&lock).map_err(|e| Error::io(lock, e))?;
+        // Fails when something else is in it, and then it should.
+        let _ = std::fs::remove_dir(&self.dir);
+        Ok(())
     }
+}
+
+/// Takes the lock of a journal.
+fn lock(dir: &Path) -> Result<File> {
+    let path = dir.join(LOCK);
+    let file = File::create(&path).map_err(|e| Error::io(&path, e))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => Err(Error::Journal {
+            file: dir.to_owned(),
+            what: "is in use by another conversion; wait for it, or choose another --work"
+                .to_owned(),
+        }),
+        Err(TryLockError::Error(e)) => Err(Error::io(path, e)),
+    }
+}
+
+/// Removes what journals consist of, and nothing else.
+fn clear(dir: &Path) -> Result<()> {
+    for entry in std::fs::read_dir(dir).map_err(|e| Error::io(dir, e))? {
+        let path = entry.map_err(|e| Error::io(dir, e))?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let gone = match &*name {
+            MEASURING => std::fs::remove_dir_all(&path),
+            name if name.ends_with("bpw") && path.is_dir() => std::fs::remove_dir_all(&path),
+            SETTINGS | MEASUREMENT => std::fs::remove_file(&path),
+            _ => Ok(()),
+        };
+        gone.map_err(|e| Error::io(path, e))?;
+    }
+    Ok(())
 }
 
 impl Settings {
@@ -215,5 +264,67 @@ impl Journal {
         }
         writer.finish()?;
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn settings(model: &str) -> Settings {
+        Settings {
+            converter: "exl 0".to_owned(),
+            model: model.to_owned(),
+            calibration: "c".to_owned(),
+            options: "o".to_owned(),
+        }
+    }
+
+    struct Dir(PathBuf);
+
+    impl Dir {
+        fn new(name: &str) -> Self {
+            let dir =
+                std::env::temp_dir().join(format!("exl-journal-{name}-{}", std::process::id()));
+            let _ = std::fs::remove_dir_all(&dir);
+            Self(dir)
+        }
+    }
+
+    impl Drop for Dir {
+        fn drop(&mut self) {
+            let _ = std::fs::remove_dir_all(&self.0);
+        }
+    }
+
+    #[test]
+    fn only_one_conversion_works_in_a_journal() {
+        let dir = Dir::new("lock");
+        let first = Work::open(&dir.0, &settings("a"), false).unwrap();
+        let second = Work::open(&dir.0, &settings("a"), false).unwrap_err();
+        assert!(second.to_string().contains("in use"), "{second}");
+        drop(first);
+        Work::open(&dir.0, &settings("a"), false).unwrap();
+    }
+
+    #[test]
+    fn a_restart_spares_what_is_not_the_journals() {
+        let dir = Dir::new("foreign");
+        std::fs::create_dir_all(&dir.0).unwrap();
+        std::fs::write(dir.0.join(SETTINGS), "{\"theme\": \"dark\"}").unwrap();
+        for restart in [false, true] {
+            assert!(Work::open(&dir.0, &settings("a"), restart).is_err());
+            assert!(dir.0.join(SETTINGS).is_file());
+        }
+        std::fs::remove_file(dir.0.join(SETTINGS)).unwrap();
+
+        drop(Work::open(&dir.0, &settings("a"), false).unwrap());
+        std::fs::write(dir.0.join("notes.txt"), "mine").unwrap();
+        assert!(Work::open(&dir.0, &settings("b"), false).is_err());
+        let work = Work::open(&dir.0, &settings("b"), true).unwrap();
+        work.target("4.0bpw").unwrap();
+        work.remove().unwrap();
+        assert!(dir.0.join("notes.txt").is_file());
+        assert!(!dir.0.join("4.0bpw").exists() && !dir.0.join(SETTINGS).exists());
     }
 }

@@ -122,6 +122,46 @@ fn a_calibration_text_too_short_is_refused() {
     );
 }
 
+#[test]
+fn the_result_may_not_replace_anything_unasked() {
+    let temp = TempDir::new();
+    let model = temp.join("model");
+    std::fs::create_dir(&model).unwrap();
+    for entry in std::fs::read_dir(demo()).unwrap() {
+        let path = entry.unwrap().path();
+        std::fs::copy(&path, model.join(path.file_name().unwrap())).unwrap();
+    }
+    let before = std::fs::read(model.join("config.json")).unwrap();
+    let refused = |out: &Path, what: &str| {
+        let args = ["convert", text(&model), "--out", text(out), "--bits", "4"];
+        let outcome = run(&mut exl(args)).failure(1, &[]);
+        assert!(outcome.stderr.contains(what), "{}", outcome.stderr);
+        let work = out.with_extension("work");
+        assert!(!work.join("settings.json").exists(), "no journal was begun");
+    };
+    refused(&model, "is the model itself");
+    refused(&model.join("inside"), "is the model itself");
+    let file = temp.join("file");
+    std::fs::write(&file, "").unwrap();
+    refused(&file, "is a file");
+    let foreign = temp.join("foreign");
+    std::fs::create_dir(&foreign).unwrap();
+    std::fs::write(foreign.join("model.safetensors"), "").unwrap();
+    refused(&foreign, "another model");
+    let finished = temp.join("finished");
+    std::fs::create_dir(&finished).unwrap();
+    std::fs::write(finished.join("config.json"), "{}").unwrap();
+    refused(&finished, "--restart");
+    assert_eq!(std::fs::read(model.join("config.json")).unwrap(), before);
+}
+
+#[test]
+fn a_bitrate_named_twice_is_refused() {
+    let temp = TempDir::new();
+    let outcome = run(&mut small(&temp.join("out"), "4,4.0")).failure(1, &[]);
+    assert!(outcome.stderr.contains("named twice"), "{}", outcome.stderr);
+}
+
 /// Starts a conversion and sends it a signal once `count` files of the journal have a suffix.
 #[cfg(unix)]
 fn stopped_at(out: &Path, (folder, suffix, count): (&str, &str, usize), signal: &str) -> Output {

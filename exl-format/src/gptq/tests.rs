@@ -129,6 +129,20 @@ fn biases_and_scales_of_other_types() {
 }
 
 #[test]
+fn a_scale_that_is_no_number_is_named() {
+    for bad in [0x7c00u16, 0xfe00] {
+        let mut parts = vector();
+        parts[2].3[6..8].copy_from_slice(&bad.to_le_bytes());
+        let error = read(&parts, GptqFormat::default()).unwrap_err().to_string();
+        assert!(
+            error.contains("p.scales: expected finite scales"),
+            "{error}"
+        );
+        assert!(error.ends_with("at 3"), "{error}");
+    }
+}
+
+#[test]
 fn broken_layers() {
     let refused = |at: usize, dtype: &'static str, shape: &[usize], bytes: usize| {
         let mut parts = vector();

@@ -1,11 +1,14 @@
 //! From a bitrate to a layout for every linear.
 
+use std::path::PathBuf;
+
 use exl_format::{Dtype, Exl2Linear, TensorSpec};
 use exl_models::{ModelSource, WeightKind};
 
 use super::measurement::{LinearMeasurement, Measurement};
+use super::probe::{PROBE_LAYERS, PROBE_POSITIONS};
 use super::quantize::Layouts;
-use super::{ConvertOptions, Event, Job, Target};
+use super::{ConvertOptions, Job, Target};
 use crate::calib::Calibration;
 use crate::{Choice, Error, HessianAccumulator, Layout, Result, allocate, head_recipe};
 
@@ -13,7 +16,7 @@ use crate::{Choice, Error, HessianAccumulator, Layout, Result, allocate, head_re
 const NOMINAL_HEAD: u32 = 6;
 
 /// Allocates layouts for one bitrate.
-pub(super) fn target(job: &mut Job<'_>, bits: f64, measurement: &Measurement) -> Result<Target> {
+pub(super) fn target(job: &Job<'_>, bits: f64, measurement: &Measurement) -> Result<Target> {
     let head = job.source.spec().head.linear.key.clone();
     let free_head = job.options.head_bits.is_none();
     let mut linears: Vec<&LinearMeasurement> = Vec::new();
@@ -49,25 +52,32 @@ pub(super) fn target(job: &mut Job<'_>, bits: f64, measurement: &Measurement) ->
             l.points.iter().map(choice).collect()
         })
         .collect();
-    let picks = match allocate(&items, room) {
-        Ok(picks) => picks,
-        Err(Error::Budget { .. }) => smallest(job, bits, &items),
-        Err(e) => return Err(e),
-    };
+    let least: u64 = items
+        .iter()
+        .map(|i| i.iter().map(|c| c.cost).min().unwrap_or(0))
+        .sum();
+    if least > room {
+        let weights = decoder_weights(job) as f64;
+        // Rounded up to what will do.
+        let possible = ((bits + (least - room) as f64 / weights) * 100.0).ceil() / 100.0;
+        return Err(Error::Option {
+            option: "--bits",
+            what: format!(
+                "{bits} is less than this model can be stored in; the least is {possible}"
+            ),
+        });
+    }
+    let picks = allocate(&items, room)?;
     let mut predicted = 0.0;
     for ((linear, item), &pick) in linears.iter().zip(&items).zip(&picks) {
         predicted += item[pick].loss;
         layouts.insert(linear.name.clone(), linear.points[pick].layout.parse()?);
     }
     let name = name(bits);
-    let out = match job.options.bits.len() {
-        0 | 1 => job.options.out.clone(),
-        _ => job.options.out.join(&name),
-    };
     Ok(Target {
         bits,
+        out: out_dir(job.options, bits),
         name,
-        out,
         layouts,
         predicted,
     })
@@ -83,17 +93,24 @@ fn name(bits: f64) -> String {
     }
 }
 
-/// The cheapest layouts, when even they exceed the budget.
-fn smallest(job: &mut Job<'_>, bits: f64, items: &[Vec<Choice>]) -> Vec<usize> {
-    job.emit(Event::Notice(format!(
-        "{bits} bits per weight is less than this model's smallest layouts take: making those"
-    )));
-    let cheapest = |item: &Vec<Choice>| {
-        (0..item.len())
-            .min_by_key(|&i| (item[i].cost, i))
-            .unwrap_or_default()
-    };
-    items.iter().map(cheapest).collect()
+/// Where the result for a bitrate goes.
+pub(super) fn out_dir(options: &ConvertOptions, bits: f64) -> PathBuf {
+    match options.bits.len() {
+        0 | 1 => options.out.clone(),
+        _ => options.out.join(name(bits)),
+    }
+}
+
+/// Weights of the decoder's linears, padding included.
+fn decoder_weights(job: &Job<'_>) -> u64 {
+    let linears = job
+        .source
+        .layout()
+        .iter()
+        .filter(|k| k.kind == WeightKind::Linear);
+    linears
+        .map(|k| (k.shape[0].next_multiple_of(32) * k.shape[1]) as u64)
+        .sum()
 }
 
 /// Layout of a head whose size was asked for.
@@ -108,12 +125,7 @@ fn fixed_head(job: &Job<'_>) -> Result<Option<Layout>> {
 /// head of the size asked for.
 fn budget_bits(job: &Job<'_>, bits: f64) -> Result<u64> {
     let spec = job.source.spec();
-    let mut weights = 0u64;
-    for key in job.source.layout() {
-        if key.kind == WeightKind::Linear {
-            weights += (key.shape[0].next_multiple_of(32) * key.shape[1]) as u64;
-        }
-    }
+    let weights = decoder_weights(job);
     let head = match job.options.head_bits.unwrap_or(NOMINAL_HEAD) {
         16 => 0,
         b => head_recipe(b)?
@@ -180,7 +192,18 @@ pub(super) fn check_memory(
     // The matrix as floats, its working copy, codes, the decoded values and their transpose.
     let matrix = largest.unwrap_or(0) * (4 * 5 + 1);
     let logits = 3 * (32 << 20) + tokens.min(1 << 16) * spec.vocab as u64 / 64;
-    let needed = hidden + hessian + matrix + logits;
+    // While measuring: hidden states at the probed layers and the end, and their weights at three
+    // bits (four with scales).
+    let probed = PROBE_LAYERS.min(spec.layers.len());
+    let weights: u64 = source
+        .layout()
+        .iter()
+        .filter(|k| k.is_linear())
+        .map(|k| k.parameters())
+        .sum();
+    let probe = (probed as u64 + 2) * PROBE_POSITIONS as u64 * spec.hidden as u64 * 4
+        + weights / 2 * probed as u64 / spec.layers.len().max(1) as u64;
+    let needed = hidden.max(probe) + hessian + matrix + logits;
     if needed <= allowed {
         return Ok(());
     }
@@ -190,7 +213,7 @@ pub(super) fn check_memory(
         allowed_gib: gib(allowed),
         what: format!(
             "hidden states {:.2}, Hessian {:.2}, largest matrix {:.2}",
-            gib(hidden),
+            gib(hidden.max(probe)),
             gib(hessian),
             gib(matrix)
         ),

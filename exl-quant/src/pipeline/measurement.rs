@@ -114,6 +114,12 @@ impl Measurement {
             ));
         }
         for linear in &found.linears {
+            let figures = [linear.energy, linear.damping, linear.sensitivity];
+            let losses = linear.points.iter().map(|p| p.loss);
+            if linear.points.is_empty() || losses.chain(figures).any(|x| !x.is_finite() || x < 0.0)
+            {
+                return Err(refuse(format!("the curve of {} is damaged", linear.name)));
+            }
             for (layout, point) in linear.layouts()?.iter().zip(&linear.points) {
                 if layout.rows() != linear.inputs || layout.bits(linear.outputs) != point.bits {
                     return Err(refuse(format!("the curve of {} is damaged", linear.name)));

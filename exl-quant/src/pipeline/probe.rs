@@ -1,6 +1,9 @@
 //! The measuring pass: one stream of the unquantized model gives curves and damping, then each
 //! linear is perturbed by itself to see what it does to the predictions.
 
+use std::collections::HashMap;
+
+use exl_format::Exl2Linear;
 use exl_models::{BlockPart, Module, Spec};
 use exl_tensor::Weights;
 use rayon::prelude::*;
@@ -8,32 +11,33 @@ use rayon::prelude::*;
 use super::logits::Head;
 use super::machine::{Machine, dense, padded};
 use super::measurement::{LinearMeasurement, MEASUREMENT_VERSION, Measurement};
+use super::quantize::{decode, pack};
 use super::sites::{Rows, STOPS, Walk, embed, feed, head_inputs};
 use super::{Event, Job};
 use crate::measure::{difference, sample_columns};
 use crate::resume::Work;
 use crate::{
-    Factor, Gptq, HessianAccumulator, HessianSet, KlScore, Layout, Matrix, Quantizer, Result,
-    SAMPLE_COLUMNS, activity_order, measure_with,
+    Error, Factor, Gptq, HessianAccumulator, HessianSet, KlScore, Layout, Matrix, Quantizer,
+    Result, SAMPLE_COLUMNS, activity_order, measure_with,
 };
 
 /// Damping worth trying, as fractions of the mean diagonal.
 const DAMPINGS: [f64; 5] = [0.003, 0.01, 0.03, 0.06, 0.12];
 
 /// Tokens per row of the sensitivity probe.
-const PROBE_LENGTH: usize = 512;
+pub(super) const PROBE_LENGTH: usize = 512;
 /// Positions of the sensitivity probe.
-const PROBE_POSITIONS: usize = 6144;
+pub(super) const PROBE_POSITIONS: usize = 6144;
 /// Layers probed at most; the others are interpolated.
-const PROBE_LAYERS: usize = 12;
+pub(super) const PROBE_LAYERS: usize = 12;
 
-/// A perturbed weight of a layer: the output error it makes and its decoded values.
+/// A perturbed weight of a layer, packed, and the output error it makes.
 #[derive(Debug)]
 struct Perturbed {
     name: String,
     layer: usize,
     loss: f64,
-    weight: Matrix,
+    weight: Exl2Linear,
 }
 
 /// Measures the model. Curves and sensitivities that `work` holds are not made again.
@@ -173,7 +177,7 @@ impl<'a> Survey<'a> {
             if self.probed.contains(&layer) {
                 match self.work.sensitivity(name)? {
                     Some(value) => linear.sensitivity = value,
-                    None => self.perturbed.push(perturb(&linear, matrix, h, layer)?),
+                    None => self.perturbed.push(perturb(&linear, &matrix, h, layer)?),
                 }
             }
             self.linears.push(linear);
@@ -227,7 +231,7 @@ fn best_damping(names: &[String], weights: &Weights, h: &HessianSet) -> Result<F
 
 fn perturb(
     linear: &LinearMeasurement,
-    matrix: Matrix,
+    matrix: &Matrix,
     h: &HessianSet,
     layer: usize,
 ) -> Result<Perturbed> {
@@ -238,14 +242,13 @@ fn perturb(
         linear.damping,
     )?;
     let layout = Layout::uniform(3, 128, matrix.rows)?;
-    let q = Gptq { factor: &factor }.quantize(&linear.name, &matrix, &layout)?;
-    let weight = q.dequantize();
-    let loss = h.all.loss(&difference(&matrix, &weight))?;
+    let q = Gptq { factor: &factor }.quantize(&linear.name, matrix, &layout)?;
+    let loss = h.all.loss(&difference(matrix, &q.dequantize()))?;
     Ok(Perturbed {
         name: linear.name.clone(),
         layer,
         loss,
-        weight,
+        weight: pack(&linear.name, &q, None)?,
     })
 }
 
@@ -264,12 +267,16 @@ fn sensitivities(
     let count = (PROBE_POSITIONS / length).clamp(1, rows.len());
     let rows: Vec<Vec<u32>> = rows[..count].iter().map(|r| r[..length].to_vec()).collect();
     let mut machine = Machine::new(&spec, length, job.options.threads)?;
-    let mut states: Vec<Rows> = vec![embed(&job.source, &mut machine, &rows)?];
+    // Inputs of the layers that are perturbed, and what the last layer gives.
+    let mut states: HashMap<usize, Rows> = HashMap::new();
+    let mut hidden = embed(&job.source, &mut machine, &rows)?;
     for layer in 0..spec.layers.len() {
-        let mut next = states[layer].clone();
-        forward(job, &mut machine, layer, None, &mut next)?;
-        states.push(next);
+        if survey.perturbed.iter().any(|p| p.layer == layer) {
+            states.insert(layer, hidden.clone());
+        }
+        forward(job, &mut machine, layer, None, &mut hidden)?;
     }
+    let last = hidden;
     let mut head = Head::new(&spec, length, job.options.threads)?;
     let original = job.source.load_module(Module::Head)?;
     let right = head.bind(&original)?;
@@ -277,21 +284,26 @@ fn sensitivities(
     for (at, p) in survey.perturbed.into_iter().enumerate() {
         job.check()?;
         job.progress(before + at, survey.steps);
-        let mut hidden = states[p.layer].clone();
+        let weight = decode(&p.weight)?;
+        let mut hidden = states.get(&p.layer).unwrap_or(&last).clone();
         for layer in p.layer..spec.layers.len() {
-            let change = (layer == p.layer).then_some((p.name.as_str(), &p.weight));
+            let change = (layer == p.layer).then_some((p.name.as_str(), &weight));
             forward(job, &mut machine, layer, change, &mut hidden)?;
         }
         let mut changed = original.clone();
         if p.layer == spec.layers.len() {
-            changed.insert(p.name.clone(), dense(&p.name, &p.weight, spec.vocab)?);
+            changed.insert(p.name.clone(), dense(&p.name, &weight, spec.vocab)?);
         }
         let wrong = head.bind(&changed)?;
         let mut score = KlScore::new();
-        for ((a, b), tokens) in states[spec.layers.len()].iter().zip(&hidden).zip(&rows) {
+        for ((a, b), tokens) in last.iter().zip(&hidden).zip(&rows) {
             head.score(&mut score, (&right, a), (&wrong, b), tokens)?;
         }
         let kl = score.mean_kl();
+        if !score.is_finite() {
+            let what = "with this weight at three bits the model computes NaN or infinity";
+            return Err(Error::numeric(p.name, what));
+        }
         let linear = found.linears.iter_mut().find(|l| l.name == p.name);
         let linear = linear.expect("every perturbed linear was measured");
         linear.sensitivity = kl / p.loss.max(f64::MIN_POSITIVE);

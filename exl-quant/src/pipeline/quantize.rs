@@ -138,6 +138,12 @@ fn score(job: &mut Job<'_>, weights: &Weights, hidden: &Rows, judge: &Judge) -> 
         job.check()?;
         head.score(&mut score, (&right, reference), (&ours, quantized), tokens)?;
     }
+    if !score.is_finite() {
+        let model = job.source.files().dir().display().to_string();
+        let what = "the original or the quantized model computes NaN or infinity on the \
+                    calibration rows";
+        return Err(Error::numeric(model, what));
+    }
     Ok(score)
 }
 
@@ -241,11 +247,7 @@ fn half_bias(weights: &Weights, name: &str, outputs: usize) -> Result<Vec<u16>> 
     let weight = weights
         .get(name)
         .expect("biases are loaded with their layer");
-    let mut bias: Vec<u16> = weight
-        .to_f32(name)?
-        .iter()
-        .map(|&x| half::f16::from_f32(x).to_bits())
-        .collect();
+    let mut bias = super::write::halves(name, &weight.to_f32(name)?)?;
     bias.resize(outputs, 0);
     Ok(bias)
 }

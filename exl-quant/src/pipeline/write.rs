@@ -9,13 +9,11 @@ use exl_models::{WeightKey, WeightKind};
 use exl_tensor::Weights;
 use half::f16;
 
+use super::place::BASE;
 use super::{Job, Target};
 use crate::report::ConvertReport;
 use crate::resume::Journal;
 use crate::{Error, KlScore, Result};
-
-/// Base name of the files of tensors.
-const BASE: &str = "output";
 
 /// The report of a target that an earlier run finished.
 pub(super) fn finished(
@@ -66,10 +64,16 @@ pub(super) fn write(
         }
     }
     copy_side_files(job.source.files().dir(), &target.out)?;
-    write_config(job, target)?;
+    // Without config.json nothing loads the directory: not an earlier result that is half
+    // replaced, nor one that turns out wrong.
+    remove_config(target)?;
     let written = writer.finish()?;
-    if job.options.verify {
-        verify(job, target, journal)?;
+    write_config(job, target)?;
+    if job.options.verify
+        && let Err(error) = verify(job, target, journal)
+    {
+        remove_config(target)?;
+        return Err(error);
     }
     let quality = quality(job, target, tensors, score, written.tensor_bytes);
     quality.write(&target.out.join(Quality::FILE))?;
@@ -148,13 +152,37 @@ fn write_plain(job: &Job<'_>, writer: &mut CheckpointWriter, key: &WeightKey) ->
     for (weight, tensor) in names.into_iter().chain(bias) {
         let found = weights.get(&weight).expect("the key was loaded above");
         let values = found.to_f32(&weight)?;
-        let bytes: Vec<u8> = values
+        let bytes: Vec<u8> = halves(&tensor, &values)?
             .iter()
-            .flat_map(|&x| f16::from_f32(x).to_le_bytes())
+            .flat_map(|x| x.to_le_bytes())
             .collect();
         writer.write(&tensor, &bytes)?;
     }
     Ok(())
+}
+
+fn remove_config(target: &Target) -> Result<()> {
+    let path = target.out.join("config.json");
+    match std::fs::remove_file(&path) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io(path, e)),
+        _ => Ok(()),
+    }
+}
+
+/// Values as bits of 16-bit floats.
+///
+/// # Errors
+/// [`Error::Numeric`] when one does not fit: it would become infinity.
+pub(super) fn halves(tensor: &str, values: &[f32]) -> Result<Vec<u16>> {
+    let half = |(i, &x): (usize, &f32)| {
+        let h = f16::from_f32(x);
+        if h.is_finite() {
+            return Ok(h.to_bits());
+        }
+        let what = format!("element {i} is {x}, which 16-bit floats cannot hold");
+        Err(Error::numeric(tensor, what))
+    };
+    values.iter().enumerate().map(half).collect()
 }
 
 fn write_config(job: &Job<'_>, target: &Target) -> Result<()> {

@@ -1,0 +1,89 @@
+//! Where results may go: looked at before hours of work, not after.
+
+use std::path::{Path, PathBuf};
+
+use exl_models::ModelSource;
+
+use super::{ConvertOptions, budget};
+use crate::{Error, Result};
+
+/// What every result has.
+const CONFIG: &str = "config.json";
+const ENDING: &str = "safetensors";
+/// Base name of the files of tensors.
+pub(super) const BASE: &str = "output";
+
+fn refuse(dir: &Path, what: &str) -> Error {
+    Error::Option {
+        option: "--out",
+        what: format!("{} {what}", dir.display()),
+    }
+}
+
+/// Every directory that a result goes to.
+fn outputs(options: &ConvertOptions) -> impl Iterator<Item = PathBuf> {
+    let bits = if options.measure_only {
+        &[][..]
+    } else {
+        &options.bits
+    };
+    bits.iter().map(|&b| budget::out_dir(options, b))
+}
+
+/// A path without links and dots, also when its end does not exist yet.
+fn resolved(path: &Path) -> Result<PathBuf> {
+    let path = std::path::absolute(path).map_err(|e| Error::io(path, e))?;
+    for ancestor in path.ancestors() {
+        if let Ok(real) = ancestor.canonicalize() {
+            let rest = path.strip_prefix(ancestor).unwrap_or(Path::new(""));
+            // Joining nothing would append a separator.
+            return Ok(match rest.as_os_str().is_empty() {
+                true => real,
+                false => real.join(rest),
+            });
+        }
+    }
+    Ok(path)
+}
+
+/// Refuses to write into the model that is read.
+pub(super) fn check_source(options: &ConvertOptions, source: &ModelSource) -> Result<()> {
+    let from = resolved(source.files().dir())?;
+    for dir in outputs(options) {
+        let to = resolved(&dir)?;
+        if to.starts_with(&from) {
+            let what = "is the model itself or inside it; name another directory";
+            return Err(refuse(&dir, what));
+        }
+    }
+    Ok(())
+}
+
+/// Refuses directories that cannot take a result or hold something else. `resumed`: a journal says
+/// that results there are this conversion's own.
+pub(super) fn check_outputs(options: &ConvertOptions, resumed: bool) -> Result<()> {
+    for dir in outputs(options) {
+        if dir.exists() && !dir.is_dir() {
+            return Err(refuse(&dir, "is a file; name a directory"));
+        }
+        std::fs::create_dir_all(&dir).map_err(|e| Error::io(&dir, e))?;
+        for entry in std::fs::read_dir(&dir).map_err(|e| Error::io(&dir, e))? {
+            let path = entry.map_err(|e| Error::io(&dir, e))?.path();
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            if path.extension().is_some_and(|e| e == ENDING) && !name.starts_with(BASE) {
+                let what =
+                    format!("holds the weights of another model ({name}); name another directory");
+                return Err(refuse(&dir, &what));
+            }
+            if name == CONFIG && !resumed && !options.restart {
+                let what =
+                    "holds a finished model; name another directory, or replace it with --restart";
+                return Err(refuse(&dir, what));
+            }
+        }
+        let probe = dir.join(".exl-write-test");
+        let written = std::fs::write(&probe, "").and_then(|()| std::fs::remove_file(&probe));
+        written.map_err(|e| Error::io(&dir, e))?;
+    }
+    Ok(())
+}

@@ -2,6 +2,7 @@
 
 mod json;
 
+use crate::kernels;
 use anyhow::{Context, Result};
 use json::number;
 use std::io::Write;
@@ -24,6 +25,7 @@ const SEED: &str = "3";
 
 /// Builds `exl` and runs it the way a user would, printing each command before it runs.
 pub(crate) fn run(sh: &Shell) -> Result<()> {
+    kernels::run_for_this_machine(sh)?;
     println!("Building exl (the first time takes minutes)");
     cmd!(sh, "cargo build --release --locked --package exl-cli").run()?;
     let target = sh

@@ -26,6 +26,20 @@ xflags::xflags! {
             optional --seconds seconds: u32
         }
 
+        /// Compile the CUDA kernels into target/kernels/exl.pack, which exl-kernels embeds.
+        cmd kernels {
+            /// Only for these architectures, as in sm_90a,sm_120 (default: all).
+            optional --arch list: String
+            /// Compile and check, without writing the pack.
+            optional --check
+            /// How many to compile at a time (default: one per core).
+            optional --jobs jobs: usize
+            /// Print what was made as JSON.
+            optional --json
+            /// Print registers and spills of every kernel.
+            optional -v, --verbose
+        }
+
         /// Compute the golden fixtures of exl-models anew, with PyTorch and transformers from PyPI.
         cmd golden {}
     }

@@ -1,6 +1,6 @@
 //! Workspace tasks: `cargo xtask --help`.
 //!
-//! Three small dependencies keep the first run short; avoid adding more.
+//! Few small dependencies keep the first run short; avoid adding more.
 #![forbid(unsafe_code)]
 #![allow(clippy::print_stdout, reason = "a task runner talks on stdout")]
 
@@ -8,6 +8,7 @@ mod demo;
 mod flags;
 mod fuzz;
 mod golden;
+mod kernels;
 mod test;
 mod tidy;
 
@@ -37,6 +38,7 @@ fn run() -> Result<()> {
         XtaskCmd::Tidy(_) => tidy::run(&root()?),
         XtaskCmd::Fuzz(flags) => fuzz::run(&sh, &flags),
         XtaskCmd::Golden(_) => golden::run(&sh),
+        XtaskCmd::Kernels(flags) => kernels::run(&sh, &flags),
     }
 }
 

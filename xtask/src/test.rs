@@ -1,12 +1,13 @@
 //! `cargo xtask test`.
 
-use crate::flags;
+use crate::{flags, kernels};
 use anyhow::Result;
 use std::ffi::OsString;
 use xshell::{Shell, cmd};
 
 /// Runs unit, integration and doc tests of the whole workspace, or of the packages asked for.
 pub(crate) fn run(sh: &Shell, flags: &flags::Test) -> Result<()> {
+    kernels::run_for_this_machine(sh)?;
     let args = &flags.args;
     let mut scope: Vec<OsString> = vec!["--locked".into()];
     if !selects_packages(args) {

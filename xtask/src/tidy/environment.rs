@@ -15,8 +15,9 @@ const READERS: [&str; 5] = [
     "variable(\"",
 ];
 const PREFIX: &str = "\"EXL_";
-/// Set by Cargo for its own children.
+/// Set by Cargo for its own children: what begins so, and these.
 const CARGO: &str = "CARGO_";
+const CARGO_OTHERS: [&str; 2] = ["OUT_DIR", "TARGET"];
 
 pub(super) fn check(files: &[File]) -> Vec<String> {
     let documented = files
@@ -64,7 +65,8 @@ fn reads(line: &str) -> Vec<&str> {
     for (at, _) in line.match_indices(PREFIX) {
         found.push(&line[at + 1..named(line, at + 1)]);
     }
-    found.retain(|name| !name.is_empty() && !name.starts_with(CARGO));
+    let of_cargo = |name: &str| name.starts_with(CARGO) || CARGO_OTHERS.contains(&name);
+    found.retain(|name| !name.is_empty() && !of_cargo(name));
     found.sort_unstable();
     found.dedup();
     found

@@ -1,76 +1,82 @@
 //! The kernel pack: compiled kernels for every supported GPU.
 //!
-//! A safetensors file whose tensors, named `architecture/unit`, are images compressed with LZ4:
-//! machine code for `sm_` architectures, PTX for `compute_` ones. `cargo xtask kernels` writes it and
-//! `build.rs` embeds it.
+//! A safetensors file whose tensors, named as in `sm_90a/qgemm/decode.cubin`, are images compressed
+//! with LZ4 behind their size: machine code for `sm_` architectures, PTX for `compute_` ones. The
+//! metadata hold a manifest in JSON. `cargo xtask kernels` writes it and `build.rs` embeds it.
+
+mod architecture;
+#[cfg(test)]
+mod tests;
+
+use std::borrow::Cow;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::ops::Range;
 
 use safetensors::SafeTensors;
+use serde::Deserialize;
 
 use crate::{Error, Result};
+use architecture::Architecture;
 
 include!(concat!(env!("OUT_DIR"), "/pack.rs"));
 
+/// The only version of the manifest that is known.
+const VERSION: u32 = 1;
 /// No image is larger than this when it is unpacked.
 const MAX_IMAGE_BYTES: usize = 64 << 20;
+/// Bytes that one byte of LZ4 can become: the longest match per byte of its length.
+const MAX_EXPANSION: usize = 255;
 
-/// A kernel pack.
-#[derive(Debug)]
+/// A kernel pack. Images are unpacked when they are asked for.
 pub struct Pack {
-    data: &'static [u8],
-    /// Architecture and unit of every image.
-    images: Vec<(Architecture, String)>,
+    data: Cow<'static, [u8]>,
+    /// By unit.
+    images: BTreeMap<String, Vec<Image>>,
     compiler: String,
 }
 
-/// What an image was compiled for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Architecture {
-    /// Machine code: capability, and whether it runs on that one alone (`sm_90a`).
-    Machine((u32, u32), bool),
-    /// PTX, for this capability and all later ones.
-    Ptx((u32, u32)),
+/// One compiled unit.
+#[derive(Debug)]
+pub(super) struct Image {
+    architecture: Architecture,
+    /// Its tensor, for messages.
+    name: String,
+    /// Where its compressed bytes are.
+    place: Range<usize>,
+    about: ImageInfo,
 }
 
-impl Architecture {
-    fn parse(name: &str) -> Option<Self> {
-        let number = |digits: &str| {
-            let n: u32 = digits.parse().ok()?;
-            Some((n / 10, n % 10))
-        };
-        if let Some(rest) = name.strip_prefix("sm_") {
-            return Some(match rest.strip_suffix('a') {
-                Some(digits) => Self::Machine(number(digits)?, true),
-                None => Self::Machine(number(rest)?, false),
-            });
-        }
-        Some(Self::Ptx(number(name.strip_prefix("compute_")?)?))
-    }
-
-    fn name(self) -> String {
-        match self {
-            Self::Machine((major, minor), alone) => {
-                format!("sm_{major}{minor}{}", if alone { "a" } else { "" })
-            }
-            Self::Ptx((major, minor)) => format!("compute_{major}{minor}"),
-        }
-    }
-
-    /// How well it suits a GPU, the more the better; `None` when it does not run there.
-    fn rank(self, capability: (u32, u32)) -> Option<(u32, u32, u32)> {
-        match self {
-            Self::Machine(own, true) => (own == capability).then_some((3, 0, 0)),
-            // Machine code runs on later minors of its major.
-            Self::Machine(own, false) => {
-                (own.0 == capability.0 && own.1 <= capability.1).then_some((2, own.0, own.1))
-            }
-            Self::Ptx(own) => (own <= capability).then_some((1, own.0, own.1)),
-        }
-    }
+/// What the manifest says of an image.
+#[derive(Debug, Deserialize)]
+struct ImageInfo {
+    /// Size when it is unpacked.
+    bytes: usize,
+    /// Oldest driver for Linux that loads it.
+    driver: String,
+    kernels: Vec<KernelInfo>,
 }
 
-fn damaged(problem: impl std::fmt::Display) -> Error {
+#[derive(Debug, Deserialize)]
+struct KernelInfo {
+    name: String,
+}
+
+#[derive(Deserialize)]
+struct Manifest {
+    compiler: String,
+    images: BTreeMap<String, ImageInfo>,
+}
+
+/// Read before everything else, which another version may spell differently.
+#[derive(Deserialize)]
+struct Version {
+    version: u32,
+}
+
+fn damaged(problem: impl fmt::Display) -> Error {
     Error::Kernel {
-        kernel: "kernel pack".to_owned(),
+        kernel: "pack".to_owned(),
         problem: problem.to_string(),
     }
 }
@@ -92,139 +98,157 @@ impl Pack {
     /// Reads a pack.
     ///
     /// # Errors
-    /// [`Error::Kernel`] when it is damaged.
-    pub fn parse(data: &'static [u8]) -> Result<Self> {
-        let (_, header) = SafeTensors::read_metadata(data).map_err(damaged)?;
-        let mut images = Vec::new();
-        for name in header.tensors().keys() {
-            let (architecture, unit) = name
-                .split_once('/')
-                .ok_or_else(|| damaged(format!("{name} is no image")))?;
-            let architecture = Architecture::parse(architecture)
-                .ok_or_else(|| damaged(format!("{name} is for no known GPU")))?;
-            images.push((architecture, unit.to_owned()));
+    /// [`Error::Kernel`] when it is damaged or of another version.
+    pub fn parse(data: impl Into<Cow<'static, [u8]>>) -> Result<Self> {
+        let data = data.into();
+        // Checks that all tensors lie one behind the other inside the data.
+        let (header, tensors) = SafeTensors::read_metadata(&data).map_err(damaged)?;
+        let start = header + size_of::<u64>();
+        let metadata = tensors.metadata().as_ref();
+        let manifest = metadata.and_then(|m| m.get("manifest"));
+        let mut manifest = read_manifest(manifest.ok_or_else(|| damaged("it has no manifest"))?)?;
+        let mut images: BTreeMap<String, Vec<Image>> = BTreeMap::new();
+        for (name, tensor) in tensors.tensors() {
+            let (architecture, unit) = read_name(&name)
+                .ok_or_else(|| damaged(format!("{name} is no image for a known GPU")))?;
+            let about = manifest.images.remove(&name);
+            let about = about.ok_or_else(|| damaged(format!("{name} is not in the manifest")))?;
+            let (begin, end) = tensor.data_offsets;
+            images.entry(unit.to_owned()).or_default().push(Image {
+                architecture,
+                place: start + begin..start + end,
+                about,
+                name,
+            });
         }
-        images.sort_by(|a, b| (&a.1, a.0.name()).cmp(&(&b.1, b.0.name())));
-        let about = header.metadata().as_ref();
-        let compiler = about.and_then(|m| m.get("compiler").cloned());
+        if let Some(name) = manifest.images.keys().next() {
+            return Err(damaged(format!("{name} is missing")));
+        }
         Ok(Self {
             data,
             images,
-            compiler: compiler.unwrap_or_default(),
+            compiler: manifest.compiler,
         })
     }
 
-    /// The image of a unit that suits a GPU best: machine code for it, for an earlier minor of its
-    /// major, or PTX.
+    /// For every unit the image that suits a GPU best: machine code for it alone, for it, for an
+    /// earlier minor of its major, or PTX for it or an earlier one.
+    pub(super) fn images(&self, capability: (u32, u32)) -> impl Iterator<Item = (&str, &Image)> {
+        let all = self.images.iter();
+        all.filter_map(move |(unit, images)| Some((unit.as_str(), best(images, capability)?)))
+    }
+
+    /// The image of a unit that suits a GPU best, unpacked: machine code, or PTX when it was made
+    /// for none of the GPU's major version.
     ///
     /// # Errors
     /// [`Error::Kernel`] when there is none, or it is damaged.
     pub fn image(&self, unit: &str, capability: (u32, u32)) -> Result<Vec<u8>> {
-        let all = self.images.iter().filter(|(_, name)| name == unit);
-        let best = all
-            .filter_map(|(a, _)| Some((a.rank(capability)?, *a)))
-            .max_by_key(|(rank, _)| *rank);
-        let Some((_, architecture)) = best else {
+        let images = self.images.get(unit);
+        let Some(image) = images.and_then(|images| best(images, capability)) else {
             let (major, minor) = capability;
             return Err(Error::Kernel {
                 kernel: unit.to_owned(),
                 problem: format!("no image for GPUs of compute capability {major}.{minor}"),
             });
         };
-        let name = format!("{}/{unit}", architecture.name());
-        let pack = SafeTensors::deserialize(self.data).map_err(damaged)?;
-        let packed = pack.tensor(&name).map_err(damaged)?;
-        let (size, packed) = packed
-            .data()
-            .split_first_chunk::<4>()
-            .ok_or_else(|| damaged(format!("{name} is cut short")))?;
-        let size = u32::from_le_bytes(*size) as usize;
-        if size > MAX_IMAGE_BYTES {
-            return Err(damaged(format!("{name} claims {size} bytes")));
-        }
-        lz4_flex::decompress(packed, size).map_err(|e| damaged(format!("{name}: {e}")))
+        self.unpack(image)
     }
 
-    /// Compiler and architectures, for people.
+    fn unpack(&self, image: &Image) -> Result<Vec<u8>> {
+        let Image { name, about, .. } = image;
+        let (size, packed) = self
+            .data
+            .get(image.place.clone())
+            .and_then(<[u8]>::split_first_chunk)
+            .ok_or_else(|| damaged(format!("{name} is cut short")))?;
+        let size = u32::from_le_bytes(*size) as usize;
+        // Before the memory for it is asked for.
+        let most = MAX_IMAGE_BYTES.min(packed.len().saturating_mul(MAX_EXPANSION));
+        if size != about.bytes || size > most {
+            return Err(damaged(format!("{name} cannot unpack to {size} bytes")));
+        }
+        let image = lz4_flex::block::decompress(packed, size)
+            .map_err(|e| damaged(format!("{name}: {e}")))?;
+        if image.len() != size {
+            let found = image.len();
+            return Err(damaged(format!(
+                "{name} unpacks to {found} bytes of {size}"
+            )));
+        }
+        Ok(image)
+    }
+
+    /// Every unit with its kernels that can run on a GPU of a compute capability.
+    pub fn kernels(&self, capability: (u32, u32)) -> impl Iterator<Item = (&str, &str)> {
+        self.images(capability).flat_map(|(unit, image)| {
+            let kernels = image.about.kernels.iter();
+            kernels.map(move |k| (unit, k.name.as_str()))
+        })
+    }
+
+    /// The oldest driver for Linux that loads all that a GPU of a compute capability needs. `None`
+    /// when the pack has nothing for it.
+    pub fn driver(&self, capability: (u32, u32)) -> Option<&str> {
+        let drivers = self
+            .images(capability)
+            .map(|(_, image)| &*image.about.driver);
+        drivers.max_by_key(|version| numbers(version))
+    }
+
+    /// Compiler, architectures and size, for people.
     pub fn describe(&self) -> String {
-        let mut names: Vec<String> = self.images.iter().map(|(a, _)| a.name()).collect();
-        names.sort();
-        names.dedup();
-        format!("{}: {}", self.compiler, names.join(", "))
+        let all = || self.images.values().flatten();
+        let mut architectures: Vec<Architecture> = all().map(|i| i.architecture).collect();
+        architectures.sort_by_key(|a| a.order());
+        architectures.dedup();
+        let names: Vec<String> = architectures.iter().map(ToString::to_string).collect();
+        let kernels: BTreeSet<&str> = all()
+            .flat_map(|i| i.about.kernels.iter().map(|k| k.name.as_str()))
+            .collect();
+        format!(
+            "{} kernels for {}; {}, {:.1} MB",
+            kernels.len(),
+            names.join(" "),
+            self.compiler,
+            self.data.len() as f64 / 1e6
+        )
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn pack(names: &[&str]) -> Pack {
-        let packed: Vec<Vec<u8>> = names
-            .iter()
-            .map(|n| lz4_flex::compress_prepend_size(n.as_bytes()))
-            .collect();
-        let views = names.iter().zip(&packed).map(|(n, bytes)| {
-            let shape = vec![bytes.len()];
-            let view = safetensors::tensor::TensorView::new(safetensors::Dtype::U8, shape, bytes);
-            (n.to_string(), view.unwrap())
-        });
-        let data = safetensors::serialize(views, None).unwrap();
-        Pack::parse(data.leak()).unwrap()
+impl fmt::Debug for Pack {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Pack({})", self.describe())
     }
+}
 
-    #[test]
-    fn the_best_image_for_every_gpu() {
-        let names = [
-            "sm_80/u",
-            "sm_86/u",
-            "sm_89/u",
-            "sm_90a/u",
-            "sm_100/u",
-            "sm_120/u",
-            "compute_80/u",
-            "compute_120/u",
-        ];
-        let pack = pack(&names);
-        for (capability, wanted) in [
-            ((8, 0), "sm_80/u"),
-            ((8, 6), "sm_86/u"),
-            ((8, 7), "sm_86/u"),
-            ((8, 9), "sm_89/u"),
-            ((9, 0), "sm_90a/u"),
-            ((10, 0), "sm_100/u"),
-            ((10, 3), "sm_100/u"),
-            ((11, 0), "compute_80/u"),
-            ((12, 0), "sm_120/u"),
-            ((12, 1), "sm_120/u"),
-            ((13, 0), "compute_120/u"),
-        ] {
-            let image = pack.image("u", capability).unwrap();
-            assert_eq!(String::from_utf8(image).unwrap(), wanted, "{capability:?}");
-        }
-        assert!(pack.image("u", (7, 5)).is_err());
-        assert!(pack.image("v", (9, 0)).is_err());
-    }
+fn best(images: &[Image], capability: (u32, u32)) -> Option<&Image> {
+    let ranked = images
+        .iter()
+        .filter_map(|i| Some((i.architecture.rank(capability)?, i)));
+    Some(ranked.max_by_key(|(rank, _)| *rank)?.1)
+}
 
-    #[test]
-    fn damage_is_an_error() {
-        assert!(Pack::parse(b"").is_err());
-        assert!(Pack::parse(b"nothing of the kind").is_err());
-        let view = |bytes: &'static [u8]| {
-            let shape = vec![bytes.len()];
-            safetensors::tensor::TensorView::new(safetensors::Dtype::U8, shape, bytes).unwrap()
-        };
-        for (name, bytes) in [
-            ("sm_80/u", &b"ab"[..]),
-            ("sm_80/u", &[255, 255, 255, 255, 1, 2][..]),
-            ("sm_80/u", &[200, 0, 0, 0, 1, 2][..]),
-        ] {
-            let data = safetensors::serialize([(name, view(bytes))], None).unwrap();
-            let pack = Pack::parse(data.leak()).unwrap();
-            assert!(pack.image("u", (8, 0)).is_err());
-        }
-        for name in ["u", "sm_x/u", "gfx/u"] {
-            let data = safetensors::serialize([(name, view(b"ab"))], None).unwrap();
-            assert!(Pack::parse(data.leak()).is_err(), "{name}");
-        }
+fn read_manifest(text: &str) -> Result<Manifest> {
+    let manifest = |e| damaged(format!("manifest: {e}"));
+    let Version { version } = serde_json::from_str(text).map_err(manifest)?;
+    if version != VERSION {
+        return Err(damaged(format!(
+            "version {version} of {VERSION}; run `cargo xtask kernels` and build again"
+        )));
     }
+    serde_json::from_str(text).map_err(manifest)
+}
+
+/// Architecture and unit of `sm_90a/qgemm/decode.cubin`.
+fn read_name(name: &str) -> Option<(Architecture, &str)> {
+    let (architecture, file) = name.split_once('/')?;
+    let architecture = Architecture::parse(architecture)?;
+    let unit = file.strip_suffix(architecture.extension())?;
+    (!unit.is_empty()).then_some((architecture, unit))
+}
+
+/// The numbers of a version, to compare by.
+fn numbers(version: &str) -> Vec<u32> {
+    version.split('.').map_while(|n| n.parse().ok()).collect()
 }

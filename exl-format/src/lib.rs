@@ -30,6 +30,6 @@ pub use quality::Quality;
 pub use rope::{Llama3Rope, LongRope, RopeConfig, RopeKind, YarnRope};
 pub use safetensors::{MAX_HEADER_BYTES, SafetensorsFile, TensorSource, TensorView};
 pub use writer::{
-    CheckpointWriter, QuantizationConfig, TensorSpec, WriterOptions, Written, copy_side_files,
-    patch_quantization_config, write_file_atomic,
+    CheckpointWriter, QuantizationConfig, Sealed, TensorSpec, WriterOptions, Written,
+    copy_side_files, patch_quantization_config, remove_leftovers, write_file_atomic,
 };

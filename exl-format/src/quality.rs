@@ -49,7 +49,7 @@ pub struct TensorQuality {
     pub name: String,
     /// Size in bits by the accounting of the format.
     pub bits: u64,
-    /// The groups, as in `0.1:4b_128g/0.9:3b_128g`.
+    /// The groups, as in `1x5b_64g/2x4b_128g`: one of 64 rows, then two of 128.
     pub groups: String,
     /// `bits` over the number of weights.
     pub bits_per_weight: f64,
@@ -139,7 +139,7 @@ mod tests {
             tensors: vec![TensorQuality {
                 name: "model.layers.0.self_attn.q_proj".to_owned(),
                 bits: 53_085_696,
-                groups: "0.1:4b_128g/0.9:3b_128g".to_owned(),
+                groups: "1x4b_128g/2x3b_128g".to_owned(),
                 bits_per_weight: 3.16415,
                 bytes: 6_635_712,
                 train_loss: 0.012,

@@ -4,7 +4,7 @@ mod atomic;
 mod layout;
 mod side;
 
-pub use atomic::write_file_atomic;
+pub use atomic::{remove_leftovers, write_file_atomic};
 pub use side::{QuantizationConfig, copy_side_files, patch_quantization_config};
 
 use std::collections::HashMap;
@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value, json};
 
 use crate::{Dtype, Error, Result};
-use atomic::{PARTIAL, Partial, sync_dir};
+use atomic::{Partial, sync_dir};
 use layout::ShardLayout;
 
 /// The index of a sharded checkpoint.
@@ -78,7 +78,8 @@ pub struct Written {
 ///
 /// The tensors are declared up front, so that headers are known and data goes straight to its
 /// place, in any order and in pieces: memory holds one piece. Files bear a temporary name until
-/// [`CheckpointWriter::finish`]; dropping the writer before removes them.
+/// [`CheckpointWriter::finish`]; dropping the writer before removes them. One writer at a time may
+/// write files of the same base into a directory.
 #[derive(Debug)]
 pub struct CheckpointWriter {
     dir: PathBuf,
@@ -107,8 +108,8 @@ impl CheckpointWriter {
     /// Creates the directory if need be, and the files under temporary names.
     ///
     /// # Errors
-    /// [`Error::Encode`] when a name is declared twice, a size overflows or an earlier result is
-    /// in the way, [`Error::Io`] when the system refuses.
+    /// [`Error::Encode`] when a name is declared twice, a size overflows, an earlier result is
+    /// in the way or another program is writing one, [`Error::Io`] when the system refuses.
     pub fn create(dir: &Path, specs: Vec<TensorSpec>, options: &WriterOptions) -> Result<Self> {
         let layouts = layout::plan(specs, options.shard_bytes)?;
         fs::create_dir_all(dir).map_err(Error::io("create", dir))?;
@@ -122,7 +123,6 @@ impl CheckpointWriter {
             let what = format!("{}", dir.display());
             return Err(Error::encode(what, "no earlier result there", found));
         }
-        remove_leftovers(dir, &options.base)?;
         let mut writer = Self {
             dir: dir.to_owned(),
             base: options.base.clone(),
@@ -131,6 +131,15 @@ impl CheckpointWriter {
         };
         for (layout, name) in layouts.into_iter().zip(names) {
             writer.add(layout, name)?;
+        }
+        // After taking its own files: of two that begin at once, one at least sees the other.
+        let busy = remove_leftovers(dir)?;
+        let own = |n: &String| writer.shards.iter().filter(|s| s.name == *n).count();
+        let all = |n: &String| busy.iter().filter(|b| *b == n).count();
+        let taken = |n: &&String| is_result(n, &options.base) && all(n) > own(n);
+        if let Some(name) = busy.iter().find(taken) {
+            let what = format!("{}", dir.display());
+            return Err(Error::encode(what, "no other program writing there", name));
         }
         Ok(writer)
     }
@@ -183,12 +192,20 @@ impl CheckpointWriter {
         Ok(())
     }
 
-    /// Brings everything to disk, gives the files their names and writes the index of a sharded
-    /// checkpoint; then removes what an earlier result with the same base left.
+    /// [`CheckpointWriter::seal`] and [`Sealed::publish`] in one.
+    ///
+    /// # Errors
+    /// As those.
+    pub fn finish(self) -> Result<Written> {
+        self.seal()?.publish()
+    }
+
+    /// Brings everything to disk under the temporary names, so that it can be looked at before it
+    /// replaces anything.
     ///
     /// # Errors
     /// [`Error::Encode`] when a tensor is not complete, [`Error::Io`] when the system refuses.
-    pub fn finish(mut self) -> Result<Written> {
+    pub fn seal(mut self) -> Result<Sealed> {
         let mut short: Vec<_> = self
             .slots
             .iter()
@@ -200,32 +217,20 @@ impl CheckpointWriter {
             let found = format!("{}", slot.written);
             return Err(Error::encode(format!("tensor {name}"), expected, found));
         }
-        let index = (self.shards.len() > 1).then(|| self.index());
-        let written = Written {
-            files: self.shards.iter().map(|s| self.dir.join(&s.name)).collect(),
-            tensor_bytes: self.slots.values().map(|s| s.bytes).sum(),
-            file_bytes: self.shards.iter().map(|s| s.bytes).sum(),
-        };
-        let stale = self.stale()?;
-        let shards = std::mem::take(&mut self.shards);
-        // All data is safe before the first name appears.
-        let mut ready = Vec::with_capacity(shards.len());
-        for mut shard in shards {
+        for shard in &mut self.shards {
             shard.partial.act("sync", |file| file.sync_all())?;
-            ready.push(shard.partial);
         }
-        for partial in ready {
-            partial.publish()?;
-        }
-        match index {
-            Some(index) => write_file_atomic(&self.dir.join(INDEX), &index)?,
-            None => sync_dir(&self.dir)?,
-        }
-        for name in stale {
-            let path = self.dir.join(name);
-            fs::remove_file(&path).map_err(Error::io("remove", &path))?;
-        }
-        Ok(written)
+        Ok(Sealed {
+            index: (self.shards.len() > 1).then(|| self.index()),
+            written: Written {
+                files: self.shards.iter().map(|s| self.dir.join(&s.name)).collect(),
+                tensor_bytes: self.slots.values().map(|s| s.bytes).sum(),
+                file_bytes: self.shards.iter().map(|s| s.bytes).sum(),
+            },
+            dir: self.dir,
+            base: self.base,
+            shards: self.shards,
+        })
     }
 
     fn index(&self) -> String {
@@ -239,15 +244,54 @@ impl CheckpointWriter {
         let total: u64 = self.slots.values().map(|s| s.bytes).sum();
         crate::to_json_text(&json!({"metadata": {"total_size": total}, "weight_map": map}))
     }
+}
 
-    /// Files of an earlier result that the new one does not overwrite.
-    fn stale(&self) -> Result<Vec<String>> {
-        let mut names = earlier_results(&self.dir, &self.base)?;
-        names.retain(|n| self.shards.iter().all(|s| s.name != *n));
-        if self.shards.len() == 1 && !names.is_empty() && self.dir.join(INDEX).is_file() {
-            names.push(INDEX.to_owned());
+/// A checkpoint that is complete and on disk, but under temporary names; dropping it removes it.
+#[derive(Debug)]
+pub struct Sealed {
+    dir: PathBuf,
+    base: String,
+    shards: Vec<Shard>,
+    index: Option<String>,
+    written: Written,
+}
+
+impl Sealed {
+    /// The files in order, where they are for now.
+    pub fn files(&self) -> impl Iterator<Item = &Path> {
+        self.shards.iter().map(|s| s.partial.path())
+    }
+
+    /// Removes an earlier result with the same base, gives the files their names and writes the
+    /// index of a sharded checkpoint. Cut short, it leaves a directory that lacks files, never one
+    /// that mixes two results.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when the system refuses.
+    pub fn publish(self) -> Result<Written> {
+        let mut earlier = earlier_results(&self.dir, &self.base)?;
+        // A single file that takes the place of a single file needs no gap between them.
+        if let ([shard], [old]) = (&self.shards[..], &earlier[..])
+            && shard.name == *old
+        {
+            earlier.clear();
         }
-        Ok(names)
+        let index = self.dir.join(INDEX);
+        if !earlier.is_empty() && index.is_file() {
+            earlier.insert(0, INDEX.to_owned());
+        }
+        for name in earlier {
+            let path = self.dir.join(name);
+            fs::remove_file(&path).map_err(Error::io("remove", &path))?;
+        }
+        for shard in self.shards {
+            shard.partial.publish()?;
+        }
+        match self.index {
+            Some(text) => write_file_atomic(&index, &text)?,
+            None => sync_dir(&self.dir)?,
+        }
+        Ok(self.written)
     }
 }
 
@@ -260,31 +304,23 @@ fn shard_name(base: &str, number: usize, total: usize) -> String {
 
 /// Names of the files an earlier writer with this base left in a directory, sorted.
 fn earlier_results(dir: &Path, base: &str) -> Result<Vec<String>> {
-    named(dir, base, ".safetensors")
-}
-
-/// Removes what a writer with this base left when it was killed.
-fn remove_leftovers(dir: &Path, base: &str) -> Result<()> {
-    for name in named(dir, base, &format!(".safetensors{PARTIAL}"))? {
-        let path = dir.join(name);
-        fs::remove_file(&path).map_err(Error::io("remove", &path))?;
-    }
-    Ok(())
-}
-
-/// Names in a directory that are `base`, a numbering or none, and `ending`.
-fn named(dir: &Path, base: &str, ending: &str) -> Result<Vec<String>> {
     let mut names = Vec::new();
     for entry in fs::read_dir(dir).map_err(Error::io("list", dir))? {
         let name = entry.map_err(Error::io("list", dir))?.file_name();
-        let Some(name) = name.to_str() else { continue };
-        let rest = name.strip_prefix(base).and_then(|n| n.strip_suffix(ending));
-        if rest.is_some_and(|r| r.is_empty() || is_numbering(r)) {
+        if let Some(name) = name.to_str().filter(|n| is_result(n, base)) {
             names.push(name.to_owned());
         }
     }
     names.sort();
     Ok(names)
+}
+
+/// Whether a name is `base`, a numbering or none, and the ending of safetensors files.
+fn is_result(name: &str, base: &str) -> bool {
+    let rest = name
+        .strip_prefix(base)
+        .and_then(|n| n.strip_suffix(".safetensors"));
+    rest.is_some_and(|r| r.is_empty() || is_numbering(r))
 }
 
 /// `-00001-of-00002`.

@@ -11,17 +11,25 @@ use super::atomic::{PARTIAL, Partial, sync_dir};
 use crate::{Error, Result};
 
 /// Endings of files that hold or index weights.
-const WEIGHTS: [&str; 6] = [
+const WEIGHTS: [&str; 12] = [
     ".safetensors",
     ".bin",
+    ".pt",
     ".pth",
+    ".ckpt",
+    ".h5",
+    ".msgpack",
+    ".ot",
+    ".npz",
     ".gguf",
     ".onnx",
     ".index.json",
 ];
+/// Files that say what the weights are: true of the source only.
+const ABOUT_WEIGHTS: [&str; 3] = ["config.json", "quality.json", "quantize_config.json"];
 
-/// Copies every regular file directly inside `src` to `dst`, except weights and their indexes;
-/// returns their names. Nothing is copied when both are the same directory.
+/// Copies every regular file directly inside `src` to `dst`, except weights, their indexes, and what
+/// describes them (config.json, quality.json); returns their names. Nothing is copied when both are the same directory.
 ///
 /// # Errors
 /// [`Error::Io`] when the system refuses.
@@ -37,7 +45,9 @@ pub fn copy_side_files(src: &Path, dst: &Path) -> Result<Vec<String>> {
         let Ok(name) = entry.file_name().into_string() else {
             continue;
         };
-        let weights = WEIGHTS.iter().any(|e| name.ends_with(e)) || name.ends_with(PARTIAL);
+        let weights = WEIGHTS.iter().any(|e| name.ends_with(e))
+            || name.ends_with(PARTIAL)
+            || ABOUT_WEIGHTS.contains(&&*name);
         // Through links: hub caches consist of them.
         if !weights && entry.path().is_file() {
             names.push(name);

@@ -226,11 +226,81 @@ fn earlier_results_are_replaced_only_on_request() {
 #[test]
 fn leftovers_of_a_killed_run() {
     let dir = TempDir::new();
-    dir.put("output-00003-of-00003.safetensors.partial", "half");
-    dir.put("output.safetensors.partial", "half")
-        .put("mine.partial", "");
+    dir.put("output-00003-of-00003.safetensors.7-0.partial", "half");
+    dir.put("output.safetensors.1234-5.partial", "half")
+        .put("config.json.7-12.partial", "half")
+        .put("mine.partial", "")
+        .put("my.notes.partial", "");
     write_all(dir.path(), &specs(), &WriterOptions::default()).unwrap();
-    assert_eq!(dir.names(), ["mine.partial", "output.safetensors"]);
+    assert_eq!(
+        dir.names(),
+        ["mine.partial", "my.notes.partial", "output.safetensors"]
+    );
+}
+
+#[test]
+fn two_writers_do_not_take_each_others_files() {
+    let dir = TempDir::new();
+    let create = || CheckpointWriter::create(dir.path(), specs(), &WriterOptions::default());
+    let mut first = create().unwrap();
+    let text = create().unwrap_err().to_string();
+    assert!(
+        text.contains("expected no other program writing there"),
+        "{text}"
+    );
+    for spec in specs() {
+        first.write(&spec.name, &data(&spec)).unwrap();
+    }
+    first.finish().unwrap();
+    assert_eq!(dir.names(), ["output.safetensors"]);
+    check(dir.path(), &specs());
+}
+
+/// A directory in the place of a shard stands in for a crash before its turn.
+#[test]
+fn a_replacement_cut_short_mixes_nothing() {
+    let dir = TempDir::new();
+    write_all(dir.path(), &specs(), &sharded(47)).unwrap();
+    let second = dir.path().join("output-00002-of-00002.safetensors");
+    std::fs::remove_file(&second).unwrap();
+    std::fs::create_dir(&second).unwrap();
+    let options = WriterOptions {
+        replace: true,
+        ..sharded(47)
+    };
+    write_all(dir.path(), &specs(), &options).unwrap_err();
+    let names = dir.names();
+    assert!(!names.contains(&INDEX.to_owned()), "{names:?}");
+    let first = "output-00001-of-00002.safetensors";
+    assert!(!names.iter().any(|n| n == first), "{names:?}");
+}
+
+#[test]
+fn what_is_sealed_can_be_read_before_it_has_its_name() {
+    let dir = TempDir::new();
+    let seal = || {
+        let mut writer = CheckpointWriter::create(dir.path(), specs(), &sharded(47)).unwrap();
+        for spec in specs() {
+            writer.write(&spec.name, &data(&spec)).unwrap();
+        }
+        writer.seal().unwrap()
+    };
+    let sealed = seal();
+    let files: Vec<_> = sealed
+        .files()
+        .map(|f| SafetensorsFile::open(f).unwrap())
+        .collect();
+    for spec in specs() {
+        let view = files
+            .iter()
+            .find_map(|f| f.tensor(&spec.name).ok())
+            .unwrap();
+        assert_eq!(&*view.data, data(&spec));
+    }
+    drop((files, sealed));
+    assert_eq!(dir.names(), [""; 0]);
+    seal().publish().unwrap();
+    check(dir.path(), &specs());
 }
 
 #[test]
@@ -245,7 +315,7 @@ fn files_written_whole() {
         .unwrap_err()
         .to_string();
     assert!(
-        text.starts_with("cannot create ") && text.contains("b.partial: "),
+        text.starts_with("cannot create ") && text.contains(".partial: "),
         "{text}"
     );
     // The final name is taken by something a file cannot replace.
@@ -305,11 +375,20 @@ fn a_full_disk_leaves_nothing_behind() {
 #[test]
 fn side_files() {
     let (src, dst) = (TempDir::new(), TempDir::new());
-    let copied = ["chat_template.jinja", "config.json", "tokenizer.json"];
+    let copied = ["chat_template.jinja", "tokenizer.json"];
     for name in copied {
         src.put(name, name);
     }
     for name in [
+        "config.json",
+        "quality.json",
+        "quantize_config.json",
+        "tf_model.h5",
+        "flax_model.msgpack",
+        "rust_model.ot",
+        "model.pt",
+        "model.ckpt",
+        "weights.npz",
         "model.safetensors",
         "pytorch_model.bin",
         "consolidated.00.pth",
@@ -317,7 +396,7 @@ fn side_files() {
         "m.onnx",
         INDEX,
         "pytorch_model.bin.index.json",
-        "output.safetensors.partial",
+        "output.safetensors.7-0.partial",
     ] {
         src.put(name, "");
     }

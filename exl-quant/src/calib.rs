@@ -40,10 +40,15 @@ impl Calibration {
         let suffix = path.extension().map_or_else(String::new, |e| {
             e.to_ascii_lowercase().to_string_lossy().into_owned()
         });
+        let total = rows.checked_mul(length).filter(|&n| n > 0);
+        let total = total.ok_or_else(|| Error::Calibration {
+            file: path.display().to_string(),
+            what: format!("cannot give {rows} rows of {length} tokens; change --rows or --length"),
+        })?;
         let rows = match suffix.as_str() {
             "safetensors" => read::token_rows(path, rows, length)?,
             _ => {
-                let mut stream = Stream::new(path, encode, rows * length);
+                let mut stream = Stream::new(path, encode, total);
                 match suffix.as_str() {
                     "txt" => read::text(path, &mut stream)?,
                     "jsonl" | "json" => read::json_lines(path, &mut stream)?,

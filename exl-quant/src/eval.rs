@@ -111,7 +111,8 @@ impl KlScore {
 fn position(reference: &[f32], quantized: &[f32], next: Option<u32>) -> Position {
     let (top_r, norm_r) = norm(reference);
     let (top_q, norm_q) = norm(quantized);
-    let mut kl = 0.0f64;
+    // No comparison with NaN holds, so the sum below would leave every term out.
+    let mut kl = if norm_r.is_finite() { 0.0 } else { f64::NAN };
     for (&r, &q) in reference.iter().zip(quantized) {
         let log_p = f64::from(r) - norm_r;
         // Below this a term is under 1e-17 whatever the other model says.
@@ -184,6 +185,12 @@ mod tests {
         for bad in [f32::NAN, f32::INFINITY] {
             let mut score = KlScore::new();
             score.add(&[1.0, 2.0, 3.0], &[1.0, bad, 3.0], 3, &[1]);
+            assert!(!score.is_finite() && !score.mean_kl().is_finite(), "{bad}");
+        }
+        // Also where no token follows, and in the original.
+        for bad in [f32::NAN, f32::INFINITY] {
+            let mut score = KlScore::new();
+            score.add(&[1.0, bad, 3.0], &[1.0, 2.0, 3.0], 3, &[]);
             assert!(!score.is_finite() && !score.mean_kl().is_finite(), "{bad}");
         }
         let mut score = KlScore::new();

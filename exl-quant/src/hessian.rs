@@ -116,11 +116,11 @@ impl HessianAccumulator {
 /// The finished Hessians of one input.
 #[derive(Clone, Debug)]
 pub struct HessianSet {
-    /// Over the rows the quantizer may fit to while settings are being chosen.
+    /// Over the rows the weights are fitted to.
     pub train: Hessian,
     /// Over the rows that judge.
     pub hold_out: Hessian,
-    /// Over all rows: what the final weights are fitted to.
+    /// Over all rows: what a change of the weights does to the outputs.
     pub all: Hessian,
 }
 

@@ -14,7 +14,7 @@ mod quantize;
 mod sites;
 mod write;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use exl_models::{LoadOptions, ModelSource, Storage};
@@ -75,8 +75,7 @@ impl ConvertOptions {
     pub fn new(source: impl Into<PathBuf>, out: impl Into<PathBuf>, bits: Vec<f64>) -> Self {
         // Without a trailing separator, or the journal would lie inside the result.
         let out: PathBuf = out.into().components().collect();
-        let mut work = out.clone().into_os_string();
-        work.push(".work");
+        let work = journal_beside(&out);
         Self {
             source: source.into(),
             out,
@@ -87,7 +86,7 @@ impl ConvertOptions {
             measurement: None,
             save_measurement: None,
             measure_only: false,
-            work: work.into(),
+            work,
             restart: false,
             shard_bytes: 8 << 30,
             verify: true,
@@ -96,6 +95,17 @@ impl ConvertOptions {
             load: LoadOptions::default(),
         }
     }
+}
+
+/// `OUT.work`; a result in `.` or `..` has a name too.
+fn journal_beside(out: &Path) -> PathBuf {
+    let mut work = match out.file_name() {
+        Some(_) => out.to_owned(),
+        None => out.canonicalize().unwrap_or_else(|_| out.to_owned()),
+    }
+    .into_os_string();
+    work.push(".work");
+    work.into()
 }
 
 /// What a conversion is doing.
@@ -219,6 +229,12 @@ fn run(
         Some(path) => Some(Measurement::read(path, &job.model_hash)?),
         None => None,
     };
+    budget::check_bits(&job)?;
+    if calibration.rows.len() < 8 {
+        let what = "fewer than 8 calibration rows: none is held out, so the divergence reported is \
+                    that of a row that was fitted to";
+        job.emit(Event::Notice(what.to_owned()));
+    }
     let settings = settings(&job, given.as_ref());
     let resumed = Work::exists(&options.work) && !options.restart;
     place::check_outputs(options, resumed)?;
@@ -317,6 +333,9 @@ fn check(options: &ConvertOptions, calibration: &Calibration, source: &ModelSour
     }
     if options.measure_rows == 0 {
         return bad("--measure-rows", "at least one row is needed".into());
+    }
+    if options.measure_length < 2 {
+        return bad("--measure-length", "at least two tokens are needed".into());
     }
     let length = calibration.length();
     if calibration.rows.is_empty() || length < 2 {

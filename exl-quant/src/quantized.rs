@@ -77,26 +77,4 @@ impl Quantized {
             });
         out
     }
-
-    /// Inverse of [`Quantized::order`]: the packed row of each original feature.
-    pub fn inverse_order(&self) -> Vec<u32> {
-        let mut inverse = vec![0u32; self.order.len()];
-        for (r, &feature) in self.order.iter().enumerate() {
-            inverse[feature as usize] = r as u32;
-        }
-        inverse
-    }
-
-    /// Share of the codes at either end of their range.
-    pub fn clipped(&self) -> f64 {
-        let mut at = 0;
-        let mut count = 0usize;
-        for group in self.layout.groups() {
-            let top = ((1u32 << group.bits) - 1) as u8;
-            let codes = &self.codes[at..at + group.rows * self.outputs];
-            count += codes.iter().filter(|&&c| c == 0 || c == top).count();
-            at += codes.len();
-        }
-        count as f64 / self.codes.len().max(1) as f64
-    }
 }

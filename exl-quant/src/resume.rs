@@ -15,9 +15,10 @@ use std::fs::{File, TryLockError};
 use std::path::{Path, PathBuf};
 
 use exl_format::{
-    CheckpointWriter, Exl2Linear, SafetensorsFile, WriterOptions, read_json, to_json_text,
+    CheckpointWriter, Exl2Linear, SafetensorsFile, WriterOptions, remove_leftovers, to_json_text,
     write_file_atomic,
 };
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::pipeline::{LinearMeasurement, LinearStats};
@@ -88,6 +89,7 @@ impl Work {
         if restart && ours {
             clear(dir)?;
         }
+        remove_leftovers(dir)?;
         let measuring = dir.join(MEASURING);
         std::fs::create_dir_all(&measuring).map_err(|e| Error::io(&measuring, e))?;
         match read_json::<Settings>(&path)? {
@@ -109,7 +111,10 @@ impl Work {
 
     /// Whether a directory holds a journal.
     pub(crate) fn exists(dir: &Path) -> bool {
-        matches!(read_json::<Settings>(&dir.join(SETTINGS)), Ok(Some(_)))
+        matches!(
+            exl_format::read_json::<Settings>(&dir.join(SETTINGS)),
+            Ok(Some(_))
+        )
     }
 
     /// Where the measurement lies.
@@ -123,7 +128,7 @@ impl Work {
 
     /// What is known of a linear from an interrupted measurement.
     pub(crate) fn measured(&self, name: &str) -> Result<Option<LinearMeasurement>> {
-        Ok(read_json(&self.measuring(name, "json"))?)
+        read_json(&self.measuring(name, "json"))
     }
 
     /// Keeps the curve of a linear.
@@ -134,7 +139,7 @@ impl Work {
 
     /// The sensitivity of a linear from an interrupted measurement.
     pub(crate) fn sensitivity(&self, name: &str) -> Result<Option<f64>> {
-        Ok(read_json(&self.measuring(name, "kl.json"))?)
+        read_json(&self.measuring(name, "kl.json"))
     }
 
     /// Keeps the sensitivity of a linear.
@@ -160,6 +165,14 @@ impl Work {
         let _ = std::fs::remove_dir(&self.dir);
         Ok(())
     }
+}
+
+/// Reads a file of the journal.
+fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
+    exl_format::read_json(path).map_err(|e| Error::Journal {
+        file: path.to_owned(),
+        what: format!("is damaged ({e}); discard the journal with --restart"),
+    })
 }
 
 /// Takes the lock of a journal.
@@ -208,6 +221,11 @@ impl Settings {
 }
 
 impl Journal {
+    /// Where it is.
+    pub(crate) fn dir(&self) -> &Path {
+        &self.dir
+    }
+
     fn path(&self, name: &str, suffix: &str) -> PathBuf {
         self.dir.join(format!("{name}.{suffix}"))
     }
@@ -243,6 +261,17 @@ impl Journal {
             what: "is missing; discard the journal with --restart".to_owned(),
         })?;
         Ok(Some(Stored { linear, stats }))
+    }
+
+    /// A linear that was stored before.
+    ///
+    /// # Errors
+    /// When its files are gone or damaged.
+    pub(crate) fn stored(&self, name: &str) -> Result<Stored> {
+        self.load(name)?.ok_or_else(|| Error::Journal {
+            file: self.path(name, "safetensors"),
+            what: "vanished; run the same command again".to_owned(),
+        })
     }
 
     /// Stores a finished linear.

@@ -107,3 +107,25 @@ fn shared_parquet_column_is_read_when_it_is_there() {
     assert_eq!(set.rows.len(), 2);
     assert!(set.rows[0].iter().any(|&n| n > 3));
 }
+
+#[test]
+fn rows_without_tokens_are_refused() {
+    let header = br#"{"input_ids":{"dtype":"I32","shape":[2,0],"data_offsets":[0,0]}}"#;
+    let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+    bytes.extend_from_slice(header);
+    let tokens = file("empty.safetensors", &bytes);
+    let text = file("some.txt", b"a b c");
+    for (path, rows, length) in [
+        (&tokens, 2, 0),
+        (&text, 2, 0),
+        (&text, 0, 2),
+        (&text, usize::MAX, 2),
+    ] {
+        let error = Calibration::from_file(path, &words, rows, length).unwrap_err();
+        let text = error.to_string();
+        assert!(
+            text.contains("--rows") && text.contains("--length"),
+            "{text}"
+        );
+    }
+}

@@ -10,7 +10,7 @@ use super::probe::{PROBE_LAYERS, PROBE_POSITIONS};
 use super::quantize::Layouts;
 use super::{ConvertOptions, Job, Target};
 use crate::calib::Calibration;
-use crate::{Choice, Error, HessianAccumulator, Layout, Result, allocate, head_recipe};
+use crate::{Choice, Error, HessianAccumulator, Layout, Result, allocate, candidates, head_recipe};
 
 /// Head size whose bytes the budget counts on when the allocation may choose.
 const NOMINAL_HEAD: u32 = 6;
@@ -24,7 +24,7 @@ pub(super) fn target(job: &Job<'_>, bits: f64, measurement: &Measurement) -> Res
         let found = measurement
             .linear(&key.name)
             .ok_or_else(|| Error::Journal {
-                file: job.options.measurement.clone().unwrap_or_default(),
+                file: (job.options.measurement.clone()).unwrap_or_else(|| job.options.work.clone()),
                 what: format!("has no curve for {}; measure again", key.name),
             })?;
         if key.name != head || free_head {
@@ -32,16 +32,10 @@ pub(super) fn target(job: &Job<'_>, bits: f64, measurement: &Measurement) -> Res
         }
     }
     let fixed_head = fixed_head(job)?;
-    let budget = budget_bits(job, bits)?;
     let mut layouts = Layouts::new();
     if let Some(layout) = &fixed_head {
         layouts.insert(head.clone(), layout.clone());
     }
-    // The header is part of the files; its size depends on the number of digits in the offsets,
-    // so the bound is taken over the widest ones.
-    let header = 8 * header_bytes(job, fixed_head.is_some() || free_head);
-    let fixed = fixed_head.map_or(0, |l| l.bits(job.source.spec().vocab.next_multiple_of(32)));
-    let room = budget.saturating_sub(header + fixed);
     let items: Vec<Vec<Choice>> = linears
         .iter()
         .map(|l| {
@@ -52,21 +46,10 @@ pub(super) fn target(job: &Job<'_>, bits: f64, measurement: &Measurement) -> Res
             l.points.iter().map(choice).collect()
         })
         .collect();
-    let least: u64 = items
+    let least = items
         .iter()
-        .map(|i| i.iter().map(|c| c.cost).min().unwrap_or(0))
-        .sum();
-    if least > room {
-        let weights = decoder_weights(job) as f64;
-        // Rounded up to what will do.
-        let possible = ((bits + (least - room) as f64 / weights) * 100.0).ceil() / 100.0;
-        return Err(Error::Option {
-            option: "--bits",
-            what: format!(
-                "{bits} is less than this model can be stored in; the least is {possible}"
-            ),
-        });
-    }
+        .map(|i| i.iter().map(|c| c.cost).min().unwrap_or(0));
+    let room = room(job, bits, least.sum())?;
     let picks = allocate(&items, room)?;
     let mut predicted = 0.0;
     for ((linear, item), &pick) in linears.iter().zip(&items).zip(&picks) {
@@ -80,6 +63,44 @@ pub(super) fn target(job: &Job<'_>, bits: f64, measurement: &Measurement) -> Res
         name,
         layouts,
         predicted,
+    })
+}
+
+/// Refuses bitrates that no layout can meet. The curves are not needed for it: sizes are known.
+pub(super) fn check_bits(job: &Job<'_>) -> Result<()> {
+    let free_head = job.options.head_bits.is_none();
+    let mut least = 0;
+    for key in job.source.layout().iter().filter(|k| k.is_linear()) {
+        if free_head || key.kind == WeightKind::Linear {
+            let outputs = key.shape[0].next_multiple_of(32);
+            let sizes = candidates(key.shape[1])?;
+            least += sizes.iter().map(|l| l.bits(outputs)).min().unwrap_or(0);
+        }
+    }
+    for &bits in &job.options.bits {
+        room(job, bits, least)?;
+    }
+    Ok(())
+}
+
+/// Bits left for the linears that the allocation decides about, which take `least` or more.
+fn room(job: &Job<'_>, bits: f64, least: u64) -> Result<u64> {
+    let head = fixed_head(job)?;
+    let free_head = job.options.head_bits.is_none();
+    // The header is part of the files; its size depends on the number of digits in the offsets,
+    // so the bound is taken over the widest ones.
+    let header = 8 * header_bytes(job, head.is_some() || free_head);
+    let fixed = head.map_or(0, |l| l.bits(job.source.spec().vocab.next_multiple_of(32)));
+    let (budget, needed) = (budget_bits(job, bits)?, header + fixed + least);
+    if needed <= budget {
+        return Ok(budget - header - fixed);
+    }
+    let weights = decoder_weights(job) as f64;
+    // Rounded up to what will do.
+    let possible = ((bits + (needed - budget) as f64 / weights) * 100.0).ceil() / 100.0;
+    Err(Error::Option {
+        option: "--bits",
+        what: format!("{bits} is less than this model can be stored in; the least is {possible}"),
     })
 }
 
@@ -192,17 +213,21 @@ pub(super) fn check_memory(
     // The matrix as floats, its working copy, codes, the decoded values and their transpose.
     let matrix = largest.unwrap_or(0) * (4 * 5 + 1);
     let logits = 3 * (32 << 20) + tokens.min(1 << 16) * spec.vocab as u64 / 64;
-    // While measuring: hidden states at the probed layers and the end, and their weights at three
-    // bits (four with scales).
-    let probed = PROBE_LAYERS.min(spec.layers.len());
+    // Measuring holds the weights of the probed layers at three bits (four with scales), first
+    // beside the rows measured, then beside the hidden states at those layers and the end.
+    let probed = PROBE_LAYERS.min(spec.layers.len()) as u64;
     let weights: u64 = source
         .layout()
         .iter()
         .filter(|k| k.is_linear())
         .map(|k| k.parameters())
         .sum();
-    let probe = (probed as u64 + 2) * PROBE_POSITIONS as u64 * spec.hidden as u64 * 4
-        + weights / 2 * probed as u64 / spec.layers.len().max(1) as u64;
+    let packed = weights / 2 * probed / spec.layers.len().max(1) as u64;
+    let rows = options.measure_rows.min(calibration.rows.len());
+    let measured = (rows * options.measure_length.min(calibration.length())) as u64;
+    let measured = measured * (spec.hidden as u64 + widest) * 4;
+    let states = (probed + 2) * PROBE_POSITIONS as u64 * spec.hidden as u64 * 4;
+    let probe = packed + measured.max(states);
     let needed = hidden.max(probe) + hessian + matrix + logits;
     if needed <= allowed {
         return Ok(());

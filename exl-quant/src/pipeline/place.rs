@@ -8,7 +8,7 @@ use super::{ConvertOptions, budget};
 use crate::{Error, Result};
 
 /// What every result has.
-const CONFIG: &str = "config.json";
+pub(super) const CONFIG: &str = "config.json";
 const ENDING: &str = "safetensors";
 /// Base name of the files of tensors.
 pub(super) const BASE: &str = "output";

@@ -171,7 +171,10 @@ impl Pass<'_> {
                 .expect("linears come from the layout")
                 .clone();
             let decoded = match (self.journal.load(name)?, h) {
-                (Some(stored), _) => decode(&stored.linear)?,
+                (Some(stored), _) => {
+                    self.same_layout(name, &stored.linear)?;
+                    decode(&stored.linear)?
+                }
                 (None, Some(h)) => {
                     job.check()?;
                     let weight = weights
@@ -185,13 +188,27 @@ impl Pass<'_> {
                     let factor = factor.as_ref().expect("set above");
                     self.linear(job, &key, weights, &matrix, (h, factor))?
                 }
-                (None, None) => {
-                    return Err(Error::numeric(name.as_str(), "its journal entry vanished"));
-                }
+                (None, None) => decode(&self.journal.stored(name)?.linear)?,
             };
             weights.insert(name.clone(), dense(name, &decoded, key.shape[0])?);
         }
         Ok(())
+    }
+
+    /// Refuses what the journal holds when it was made for another layout.
+    fn same_layout(&self, name: &str, linear: &Exl2Linear) -> Result<()> {
+        let wanted = self.target.layouts[name].groups().iter();
+        let found = linear
+            .groups
+            .iter()
+            .map(|g| (g.bits as usize, g.rows as usize));
+        if wanted.map(|g| (g.bits as usize, g.rows)).eq(found) {
+            return Ok(());
+        }
+        Err(Error::Journal {
+            file: self.journal.dir().to_owned(),
+            what: format!("holds {name} in another layout; discard it with --restart"),
+        })
     }
 
     fn factor(&self, name: &str, h: &HessianSet) -> Result<Factor> {

@@ -1,15 +1,18 @@
 //! The finished checkpoint: tensors, side files, report, and a check of what was written.
 
+use std::path::Path;
+
 use exl_format::quality::{Evaluation, QUALITY_VERSION, TensorQuality, Totals};
 use exl_format::{
-    CheckpointWriter, Dtype, Exl2Linear, ModelFiles, Quality, QuantizationConfig, TensorSpec,
-    WriterOptions, copy_side_files, patch_quantization_config, to_json_text, write_file_atomic,
+    CheckpointWriter, Dtype, Exl2Linear, ModelFiles, Quality, QuantizationConfig, SafetensorsFile,
+    Sealed, TensorSource, TensorSpec, TensorView, WriterOptions, copy_side_files,
+    patch_quantization_config, to_json_text, write_file_atomic,
 };
 use exl_models::{WeightKey, WeightKind};
 use exl_tensor::Weights;
 use half::f16;
 
-use super::place::BASE;
+use super::place::{BASE, CONFIG};
 use super::{Job, Target};
 use crate::report::ConvertReport;
 use crate::resume::Journal;
@@ -27,7 +30,10 @@ pub(super) fn finished(
     let Some(quality) = Quality::read(&target.out.join(Quality::FILE))? else {
         return Ok(None);
     };
-    let files = ModelFiles::open(&target.out)?;
+    // Taken apart since: the journal still has what it takes to write it again.
+    let Ok(files) = ModelFiles::open(&target.out) else {
+        return Ok(None);
+    };
     Ok(Some(report(job, target, quality, files.file_bytes())))
 }
 
@@ -44,11 +50,7 @@ pub(super) fn write(
         specs.extend(specs_of(target, journal, key)?);
     }
     let options = WriterOptions {
-        shard_bytes: if job.options.shard_bytes == 0 {
-            u64::MAX
-        } else {
-            job.options.shard_bytes
-        },
+        shard_bytes: job.options.shard_bytes,
         base: BASE.to_owned(),
         replace: true,
     };
@@ -63,27 +65,27 @@ pub(super) fn write(
             write_plain(job, &mut writer, key)?;
         }
     }
-    copy_side_files(job.source.files().dir(), &target.out)?;
-    // Without config.json nothing loads the directory: not an earlier result that is half
-    // replaced, nor one that turns out wrong.
-    remove_config(target)?;
-    let written = writer.finish()?;
-    write_config(job, target)?;
-    if job.options.verify
-        && let Err(error) = verify(job, target, journal)
-    {
-        remove_config(target)?;
-        return Err(error);
+    let sealed = writer.seal()?;
+    if job.options.verify {
+        verify(job, target, journal, &sealed)?;
     }
+    // Without config.json nothing loads the directory: not an earlier result that is half
+    // replaced, nor this one before it is complete.
+    for name in [CONFIG, Quality::FILE] {
+        remove(&target.out.join(name))?;
+    }
+    let written = sealed.publish()?;
+    copy_side_files(job.source.files().dir(), &target.out)?;
     let quality = quality(job, target, tensors, score, written.tensor_bytes);
     quality.write(&target.out.join(Quality::FILE))?;
+    write_config(job, target)?;
     journal.finish()?;
     Ok(report(job, target, quality, written.file_bytes))
 }
 
 fn specs_of(target: &Target, journal: &Journal, key: &WeightKey) -> Result<Vec<TensorSpec>> {
     if target.layouts.contains_key(&key.name) {
-        let linear = stored(journal, key)?.linear;
+        let linear = journal.stored(&key.name)?.linear;
         let bias = linear.bias.is_some();
         return Ok(Exl2Linear::specs(
             &key.name,
@@ -112,18 +114,13 @@ fn specs_of(target: &Target, journal: &Journal, key: &WeightKey) -> Result<Vec<T
     Ok(specs)
 }
 
-fn stored(journal: &Journal, key: &WeightKey) -> Result<crate::resume::Stored> {
-    let found = journal.load(&key.name)?;
-    found.ok_or_else(|| Error::numeric(key.name.as_str(), "its journal entry vanished"))
-}
-
 fn write_linear(
     writer: &mut CheckpointWriter,
     target: &Target,
     journal: &Journal,
     key: &WeightKey,
 ) -> Result<TensorQuality> {
-    let stored = stored(journal, key)?;
+    let stored = journal.stored(&key.name)?;
     let mut bytes = 0;
     for tensor in stored.linear.to_tensors(&key.name) {
         bytes += tensor.data.len() as u64;
@@ -161,9 +158,8 @@ fn write_plain(job: &Job<'_>, writer: &mut CheckpointWriter, key: &WeightKey) ->
     Ok(())
 }
 
-fn remove_config(target: &Target) -> Result<()> {
-    let path = target.out.join("config.json");
-    match std::fs::remove_file(&path) {
+fn remove(path: &Path) -> Result<()> {
+    match std::fs::remove_file(path) {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io(path, e)),
         _ => Ok(()),
     }
@@ -186,7 +182,7 @@ pub(super) fn halves(tensor: &str, values: &[f32]) -> Result<Vec<u16>> {
 }
 
 fn write_config(job: &Job<'_>, target: &Target) -> Result<()> {
-    let path = job.source.files().dir().join("config.json");
+    let path = job.source.files().dir().join(CONFIG);
     let mut config: serde_json::Value = exl_format::read_json(&path)?
         .ok_or_else(|| Error::io(&path, std::io::Error::from(std::io::ErrorKind::NotFound)))?;
     let what = QuantizationConfig {
@@ -202,7 +198,7 @@ fn write_config(job: &Job<'_>, target: &Target) -> Result<()> {
     };
     patch_quantization_config(&mut config, &what)?;
     Ok(write_file_atomic(
-        &target.out.join("config.json"),
+        &target.out.join(CONFIG),
         to_json_text(&config),
     )?)
 }
@@ -216,10 +212,25 @@ fn head_bits(job: &Job<'_>, target: &Target) -> u32 {
     })
 }
 
-/// Reads the finished files and compares every linear with the journal, and its decoded weights
+/// The files of a checkpoint that has no final names yet.
+struct Unnamed(Vec<SafetensorsFile>);
+
+impl TensorSource for Unnamed {
+    fn tensor(&self, name: &str) -> exl_format::Result<TensorView> {
+        let file = self.0.iter().find(|f| f.contains(name));
+        file.unwrap_or(&self.0[0]).tensor(name)
+    }
+
+    fn contains(&self, name: &str) -> bool {
+        self.0.iter().any(|f| f.contains(name))
+    }
+}
+
+/// Reads what was written and compares every linear with the journal, and its decoded weights
 /// with what the quantizer meant.
-fn verify(job: &mut Job<'_>, target: &Target, journal: &Journal) -> Result<()> {
-    let files = ModelFiles::open(&target.out)?;
+fn verify(job: &Job<'_>, target: &Target, journal: &Journal, sealed: &Sealed) -> Result<()> {
+    let files = sealed.files().map(SafetensorsFile::open);
+    let files = Unnamed(files.collect::<exl_format::Result<_>>()?);
     for key in job
         .source
         .layout()
@@ -227,13 +238,15 @@ fn verify(job: &mut Job<'_>, target: &Target, journal: &Journal) -> Result<()> {
         .filter(|k| target.layouts.contains_key(&k.name))
     {
         job.check()?;
-        let found = Exl2Linear::read(&files, &key.name)?;
-        let meant = stored(journal, key)?.linear;
+        let found = Exl2Linear::read(&files, &key.name).map_err(|e| Error::Verify {
+            what: e.to_string(),
+        })?;
+        let meant = journal.stored(&key.name)?.linear;
         let (a, b) = (found.dequantize_f16(), meant.dequantize_f16());
         if let Some(at) = a.iter().zip(&b).position(|(x, y)| x != y) {
             return Err(Error::Verify {
                 what: format!(
-                    "{}: input {}, output {} decodes to {}, meant was {}; run again with --restart",
+                    "{}: input {}, output {} decodes to {}, meant was {}; run the same command again",
                     key.name,
                     at / found.outputs,
                     at % found.outputs,
@@ -245,7 +258,7 @@ fn verify(job: &mut Job<'_>, target: &Target, journal: &Journal) -> Result<()> {
         if found != meant {
             return Err(Error::Verify {
                 what: format!(
-                    "{} is not what was written; run again with --restart",
+                    "{} is not what was written; run the same command again",
                     key.name
                 ),
             });

@@ -1,0 +1,136 @@
+//! `convert` on the bundled model: what is found before the work, and what it leaves when it fails.
+#![cfg(feature = "pipeline")]
+#![allow(clippy::unwrap_used)]
+
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+
+use exl_quant::{Calibration, ConvertOptions, Error, Event, Stage, convert};
+
+struct TempDir(PathBuf);
+
+impl TempDir {
+    fn new() -> Self {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let name = format!("exl-quant-convert-{}-{number}", std::process::id());
+        let path = std::env::temp_dir().join(name);
+        std::fs::create_dir_all(&path).unwrap();
+        Self(path)
+    }
+}
+
+impl Drop for TempDir {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+fn options(out: &Path, bits: f64) -> ConvertOptions {
+    let demo = concat!(env!("CARGO_MANIFEST_DIR"), "/../testdata/demo-4m");
+    ConvertOptions {
+        measure_rows: 1,
+        measure_length: 32,
+        ..ConvertOptions::new(demo, out, vec![bits])
+    }
+}
+
+fn calibration() -> Calibration {
+    let row = |r: u32| (0..64).map(|i| (r * 37 + i * 11) % 250).collect();
+    Calibration {
+        dataset: "test".to_owned(),
+        rows: (0..8).map(row).collect(),
+    }
+}
+
+fn fails(options: &ConvertOptions, events: &mut (dyn FnMut(Event) + Send)) -> Error {
+    convert(options, &calibration(), events, &AtomicBool::new(false)).unwrap_err()
+}
+
+fn names(dir: &Path) -> Vec<String> {
+    let entries = std::fs::read_dir(dir).unwrap();
+    let name = |e: std::io::Result<std::fs::DirEntry>| e.unwrap().file_name();
+    let mut names: Vec<String> = entries.map(|e| name(e).into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+/// Flips a byte in the middle of the file that is being written.
+fn damage(dir: &Path) {
+    for name in names(dir).iter().filter(|n| n.ends_with(".partial")) {
+        let path = dir.join(name);
+        let mut file = std::fs::File::options()
+            .read(true)
+            .write(true)
+            .open(path)
+            .unwrap();
+        let middle = file.metadata().unwrap().len() / 4;
+        let mut byte = [0];
+        file.seek(SeekFrom::Start(middle)).unwrap();
+        file.read_exact(&mut byte).unwrap();
+        file.seek(SeekFrom::Start(middle)).unwrap();
+        file.write_all(&[byte[0] ^ 1]).unwrap();
+    }
+}
+
+#[test]
+fn a_result_that_came_out_wrong_never_gets_its_name() {
+    let temp = TempDir::new();
+    let out = temp.0.join("out");
+    let options = options(&out, 4.0);
+    let mut writing = false;
+    let error = fails(&options, &mut |event| match event {
+        Event::Stage(stage) => writing = matches!(stage, Stage::Write(_)),
+        Event::Progress { done, total } if writing && done + 1 == total => damage(&out),
+        _ => {}
+    });
+    assert!(matches!(error, Error::Verify { .. }), "{error}");
+    assert_eq!(names(&out), [""; 0]);
+
+    // The journal is good: the same call makes the checkpoint from it.
+    let mut measured = false;
+    let mut events = |event| measured |= event == Event::Stage(Stage::Measure);
+    convert(
+        &options,
+        &calibration(),
+        &mut events,
+        &AtomicBool::new(false),
+    )
+    .unwrap();
+    assert!(!measured && names(&out).contains(&"config.json".to_owned()));
+}
+
+#[test]
+fn what_cannot_work_is_found_before_the_work() {
+    let temp = TempDir::new();
+    let out = temp.0.join("out");
+    let refused = |options: &ConvertOptions, word: &str| {
+        let error = fails(options, &mut |event| {
+            assert!(!matches!(event, Event::Stage(_)), "{event:?} was begun");
+        });
+        assert!(error.to_string().contains(word), "{error}");
+    };
+    let small = ConvertOptions {
+        head_bits: Some(8),
+        ..options(&out, 2.0)
+    };
+    refused(&small, "the least is 2.");
+    let empty = ConvertOptions {
+        measure_length: 0,
+        ..options(&out, 4.0)
+    };
+    refused(&empty, "--measure-length");
+    let file = temp.0.join("file");
+    std::fs::write(&file, "").unwrap();
+    refused(&options(&file.join("inside"), 4.0), "file/inside");
+}
+
+#[test]
+fn the_journal_lies_beside_the_result() {
+    let work = |out: &str| ConvertOptions::new("m", out, vec![4.0]).work;
+    assert_eq!(work("a/b/"), Path::new("a/b.work"));
+    let here = std::env::current_dir().unwrap();
+    let beside = format!("{}.work", here.display());
+    assert_eq!(work("."), Path::new(&beside));
+}

@@ -1,7 +1,8 @@
 //! The whole conversion: measure, allocate, quantize, write, check.
 //!
 //! One measurement serves every bitrate. The model streams through layer by layer: in memory are
-//! one layer, its Hessians, and the hidden states of the calibration rows.
+//! one layer, its Hessians, and the hidden states of the calibration rows; while measuring also the
+//! packed weights of up to twelve layers.
 
 mod budget;
 mod identity;

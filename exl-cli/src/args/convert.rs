@@ -75,7 +75,7 @@ pub(crate) struct ConvertArgs {
     /// Journal of a running conversion [default: beside --out]
     #[arg(long, value_name = "DIR", help_heading = "Work")]
     pub(crate) work: Option<PathBuf>,
-    /// Throw away an unfinished conversion's journal and begin again
+    /// Throw away an unfinished conversion's journal, replace a finished result, and begin again
     #[arg(long, help_heading = "Work")]
     pub(crate) restart: bool,
     /// Largest file to write, in MiB; 0 writes one file [-ss]
@@ -87,7 +87,7 @@ pub(crate) struct ConvertArgs {
     /// Memory to stay below, in GB [default: no limit]
     #[arg(long, value_name = "GB", help_heading = "Work", value_parser = parse_positive)]
     pub(crate) max_ram: Option<f64>,
-    /// GPU memory to stay below, in GB
+    /// GPU memory to stay below, in GB; not needed: conversions run on the CPU
     #[arg(long, value_name = "GB", help_heading = "Work", value_parser = parse_positive)]
     pub(crate) max_vram: Option<f64>,
 

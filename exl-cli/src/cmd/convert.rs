@@ -61,7 +61,13 @@ pub(crate) fn run(args: &ConvertArgs, ui: &Ui) -> Result<()> {
             return Err(Interrupted(how).into());
         }
         Err(error) => {
-            let what = format!("cannot convert {}", args.source.display());
+            let mut what = format!("cannot convert {}", args.source.display());
+            if matches!(error, Error::Io { .. } | Error::Format(_)) && options.work.is_dir() {
+                let work = options.work.display();
+                what.push_str(&format!(
+                    "; the same command goes on from what {work} holds"
+                ));
+            }
             return Err(error).context(what);
         }
     };

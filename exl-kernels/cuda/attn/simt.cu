@@ -1,20 +1,20 @@
-// exl_paged_attn_*: attention of single rows over the paged cache, for every head size and both
-// storage types. exl_rope_append_*: rotation and append to the cache.
+// exl_attn_rows_*: attention of single rows over the paged cache, for every head size and both storage
+// types, where no tensor core can help: caches of 32-bit floats, odd heads.
 //
-// What: a block computes one query head of one row over a range of keys ("split"): online softmax
-// in 32-bit floats, four keys at a time per warp, the dot product spread over the lanes. Bytes: K and
-// V of the range once per query head, from the second-level cache for the heads that share them.
-// Bound by memory for long contexts. With several splits the last block of a head to arrive merges
-// them in order.
+// What: a block computes one query head of one row over a chunk of keys (attn.cuh): online softmax in
+// 32-bit floats, four keys at a time per warp, the dot product spread over the lanes. The last block of
+// a head to arrive merges the chunks in order. exl_attn_rows_any_* takes heads of any size, with the
+// query and the sums in shared memory, one block for all keys.
+//
+// Bytes: K and V of the range once per query head, from the second-level cache for the heads that
+// share them. Bound by instructions.
 
-#include "common/common.cuh"
+#include "attn.cuh"
 
 namespace {
 
 constexpr int WARPS = 4;
 constexpr int KEYS = 4;   // keys of a warp at a time
-
-__device__ __forceinline__ float minus_infinity() { return __int_as_float(0xff800000); }
 
 template <int N>
 __device__ __forceinline__ void load_values(float (&v)[N], const float* p, int from, int dim) {
@@ -57,7 +57,38 @@ __device__ __forceinline__ void load_values(float (&v)[N], const __half* p, int 
     for (int i = 0; i < N; ++i) v[i] = from + i < dim ? __half2float(p[from + i]) : 0.0f;
 }
 
-// Softmax state of one head: maximum, sum, weighted values of the lane's part of the head.
+// The sequence of a row of the batch and its position there. False for padding that belongs to nobody.
+// For whole warps.
+__device__ __forceinline__ bool find_row(const Attention& a, int row, int& seq, int& position) {
+    const int lane = threadIdx.x % WARP;
+    for (int s = lane; s - lane < a.seqs; s += WARP) {
+        const bool there = s < a.seqs;
+        const int start = there ? a.q_start[s] : 0, end = there ? a.q_start[s + 1] : 0;
+        const int own = there ? a.kv_len[s] - end + row : 0;
+        const u32 mine = __ballot_sync(FULL_MASK, start <= row && row < end);
+        if (mine == 0) continue;
+        const int owner = __ffs(mine) - 1;
+        seq = s - lane + owner;
+        position = __shfl_sync(FULL_MASK, own, owner);
+        return true;
+    }
+    return false;
+}
+
+// First value of a key's row in the cache.
+__device__ __forceinline__ long long row_of(const Attention& a, int seq, int kv_head, int key) {
+    const int page = a.block_table[(long long)seq * a.pages_per_seq + key / PAGE_TOKENS];
+    const long long token = (long long)page * PAGE_TOKENS + key % PAGE_TOKENS;
+    return (token * a.kv_heads + kv_head) * a.dim;
+}
+
+// From the product of a query with a key to a score in units of log2(e).
+__device__ __forceinline__ float score(const Attention& a, float product) {
+    const float s = product * a.scale;
+    return LOG2_E * (a.softcap > 0.0f ? a.softcap * tanhf(s / a.softcap) : s);
+}
+
+// Softmax state of a head: maximum, sum, weighted values from..from + N.
 template <int N>
 struct State {
     float most, sum, values[N];
@@ -68,259 +99,216 @@ struct State {
 #pragma unroll
         for (int i = 0; i < N; ++i) values[i] = 0.0f;
     }
-    __device__ __forceinline__ void rescale(float to) {
-        float c = most == to ? 1.0f : expf(most - to);
-        most = to;
-        sum *= c;
+    // Folds in a part whose values are at `part`.
+    template <typename Load>
+    __device__ __forceinline__ void add(float part_most, float part_sum, Load part) {
+        const float2 f = fold(most, sum, part_most, part_sum);
 #pragma unroll
-        for (int i = 0; i < N; ++i) values[i] *= c;
-    }
-    __device__ __forceinline__ void merge(float other_most, float other_sum, const float* other,
-                                          int from, int dim) {
-        if (other_most == minus_infinity()) return;
-        rescale(fmaxf(most, other_most));
-        float c = expf(other_most - most);
-        sum += c * other_sum;
-#pragma unroll
-        for (int i = 0; i < N; ++i) {
-            if (from + i < dim) values[i] += c * other[from + i];
-        }
+        for (int i = 0; i < N; ++i) values[i] = fold_value(f, values[i], part(i));
     }
 };
 
-struct Attention {
-    const float* q;
-    const void *k_cache, *v_cache;
-    const int *block_table, *q_start, *kv_len;
-    float* out;
-    float* scratch;
-    u32* counters;
-    int rows, seqs, pages_per_seq, heads, kv_heads, head_dim, splits, window;
-    float scale, softcap;
-};
-
+// The keys begin..end that fall to this warp.
 template <typename KV, int N>
-__device__ __forceinline__ void attend(const Attention& a) {
-    __shared__ float shared[WARPS * (32 * N + 2)];
-    __shared__ u32 arrived;
-    pdl_launch();
-    pdl_wait();
-    const int split = blockIdx.x, head = blockIdx.y, row = blockIdx.z;
-    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, from = lane * N;
-    const int dim = a.head_dim;
-    int seq = 0;
-    while (seq < a.seqs && a.q_start[seq + 1] <= row) ++seq;
-    // Padding that belongs to no sequence keeps what it held.
-    if (seq == a.seqs || a.q_start[seq] > row) return;
-    const int position = a.kv_len[seq] - a.q_start[seq + 1] + row;
-    const int last = position + 1, first = a.window > 0 ? max(0, last - a.window) : 0;
-    // Splits in whole groups of keys, of equal size.
-    const int keys = max(last - first, 0);
-    const int each = ((keys + a.splits - 1) / a.splits + 15) / 16 * 16;
-    const int begin = first + split * each, end = min(last, begin + each);
-
-    float q[N];
-    load_values(q, a.q + ((long long)row * a.heads + head) * dim, from, dim);
-#pragma unroll
-    for (int i = 0; i < N; ++i) q[i] *= a.scale;
-    State<N> state;
-    state.clear();
-    const int kv_head = head / (a.heads / a.kv_heads);
+__device__ __forceinline__ void walk(const Attention& a, int seq, int kv_head, int begin, int end,
+                                     const float (&q)[N], State<N>& state) {
+    const int warp = threadIdx.x / WARP, from = threadIdx.x % WARP * N;
     const KV* k_cache = static_cast<const KV*>(a.k_cache);
     const KV* v_cache = static_cast<const KV*>(a.v_cache);
-    const int* pages = a.block_table + (long long)seq * a.pages_per_seq;
     for (int base = begin + warp * KEYS; base < end; base += WARPS * KEYS) {
-        long long at[KEYS];
         float k[KEYS][N], v[KEYS][N], s[KEYS];
 #pragma unroll
         for (int j = 0; j < KEYS; ++j) {
-            int key = min(base + j, end - 1);
-            long long slot = (long long)pages[key / PAGE_TOKENS] * PAGE_TOKENS + key % PAGE_TOKENS;
-            at[j] = (slot * a.kv_heads + kv_head) * dim;
-            load_values(k[j], k_cache + at[j], from, dim);
+            const long long at = row_of(a, seq, kv_head, min(base + j, end - 1));
+            load_values(k[j], k_cache + at, from, a.dim);
+            load_values(v[j], v_cache + at, from, a.dim);
         }
-#pragma unroll
-        for (int j = 0; j < KEYS; ++j) load_values(v[j], v_cache + at[j], from, dim);
-        float most = state.most;
+        float top = minus_infinity();
 #pragma unroll
         for (int j = 0; j < KEYS; ++j) {
-            s[j] = 0.0f;
+            float product = 0.0f;
 #pragma unroll
-            for (int i = 0; i < N; ++i) s[j] = fmaf(q[i], k[j][i], s[j]);
-            s[j] = warp_sum(s[j]);
-            if (a.softcap > 0.0f) s[j] = a.softcap * tanhf(s[j] / a.softcap);
-            if (base + j >= end) s[j] = minus_infinity();
-            most = fmaxf(most, s[j]);
+            for (int i = 0; i < N; ++i) product = fmaf(q[i], k[j][i], product);
+            s[j] = base + j < end ? score(a, warp_sum(product)) : minus_infinity();
+            top = fmaxf(top, s[j]);
         }
-        state.rescale(most);
+        const float next = fmaxf(state.most, ceilf(top));
+        const float most = next == minus_infinity() ? 0.0f : next;
+        const float keep = state.most == next ? 1.0f : exp2_fast(state.most - next);
+        state.most = next;
+        state.sum *= keep;
+#pragma unroll
+        for (int i = 0; i < N; ++i) state.values[i] *= keep;
 #pragma unroll
         for (int j = 0; j < KEYS; ++j) {
-            float p = expf(s[j] - most);
+            const float p = exp2_fast(s[j] - most);
             state.sum += p;
 #pragma unroll
             for (int i = 0; i < N; ++i) state.values[i] = fmaf(p, v[j][i], state.values[i]);
         }
     }
-    // Warps in order.
-    float* own = shared + warp * (32 * N + 2);
-    if (lane == 0) {
-        own[0] = state.most;
-        own[1] = state.sum;
-    }
-#pragma unroll
-    for (int i = 0; i < N; ++i) own[2 + from + i] = state.values[i];
-    __syncthreads();
-    if (warp == 0) {
-        for (int w = 1; w < WARPS; ++w) {
-            const float* other = shared + w * (32 * N + 2);
-            state.merge(other[0], other[1], other + 2, from, 32 * N);
-        }
-    }
+}
+
+template <typename KV, int N>
+__device__ __forceinline__ void attend(const Attention& a) {
+    constexpr int WIDE = WARP * N;
+    __shared__ float values[WARPS][WIDE], states[WARPS][2];
+    pdl_launch();
+    pdl_wait();
+    const int row = blockIdx.x, head = blockIdx.y, part = blockIdx.z;
+    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, from = lane * N;
+    int seq, position;
+    // Padding keeps what it held.
+    if (!find_row(a, row, seq, position)) return;
+    const int keys_from = first_key(a, position), keys_to = position + 1;
+    const Chunks chunks = find_chunks(a, keys_from, keys_to);
+    if (part >= chunks.count) return;
+    const bool shares = a.splits > 1 && chunks.count > 1;
     const long long cell = (long long)row * a.heads + head;
-    const int stride = dim + 2;
-    if (a.splits > 1) {
-        float* mine = a.scratch + (cell * a.splits + split) * stride;
+
+    float q[N];
+    load_values(q, a.q + cell * a.dim, from, a.dim);
+    // Of the first warp: what it has merged.
+    State<N> all;
+    all.clear();
+    const int last = a.splits > 1 ? part + 1 : chunks.count;
+    for (int chunk = part; chunk < last; ++chunk) {
+        const int begin = chunks.origin + (chunks.first + chunk) * chunks.size;
+        State<N> state;
+        state.clear();
+        walk<KV, N>(a, seq, head / (a.heads / a.kv_heads), max(begin, keys_from),
+                    min(begin + chunks.size, keys_to), q, state);
+        if (lane == 0) {
+            states[warp][0] = state.most;
+            states[warp][1] = state.sum;
+        }
+#pragma unroll
+        for (int i = 0; i < N; ++i) values[warp][from + i] = state.values[i];
+        __syncthreads();
         if (warp == 0) {
-            if (lane == 0) {
-                __stcg(mine, state.most);
-                __stcg(mine + 1, state.sum);
+            state.clear();
+            for (int w = 0; w < WARPS; ++w) {
+                state.add(states[w][0], states[w][1], [&](int i) { return values[w][from + i]; });
             }
+            if (shares) {
+                all = state;
+            } else {
+                all.add(state.most, state.sum, [&](int i) { return state.values[i]; });
+            }
+        }
+        __syncthreads();
+    }
+    if (shares) {
+        const Partials partials(a);
+        if (warp == 0) {
+            const long long place = cell * a.splits + part;
+            if (lane == 0) __stcg(partials.states + place, make_float2(all.most, all.sum));
 #pragma unroll
             for (int i = 0; i < N; ++i) {
-                if (from + i < dim) __stcg(mine + 2 + from + i, state.values[i]);
+                if (from + i < a.dim) __stcg(partials.values + place * a.dim + from + i, all.values[i]);
             }
-            __threadfence();
         }
-        __syncthreads();
-        if (threadIdx.x == 0) arrived = atomicAdd(a.counters + cell, 1u);
-        __syncthreads();
-        if (arrived != u32(a.splits - 1) || warp != 0) return;
-        __threadfence();
-        if (lane == 0) a.counters[cell] = 0;
-        state.clear();
-        for (int k = 0; k < a.splits; ++k) {
-            const float* other = a.scratch + (cell * a.splits + k) * stride;
-            float values[N];
+        if (!arrives_last(a.counters + cell, chunks.count)) return;
+        if (warp == 0) {
+            all.clear();
+            for (int c = 0; c < chunks.count; ++c) {
+                const long long place = cell * a.splits + c;
+                const float2 state = __ldcg(partials.states + place);
+                float part_values[N];
 #pragma unroll
-            for (int i = 0; i < N; ++i) values[i] = from + i < dim ? __ldcg(other + 2 + from + i) : 0;
-            float most = __ldcg(other), sum = __ldcg(other + 1);
-            if (most == minus_infinity()) continue;
-            state.rescale(fmaxf(state.most, most));
-            float c = expf(most - state.most);
-            state.sum += c * sum;
-#pragma unroll
-            for (int i = 0; i < N; ++i) state.values[i] += c * values[i];
+                for (int i = 0; i < N; ++i) {
+                    part_values[i] = 0.0f;
+                    if (from + i < a.dim) {
+                        part_values[i] = __ldcg(partials.values + place * a.dim + from + i);
+                    }
+                }
+                all.add(state.x, state.y, [&](int i) { return part_values[i]; });
+            }
         }
     }
     if (warp != 0) return;
-    float inverse = state.sum > 0.0f ? 1.0f / state.sum : 0.0f;
-    // A sum that is not a number stays so.
-    if (state.sum != state.sum) inverse = state.sum;
-    float* to = a.out + cell * dim;
+    const float n = normalizer(all.sum);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-        if (from + i < dim) to[from + i] = state.values[i] * inverse;
+        if (from + i < a.dim) a.out[cell * a.dim + from + i] = all.values[i] * n;
     }
 }
 
-// The sine and cosine of position * frequency, exact to 32 bits for any position: the angle is
-// brought to one turn in 64 bits.
-__device__ __forceinline__ void rotation(int position, float frequency, float* sine, float* cosine) {
-    double angle = double(position) * double(frequency);
-    double turns = rint(angle * 0.15915494309189535);
-    sincosf(float(fma(turns, -6.283185307179586, angle)), sine, cosine);
-}
-
+// Heads of any size: shared memory holds the query, the sums and the weights of WARPS * WARP keys.
 template <typename KV>
-__device__ __forceinline__ KV stored(float v);
-template <>
-__device__ __forceinline__ float stored<float>(float v) {
-    return v;
-}
-template <>
-__device__ __forceinline__ __half stored<__half>(float v) {
-    return __float2half_rn(v);
-}
-
-// One block per row; threads walk over pairs of q, then of k, then over v.
-template <typename KV>
-__device__ __forceinline__ void rope_append(float* q, const float* k, const float* v,
-                                            const int* positions, const int* slots,
-                                            const float* inv_freq, KV* k_cache, KV* v_cache,
-                                            int heads, int kv_heads, int head_dim, int pairs,
-                                            int interleaved, float factor) {
+__device__ __forceinline__ void attend_any(const Attention& a) {
+    constexpr int THREADS = WARPS * WARP;
+    extern __shared__ float memory[];
+    float *q = memory, *values = q + a.dim, *weights = values + a.dim;
     pdl_launch();
     pdl_wait();
-    const int row = blockIdx.x, position = positions[row];
-    const long long slot = slots[row];
-    float* q_row = q + (long long)row * heads * head_dim;
-    const float* k_row = k + (long long)row * kv_heads * head_dim;
-    const float* v_row = v + (long long)row * kv_heads * head_dim;
-    KV* k_to = k_cache + slot * kv_heads * head_dim;
-    KV* v_to = v_cache + slot * kv_heads * head_dim;
-    const int all = heads + kv_heads;
-    for (int i = blockIdx.y * blockDim.x + threadIdx.x; i < all * pairs;
-         i += gridDim.y * blockDim.x) {
-        int head = i / pairs, p = i % pairs;
-        int a = interleaved ? 2 * p : p, b = interleaved ? 2 * p + 1 : p + pairs;
-        float sine, cosine;
-        rotation(position, inv_freq[p], &sine, &cosine);
-        sine *= factor;
-        cosine *= factor;
-        if (head < heads) {
-            float* at = q_row + head * head_dim;
-            float x = at[a], y = at[b];
-            at[a] = x * cosine - y * sine;
-            at[b] = y * cosine + x * sine;
-        } else {
-            int offset = (head - heads) * head_dim;
-            float x = k_row[offset + a], y = k_row[offset + b];
-            k_to[offset + a] = stored<KV>(x * cosine - y * sine);
-            k_to[offset + b] = stored<KV>(y * cosine + x * sine);
+    const int row = blockIdx.x, head = blockIdx.y, kv_head = head / (a.heads / a.kv_heads);
+    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    int seq, position;
+    if (!find_row(a, row, seq, position)) return;
+    const KV* k_cache = static_cast<const KV*>(a.k_cache);
+    const KV* v_cache = static_cast<const KV*>(a.v_cache);
+    const long long cell = (long long)row * a.heads + head;
+    for (int i = threadIdx.x; i < a.dim; i += THREADS) {
+        q[i] = a.q[cell * a.dim + i];
+        values[i] = 0.0f;
+    }
+    __syncthreads();
+    // The same in all threads.
+    float most = minus_infinity(), sum = 0.0f;
+    for (int base = first_key(a, position); base <= position; base += THREADS) {
+        const int count = min(THREADS, position + 1 - base);
+        for (int j = warp; j < count; j += WARPS) {
+            const KV* k = k_cache + row_of(a, seq, kv_head, base + j);
+            float product = 0.0f;
+            for (int i = lane; i < a.dim; i += WARP) product = fmaf(q[i], to_float(k[i]), product);
+            product = warp_sum(product);
+            if (lane == 0) weights[j] = score(a, product);
         }
+        __syncthreads();
+        float next = most;
+        for (int j = 0; j < count; ++j) next = fmaxf(next, weights[j]);
+        const float keep = most == next ? 1.0f : exp2_fast(most - next);
+        most = next;
+        __syncthreads();
+        if (int(threadIdx.x) < count) weights[threadIdx.x] = exp2_fast(weights[threadIdx.x] - most);
+        __syncthreads();
+        sum *= keep;
+        for (int j = 0; j < count; ++j) sum += weights[j];
+        for (int i = threadIdx.x; i < a.dim; i += THREADS) values[i] *= keep;
+        for (int j = 0; j < count; ++j) {
+            const KV* v = v_cache + row_of(a, seq, kv_head, base + j);
+            const float p = weights[j];
+            for (int i = threadIdx.x; i < a.dim; i += THREADS) {
+                values[i] = fmaf(p, to_float(v[i]), values[i]);
+            }
+        }
+        __syncthreads();
     }
-    // What does not rotate.
-    const int rest = head_dim - 2 * pairs;
-    for (int i = blockIdx.y * blockDim.x + threadIdx.x; i < kv_heads * rest;
-         i += gridDim.y * blockDim.x) {
-        int at = i / rest * head_dim + 2 * pairs + i % rest;
-        k_to[at] = stored<KV>(k_row[at]);
-    }
-    for (int i = blockIdx.y * blockDim.x + threadIdx.x; i < kv_heads * head_dim;
-         i += gridDim.y * blockDim.x) {
-        v_to[i] = stored<KV>(v_row[i]);
-    }
+    const float n = normalizer(sum);
+    for (int i = threadIdx.x; i < a.dim; i += THREADS) a.out[cell * a.dim + i] = values[i] * n;
 }
 
 }  // namespace
 
-#define ATTENTION(NAME, KV, N)                                                                    \
-    extern "C" __global__ void __launch_bounds__(WARPS* WARP, 4) NAME(                            \
+#define ATTENTION(NAME, CALL)                                                                     \
+    extern "C" __global__ void __launch_bounds__(WARPS* WARP, 3) NAME(                            \
         const float* q, const void* k_cache, const void* v_cache, const int* block_table,         \
         const int* q_start, const int* kv_len, float* out, float* scratch, u32* counters,         \
         int rows, int seqs, int pages_per_seq, int heads, int kv_heads, int head_dim, int splits, \
-        int window, float scale, float softcap) {                                                 \
-        attend<KV, N>({q, k_cache, v_cache, block_table, q_start, kv_len, out, scratch, counters, \
-                       rows, seqs, pages_per_seq, heads, kv_heads, head_dim, splits, window,      \
-                       scale, softcap});                                                          \
+        int chunk, int window, float scale, float softcap) {                                      \
+        CALL({q, k_cache, v_cache, block_table, q_start, kv_len, out, scratch, counters, rows,    \
+              seqs, pages_per_seq, heads, kv_heads, head_dim, splits, chunk, window, scale,       \
+              softcap});                                                                          \
     }
 // Up to 32, 64, 128 and 256 values per head.
-ATTENTION(exl_paged_attn_f16_32, __half, 1)
-ATTENTION(exl_paged_attn_f16_64, __half, 2)
-ATTENTION(exl_paged_attn_f16_128, __half, 4)
-ATTENTION(exl_paged_attn_f16_256, __half, 8)
-ATTENTION(exl_paged_attn_f32_32, float, 1)
-ATTENTION(exl_paged_attn_f32_64, float, 2)
-ATTENTION(exl_paged_attn_f32_128, float, 4)
-ATTENTION(exl_paged_attn_f32_256, float, 8)
-
-#define ROPE(NAME, KV)                                                                            \
-    extern "C" __global__ void __launch_bounds__(256, 4)                                          \
-        NAME(float* q, const float* k, const float* v, const int* positions, const int* slots,    \
-             const float* inv_freq, KV* k_cache, KV* v_cache, int heads, int kv_heads,            \
-             int head_dim, int pairs, int interleaved, float factor) {                            \
-        rope_append<KV>(q, k, v, positions, slots, inv_freq, k_cache, v_cache, heads, kv_heads,   \
-                        head_dim, pairs, interleaved, factor);                                    \
-    }
-ROPE(exl_rope_append_f16, __half)
-ROPE(exl_rope_append_f32, float)
+ATTENTION(exl_attn_rows_f16_32, (attend<__half, 1>))
+ATTENTION(exl_attn_rows_f16_64, (attend<__half, 2>))
+ATTENTION(exl_attn_rows_f16_128, (attend<__half, 4>))
+ATTENTION(exl_attn_rows_f16_256, (attend<__half, 8>))
+ATTENTION(exl_attn_rows_f32_32, (attend<float, 1>))
+ATTENTION(exl_attn_rows_f32_64, (attend<float, 2>))
+ATTENTION(exl_attn_rows_f32_128, (attend<float, 4>))
+ATTENTION(exl_attn_rows_f32_256, (attend<float, 8>))
+ATTENTION(exl_attn_rows_any_f16, attend_any<__half>)
+ATTENTION(exl_attn_rows_any_f32, attend_any<float>)

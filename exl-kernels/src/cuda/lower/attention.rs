@@ -1,4 +1,13 @@
-//! Rotation with append to the cache, and attention (cuda/attn).
+//! Rotation with append to the cache, and attention (cuda/rope, cuda/attn).
+//!
+//! Attention over a cache of 16-bit floats runs on tensor cores: many query rows per sequence in
+//! tiles of 64 rows, few in tiles of 16 with the keys of a sequence spread over blocks. Other caches
+//! and odd heads are computed row by row. With [`Target::deterministic`] there is one kernel for
+//! every number of rows, and chunks of keys end at fixed positions, so that a row's result is the
+//! same in every batch.
+
+#[cfg(test)]
+mod tests;
 
 use super::{COUNTERS, Target};
 use crate::cuda::launch::Args;
@@ -6,28 +15,18 @@ use crate::cuda::{DeviceProps, Kernel, Launch};
 use crate::ops::{PAGE_TOKENS, PagedAttn, RopeAppend, RopeStyle};
 use crate::{DType, Error, Result};
 
-const UNIT: &str = "attn/simt";
-
-const ROPE_F16: Kernel = Kernel::new(UNIT, "exl_rope_append_f16");
-const ROPE_F32: Kernel = Kernel::new(UNIT, "exl_rope_append_f32");
-/// By storage and head size.
-const ROWS_F16: [Kernel; 4] = [
-    Kernel::new(UNIT, "exl_paged_attn_f16_32"),
-    Kernel::new(UNIT, "exl_paged_attn_f16_64"),
-    Kernel::new(UNIT, "exl_paged_attn_f16_128"),
-    Kernel::new(UNIT, "exl_paged_attn_f16_256"),
-];
-const ROWS_F32: [Kernel; 4] = [
-    Kernel::new(UNIT, "exl_paged_attn_f32_32"),
-    Kernel::new(UNIT, "exl_paged_attn_f32_64"),
-    Kernel::new(UNIT, "exl_paged_attn_f32_128"),
-    Kernel::new(UNIT, "exl_paged_attn_f32_256"),
-];
-
 /// Entry points of this family.
 pub(crate) static KERNELS: &[Kernel] = &[
-    ROPE_F16,
-    ROPE_F32,
+    ROPE[0],
+    ROPE[1],
+    TILES[0].decode,
+    TILES[1].decode,
+    TILES[2].decode,
+    TILES[3].decode,
+    TILES[0].prefill,
+    TILES[1].prefill,
+    TILES[2].prefill,
+    TILES[3].prefill,
     ROWS_F16[0],
     ROWS_F16[1],
     ROWS_F16[2],
@@ -36,62 +35,323 @@ pub(crate) static KERNELS: &[Kernel] = &[
     ROWS_F32[1],
     ROWS_F32[2],
     ROWS_F32[3],
+    ANY[0],
+    ANY[1],
 ];
 
-/// Threads of an attention block (attn/simt.cu: WARPS).
-const THREADS: u32 = 128;
-/// Fewest keys that are worth a block.
-const SPLIT_KEYS: usize = 64;
-/// Blocks that should be there for each multiprocessor.
-const BLOCKS_PER_SM: usize = 4;
-/// Most blocks that share a head of a row.
-const MAX_SPLITS: usize = 32;
-/// Values of k and q that a block of the rotation takes.
-const ROPE_VALUES: usize = 2048;
+/// For caches of 16-bit and 32-bit floats.
+const ROPE: [Kernel; 2] = [
+    Kernel::new("rope/rope_append", "exl_rope_append_f16"),
+    Kernel::new("rope/rope_append", "exl_rope_append_f32"),
+];
+/// Threads of a block of the rotation, and heads that one takes at a time.
+const ROPE_THREADS: usize = 256;
+const ROPE_HEADS: usize = 4;
 
-pub(super) fn rope_append(
-    o: &RopeAppend<'_>,
-    _: &Target<'_>,
-    list: &mut Vec<Launch>,
-) -> Result<()> {
-    let kernel = match o.k_cache.dtype() {
-        DType::F16 => ROPE_F16,
-        _ => ROPE_F32,
-    };
-    let values = (o.heads + o.kv_heads) * o.head_dim;
-    list.push(Launch {
-        kernel,
-        grid: [o.rows as u32, values.div_ceil(ROPE_VALUES) as u32, 1],
-        block: [256, 1, 1],
-        shared_bytes: 0,
-        args: Args::new()
-            .ptr(o.q.as_mem().as_ptr() as u64)
-            .ptr(o.k.as_ptr() as u64)
-            .ptr(o.v.as_ptr() as u64)
-            .ptr(o.positions.as_ptr() as u64)
-            .ptr(o.slots.as_ptr() as u64)
-            .ptr(o.inv_freq.as_ptr() as u64)
-            .ptr(o.k_cache.as_mem().as_ptr() as u64)
-            .ptr(o.v_cache.as_mem().as_ptr() as u64)
-            .int(o.heads)
-            .int(o.kv_heads)
-            .int(o.head_dim)
-            .int(o.inv_freq.len())
-            .int(usize::from(o.style == RopeStyle::GptJ))
-            .float(o.attention_factor),
-    });
-    Ok(())
+/// By head size, as [`ROWS_DIMS`].
+const ROWS_F16: [Kernel; 4] = [
+    Kernel::new("attn/simt", "exl_attn_rows_f16_32"),
+    Kernel::new("attn/simt", "exl_attn_rows_f16_64"),
+    Kernel::new("attn/simt", "exl_attn_rows_f16_128"),
+    Kernel::new("attn/simt", "exl_attn_rows_f16_256"),
+];
+const ROWS_F32: [Kernel; 4] = [
+    Kernel::new("attn/simt", "exl_attn_rows_f32_32"),
+    Kernel::new("attn/simt", "exl_attn_rows_f32_64"),
+    Kernel::new("attn/simt", "exl_attn_rows_f32_128"),
+    Kernel::new("attn/simt", "exl_attn_rows_f32_256"),
+];
+const ROWS_DIMS: [usize; 4] = [32, 64, 128, 256];
+/// Heads of any size, for caches of 16-bit and 32-bit floats.
+const ANY: [Kernel; 2] = [
+    Kernel::new("attn/simt", "exl_attn_rows_any_f16"),
+    Kernel::new("attn/simt", "exl_attn_rows_any_f32"),
+];
+const ROWS_THREADS: usize = 128;
+/// Blocks of these kernels that share a multiprocessor.
+const ROWS_BLOCKS: usize = 4;
+
+/// Kernels on tensor cores for heads of up to `dim` values.
+struct Tiles {
+    dim: usize,
+    decode: Kernel,
+    /// Warps of a decode block, and blocks that fit a multiprocessor's registers.
+    warps: usize,
+    blocks: usize,
+    prefill: Kernel,
+    /// Keys of a prefill block at a time.
+    keys: usize,
 }
 
-/// Blocks that share the keys of one head of one row.
-fn splits(o: &PagedAttn<'_>, props: &DeviceProps) -> usize {
-    let cells = o.rows * o.heads;
-    if cells > COUNTERS {
-        return 1;
+const TILES: [Tiles; 4] = [
+    Tiles {
+        dim: 64,
+        decode: Kernel::new("attn/decode", "exl_attn_decode_64"),
+        warps: 4,
+        blocks: 3,
+        prefill: Kernel::new("attn/prefill", "exl_attn_prefill_64"),
+        keys: 64,
+    },
+    Tiles {
+        dim: 96,
+        decode: Kernel::new("attn/decode", "exl_attn_decode_96"),
+        warps: 4,
+        blocks: 2,
+        prefill: Kernel::new("attn/prefill", "exl_attn_prefill_96"),
+        keys: 64,
+    },
+    Tiles {
+        dim: 128,
+        decode: Kernel::new("attn/decode", "exl_attn_decode_128"),
+        warps: 4,
+        blocks: 2,
+        prefill: Kernel::new("attn/prefill", "exl_attn_prefill_128"),
+        keys: 64,
+    },
+    Tiles {
+        dim: 256,
+        decode: Kernel::new("attn/decode", "exl_attn_decode_256"),
+        warps: 2,
+        blocks: 2,
+        prefill: Kernel::new("attn/prefill", "exl_attn_prefill_256"),
+        keys: 32,
+    },
+];
+
+/// Query rows of a decode tile, keys of its warps at a time, tiles of K and V that a warp keeps.
+const DECODE_ROWS: usize = 16;
+const DECODE_KEYS: usize = 16;
+const DECODE_STAGES: usize = 2;
+/// Query rows and threads of a prefill block.
+const PREFILL_ROWS: usize = 64;
+const PREFILL_THREADS: usize = 128;
+/// Bytes that a block takes from a multiprocessor beside its dynamic shared memory.
+const SHARED_OVERHEAD: usize = 2 << 10;
+
+impl Tiles {
+    /// Rows in shared memory are padded by 8 values against bank conflicts.
+    fn row_bytes(&self) -> usize {
+        2 * (self.dim + 8)
     }
-    let wanted = (BLOCKS_PER_SM * props.sms as usize).div_ceil(cells.max(1));
-    let most = (o.pages_per_seq * PAGE_TOKENS / SPLIT_KEYS).clamp(1, MAX_SPLITS);
-    wanted.clamp(1, most)
+
+    /// Both terms of the queries, then the rings of all warps.
+    fn decode_shared(&self) -> usize {
+        let ring = 2 * DECODE_STAGES * DECODE_KEYS;
+        self.row_bytes() * (2 * DECODE_ROWS + self.warps * ring)
+    }
+
+    /// Both terms of the queries, then K and V.
+    fn prefill_shared(&self) -> usize {
+        self.row_bytes() * (2 * PREFILL_ROWS + 2 * self.keys)
+    }
+}
+
+/// Fewest keys of a block that are worth it (attn.cuh: LEAST_CHUNK).
+const LEAST_CHUNK: usize = 128;
+/// Keys of a block where chunks have fixed places.
+const FIXED_CHUNK: usize = 512;
+/// Most blocks that share the keys of a tile.
+const MAX_SPLITS: usize = 128;
+/// What a further block per tile costs, as a share of the work of a wave: writing and merging.
+const SPLIT_COST: f64 = 0.01;
+/// Most bytes of partial results; beyond, blocks walk through the fixed chunks.
+const MAX_SCRATCH: usize = 64 << 20;
+
+/// What the choice of a kernel depends on.
+#[derive(Clone, Copy, Debug)]
+struct Shape {
+    rows: usize,
+    seqs: usize,
+    /// Most tokens of a sequence.
+    tokens: usize,
+    heads: usize,
+    kv_heads: usize,
+    dim: usize,
+    cache: DType,
+    /// All regions are aligned to 16 bytes.
+    aligned: bool,
+}
+
+impl Shape {
+    fn new(o: &PagedAttn<'_>) -> Self {
+        let regions = [&o.q, &o.k_cache, &o.v_cache, &o.out.as_mem()]
+            .map(|m| (m.as_ptr() as u64).is_multiple_of(16));
+        Self {
+            rows: o.rows,
+            seqs: o.seqs,
+            tokens: o.pages_per_seq.saturating_mul(PAGE_TOKENS),
+            heads: o.heads,
+            kv_heads: o.kv_heads,
+            dim: o.head_dim,
+            cache: o.k_cache.dtype(),
+            aligned: regions.iter().all(|&aligned| aligned),
+        }
+    }
+
+    /// There is something to compute.
+    fn is_some(&self) -> bool {
+        [self.rows, self.seqs, self.tokens, self.heads, self.dim]
+            .iter()
+            .all(|&n| n > 0)
+    }
+
+    /// The tensor-core kernels that take the shape.
+    fn tiles(&self) -> Option<&'static Tiles> {
+        let fits = self.cache == DType::F16 && self.aligned && self.dim.is_multiple_of(8);
+        TILES.iter().find(|t| fits && self.dim <= t.dim)
+    }
+
+    /// Query heads of a KV head.
+    fn group(&self) -> usize {
+        self.heads / self.kv_heads
+    }
+
+    /// Slots for tiles of `rows` packed rows: sequences do not share tiles, and where they begin is
+    /// known on the GPU only.
+    fn slots(&self, rows: usize) -> usize {
+        self.rows * self.group() / rows + self.seqs
+    }
+
+    /// Bytes of partial results.
+    fn scratch(&self, splits: usize) -> usize {
+        match splits {
+            1 => 0,
+            _ => 4 * (self.rows * self.heads * splits * (self.dim + 2) + 1),
+        }
+    }
+}
+
+/// A kernel for a [`Shape`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Choice {
+    kernel: Kernel,
+    grid: [usize; 3],
+    threads: usize,
+    shared: usize,
+    /// Most blocks that share the keys of a tile.
+    splits: usize,
+    /// Keys of a block; 0 for as even as can be.
+    chunk: usize,
+}
+
+/// Tiles whose keys may be shared out.
+struct Work {
+    /// Places for tiles, each with a counter.
+    cells: usize,
+    /// Tiles that there will probably be.
+    busy: usize,
+    /// Blocks that the GPU holds at once.
+    capacity: usize,
+}
+
+/// Blocks per tile, and the keys of a block.
+fn split(s: &Shape, work: &Work, deterministic: bool) -> (usize, usize) {
+    let counted = work.cells <= COUNTERS;
+    if deterministic {
+        let splits = s.tokens.div_ceil(FIXED_CHUNK);
+        // The grid's third dimension ends at 65535.
+        let fits = counted && splits <= 1 << 15 && s.scratch(splits) <= MAX_SCRATCH;
+        return (if fits { splits } else { 1 }, FIXED_CHUNK);
+    }
+    let most = s.tokens.div_ceil(LEAST_CHUNK).clamp(1, MAX_SPLITS);
+    let time = |splits: usize| {
+        let waves = (work.busy * splits).div_ceil(work.capacity) as f64;
+        waves * (1.0 / splits as f64 + SPLIT_COST)
+    };
+    let best = (1..=most).min_by(|&a, &b| time(a).total_cmp(&time(b)));
+    (best.filter(|_| counted).unwrap_or(1), 0)
+}
+
+fn select(s: &Shape, props: &DeviceProps, deterministic: bool) -> Option<Choice> {
+    let Some(tiles) = s.tiles() else {
+        return rows(s, props, deterministic);
+    };
+    let packed = s.rows * s.group();
+    let prefills = packed.div_ceil(PREFILL_ROWS) * s.kv_heads;
+    let (block, sms) = (props.shared_per_block as usize, props.sms as usize);
+    // Whole tiles, and enough of them.
+    let many = packed >= PREFILL_ROWS * s.seqs && 2 * prefills >= sms;
+    if many && !deterministic && tiles.prefill_shared() <= block {
+        return Some(Choice {
+            kernel: tiles.prefill,
+            grid: [s.slots(PREFILL_ROWS), s.kv_heads, 1],
+            threads: PREFILL_THREADS,
+            shared: tiles.prefill_shared(),
+            splits: 1,
+            chunk: 0,
+        });
+    }
+    let shared = tiles.decode_shared();
+    if shared > block {
+        return rows(s, props, deterministic);
+    }
+    let together = props.shared_per_sm as usize / (shared + SHARED_OVERHEAD);
+    let slots = s.slots(DECODE_ROWS);
+    let each = (s.rows.div_ceil(s.seqs) * s.group()).div_ceil(DECODE_ROWS);
+    let work = Work {
+        cells: slots * s.kv_heads,
+        busy: each * s.seqs * s.kv_heads,
+        capacity: together.clamp(1, tiles.blocks) * sms,
+    };
+    let (splits, chunk) = split(s, &work, deterministic);
+    Some(Choice {
+        kernel: tiles.decode,
+        grid: [slots, s.kv_heads, splits],
+        threads: 32 * tiles.warps,
+        shared,
+        splits,
+        chunk,
+    })
+}
+
+/// The kernels that take everything, one query head of one row at a time.
+fn rows(s: &Shape, props: &DeviceProps, deterministic: bool) -> Option<Choice> {
+    let half = s.cache == DType::F16;
+    let Some(size) = ROWS_DIMS.iter().position(|&dim| s.dim <= dim) else {
+        // The query, the sums and the weights of as many keys as there are threads.
+        let shared = 4 * (2 * s.dim + ROWS_THREADS);
+        return (shared <= 48 << 10).then(|| Choice {
+            kernel: ANY[usize::from(!half)],
+            grid: [s.rows, s.heads, 1],
+            threads: ROWS_THREADS,
+            shared,
+            splits: 1,
+            chunk: 0,
+        });
+    };
+    let work = Work {
+        cells: s.rows * s.heads,
+        busy: s.rows * s.heads,
+        capacity: ROWS_BLOCKS * props.sms as usize,
+    };
+    let (splits, chunk) = split(s, &work, deterministic);
+    Some(Choice {
+        kernel: if half { ROWS_F16 } else { ROWS_F32 }[size],
+        grid: [s.rows, s.heads, splits],
+        threads: ROWS_THREADS,
+        shared: 0,
+        splits,
+        chunk,
+    })
+}
+
+/// The choice for a shape, and that kernels can count what it has.
+fn choose(s: &Shape, target: &Target<'_>) -> Result<Choice> {
+    let unsupported = |what: String| Error::Unsupported {
+        op: "paged_attn",
+        what: format!("{what} on a GPU"),
+    };
+    let small = |n: usize| i32::try_from(n).is_ok();
+    let width = s.heads.saturating_mul(s.dim);
+    if ![s.rows.saturating_mul(s.heads), s.tokens, s.seqs, width]
+        .into_iter()
+        .all(small)
+        || s.heads > usize::from(u16::MAX)
+    {
+        return Err(unsupported(format!("{s:?}")));
+    }
+    select(s, target.props, target.deterministic)
+        .ok_or_else(|| unsupported(format!("head_dim {}", s.dim)))
 }
 
 pub(super) fn paged_attn(
@@ -99,28 +359,16 @@ pub(super) fn paged_attn(
     target: &Target<'_>,
     list: &mut Vec<Launch>,
 ) -> Result<()> {
-    let size = [32, 64, 128, 256].iter().position(|&n| o.head_dim <= n);
-    let size = size.ok_or_else(|| Error::Unsupported {
-        op: "paged_attn",
-        what: format!("head_dim {} on a GPU", o.head_dim),
-    })?;
-    let kernel = match o.k_cache.dtype() {
-        DType::F16 => ROWS_F16[size],
-        _ => ROWS_F32[size],
-    };
-    let splits = splits(o, target.props);
-    // The grid's third dimension ends at 65535.
-    if o.rows > u16::MAX as usize {
-        return Err(Error::Unsupported {
-            op: "paged_attn",
-            what: format!("{} rows", o.rows),
-        });
+    let shape = Shape::new(o);
+    if !shape.is_some() {
+        return Ok(());
     }
+    let c = choose(&shape, target)?;
     list.push(Launch {
-        kernel,
-        grid: [splits as u32, o.heads as u32, o.rows as u32],
-        block: [THREADS, 1, 1],
-        shared_bytes: 0,
+        kernel: c.kernel,
+        grid: c.grid.map(|n| n as u32),
+        block: [c.threads as u32, 1, 1],
+        shared_bytes: c.shared as u32,
         args: Args::new()
             .ptr(o.q.as_ptr() as u64)
             .ptr(o.k_cache.as_ptr() as u64)
@@ -137,18 +385,74 @@ pub(super) fn paged_attn(
             .int(o.heads)
             .int(o.kv_heads)
             .int(o.head_dim)
-            .int(splits)
-            .int(o.window)
+            .int(c.splits)
+            .int(c.chunk)
+            .int(o.window.min(i32::MAX as usize))
             .float(o.scale)
             .float(o.softcap),
     });
     Ok(())
 }
 
-/// Bytes for the partial results of splits.
+/// Bytes of partial results, whatever the target asks for and wherever regions lie.
 pub(super) fn paged_attn_scratch(o: &PagedAttn<'_>, props: &DeviceProps) -> u64 {
-    match splits(o, props) {
-        1 => 0,
-        n => (o.rows * o.heads * n * (o.head_dim + 2) * 4) as u64,
+    let shape = Shape::new(o);
+    if !shape.is_some() {
+        return 0;
     }
+    let bytes = |aligned: bool, deterministic: bool| {
+        let shape = Shape { aligned, ..shape };
+        let choice = select(&shape, props, deterministic);
+        choice.map_or(0, |c| shape.scratch(c.splits))
+    };
+    let all = [(true, true), (true, false), (false, true), (false, false)];
+    let most = all.map(|(aligned, fixed)| bytes(aligned, fixed));
+    most.into_iter().max().unwrap_or(0) as u64
+}
+
+pub(super) fn rope_append(
+    o: &RopeAppend<'_>,
+    target: &Target<'_>,
+    list: &mut Vec<Launch>,
+) -> Result<()> {
+    let heads = o.heads + o.kv_heads;
+    if [o.rows, heads.saturating_mul(o.head_dim)]
+        .iter()
+        .any(|&n| i32::try_from(n).is_err())
+    {
+        return Err(Error::Unsupported {
+            op: "rope_append",
+            what: format!("{} rows of {heads} heads on a GPU", o.rows),
+        });
+    }
+    if o.rows == 0 || heads * o.head_dim == 0 {
+        return Ok(());
+    }
+    let pairs = o.inv_freq.len();
+    // Several blocks per row while that gives the GPU more to do.
+    let side = ROPE_THREADS / pairs.clamp(1, ROPE_THREADS);
+    let useful = heads.div_ceil(side * ROPE_HEADS);
+    let blocks = (8 * target.props.sms as usize).div_ceil(o.rows);
+    list.push(Launch {
+        kernel: ROPE[usize::from(o.k_cache.dtype() != DType::F16)],
+        grid: [o.rows as u32, useful.min(blocks) as u32, 1],
+        block: [ROPE_THREADS as u32, 1, 1],
+        shared_bytes: 0,
+        args: Args::new()
+            .ptr(o.q.as_mem().as_ptr() as u64)
+            .ptr(o.k.as_ptr() as u64)
+            .ptr(o.v.as_ptr() as u64)
+            .ptr(o.positions.as_ptr() as u64)
+            .ptr(o.slots.as_ptr() as u64)
+            .ptr(o.inv_freq.as_ptr() as u64)
+            .ptr(o.k_cache.as_mem().as_ptr() as u64)
+            .ptr(o.v_cache.as_mem().as_ptr() as u64)
+            .int(o.heads)
+            .int(o.kv_heads)
+            .int(o.head_dim)
+            .int(pairs)
+            .int(usize::from(o.style == RopeStyle::GptJ))
+            .float(o.attention_factor),
+    });
+    Ok(())
 }

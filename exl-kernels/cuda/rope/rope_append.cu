@@ -1,0 +1,106 @@
+// exl_rope_append_*: rotates q in place, rotates k and writes k and v into the paged cache.
+//
+// What: a block takes a group of heads of one row. A thread computes the angle of one pair of values
+// once and applies it to up to HEADS heads, loads first. Angles are position * frequency in 64-bit
+// floats, brought to one turn, so that sine and cosine are exact to 32 bits at any position.
+//
+// Bytes: q twice, k and v once, in 32-bit floats, and the new part of the cache. Bound: latency at few
+// rows, memory at many.
+
+#include "common/common.cuh"
+
+namespace {
+
+constexpr int THREADS = 256;
+constexpr int HEADS = 4;   // heads of a thread at a time
+
+__device__ __forceinline__ float2 rotation(int position, float frequency, float factor) {
+    const double turns = double(position) * double(frequency) * 0.15915494309189535;
+    float sine, cosine;
+    sincospif(float(2.0 * (turns - rint(turns))), &sine, &cosine);
+    return make_float2(cosine * factor, sine * factor);
+}
+
+__device__ __forceinline__ void store(float* to, float v) { *to = v; }
+__device__ __forceinline__ void store(__half* to, float v) { *to = __float2half_rn(v); }
+
+template <typename KV>
+__device__ __forceinline__ void rope_append(float* q, const float* k, const float* v,
+                                            const int* positions, const int* slots,
+                                            const float* inv_freq, KV* k_cache, KV* v_cache,
+                                            int heads, int kv_heads, int head_dim, int pairs,
+                                            int interleaved, float factor) {
+    // Threads of a pair each, and heads side by side.
+    const int lanes = max(min(pairs, THREADS), 1), side = THREADS / lanes;
+    const int pair = threadIdx.x % lanes, all = heads + kv_heads;
+    const int first = (blockIdx.y * side + threadIdx.x / lanes) * HEADS;
+    // Constants, which no kernel writes.
+    float frequency = pair < pairs ? inv_freq[pair] : 0.0f;
+    pdl_launch();
+    pdl_wait();
+    const int row = blockIdx.x, position = positions[row];
+    const long long slot = slots[row];
+    float* q_row = q + (long long)row * heads * head_dim;
+    const float* k_row = k + (long long)row * kv_heads * head_dim;
+    const float* v_row = v + (long long)row * kv_heads * head_dim;
+    KV* k_to = k_cache + slot * kv_heads * head_dim;
+    KV* v_to = v_cache + slot * kv_heads * head_dim;
+    const int thread = blockIdx.y * THREADS + threadIdx.x, threads = gridDim.y * THREADS;
+    const int values = kv_heads * head_dim;
+    const float early = thread < values ? v_row[thread] : 0.0f;
+
+    if (int(threadIdx.x) < lanes * side) {
+        for (int p = pair; p < pairs; p += lanes) {
+            if (p != pair) frequency = inv_freq[p];
+            const int at = interleaved ? 2 * p : p, other = interleaved ? at + 1 : p + pairs;
+            float2 turn = make_float2(0.0f, 0.0f);
+            for (int from = first; from < all; from += gridDim.y * side * HEADS) {
+                float x[HEADS], y[HEADS];
+#pragma unroll
+                for (int i = 0; i < HEADS; ++i) {
+                    const int h = from + i;
+                    const float* head =
+                        h < heads ? q_row + h * head_dim : k_row + (h - heads) * head_dim;
+                    x[i] = h < all ? head[at] : 0.0f;
+                    y[i] = h < all ? head[other] : 0.0f;
+                }
+                if (from == first) turn = rotation(position, frequency, factor);
+#pragma unroll
+                for (int i = 0; i < HEADS; ++i) {
+                    const int h = from + i;
+                    const float a = x[i] * turn.x - y[i] * turn.y;
+                    const float b = y[i] * turn.x + x[i] * turn.y;
+                    if (h < heads) {
+                        q_row[h * head_dim + at] = a;
+                        q_row[h * head_dim + other] = b;
+                    } else if (h < all) {
+                        store(k_to + (h - heads) * head_dim + at, a);
+                        store(k_to + (h - heads) * head_dim + other, b);
+                    }
+                }
+            }
+        }
+    }
+    for (int i = thread; i < values; i += threads) {
+        store(v_to + i, i == thread ? early : v_row[i]);
+    }
+    // What does not rotate.
+    const int rest = head_dim - 2 * pairs;
+    for (int i = thread; i < kv_heads * rest; i += threads) {
+        const int at = i / rest * head_dim + 2 * pairs + i % rest;
+        store(k_to + at, k_row[at]);
+    }
+}
+
+}  // namespace
+
+#define ROPE(NAME, KV)                                                                            \
+    extern "C" __global__ void __launch_bounds__(THREADS, 4)                                      \
+        NAME(float* q, const float* k, const float* v, const int* positions, const int* slots,    \
+             const float* inv_freq, KV* k_cache, KV* v_cache, int heads, int kv_heads,            \
+             int head_dim, int pairs, int interleaved, float factor) {                            \
+        rope_append<KV>(q, k, v, positions, slots, inv_freq, k_cache, v_cache, heads, kv_heads,   \
+                        head_dim, pairs, interleaved, factor);                                    \
+    }
+ROPE(exl_rope_append_f16, __half)
+ROPE(exl_rope_append_f32, float)

@@ -217,6 +217,7 @@ __device__ __forceinline__ void attend(const Attention& a) {
         rows.weigh(v_tile, raw, keep);
     }
 
+    __syncwarp();
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
         float sum = rows.sum[h];

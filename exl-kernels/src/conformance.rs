@@ -8,6 +8,7 @@ mod attention;
 mod data;
 mod linear;
 mod rows;
+mod sample;
 
 use std::fmt;
 
@@ -104,5 +105,6 @@ pub fn cases(quick: bool) -> Vec<Case> {
     let mut list = rows::cases();
     list.extend(linear::cases(quick));
     list.extend(attention::cases(quick));
+    list.extend(sample::cases(quick));
     list
 }

@@ -86,7 +86,8 @@ impl Cpu {
             | Op::GatherRows(_)
             | Op::ScaleLogits(_)
             | Op::HessianSyrk(_)
-            | Op::Dequant(_) => 0,
+            | Op::Dequant(_)
+            | Op::Sample(_) => 0,
         };
         4 * words.next_multiple_of(16)
     }
@@ -150,6 +151,7 @@ impl Cpu {
             Op::GatherRows(op) => rows::gather_rows(op, self),
             Op::ScaleLogits(op) => rows::scale_logits(op, self),
             Op::HessianSyrk(op) => syrk::run(op, self),
+            Op::Sample(op) => ops::sample(op),
             Op::Dequant(op) => {
                 let matrix = op.matrix.host_quant();
                 let matrix = matrix.ok_or_else(|| Error::not_on_host("dequant"))?;

@@ -7,9 +7,12 @@
 //! says otherwise: the residual stream and all accumulation are 32-bit.
 
 mod check;
+mod sample;
 
 pub use check::check;
 pub(crate) use check::repeated_slot;
+pub(crate) use sample::sample;
+pub use sample::{SAMPLE_WORDS, Sample, SampleParams};
 
 use crate::cuda::CudaMatrix;
 use crate::mem::{Mem, MemMut};
@@ -293,6 +296,7 @@ pub enum Op<'a> {
     ScaleLogits(ScaleLogits<'a>),
     HessianSyrk(HessianSyrk<'a>),
     Dequant(Dequant<'a>),
+    Sample(Sample<'a>),
 }
 
 impl Op<'_> {
@@ -309,6 +313,7 @@ impl Op<'_> {
             Op::ScaleLogits(_) => "scale_logits",
             Op::HessianSyrk(_) => "hessian_syrk",
             Op::Dequant(_) => "dequant",
+            Op::Sample(_) => "sample",
         }
     }
 }

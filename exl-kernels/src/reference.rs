@@ -25,6 +25,7 @@ pub fn run(op: &mut Op<'_>) -> Result<()> {
         Op::ScaleLogits(op) => scale_logits(op),
         Op::HessianSyrk(op) => hessian_syrk(op),
         Op::Dequant(op) => dequant(op),
+        Op::Sample(op) => ops::sample(op),
     }
 }
 

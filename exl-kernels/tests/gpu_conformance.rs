@@ -61,6 +61,7 @@ fn outputs<'a, 'b>(op: &'a mut Op<'b>) -> Vec<&'a mut MemMut<'b>> {
         Op::ScaleLogits(o) => vec![&mut o.x],
         Op::HessianSyrk(o) => vec![&mut o.h],
         Op::Dequant(o) => vec![&mut o.out],
+        Op::Sample(o) => vec![&mut o.logits, &mut o.out],
         other => panic!("{} has outputs that this test does not know", other.name()),
     }
 }
@@ -68,6 +69,7 @@ fn outputs<'a, 'b>(op: &'a mut Op<'b>) -> Vec<&'a mut MemMut<'b>> {
 fn bytes_mut<'a>(mem: &'a mut MemMut<'_>) -> &'a mut [u8] {
     match mem.dtype() {
         DType::F16 => bytemuck::cast_slice_mut(mem.slice_mut::<f16>().unwrap()),
+        DType::I32 => bytemuck::cast_slice_mut(mem.slice_mut::<i32>().unwrap()),
         _ => bytemuck::cast_slice_mut(mem.slice_mut::<f32>().unwrap()),
     }
 }

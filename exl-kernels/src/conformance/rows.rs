@@ -13,6 +13,18 @@ pub(super) fn cases() -> Vec<Case> {
             list.push(rms_norm(dtype, (rows, dim), false));
             list.push(rms_norm(dtype, (rows, dim), true));
         }
+        // Head norms, and rows that take whole blocks of a GPU.
+        for (rows, dim) in [
+            (333, 128),
+            (5, 1000),
+            (2, 4096),
+            (3, 5120),
+            (1, 16384),
+            (2, 17000),
+        ] {
+            list.push(embed(dtype, rows, dim));
+            list.push(rms_norm(dtype, (rows, dim), rows == 2));
+        }
     }
     for (rows, dim) in [(1, 5), (9, 130)] {
         list.push(gather_rows(rows, dim));

@@ -4,6 +4,7 @@ mod attention;
 mod gemm;
 mod linear;
 mod rows;
+mod sample;
 
 use super::{DeviceProps, Kernel, Launch};
 use crate::Result;
@@ -43,6 +44,7 @@ pub fn kernels() -> impl Iterator<Item = Kernel> {
         attention::KERNELS,
         gemm::KERNELS,
         linear::KERNELS,
+        sample::KERNELS,
         super::matrix::KERNELS,
     ];
     families.into_iter().flatten().copied()
@@ -61,6 +63,7 @@ pub fn lower(op: &Op<'_>, target: &Target<'_>, list: &mut Vec<Launch>) -> Result
         Op::GatherRows(o) => rows::gather_rows(o, target, list),
         Op::ScaleLogits(o) => rows::scale_logits(o, target, list),
         Op::HessianSyrk(o) => gemm::hessian_syrk(o, target, list),
+        Op::Sample(o) => sample::sample(o, target, list),
         Op::Linear(o) => linear::linear(o, target, list),
         Op::GateUp(o) => linear::gate_up(o, target, list),
         Op::Dequant(o) => linear::dequant(o, target, list),
@@ -75,6 +78,7 @@ pub fn scratch_bytes(op: &Op<'_>, props: &DeviceProps) -> u64 {
         Op::Linear(o) => linear::linear_scratch(o),
         Op::GateUp(o) => linear::gate_up_scratch(o),
         Op::PagedAttn(o) => attention::paged_attn_scratch(o, props),
+        Op::Sample(o) => sample::sample_scratch(o, props),
         Op::Embed(_)
         | Op::RmsNorm(_)
         | Op::GatherRows(_)

@@ -1,6 +1,6 @@
 //! Size and type checks that touch no data.
 
-use super::{Matrix, Op};
+use super::{Matrix, Op, SAMPLE_WORDS};
 use crate::mem::{DType, Mem, MemMut};
 use crate::{Error, Result};
 
@@ -97,6 +97,18 @@ pub fn check(op: &Op<'_>) -> Result<()> {
         Op::HessianSyrk(o) => {
             c.read("x", &o.x, F32, &[o.rows, o.dim])?;
             c.write("h", &o.h, F32, &[o.dim, o.dim])
+        }
+        Op::Sample(o) => {
+            c.write("logits", &o.logits, F32, &[o.rows, o.vocab])?;
+            c.read("params", &o.params, INT, &[o.rows, SAMPLE_WORDS])?;
+            c.read("recent", &o.recent, INT, &[o.rows, o.window])?;
+            c.read("blocked", &o.blocked, INT, &[o.rows, o.blocked_width])?;
+            c.rule(
+                "tokens",
+                (1..=o.vocab).contains(&o.tokens),
+                "at least 1 and at most vocab",
+            )?;
+            c.write("out", &o.out, INT, &[o.rows])
         }
         Op::Dequant(o) => match quantized_shape(&o.matrix) {
             Some((inputs, outputs)) => c.write("out", &o.out, F32, &[inputs, outputs]),

@@ -3,7 +3,7 @@
 use super::spans::Access;
 use crate::ops::{
     Dequant, Embed, GateUp, GatherRows, HessianSyrk, Linear, LinearPart, Matrix, Op, PagedAttn,
-    RmsNorm, RopeAppend, ScaleLogits,
+    RmsNorm, RopeAppend, Sample, ScaleLogits,
 };
 use crate::{Mem, MemMut, Result};
 
@@ -50,6 +50,14 @@ pub(super) fn translate<'h: 'd, 'd>(op: &Op<'h>, t: &mut impl Translate<'h, 'd>)
         Op::HessianSyrk(o) => Ok(Op::HessianSyrk(HessianSyrk {
             x: t.read(&o.x)?,
             h: t.write(&o.h, Access::Update)?,
+            ..*o
+        })),
+        Op::Sample(o) => Ok(Op::Sample(Sample {
+            logits: t.write(&o.logits, Access::Update)?,
+            params: t.read(&o.params)?,
+            recent: t.read(&o.recent)?,
+            blocked: t.read(&o.blocked)?,
+            out: t.write(&o.out, Access::Write)?,
             ..*o
         })),
         Op::Dequant(o) => Ok(Op::Dequant(Dequant {

@@ -11,21 +11,15 @@
 namespace {
 
 struct Place {
-    int block, column, bits, before;   // `before`: bits of a row of the blocks before this one
+    int block, column, bits;
+    u32 offset;   // of the block in its column tile
 };
 
 __device__ __forceinline__ Place place(const QMatrix& m, int tile, int first_column) {
     Place p;
     p.block = tile % m.blocks;
     p.column = first_column + tile / m.blocks;
-    p.bits = p.before = 0;
-    int first = 0;
-    for (int r = 0; r < m.runs; ++r) {
-        p.bits = m.run_bits[r];
-        p.before += (min(m.run_end[r], p.block) - first) * p.bits;
-        if (p.block < m.run_end[r]) break;
-        first = m.run_end[r];
-    }
+    p.bits = run_of(m, p.block, p.offset).bits;
     return p;
 }
 
@@ -53,14 +47,9 @@ __device__ __forceinline__ void centred(const char* at, int lane, __half2 (&v)[1
 template <int KIND>
 __device__ __forceinline__ void weights(const QMatrix& m, const Place& p, int lane,
                                         __half2 (&v)[16]) {
-    int bytes = m.pieces * (KIND == KIND_EXL2 ? 16 : 64);
-    const char* codes = reinterpret_cast<const char*>(m.codes) + (long long)p.column * bytes;
-    const char* bases = reinterpret_cast<const char*>(m.bases);
-    if (KIND == KIND_GPTQ) bases += (long long)p.column * bytes;
-    Staged st = {reinterpret_cast<const u16*>(bases), reinterpret_cast<const u16*>(codes)};
-    Scales<KIND> scales;
-    scales.load(st, m.piece_of[p.block], lane >> 2);
-    const char* at = m.tiles + m.column_bytes * p.column + 128ll * p.before;
+    const Scales<KIND> scales(
+        ScaleCodes<KIND>::of(m, u32(p.column) * m.pieces, m.piece_of[p.block], lane >> 2));
+    const char* at = m.tiles + m.column_bytes * p.column + p.offset;
     switch (p.bits) {
         case 2: centred<2>(at, lane, v); break;
         case 3: centred<3>(at, lane, v); break;

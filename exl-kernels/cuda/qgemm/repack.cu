@@ -91,14 +91,8 @@ extern "C" __global__ void __launch_bounds__(256, 2)
     int tile = blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP;
     if (tile >= m.blocks * m.columns) return;
     int block = tile % m.blocks, column = tile / m.blocks;
-    int bits = 0, before = 0, first = 0;
-    for (int r = 0; r < m.runs; ++r) {
-        bits = m.run_bits[r];
-        int n = min(m.run_end[r], block) - first;
-        before += n * bits;
-        if (block < m.run_end[r]) break;
-        first = m.run_end[r];
-    }
+    u32 offset;
+    const int bits = run_of(m, block, offset).bits;
     int lane = threadIdx.x % WARP, g = lane >> 2, t = lane & 3;
     // Register q: rows 8t + 4 (r >> 1).. of column 16 m + 8 (r & 1) + g, panel m of the tile.
     u32 v[8];
@@ -107,11 +101,11 @@ extern "C" __global__ void __launch_bounds__(256, 2)
         int panel = 2 * column + q / 4;
         // A missing panel is padding: its scales are zero, the codes do not matter.
         v[q] = panel < panel_count
-                   ? codes(panels + panel * panel_bytes + 64ull * before, bits, 2 * t + (q % 4) / 2,
+                   ? codes(panels + panel * panel_bytes + offset / 2, bits, 2 * t + (q % 4) / 2,
                            8 * (q & 1) + g)
                    : 0u;
     }
-    char* at = const_cast<char*>(m.tiles) + m.column_bytes * column + 128ull * before;
+    char* at = const_cast<char*>(m.tiles) + m.column_bytes * column + offset;
     switch (bits) {
         case 2: pack<2>(at, lane, v); break;
         case 3: pack<3>(at, lane, v); break;

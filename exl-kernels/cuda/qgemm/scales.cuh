@@ -3,10 +3,52 @@
 
 #include "qgemm/tile.cuh"
 
-// Where the bases and the codes of one column tile are: shared or global memory.
-struct Staged {
-    const u16* bases;
-    const u16* codes;
+// What a lane reads for a piece of a column tile; and BYTES in shared memory where the whole tile's
+// lie. `place` is column tile * pieces.
+template <int KIND>
+struct ScaleCodes;
+
+template <>
+struct ScaleCodes<KIND_EXL2> {
+    static constexpr int BYTES = 32;   // codes [8], base
+
+    u16 codes;   // of columns g + 8 i at bit 4 i
+    u16 base;
+
+    __device__ __forceinline__ static ScaleCodes at(const char* shared, int g) {
+        return {reinterpret_cast<const u16*>(shared)[g], reinterpret_cast<const u16*>(shared)[8]};
+    }
+    __device__ __forceinline__ static ScaleCodes of(const QMatrix& m, u32 place, int piece, int g) {
+        return {m.codes[u64(place + piece) * 8 + g], m.bases[2 * piece]};
+    }
+    __device__ __forceinline__ static void load(char* shared, const QMatrix& m, u32 place, int piece,
+                                                int lane) {
+        if (lane == 0) cp_async_16(shared, m.codes + u64(place + piece) * 8);
+        if (lane == 1) cp_async_4(shared + 16, m.bases + 2 * piece);
+    }
+};
+
+template <>
+struct ScaleCodes<KIND_GPTQ> {
+    static constexpr int BYTES = 128;   // scales [8][4], shifts [8][4]
+
+    uint2 scales, shifts;   // four 16-bit values each
+
+    __device__ __forceinline__ static ScaleCodes at(const char* shared, int g) {
+        const uint2* all = reinterpret_cast<const uint2*>(shared);
+        return {all[g], all[8 + g]};
+    }
+    __device__ __forceinline__ static ScaleCodes of(const QMatrix& m, u32 place, int piece, int g) {
+        const u64 i = u64(place + piece) * 8 + g;
+        return {reinterpret_cast<const uint2*>(m.codes)[i], reinterpret_cast<const uint2*>(m.bases)[i]};
+    }
+    __device__ __forceinline__ static void load(char* shared, const QMatrix& m, u32 place, int piece,
+                                                int lane) {
+        const u64 first = u64(place + piece) * 32;
+        if (lane < 8) {
+            cp_async_16(shared + 16 * lane, (lane < 4 ? m.codes : m.bases) + first + lane % 4 * 8);
+        }
+    }
 };
 
 // Of columns g, g+8, g+16, g+24 of a piece: the scale, and for GPTQ what must be added to codes that
@@ -16,10 +58,10 @@ struct Scales {
     float s[4];
     int shift[4];
 
-    __device__ __forceinline__ void load(const Staged& st, int piece, int g) {
+    __device__ __forceinline__ explicit Scales(const ScaleCodes<KIND>& from) {
         if constexpr (KIND == KIND_EXL2) {
-            u32 c = st.codes[piece * 8 + g];
-            __half2 base = __half2half2(__ushort_as_half(st.bases[piece]));
+            u32 c = from.codes;
+            __half2 base = __half2half2(__ushort_as_half(from.base));
             // Two codes per register: nibbles 0 and 1, then 2 and 3.
             const __half2 less = __float2half2_rn(-1023.0f);
 #pragma unroll
@@ -32,17 +74,16 @@ struct Scales {
                 c >>= 8;
             }
         } else {
-            uint2 c = *reinterpret_cast<const uint2*>(st.codes + (piece * 8 + g) * 4);
-            uint2 z = *reinterpret_cast<const uint2*>(st.bases + (piece * 8 + g) * 4);
-            float2 low = __half22float2(as_half2(c.x)), high = __half22float2(as_half2(c.y));
+            float2 low = __half22float2(as_half2(from.scales.x));
+            float2 high = __half22float2(as_half2(from.scales.y));
             s[0] = low.x;
             s[1] = low.y;
             s[2] = high.x;
             s[3] = high.y;
-            shift[0] = short(z.x);
-            shift[1] = short(z.x >> 16);
-            shift[2] = short(z.y);
-            shift[3] = short(z.y >> 16);
+            shift[0] = short(from.shifts.x);
+            shift[1] = short(from.shifts.x >> 16);
+            shift[2] = short(from.shifts.y);
+            shift[3] = short(from.shifts.y >> 16);
         }
     }
 };

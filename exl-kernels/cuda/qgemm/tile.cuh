@@ -40,48 +40,25 @@ struct Sections {
     static constexpr int BYTES = 128 * B;       // a block
 };
 
-// A lane's words of the block at `block` in global memory (16-byte aligned), read around L1.
+// A lane's words of the block at `block`, which is 16-byte aligned.
 template <int B>
-__device__ __forceinline__ void load_words(u32 (&w)[B], const char* block, int lane) {
+__device__ __forceinline__ void load_words(u32* w, const char* block, int lane) {
     typedef Sections<B> S;
 #pragma unroll
     for (int i = 0; i < S::QUADS; ++i) {
-        asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
-                     : "=r"(w[4 * i]), "=r"(w[4 * i + 1]), "=r"(w[4 * i + 2]), "=r"(w[4 * i + 3])
-                     : "l"(block + 512 * i + 16 * lane));
+        const uint4 v = *reinterpret_cast<const uint4*>(block + 512 * i + 16 * lane);
+        w[4 * i] = v.x;
+        w[4 * i + 1] = v.y;
+        w[4 * i + 2] = v.z;
+        w[4 * i + 3] = v.w;
     }
     if constexpr (S::PAIR) {
-        asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2];"
-                     : "=r"(w[4 * S::QUADS]), "=r"(w[4 * S::QUADS + 1])
-                     : "l"(block + 512 * S::QUADS + 8 * lane));
+        const uint2 v = *reinterpret_cast<const uint2*>(block + 512 * S::QUADS + 8 * lane);
+        w[4 * S::QUADS] = v.x;
+        w[4 * S::QUADS + 1] = v.y;
     }
     if constexpr (S::SINGLE) {
-        asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];"
-                     : "=r"(w[B - 1])
-                     : "l"(block + 128 * (B - 1) + 4 * lane));
-    }
-}
-
-// The same from a ring of RING bytes (a power of two) in shared memory, the block beginning at
-// byte `at` of it.
-template <int B, int RING>
-__device__ __forceinline__ void ring_words(u32 (&w)[B], u32 ring, u32 at, int lane) {
-    typedef Sections<B> S;
-#pragma unroll
-    for (int i = 0; i < S::QUADS; ++i) {
-        asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
-                     : "=r"(w[4 * i]), "=r"(w[4 * i + 1]), "=r"(w[4 * i + 2]), "=r"(w[4 * i + 3])
-                     : "r"(ring + ((at + 512 * i + 16 * lane) & (RING - 1))));
-    }
-    if constexpr (S::PAIR) {
-        asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];"
-                     : "=r"(w[4 * S::QUADS]), "=r"(w[4 * S::QUADS + 1])
-                     : "r"(ring + ((at + 512 * S::QUADS + 8 * lane) & (RING - 1))));
-    }
-    if constexpr (S::SINGLE) {
-        asm volatile("ld.shared.u32 %0, [%1];"
-                     : "=r"(w[B - 1])
-                     : "r"(ring + ((at + 128 * (B - 1) + 4 * lane) & (RING - 1))));
+        w[B - 1] = *reinterpret_cast<const u32*>(block + 128 * (B - 1) + 4 * lane);
     }
 }
 
@@ -131,7 +108,7 @@ __device__ __forceinline__ void nibbles(const u32* w, u32 (&v)[8]) {
 
 // The registers of a lane: (q - zero) 2^(8 - B) per byte.
 template <int B>
-__device__ __forceinline__ void expand(const u32 (&w)[B], u32 (&v)[8]) {
+__device__ __forceinline__ void expand(const u32* w, u32 (&v)[8]) {
     if constexpr (B == 8) {
 #pragma unroll
         for (int q = 0; q < 8; ++q) v[q] = w[q];
@@ -158,26 +135,56 @@ __device__ __forceinline__ void expand(const u32 (&w)[B], u32 (&v)[8]) {
     }
 }
 
+// Consecutive blocks of one width. Piece p of a regular run has 2^shift blocks, the last perhaps fewer.
+struct Run {
+    u16 end;      // first block after the run
+    u16 piece;    // of its first block
+    u8 bits;
+    u8 shift;     // IRREGULAR: look into `piece_of`
+    u16 padding;
+};
+
+constexpr int IRREGULAR = 255;
+constexpr int RUNS = 6;
+
 // A quantized matrix in device memory (matrix.rs writes this struct). Pieces are the groups of
 // the packed rows that share a scale; blocks never straddle pieces.
 struct QMatrix {
     const char* tiles;       // column tiles, `column_bytes` each
     const u16* codes;        // EXL2: [column tiles][pieces][8]: scale codes of columns g + 8 i at bit 4 i
                              // GPTQ: [column tiles][pieces][8][4]: bits of binary16 scales of g + 8 i
-    const u16* bases;        // EXL2: [pieces]: binary16 factor of the squared scale codes
+    const u16* bases;        // EXL2: [pieces][2]: binary16 factor of the squared scale codes, and 0
                              // GPTQ: [column tiles][pieces][8][4]: 8 - zero point as an integer
-    const u16* piece_of;     // [blocks]: piece of each block
-    const u32* perm;         // [K]: feature of each packed row; 0 when they are in order
+    const u16* piece_of;     // [blocks]
+    const u32* perm;         // [K]: feature of each packed row, then its inverse; 0 when they are in
+                             // order
     u64 column_bytes;
     int blocks;              // K / 32
     int pieces;
     int columns;             // column tiles
     int kind;                // 0 EXL2, 1 GPTQ
-    int runs;                // runs of blocks of one width
+    int runs;
     int padding;
-    int run_bits[6];
-    int run_end[6];          // first block after the run
+    Run run[RUNS];
+    u16 shares[20];          // SHARES + 1: the first block of each share of the rows, whole chunks of
+                             // four blocks; about the same bytes in each
 };
+
+constexpr int SHARES = 16;
 
 constexpr int KIND_EXL2 = 0;
 constexpr int KIND_GPTQ = 1;
+
+// The run that has a block, and where the block's codes begin in a column tile.
+__device__ __forceinline__ Run run_of(const QMatrix& m, int block, u32& offset) {
+    offset = 0;
+    int first = 0;
+    Run run = m.run[0];
+    for (int r = 0; r < m.runs; ++r) {
+        run = m.run[r];
+        offset += 128 * run.bits * (min(int(run.end), block) - first);
+        if (block < run.end) break;
+        first = run.end;
+    }
+    return run;
+}

@@ -5,7 +5,7 @@ use std::fmt;
 /// Most parameters of a kernel.
 pub const MAX_ARGS: usize = 32;
 /// Most 64-bit words of all arguments of a kernel.
-pub(crate) const MAX_WORDS: usize = 80;
+pub(crate) const MAX_WORDS: usize = 96;
 
 /// An entry point of the kernel pack.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
@@ -72,6 +72,14 @@ impl Args {
         self.used = end;
         self.len += 1;
         self
+    }
+
+    /// Replaces words of the arguments.
+    ///
+    /// # Panics
+    /// When there are fewer words.
+    pub fn patch(&mut self, first: usize, words: &[u64]) {
+        self.words[..self.used][first..first + words.len()].copy_from_slice(words);
     }
 
     /// A device address; 0 for an absent buffer.

@@ -72,6 +72,12 @@ pub fn lower(op: &Op<'_>, target: &Target<'_>, list: &mut Vec<Launch>) -> Result
     }
 }
 
+/// What is known only when all launches of a plan are: call it once, with those of all ops in their
+/// order. Products learn which one follows, to prefetch its weights; a plan is taken to be run again.
+pub fn link(launches: &mut [Launch]) {
+    linear::link(launches);
+}
+
 /// Bytes of scratch memory that the launches of an op need.
 pub fn scratch_bytes(op: &Op<'_>, props: &DeviceProps) -> u64 {
     match op {

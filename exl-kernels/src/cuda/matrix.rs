@@ -14,6 +14,10 @@ pub(crate) const TILE_COLUMNS: usize = 32;
 pub(crate) const BLOCK_ROWS: usize = 32;
 /// Most runs of blocks of one width: the format's widths never increase.
 const MAX_RUNS: usize = 6;
+/// Parts of the packed rows among which warps divide a product of few rows (cuda/qgemm/tile.cuh).
+pub(crate) const SHARES: usize = 16;
+/// Blocks whose input has one scale.
+const CHUNK: usize = 4;
 
 /// Translation unit of the repacking kernel.
 pub(crate) static KERNELS: &[Kernel] = &[Kernel::new("qgemm/repack", "exl_repack")];
@@ -26,6 +30,20 @@ pub(crate) enum ScaleKind {
     /// GPTQ: a 16-bit scale and a zero point per column and group.
     Columns,
 }
+
+/// `Run` of cuda/qgemm/tile.cuh.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C)]
+struct Run {
+    end: u16,
+    piece: u16,
+    bits: u8,
+    shift: u8,
+    padding: u16,
+}
+
+/// Instead of a shift: pieces of a run differ in length.
+const IRREGULAR: u8 = 255;
 
 /// The struct that kernels read: `QMatrix` of cuda/qgemm/tile.cuh, field by field.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
@@ -43,8 +61,87 @@ struct Descriptor {
     kind: u32,
     runs: u32,
     padding: u32,
-    run_bits: [u32; MAX_RUNS],
-    run_end: [u32; MAX_RUNS],
+    run: [Run; MAX_RUNS],
+    /// `SHARES` + 1 bounds; the rest fills the struct.
+    shares: [u16; 20],
+}
+
+impl Descriptor {
+    /// Finds the runs of one width in pieces of these blocks and bits.
+    fn find_runs(&mut self, pieces: &[(usize, u8)]) {
+        let mut end = 0;
+        let runs = pieces.chunk_by(|a, b| a.1 == b.1);
+        let mut piece = 0;
+        for (run, to) in runs.zip(&mut self.run) {
+            end += run.iter().map(|p| p.0).sum::<usize>();
+            *to = Run {
+                end: end as u16,
+                piece: piece as u16,
+                bits: run[0].1,
+                shift: shift_of(run),
+                padding: 0,
+            };
+            piece += run.len();
+            self.runs += 1;
+        }
+    }
+
+    /// The runs: blocks and bits.
+    fn runs(&self) -> impl Iterator<Item = (usize, usize)> + '_ {
+        let mut first = 0;
+        self.run[..self.runs as usize].iter().map(move |r| {
+            let blocks = usize::from(r.end) - first;
+            first += blocks;
+            (blocks, usize::from(r.bits))
+        })
+    }
+
+    /// Cuts the blocks into shares of whole chunks, so that the largest has the fewest bytes.
+    fn divide(&mut self) {
+        let blocks = self.runs().map(|(n, bits)| std::iter::repeat_n(bits, n));
+        let bits: Vec<usize> = blocks.flatten().collect();
+        let costs: Vec<usize> = bits.chunks(CHUNK).map(|c| c.iter().sum()).collect();
+        let (mut most, mut enough) = (0usize, costs.iter().sum());
+        while most + 1 < enough {
+            let middle = most.midpoint(enough);
+            match shares_of(&costs, middle) {
+                Some(_) => enough = middle,
+                None => most = middle,
+            }
+        }
+        let ends = shares_of(&costs, enough).unwrap_or_default();
+        for (to, end) in self.shares[1..].iter_mut().zip(ends) {
+            *to = (end * CHUNK).min(self.blocks as usize) as u16;
+        }
+    }
+}
+
+/// Log2 of the blocks of each piece of a run, the last perhaps shorter.
+fn shift_of(run: &[(usize, u8)]) -> u8 {
+    let most = run[0].0;
+    let (last, others) = run.split_last().expect("runs are not empty");
+    let even = others.iter().all(|p| p.0 == most) && last.0 <= most;
+    match even && most.is_power_of_two() {
+        true => most.trailing_zeros() as u8,
+        // One piece of any length is regular.
+        false if others.is_empty() => most.next_power_of_two().trailing_zeros() as u8,
+        false => IRREGULAR,
+    }
+}
+
+/// Ends of [`SHARES`] consecutive shares of at most `most` each, if there are such.
+fn shares_of(costs: &[usize], most: usize) -> Option<[usize; SHARES]> {
+    let mut ends = [costs.len(); SHARES];
+    let mut at = 0;
+    for end in &mut ends {
+        let mut sum = 0;
+        while at < costs.len() && sum + costs[at] <= most {
+            sum += costs[at];
+            at += 1;
+        }
+        *end = at;
+    }
+    (at == costs.len()).then_some(ends)
 }
 
 /// Everything of a matrix but its tiles, as the kernels want it.
@@ -62,9 +159,8 @@ pub struct CudaMatrix {
     inputs: usize,
     outputs: usize,
     kind: ScaleKind,
-    pieces: usize,
     bytes: usize,
-    descriptor: Descriptor,
+    descriptor: Box<Descriptor>,
     address: u64,
     /// Keep the memory alive.
     _region: DeviceRegion,
@@ -98,7 +194,7 @@ impl CudaMatrix {
     pub fn bytes_for(matrix: &QuantMatrix) -> usize {
         let tiles = tile_bytes(matrix);
         let layout = Layout::new(matrix);
-        tiles + layout.side_bytes() + 4 * matrix.inputs()
+        tiles + layout.side_bytes() + 8 * matrix.inputs()
     }
 
     pub(crate) fn kind(&self) -> ScaleKind {
@@ -113,10 +209,6 @@ impl CudaMatrix {
         self.inputs / BLOCK_ROWS
     }
 
-    pub(crate) fn pieces(&self) -> usize {
-        self.pieces
-    }
-
     /// Address of the struct that kernels read.
     pub(crate) fn address(&self) -> u64 {
         self.address
@@ -124,7 +216,7 @@ impl CudaMatrix {
 
     /// The same struct as words, for kernels that take it by value.
     pub(crate) fn words(&self) -> &[u64] {
-        bytemuck::cast_slice(std::slice::from_ref(&self.descriptor))
+        bytemuck::cast_slice(std::slice::from_ref(&*self.descriptor))
     }
 
     /// Address of the permutation, 0 when rows are in order. Equal permutations that one
@@ -146,9 +238,8 @@ impl CudaMatrix {
             inputs,
             outputs,
             kind: ScaleKind::Codes,
-            pieces: inputs.div_ceil(128),
             bytes: 0,
-            descriptor,
+            descriptor: Box::new(descriptor),
             address,
             _region: DeviceRegion::imaginary(address, 1024),
             _perm: None,
@@ -183,13 +274,19 @@ impl MatrixUploader {
     /// Copies a matrix to the device and repacks it there. Returns when it is done.
     ///
     /// # Errors
-    /// Out of device memory, or what the driver reports.
+    /// Out of device memory, more than two million input features, or what the driver reports.
     pub fn upload(
         &mut self,
         device: &Device,
         pool: &mut DevicePool,
         matrix: &QuantMatrix,
     ) -> Result<CudaMatrix> {
+        if matrix.inputs() / BLOCK_ROWS > usize::from(u16::MAX) {
+            return Err(crate::Error::Unsupported {
+                op: "linear",
+                what: format!("{} input features", matrix.inputs()),
+            });
+        }
         let layout = Layout::new(matrix);
         let tiles = tile_bytes(matrix);
         let side = layout.side_bytes();
@@ -204,9 +301,8 @@ impl MatrixUploader {
             inputs: matrix.inputs(),
             outputs: matrix.outputs(),
             kind: kind(matrix),
-            pieces: matrix.groups().len(),
             bytes: tiles + side,
-            descriptor,
+            descriptor: Box::new(descriptor),
             address: region.address() + tiles as u64,
             _region: region,
             _perm: perm,
@@ -231,8 +327,14 @@ impl MatrixUploader {
         if let Some(found) = self.perms.get(perm) {
             return Ok(Some(found.clone()));
         }
-        let region = pool.take(device, 4 * perm.len())?;
-        device.copy_in(&region, 0, bytemuck::cast_slice(perm))?;
+        // The permutation and its inverse.
+        let mut both = perm.to_vec();
+        both.resize(2 * perm.len(), 0);
+        for (i, &p) in perm.iter().enumerate() {
+            both[perm.len() + p as usize] = i as u32;
+        }
+        let region = pool.take(device, 4 * both.len())?;
+        device.copy_in(&region, 0, bytemuck::cast_slice(&both))?;
         self.perms.insert(perm.to_vec(), region.clone());
         Ok(Some(region))
     }
@@ -304,27 +406,22 @@ impl Layout {
             kind: kind(matrix) as u32,
             runs: 0,
             padding: 0,
-            run_bits: [0; MAX_RUNS],
-            run_end: [0; MAX_RUNS],
+            run: [Run::default(); MAX_RUNS],
+            shares: [0; 20],
         };
-        let mut piece_of = Vec::new();
-        for (i, group) in groups.iter().enumerate() {
-            piece_of.extend(std::iter::repeat_n(i as u16, group.rows / BLOCK_ROWS));
-            let bits = u32::from(group.bits);
-            let run = descriptor.runs as usize;
-            if run == 0 || descriptor.run_bits[run - 1] != bits {
-                descriptor.run_bits[run] = bits;
-                descriptor.runs += 1;
-            }
-            descriptor.run_end[descriptor.runs as usize - 1] = piece_of.len() as u32;
-        }
+        let blocks = |g: &crate::quant::PackedGroup| (g.rows / BLOCK_ROWS, g.bits);
+        let pieces: Vec<(usize, u8)> = groups.iter().map(blocks).collect();
+        let piece = |(i, p): (usize, &(usize, u8))| std::iter::repeat_n(i as u16, p.0);
+        let piece_of = pieces.iter().enumerate().flat_map(piece).collect();
+        descriptor.find_runs(&pieces);
+        descriptor.divide();
         let (codes, bases) = match matrix.scales() {
             Scales::Codes { codes, tables } => (
                 scale_codes(codes, columns, groups.len()),
                 // Code 0 stands for the factor itself.
                 tables
                     .iter()
-                    .map(|t| half::f16::from_f32(t[0]).to_bits())
+                    .flat_map(|t| [half::f16::from_f32(t[0]).to_bits(), 0])
                     .collect(),
             ),
             Scales::Columns { scales, zeros } => {
@@ -424,4 +521,78 @@ fn by_lane(values: &[u16], columns: usize, pieces: usize) -> Vec<u16> {
         }
     }
     out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const WIDTHS: [u8; 6] = [8, 6, 5, 4, 3, 2];
+
+    fn descriptor(pieces: &[(usize, u8)]) -> Descriptor {
+        let mut d: Descriptor = bytemuck::Zeroable::zeroed();
+        d.blocks = pieces.iter().map(|p| p.0 as u32).sum();
+        d.find_runs(pieces);
+        d
+    }
+
+    proptest! {
+        #[test]
+        fn shares_cover_every_block_and_none_is_much_larger(
+            lengths in proptest::collection::vec(1usize..80, 1..=6),
+        ) {
+            let runs: Vec<_> = lengths.iter().copied().zip(WIDTHS).collect();
+            let mut d = descriptor(&runs);
+            d.divide();
+            let bounds = d.shares[..=SHARES].iter().map(|&b| usize::from(b));
+            let bounds: Vec<usize> = bounds.collect();
+            let bits = runs.iter().flat_map(|&(n, width)| vec![usize::from(width); n]);
+            let bits: Vec<usize> = bits.collect();
+            prop_assert!(bounds.is_sorted() && bounds[0] == 0);
+            prop_assert_eq!(bounds[SHARES], bits.len());
+            prop_assert!(bounds.iter().all(|b| b % CHUNK == 0 || *b == bits.len()));
+            let all: usize = bits.iter().sum();
+            for share in bounds.windows(2) {
+                let cost: usize = bits[share[0]..share[1]].iter().sum();
+                // A fair part, and at most one chunk of 8 bits more.
+                prop_assert!(cost <= all.div_ceil(SHARES) + 8 * CHUNK);
+            }
+        }
+
+        #[test]
+        fn regular_runs_tell_the_piece_of_a_block(
+            groups in proptest::collection::vec((1usize..9, 0usize..6), 1..40),
+        ) {
+            let mut pieces: Vec<_> = groups.iter().map(|&(n, w)| (n, WIDTHS[w])).collect();
+            pieces.sort_by_key(|p| std::cmp::Reverse(p.1));
+            let d = descriptor(&pieces);
+            let piece_of = pieces.iter().enumerate().flat_map(|(i, p)| vec![i; p.0]);
+            let mut run = 0;
+            let mut first = 0;
+            for (block, piece) in piece_of.enumerate() {
+                if block == usize::from(d.run[run].end) {
+                    first = block;
+                    run += 1;
+                }
+                let r = d.run[run];
+                if r.shift != IRREGULAR {
+                    prop_assert_eq!(usize::from(r.piece) + ((block - first) >> r.shift), piece);
+                }
+            }
+            prop_assert_eq!(d.runs as usize, run + 1);
+        }
+    }
+
+    #[test]
+    fn only_odd_groups_are_irregular() {
+        let shifts = |pieces: &[(usize, u8)]| -> Vec<u8> {
+            let d = descriptor(pieces);
+            d.run[..d.runs as usize].iter().map(|r| r.shift).collect()
+        };
+        let four = [(4, 8), (4, 8), (2, 5), (2, 5), (1, 5), (1, 4)];
+        assert_eq!(shifts(&four), [2, 1, 0]);
+        assert_eq!(shifts(&[(3, 8)]), [2]);
+        assert_eq!(shifts(&[(3, 8), (3, 8), (4, 4), (5, 4)]), [IRREGULAR; 2]);
+    }
 }

@@ -14,7 +14,7 @@ use std::sync::Arc;
 
 use self::spans::{Access, POISON, Spans, written};
 use self::translate::{Translate, translate};
-use super::lower::{COUNTERS, Scratch, Target, lower, scratch_bytes};
+use super::lower::{COUNTERS, Scratch, Target, link, lower, scratch_bytes};
 use super::matrix::{CudaMatrix, MatrixUploader};
 use super::memory::{DevicePool, DeviceRegion};
 use super::{Device, Kernel};
@@ -142,6 +142,7 @@ impl CudaOps {
         for op in ops {
             lower(op, &target, &mut launches)?;
         }
+        link(&mut launches);
         self.kernels.extend(launches.iter().map(|l| l.kernel));
         // SAFETY: the ops borrow their regions and matrices, scratch and counters are held here,
         // and this function waits for the launches.

@@ -4,7 +4,8 @@ use std::collections::HashMap;
 use std::ops::Range;
 
 use exl_kernels::cuda::{
-    COUNTERS, DeviceRegion, Graph, PinnedMemory, ReadyLaunch, Scratch, Target, lower, scratch_bytes,
+    COUNTERS, DeviceRegion, Graph, PinnedMemory, ReadyLaunch, Scratch, Target, link, lower,
+    scratch_bytes,
 };
 use exl_kernels::{DType, Mem, MemMut};
 
@@ -176,6 +177,7 @@ impl CudaExecutor {
             })?;
             ops.push(first..list.len());
         }
+        link(&mut list);
         let device = self.gpu.device();
         // SAFETY: the launches name the arena, scratch, counters and step block, which outlive
         // them here (growing one drops the launches), weights that `bound` keeps, and the cache,

@@ -1,7 +1,7 @@
 //! Linear layers: which kernels compute them, with what split of the work.
 
+mod few;
 mod many;
-mod rows32;
 
 #[cfg(test)]
 mod tests;
@@ -14,29 +14,21 @@ use crate::cuda::{Kernel, Launch};
 use crate::ops::{self, Activation, LinearPart, Matrix};
 use crate::{DType, Error, Mem, Result};
 
+pub(in crate::cuda) use few::link;
+
 /// Entry points of quantized products.
 pub(crate) static KERNELS: &[Kernel] = &[
-    rows32::BLOCK_X,
-    rows32::KERNELS[0],
-    rows32::KERNELS[1],
-    rows32::KERNELS[2],
-    rows32::KERNELS[3],
-    rows32::KERNELS[4],
-    rows32::KERNELS[5],
-    rows32::KERNELS[6],
-    rows32::KERNELS[7],
-    rows32::KERNELS[8],
-    rows32::KERNELS[9],
-    rows32::KERNELS[10],
-    rows32::KERNELS[11],
-    rows32::KERNELS[12],
-    rows32::KERNELS[13],
-    rows32::KERNELS[14],
-    rows32::KERNELS[15],
-    rows32::KERNELS[16],
-    rows32::KERNELS[17],
-    rows32::KERNELS[18],
-    rows32::KERNELS[19],
+    few::BLOCK_X,
+    few::KERNELS[0],
+    few::KERNELS[1],
+    few::KERNELS[2],
+    few::KERNELS[3],
+    few::KERNELS[4],
+    few::KERNELS[5],
+    few::KERNELS[6],
+    few::KERNELS[7],
+    few::KERNELS[8],
+    few::KERNELS[9],
     many::DEQUANT[0],
     many::DEQUANT[1],
     DEQUANT_F32[0],
@@ -47,6 +39,8 @@ const DEQUANT_F32: [Kernel; 2] = [
     Kernel::new("qgemm/dequant", "exl_dequant_f32_exl2"),
     Kernel::new("qgemm/dequant", "exl_dequant_f32_gptq"),
 ];
+
+const KINDS: [ScaleKind; 2] = [ScaleKind::Codes, ScaleKind::Columns];
 
 /// Parts that one launch takes.
 const MAX_PARTS: usize = 3;
@@ -128,20 +122,13 @@ pub(super) fn linear(
             ),
         }
     }
-    for kind in [ScaleKind::Codes, ScaleKind::Columns] {
-        let same: Vec<_> = quant
-            .iter()
-            .filter(|(m, _)| m.kind() == kind)
-            .copied()
-            .collect();
-        // Several rows are gathered once for all parts, so these must agree on the order.
-        let together =
-            |a: &(&CudaMatrix, _), b: &(&CudaMatrix, _)| o.rows == 1 || a.0.perm() == b.0.perm();
-        let groups = same.chunk_by(together).flat_map(|g| g.chunks(MAX_PARTS));
-        for parts in groups {
+    for kind in KINDS {
+        let same = quant.iter().filter(|(m, _)| m.kind() == kind);
+        let same: Vec<_> = same.copied().collect();
+        for parts in same.chunks(MAX_PARTS) {
             let matrices: Vec<&CudaMatrix> = parts.iter().map(|p| p.0).collect();
-            match rows32::Config::linear(&matrices, o.rows, target) {
-                Some(config) => rows32::linear(&config, o, parts, target, list),
+            match few::Config::new(&matrices, o.rows, false, target) {
+                Some(config) => few::linear(&config, o, parts, target, list),
                 None => many::linear(o, parts, target, list)?,
             }
         }
@@ -157,13 +144,13 @@ pub(super) fn gate_up(
     match (place(&o.gate)?, place(&o.up)?) {
         (Where::Quant(gate), Where::Quant(up)) => {
             let config = if gate.kind() == up.kind() {
-                rows32::Config::gate_up(gate, up, o.rows, target)
+                few::Config::new(&[gate, up], o.rows, true, target)
             } else {
                 None
             };
             match config {
                 Some(config) => {
-                    rows32::gate_up(&config, o, (gate, up), target, list);
+                    few::gate_up(&config, o, [gate, up], target, list);
                     Ok(())
                 }
                 None => many::gate_up(o, (gate, up), target, list),
@@ -226,7 +213,16 @@ pub(super) fn linear_scratch(o: &ops::Linear<'_>) -> u64 {
     if quant.is_empty() {
         return 0;
     }
-    rows32::scratch(o.rows, o.inputs, false).max(many::scratch(&quant, o.rows, false))
+    let few = KINDS.map(|kind| {
+        let same = quant.iter().filter(|m| m.kind() == kind);
+        let same: Vec<&CudaMatrix> = same.copied().collect();
+        let groups = same.chunks(MAX_PARTS);
+        groups
+            .map(|parts| few::scratch(parts, o.rows, o.inputs))
+            .max()
+    });
+    let few = few.into_iter().flatten().max();
+    many::scratch(&quant, o.rows, false).max(few.unwrap_or(0))
 }
 
 fn on_gpu<'a>(part: &LinearPart<'a>) -> Option<&'a CudaMatrix> {
@@ -240,7 +236,8 @@ fn on_gpu<'a>(part: &LinearPart<'a>) -> Option<&'a CudaMatrix> {
 pub(super) fn gate_up_scratch(o: &ops::GateUp<'_>) -> u64 {
     match (o.gate, o.up) {
         (Matrix::Cuda(gate), Matrix::Cuda(up)) => {
-            rows32::scratch(o.rows, o.inputs, true).max(many::scratch(&[gate, up], o.rows, true))
+            let few = few::scratch(&[gate, up], o.rows, o.inputs);
+            many::scratch(&[gate, up], o.rows, true).max(few)
         }
         _ => 0,
     }

@@ -53,7 +53,7 @@ fn launches(rows: usize, (inputs, outputs): (usize, usize), props: &DeviceProps)
 fn launches_fit_every_gpu() {
     for props in DeviceProps::samples() {
         for shape in SHAPES {
-            for rows in [1, 2, 4, 5, 8, 9, 16, 17, 32, 33, 100] {
+            for rows in [1, 2, 4, 5, 8, 9, 16, 17, 32, 33, 64, 65, 100] {
                 for launch in launches(rows, shape, &props) {
                     assert!(
                         launch.shared_bytes <= props.shared_per_block,
@@ -79,7 +79,11 @@ fn few_rows_stream_the_codes_and_many_expand_them() {
     assert_eq!(names(3), ["exl_block_x", "exl_qgemm_rows4_exl2"]);
     assert_eq!(names(8), ["exl_block_x", "exl_qgemm_rows8_exl2"]);
     assert_eq!(names(32), ["exl_block_x", "exl_qgemm_rows32_exl2"]);
-    let many = names(33);
+    assert_eq!(
+        names(48),
+        [["exl_block_x", "exl_qgemm_rows32_exl2"]; 2].concat()
+    );
+    let many = names(65);
     assert!(many[0].starts_with("exl_prepare_x"), "{many:?}");
     assert_eq!(many[1], "exl_dequant_f16_exl2");
     assert!(many[2].starts_with("exl_gemm_f16"), "{many:?}");
@@ -87,11 +91,48 @@ fn few_rows_stream_the_codes_and_many_expand_them() {
 
 #[test]
 fn the_task_has_the_size_of_its_struct() {
-    // Three matrices of 120 bytes, three epilogues of 32, three pointers, six integers.
+    // Three matrices of 160 bytes, three epilogues of 32, x, three orders of it, rows and inputs,
+    // tiles and slots, four short integers, the orders of the parts; weights of three parts that
+    // follow, their grid and bytes.
     let props = &DeviceProps::samples()[5];
     let list = launches(1, (4096, 4096), props);
     assert_eq!(
         list[0].args.words().len() * 8,
-        3 * 120 + 3 * 32 + 3 * 8 + 6 * 4
+        3 * 160 + 3 * 32 + 8 + 3 * 8 + 8 + 8 + 8 + 8 + 3 * 16 + 8
     );
+}
+
+#[test]
+fn x_that_does_not_fit_is_streamed_and_rows_that_do_not_are_passed_twice() {
+    let names = |gpu: usize, rows, shape| -> Vec<&str> {
+        let list = launches(rows, shape, &DeviceProps::samples()[gpu]);
+        list.iter().map(|l| l.kernel.entry).collect()
+    };
+    for (gpu, props) in DeviceProps::samples().iter().enumerate() {
+        let down = names(gpu, 32, (28672, 8192));
+        let once = props.shared_per_block >= 200 << 10;
+        let passes = if once { 1 } else { down.len() / 2 };
+        assert_eq!(down.len(), 2 * passes, "{}", props.name);
+        assert!(passes <= 4, "{}: {passes}", props.name);
+    }
+}
+
+#[test]
+fn products_ask_for_the_weights_that_follow() {
+    let props = &DeviceProps::samples()[5];
+    let mut list = launches(2, (4096, 4096), props);
+    list.extend(launches(2, (4096, 11008), props));
+    link(&mut list);
+    let words = |i: usize| list[i].args.words();
+    let end = words(1).len();
+    for (i, next) in [(1, 3), (3, 1)] {
+        // Tiles; columns in the high half; grid in the low half.
+        let [tiles, columns] = [end - 7, end - 6].map(|w| words(i)[w]);
+        assert_eq!(tiles, words(next)[0]);
+        assert_eq!(columns >> 32, words(next)[7] & 0xffff_ffff);
+        assert_eq!(
+            words(i)[end - 1] & 0xffff_ffff,
+            u64::from(list[next].grid[0])
+        );
+    }
 }

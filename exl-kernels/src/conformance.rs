@@ -7,6 +7,7 @@
 mod attention;
 mod data;
 mod linear;
+mod quant;
 mod rows;
 mod sample;
 
@@ -106,5 +107,6 @@ pub fn cases(quick: bool) -> Vec<Case> {
     list.extend(linear::cases(quick));
     list.extend(attention::cases(quick));
     list.extend(sample::cases(quick));
+    list.extend(quant::cases(quick));
     list
 }

@@ -17,7 +17,7 @@ pub use isa::Isa;
 pub use pool::Pool;
 
 use crate::ops::{self, Op};
-use crate::{Error, Result};
+use crate::{Error, Result, reference};
 
 /// Precision of the activations that meet quantized weights.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -87,7 +87,10 @@ impl Cpu {
             | Op::ScaleLogits(_)
             | Op::HessianSyrk(_)
             | Op::Dequant(_)
-            | Op::Sample(_) => 0,
+            | Op::Sample(_)
+            | Op::HessianFactor(_)
+            | Op::HessianLoss(_)
+            | Op::Gptq(_) => 0,
         };
         4 * words.next_multiple_of(16)
     }
@@ -152,6 +155,8 @@ impl Cpu {
             Op::ScaleLogits(op) => rows::scale_logits(op, self),
             Op::HessianSyrk(op) => syrk::run(op, self),
             Op::Sample(op) => ops::sample(op),
+            // The quantizer computes these on the CPU with code of its own over its own matrices.
+            Op::HessianFactor(_) | Op::HessianLoss(_) | Op::Gptq(_) => reference::quantizer(op),
             Op::Dequant(op) => {
                 let matrix = op.matrix.host_quant();
                 let matrix = matrix.ok_or_else(|| Error::not_on_host("dequant"))?;

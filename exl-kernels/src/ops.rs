@@ -7,10 +7,12 @@
 //! says otherwise: the residual stream and all accumulation are 32-bit.
 
 mod check;
+pub(crate) mod gptq;
 mod sample;
 
 pub use check::check;
 pub(crate) use check::repeated_slot;
+pub use gptq::{Gptq, GptqGroup, HessianFactor, HessianLoss};
 pub(crate) use sample::sample;
 pub use sample::{SAMPLE_WORDS, Sample, SampleParams};
 
@@ -297,6 +299,9 @@ pub enum Op<'a> {
     HessianSyrk(HessianSyrk<'a>),
     Dequant(Dequant<'a>),
     Sample(Sample<'a>),
+    HessianFactor(HessianFactor<'a>),
+    HessianLoss(HessianLoss<'a>),
+    Gptq(Gptq<'a>),
 }
 
 impl Op<'_> {
@@ -314,6 +319,9 @@ impl Op<'_> {
             Op::HessianSyrk(_) => "hessian_syrk",
             Op::Dequant(_) => "dequant",
             Op::Sample(_) => "sample",
+            Op::HessianFactor(_) => "hessian_factor",
+            Op::HessianLoss(_) => "hessian_loss",
+            Op::Gptq(_) => "gptq",
         }
     }
 }

@@ -1,5 +1,7 @@
 //! Every op in f64, slow and obvious: what the other implementations are measured against.
 
+mod gptq;
+
 use half::{bf16, f16};
 
 use crate::ops::{
@@ -26,6 +28,20 @@ pub fn run(op: &mut Op<'_>) -> Result<()> {
         Op::HessianSyrk(op) => hessian_syrk(op),
         Op::Dequant(op) => dequant(op),
         Op::Sample(op) => ops::sample(op),
+        Op::HessianFactor(_) | Op::HessianLoss(_) | Op::Gptq(_) => quantizer(op),
+    }
+}
+
+/// Runs an op of the quantizer in host memory: regions have been checked.
+pub(crate) fn quantizer(op: &mut Op<'_>) -> Result<()> {
+    match op {
+        Op::HessianFactor(op) => gptq::hessian_factor(op),
+        Op::HessianLoss(op) => gptq::hessian_loss(op),
+        Op::Gptq(op) => gptq::gptq(op),
+        other => Err(Error::Unsupported {
+            op: other.name(),
+            what: "running it as an op of the quantizer".to_owned(),
+        }),
     }
 }
 

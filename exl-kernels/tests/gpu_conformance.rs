@@ -62,6 +62,14 @@ fn outputs<'a, 'b>(op: &'a mut Op<'b>) -> Vec<&'a mut MemMut<'b>> {
         Op::HessianSyrk(o) => vec![&mut o.h],
         Op::Dequant(o) => vec![&mut o.out],
         Op::Sample(o) => vec![&mut o.logits, &mut o.out],
+        Op::HessianFactor(o) => vec![&mut o.upper, &mut o.status],
+        Op::HessianLoss(o) => vec![&mut o.out],
+        Op::Gptq(o) => vec![
+            &mut o.codes,
+            &mut o.scale_codes,
+            &mut o.scale_max,
+            &mut o.decoded,
+        ],
         other => panic!("{} has outputs that this test does not know", other.name()),
     }
 }
@@ -70,6 +78,7 @@ fn bytes_mut<'a>(mem: &'a mut MemMut<'_>) -> &'a mut [u8] {
     match mem.dtype() {
         DType::F16 => bytemuck::cast_slice_mut(mem.slice_mut::<f16>().unwrap()),
         DType::I32 => bytemuck::cast_slice_mut(mem.slice_mut::<i32>().unwrap()),
+        DType::U8 => mem.slice_mut::<u8>().unwrap(),
         _ => bytemuck::cast_slice_mut(mem.slice_mut::<f32>().unwrap()),
     }
 }

@@ -3,6 +3,7 @@
 mod attention;
 mod gemm;
 mod linear;
+mod quant;
 mod rows;
 mod sample;
 
@@ -45,6 +46,7 @@ pub fn kernels() -> impl Iterator<Item = Kernel> {
         gemm::KERNELS,
         linear::KERNELS,
         sample::KERNELS,
+        quant::KERNELS,
         super::matrix::KERNELS,
     ];
     families.into_iter().flatten().copied()
@@ -64,6 +66,9 @@ pub fn lower(op: &Op<'_>, target: &Target<'_>, list: &mut Vec<Launch>) -> Result
         Op::ScaleLogits(o) => rows::scale_logits(o, target, list),
         Op::HessianSyrk(o) => gemm::hessian_syrk(o, target, list),
         Op::Sample(o) => sample::sample(o, target, list),
+        Op::HessianFactor(o) => quant::hessian_factor(o, target, list),
+        Op::HessianLoss(o) => quant::hessian_loss(o, target, list),
+        Op::Gptq(o) => quant::gptq(o, target, list),
         Op::Linear(o) => linear::linear(o, target, list),
         Op::GateUp(o) => linear::gate_up(o, target, list),
         Op::Dequant(o) => linear::dequant(o, target, list),
@@ -85,6 +90,9 @@ pub fn scratch_bytes(op: &Op<'_>, props: &DeviceProps) -> u64 {
         Op::GateUp(o) => linear::gate_up_scratch(o),
         Op::PagedAttn(o) => attention::paged_attn_scratch(o, props),
         Op::Sample(o) => sample::sample_scratch(o, props),
+        Op::HessianFactor(o) => quant::hessian_factor_scratch(o),
+        Op::HessianLoss(o) => quant::hessian_loss_scratch(o),
+        Op::Gptq(o) => quant::gptq_scratch(o),
         Op::Embed(_)
         | Op::RmsNorm(_)
         | Op::GatherRows(_)

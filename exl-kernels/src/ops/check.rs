@@ -1,6 +1,7 @@
 //! Size and type checks that touch no data.
 
-use super::{Matrix, Op, SAMPLE_WORDS};
+use super::gptq::groups_fit;
+use super::{Gptq, Matrix, Op, SAMPLE_WORDS};
 use crate::mem::{DType, Mem, MemMut};
 use crate::{Error, Result};
 
@@ -8,6 +9,7 @@ const FLOATS: &[DType] = &[DType::F32, DType::F16, DType::Bf16];
 const F32: &[DType] = &[DType::F32];
 const KV: &[DType] = &[DType::F32, DType::F16];
 const INT: &[DType] = &[DType::I32];
+const BYTES: &[DType] = &[DType::U8];
 
 /// Checks every region of an op against the op's shape.
 ///
@@ -114,7 +116,46 @@ pub fn check(op: &Op<'_>) -> Result<()> {
             Some((inputs, outputs)) => c.write("out", &o.out, F32, &[inputs, outputs]),
             None => c.rule("matrix", false, "a quantized matrix"),
         },
+        Op::HessianFactor(o) => {
+            c.read("h", &o.h, F32, &[o.dim, o.dim])?;
+            c.read("order", &o.order, INT, &[o.dim])?;
+            c.write("upper", &o.upper, F32, &[o.dim, o.dim])?;
+            c.write("status", &o.status, INT, &[1])
+        }
+        Op::HessianLoss(o) => {
+            c.read("h", &o.h, F32, &[o.dim, o.dim])?;
+            c.read("a", &o.a, F32, &[o.dim, o.columns])?;
+            c.optional("b", &o.b, F32, &[o.dim, o.columns])?;
+            c.write("out", &o.out, F32, &[1])
+        }
+        Op::Gptq(o) => gptq(&c, o),
     }
+}
+
+fn gptq(c: &Check, o: &Gptq<'_>) -> Result<()> {
+    let whole = [o.inputs, o.outputs];
+    c.rule(
+        "groups",
+        groups_fit(o.groups, o.inputs),
+        "groups of multiples of 32 rows and known widths that cover the inputs",
+    )?;
+    c.rule(
+        "outputs",
+        o.outputs > 0 && o.outputs.is_multiple_of(32),
+        "a multiple of 32",
+    )?;
+    c.read("weight", &o.weight, F32, &whole)?;
+    c.read("upper", &o.upper, F32, &[o.inputs, o.inputs])?;
+    c.read("order", &o.order, INT, &[o.inputs])?;
+    c.write("codes", &o.codes, BYTES, &whole)?;
+    c.write(
+        "scale_codes",
+        &o.scale_codes,
+        BYTES,
+        &[o.groups.len(), o.outputs],
+    )?;
+    c.write("scale_max", &o.scale_max, INT, &[o.groups.len()])?;
+    c.write("decoded", &o.decoded, F32, &whole)
 }
 
 /// The error for a cache slot that two rows of a [`super::RopeAppend`] would write: names the

@@ -2,8 +2,8 @@
 
 use super::spans::Access;
 use crate::ops::{
-    Dequant, Embed, GateUp, GatherRows, HessianSyrk, Linear, LinearPart, Matrix, Op, PagedAttn,
-    RmsNorm, RopeAppend, Sample, ScaleLogits,
+    Dequant, Embed, GateUp, GatherRows, Gptq, HessianFactor, HessianLoss, HessianSyrk, Linear,
+    LinearPart, Matrix, Op, PagedAttn, RmsNorm, RopeAppend, Sample, ScaleLogits,
 };
 use crate::{Mem, MemMut, Result};
 
@@ -58,6 +58,30 @@ pub(super) fn translate<'h: 'd, 'd>(op: &Op<'h>, t: &mut impl Translate<'h, 'd>)
             recent: t.read(&o.recent)?,
             blocked: t.read(&o.blocked)?,
             out: t.write(&o.out, Access::Write)?,
+            ..*o
+        })),
+        Op::HessianFactor(o) => Ok(Op::HessianFactor(HessianFactor {
+            h: t.read(&o.h)?,
+            order: t.read(&o.order)?,
+            upper: t.write(&o.upper, Access::Write)?,
+            status: t.write(&o.status, Access::Write)?,
+            ..*o
+        })),
+        Op::HessianLoss(o) => Ok(Op::HessianLoss(HessianLoss {
+            h: t.read(&o.h)?,
+            a: t.read(&o.a)?,
+            b: t.optional(&o.b)?,
+            out: t.write(&o.out, Access::Write)?,
+            ..*o
+        })),
+        Op::Gptq(o) => Ok(Op::Gptq(Gptq {
+            weight: t.read(&o.weight)?,
+            upper: t.read(&o.upper)?,
+            order: t.read(&o.order)?,
+            codes: t.write(&o.codes, Access::Write)?,
+            scale_codes: t.write(&o.scale_codes, Access::Write)?,
+            scale_max: t.write(&o.scale_max, Access::Write)?,
+            decoded: t.write(&o.decoded, Access::Write)?,
             ..*o
         })),
         Op::Dequant(o) => Ok(Op::Dequant(Dequant {

@@ -13,6 +13,7 @@ mod matrix;
 mod memory;
 mod pack;
 mod props;
+mod quantizer;
 mod run;
 mod stream;
 
@@ -25,5 +26,6 @@ pub use matrix::{CudaMatrix, MatrixUploader};
 pub use memory::{DeviceMemory, DevicePool, DeviceRegion, PinnedMemory};
 pub use pack::Pack;
 pub use props::DeviceProps;
+pub use quantizer::{CudaQuantizer, DeviceCodes, DeviceFactor, DeviceMatrix, HostCodes};
 pub use run::{CudaOps, RunOptions};
 pub use stream::{Event, ReadyLaunch, Stream};

@@ -115,6 +115,22 @@ impl Gpu {
         })
     }
 
+    /// Copies a weight to memory of its own on the GPU, which is free again as soon as the weight is
+    /// dropped: for weights that come and go.
+    ///
+    /// # Errors
+    /// As [`Gpu::upload`].
+    pub fn upload_alone(&self, name: &str, weight: &Weight) -> Result<Weight> {
+        weight.copied(&mut Named {
+            name,
+            device: &self.0.device,
+            loader: &mut Loader {
+                pool: DevicePool::with_chunk_bytes(name, 1),
+                uploader: MatrixUploader::new(),
+            },
+        })
+    }
+
     /// Frees what only loading needs.
     pub fn finish_loading(&self) {
         let mut loader = self.0.loader.lock().unwrap_or_else(PoisonError::into_inner);

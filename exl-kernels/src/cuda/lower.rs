@@ -3,7 +3,7 @@
 mod attention;
 mod gemm;
 mod linear;
-mod quant;
+pub(super) mod quant;
 mod rows;
 mod sample;
 

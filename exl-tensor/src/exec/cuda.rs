@@ -13,7 +13,7 @@ use super::regions::{Arena, Regions};
 use super::{Bound, Executor};
 use crate::{Error, Gpu, KvBuffers, Phase, Result, Slot, StepBlock, StepField};
 
-/// Plans whose launches are kept; more than a runner keeps ready.
+/// Plans whose launches are kept unless somebody says otherwise; more than a runner keeps ready.
 const KEPT_PLANS: usize = 64;
 
 /// How a [`CudaExecutor`] runs.
@@ -54,6 +54,8 @@ pub struct CudaExecutor {
     /// Nothing is queued.
     idle: bool,
     clock: u64,
+    /// Plans whose launches are kept.
+    kept: usize,
 }
 
 /// The launches of a plan with one cache.
@@ -90,6 +92,7 @@ impl CudaExecutor {
             to_gpu: pinned(256)?,
             idle: true,
             clock: 0,
+            kept: KEPT_PLANS,
             gpu: gpu.clone(),
         })
     }
@@ -97,6 +100,24 @@ impl CudaExecutor {
     /// The GPU.
     pub fn gpu(&self) -> &Gpu {
         &self.gpu
+    }
+
+    /// Keeps the launches of the newest `plans` plans, one at least. A plan that is kept keeps its
+    /// weights in device memory.
+    pub fn keep(&mut self, plans: usize) {
+        self.kept = plans.max(1);
+    }
+
+    /// Where a slot's values are on the GPU, until the next run.
+    ///
+    /// # Errors
+    /// [`Error::Gpu`] when the plan has not been prepared.
+    pub fn region(&self, bound: &Bound, slot: Slot) -> Result<DeviceRegion> {
+        let plan = bound.plan();
+        let part = self
+            .arena
+            .part(plan.arena().offset(slot), plan.slot(slot).bytes());
+        part.map_err(Error::Gpu)
     }
 
     /// Bytes of scratch memory at present.
@@ -214,7 +235,7 @@ impl CudaExecutor {
     }
 
     fn make_room(&mut self) {
-        while self.plans.len() >= KEPT_PLANS {
+        while self.plans.len() >= self.kept {
             let oldest = self.plans.iter().min_by_key(|(_, l)| l.used);
             let Some(id) = oldest.map(|(&id, _)| id) else {
                 return;

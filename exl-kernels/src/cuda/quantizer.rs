@@ -1,0 +1,388 @@
+//! The quantizer's matrices on a GPU, and its ops over them.
+//!
+//! Every call waits for its result, so that what it was given may be dropped afterwards.
+
+use std::sync::Arc;
+
+use super::lower::quant::factor_scratch;
+use super::lower::{COUNTERS, Scratch, Target, lower, scratch_bytes};
+use super::{Device, DeviceRegion};
+use crate::ops::{GatherRows, Gptq, GptqGroup, HessianFactor, HessianLoss, HessianSyrk, Op};
+use crate::{DType, Error, Result};
+
+/// Rows of a matrix whose diagonal elements are gathered at once: their indices fit 32 bits for
+/// all matrices that have a Hessian.
+const DIAGONAL_ROWS: usize = 8192;
+
+/// A row-major F32 matrix in device memory.
+#[derive(Clone, Debug)]
+pub struct DeviceMatrix {
+    region: DeviceRegion,
+    rows: usize,
+    cols: usize,
+}
+
+impl DeviceMatrix {
+    /// Rows and columns.
+    pub fn shape(&self) -> (usize, usize) {
+        (self.rows, self.cols)
+    }
+
+    fn mem(&self) -> Result<crate::Mem<'_>> {
+        self.region.mem(0, self.region.bytes(), DType::F32)
+    }
+}
+
+/// The factor of a Hessian's inverse, with the order of its rows.
+#[derive(Clone, Debug)]
+pub struct DeviceFactor {
+    upper: DeviceMatrix,
+    order: DeviceRegion,
+}
+
+/// A rounded matrix in device memory.
+#[derive(Debug)]
+pub struct DeviceCodes {
+    codes: DeviceRegion,
+    scale_codes: DeviceRegion,
+    scale_max: DeviceRegion,
+    decoded: DeviceMatrix,
+}
+
+impl DeviceCodes {
+    /// `[inputs, outputs]`: what every decoder makes of the codes, in the order of the features.
+    pub fn decoded(&self) -> &DeviceMatrix {
+        &self.decoded
+    }
+}
+
+/// A rounded matrix on the host, as [`Gptq`] describes its fields.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HostCodes {
+    /// `[inputs, outputs]` in packed order.
+    pub codes: Vec<u8>,
+    /// `[groups, outputs]`.
+    pub scale_codes: Vec<u8>,
+    /// `[groups]`: bits of the binary16 maxima.
+    pub scale_max: Vec<u16>,
+    /// Groups whose wanted maximum lies below the smallest of the format.
+    pub underflows: usize,
+}
+
+/// Runs the quantizer's ops on a GPU.
+#[derive(Debug)]
+pub struct CudaQuantizer {
+    device: Arc<Device>,
+    scratch: Option<DeviceRegion>,
+    counters: DeviceRegion,
+}
+
+impl CudaQuantizer {
+    /// On a GPU. Scratch memory is taken when it is needed and kept.
+    ///
+    /// # Errors
+    /// What the driver reports.
+    pub fn new(device: Arc<Device>) -> Result<Self> {
+        Ok(Self {
+            counters: DeviceRegion::zeroed(&device, 4 * COUNTERS, "counters")?,
+            scratch: None,
+            device,
+        })
+    }
+
+    /// Bytes of device memory that Hessians of `dim` features take at most: two sums, two factors,
+    /// and the matrix in 64 bits that one is made from.
+    pub fn hessian_bytes(dim: usize) -> u64 {
+        16 * (dim * dim) as u64 + factor_scratch(dim)
+    }
+
+    /// A matrix of zeros, for `what`.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`]; what the driver reports.
+    pub fn zeros(&self, rows: usize, cols: usize, what: &str) -> Result<DeviceMatrix> {
+        let region = DeviceRegion::zeroed(&self.device, 4 * rows * cols, what)?;
+        Ok(DeviceMatrix { region, rows, cols })
+    }
+
+    /// Copies `[rows, cols]` values to the GPU, for `what`.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] when they are not as many; as [`CudaQuantizer::zeros`].
+    pub fn upload(
+        &self,
+        values: &[f32],
+        (rows, cols): (usize, usize),
+        what: &str,
+    ) -> Result<DeviceMatrix> {
+        if values.len() != rows * cols {
+            let (want, have) = (rows * cols, values.len());
+            return Err(Error::argument(what, want.to_string(), have.to_string()));
+        }
+        let region = DeviceRegion::alone(&self.device, size_of_val(values), what)?;
+        let bytes = bytemuck::cast_slice(values);
+        self.device.copy_in(&region, 0, bytes)?;
+        Ok(DeviceMatrix { region, rows, cols })
+    }
+
+    /// Copies a matrix to the host.
+    ///
+    /// # Errors
+    /// What the driver reports.
+    pub fn download(&self, matrix: &DeviceMatrix) -> Result<Vec<f32>> {
+        let mut values = vec![0.0f32; matrix.rows * matrix.cols];
+        let bytes = bytemuck::cast_slice_mut(&mut values);
+        self.device.copy_out(&matrix.region, 0, bytes)?;
+        Ok(values)
+    }
+
+    /// `h += x^T x` for the F32 rows of `x`.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] when `h` is not square or `x` has no whole rows; what the driver
+    /// reports.
+    pub fn accumulate(&mut self, h: &mut DeviceMatrix, x: &DeviceRegion) -> Result<()> {
+        let (dim, bytes) = (h.cols, h.region.bytes());
+        let mut op = Op::HessianSyrk(HessianSyrk {
+            x: x.mem(0, x.bytes(), DType::F32)?,
+            // SAFETY: `h` is borrowed exclusively, an allocation of its own.
+            h: unsafe { h.region.mem_mut(0, bytes, DType::F32) }?,
+            rows: x.bytes() / (4 * dim.max(1)),
+            dim,
+        });
+        self.run(&mut op)
+    }
+
+    /// The diagonal of a square matrix.
+    ///
+    /// # Errors
+    /// What the driver reports.
+    pub fn diagonal(&mut self, h: &DeviceMatrix) -> Result<Vec<f32>> {
+        let dim = h.cols;
+        let mut all = Vec::with_capacity(dim);
+        for first in (0..dim).step_by(DIAGONAL_ROWS) {
+            let rows = DIAGONAL_ROWS.min(dim - first);
+            let index: Vec<i32> = (0..rows).map(|i| (i * (dim + 1) + first) as i32).collect();
+            let index = self.integers(&index)?;
+            let out = self.zeros(rows, 1, "a diagonal")?;
+            let mut op = Op::GatherRows(GatherRows {
+                x: h.region.mem(4 * first * dim, 4 * rows * dim, DType::F32)?,
+                index: index.mem(0, 4 * rows, DType::I32)?,
+                // SAFETY: nothing else has the new region.
+                out: unsafe { out.region.mem_mut(0, 4 * rows, DType::F32) }?,
+                x_rows: rows * dim,
+                rows,
+                dim: 1,
+            });
+            self.run(&mut op)?;
+            all.extend(self.download(&out)?);
+        }
+        Ok(all)
+    }
+
+    /// Factors `scale h + lambda I` with rows and columns in `order`; nothing when the matrix is not
+    /// positive definite.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] when `order` is no permutation; as [`CudaQuantizer::zeros`].
+    pub fn factor(
+        &mut self,
+        h: &DeviceMatrix,
+        order: &[u32],
+        (scale, lambda): (f64, f64),
+    ) -> Result<Option<DeviceFactor>> {
+        let dim = h.cols;
+        check_order(order, dim)?;
+        let order: Vec<i32> = order.iter().map(|o| o.cast_signed()).collect();
+        let order = self.integers(&order)?;
+        let bytes = 4 * dim * dim;
+        let region = DeviceRegion::alone(&self.device, bytes, "the factor of a Hessian")?;
+        let status = self.integers(&[0])?;
+        let mut op = Op::HessianFactor(HessianFactor {
+            h: h.mem()?,
+            order: order.mem(0, 4 * dim, DType::I32)?,
+            // SAFETY: nothing else has the new regions.
+            upper: unsafe { region.mem_mut(0, bytes, DType::F32) }?,
+            // SAFETY: as above.
+            status: unsafe { status.mem_mut(0, 4, DType::I32) }?,
+            dim,
+            scale,
+            lambda,
+        });
+        self.run(&mut op)?;
+        let mut good = [0i32];
+        let bytes = bytemuck::cast_slice_mut(&mut good);
+        self.device.copy_out(&status, 0, bytes)?;
+        let upper = DeviceMatrix {
+            region,
+            rows: dim,
+            cols: dim,
+        };
+        Ok((good[0] == 1).then_some(DeviceFactor { upper, order }))
+    }
+
+    /// Rounds `weight` (`[inputs, outputs]`).
+    ///
+    /// # Errors
+    /// [`Error::Argument`] when sizes do not belong together; as [`CudaQuantizer::zeros`].
+    pub fn round(
+        &mut self,
+        weight: &DeviceMatrix,
+        factor: &DeviceFactor,
+        groups: &[GptqGroup],
+    ) -> Result<DeviceCodes> {
+        let (inputs, outputs) = weight.shape();
+        let region = |bytes: usize| DeviceRegion::alone(&self.device, bytes, "a quantized matrix");
+        let out = DeviceCodes {
+            codes: region(inputs * outputs)?,
+            scale_codes: region(groups.len() * outputs)?,
+            scale_max: region(4 * groups.len())?,
+            decoded: DeviceMatrix {
+                region: region(4 * inputs * outputs)?,
+                rows: inputs,
+                cols: outputs,
+            },
+        };
+        // SAFETY: nothing else has the new regions.
+        let whole = |r: &DeviceRegion, dtype| unsafe {
+            let (address, place) = (r.address() as usize, r.place());
+            let pointer = std::ptr::with_exposed_provenance_mut(address);
+            crate::MemMut::from_raw(pointer, r.bytes(), dtype, place)
+        };
+        let mut op = Op::Gptq(Gptq {
+            weight: weight.mem()?,
+            upper: factor.upper.mem()?,
+            order: factor.order.mem(0, factor.order.bytes(), DType::I32)?,
+            groups,
+            codes: whole(&out.codes, DType::U8),
+            scale_codes: whole(&out.scale_codes, DType::U8),
+            scale_max: whole(&out.scale_max, DType::I32),
+            decoded: whole(&out.decoded.region, DType::F32),
+            inputs,
+            outputs,
+        });
+        self.run(&mut op)?;
+        drop(op);
+        Ok(out)
+    }
+
+    /// Copies codes and scales to the host.
+    ///
+    /// # Errors
+    /// What the driver reports.
+    pub fn codes(&self, from: &DeviceCodes) -> Result<HostCodes> {
+        let bytes = |region: &DeviceRegion| -> Result<Vec<u8>> {
+            let mut bytes = vec![0; region.bytes()];
+            self.device.copy_out(region, 0, &mut bytes)?;
+            Ok(bytes)
+        };
+        let maxima = bytes(&from.scale_max)?;
+        let words = maxima.as_chunks::<4>().0.iter();
+        let words: Vec<u32> = words.map(|&w| u32::from_le_bytes(w)).collect();
+        Ok(HostCodes {
+            codes: bytes(&from.codes)?,
+            scale_codes: bytes(&from.scale_codes)?,
+            scale_max: words.iter().map(|&w| w as u16).collect(),
+            underflows: words.iter().filter(|&w| w >> 16 != 0).count(),
+        })
+    }
+
+    /// `scale tr(D^T h D)` with `D = a - b`, or `a` alone.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] when sizes do not belong together; what the driver reports.
+    pub fn loss(
+        &mut self,
+        h: &DeviceMatrix,
+        scale: f64,
+        a: &DeviceMatrix,
+        b: Option<&DeviceMatrix>,
+    ) -> Result<f64> {
+        let out = self.zeros(1, 1, "a loss")?;
+        let mut op = Op::HessianLoss(HessianLoss {
+            h: h.mem()?,
+            a: a.mem()?,
+            b: b.map(DeviceMatrix::mem).transpose()?,
+            // SAFETY: nothing else has the new region.
+            out: unsafe { out.region.mem_mut(0, 4, DType::F32) }?,
+            dim: a.rows,
+            columns: a.cols,
+            scale,
+        });
+        self.run(&mut op)?;
+        Ok(f64::from(self.download(&out)?[0]))
+    }
+
+    fn integers(&self, values: &[i32]) -> Result<DeviceRegion> {
+        let region = DeviceRegion::alone(&self.device, size_of_val(values), "indices")?;
+        let bytes = bytemuck::cast_slice(values);
+        self.device.copy_in(&region, 0, bytes)?;
+        Ok(region)
+    }
+
+    /// Runs an op over device memory and waits for it.
+    fn run(&mut self, op: &mut Op<'_>) -> Result<()> {
+        let props = self.device.props();
+        let bytes = scratch_bytes(op, props) as usize;
+        if self.scratch.as_ref().is_none_or(|s| s.bytes() < bytes) {
+            // The old memory goes first: both together may not fit.
+            self.scratch = None;
+            let what = "scratch memory of the quantizer";
+            self.scratch = Some(DeviceRegion::alone(&self.device, bytes.max(256), what)?);
+        }
+        let scratch = self.scratch.as_ref().expect("set above");
+        let target = Target {
+            props,
+            scratch: Scratch {
+                address: scratch.address(),
+                bytes: scratch.bytes() as u64,
+                counters: self.counters.address(),
+            },
+            deterministic: false,
+        };
+        let mut launches = Vec::new();
+        lower(op, &target, &mut launches)?;
+        let overlap = self.device.overlaps_launches();
+        for (i, launch) in launches.iter().enumerate() {
+            // SAFETY: the op borrows its regions, scratch and counters are held here, and this
+            // function waits for the launches.
+            let ready = unsafe { self.device.ready(launch) }?;
+            // What came before the first one may be a copy, which is no kernel.
+            self.device.stream().launch(&ready, overlap && i > 0)?;
+        }
+        self.device.synchronize()
+    }
+}
+
+fn check_order(order: &[u32], dim: usize) -> Result<()> {
+    let mut seen = vec![false; dim];
+    let fresh = |&o: &u32| {
+        let seen = seen.get_mut(o as usize);
+        seen.is_some_and(|s| !std::mem::replace(s, true))
+    };
+    if order.len() == dim && order.iter().all(fresh) {
+        return Ok(());
+    }
+    let what = format!("a permutation of {dim} features");
+    Err(Error::argument("order", what, "something else"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn orders_are_permutations() {
+        assert!(check_order(&[2, 0, 1], 3).is_ok());
+        for bad in [&[0, 1][..], &[0, 1, 1], &[0, 1, 3], &[0, 1, 2, 3]] {
+            assert!(check_order(bad, 3).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn memory_of_a_hessian_is_known() {
+        let k = 4096u64;
+        let want = (16 + 8) * k * k + 8 * 64 * k;
+        assert_eq!(CudaQuantizer::hessian_bytes(4096), want);
+    }
+}

@@ -70,6 +70,21 @@ pub enum Error {
         /// Largest parts.
         what: String,
     },
+    /// More device memory needed than allowed or free.
+    #[error(
+        "this conversion needs about {needed_gib:.2} GiB of device memory and {allowed_gib:.2} are \
+         {limit} ({what}); raise it, lower --length, or use --device cpu"
+    )]
+    DeviceMemory {
+        /// Computed need.
+        needed_gib: f64,
+        /// The promise, or what is free.
+        allowed_gib: f64,
+        /// Which of the two.
+        limit: &'static str,
+        /// Largest parts.
+        what: String,
+    },
     /// A measurement or journal that belongs to something else, or is damaged.
     #[error("{}: {what}", file.display())]
     Journal {

@@ -103,12 +103,18 @@ fn run(name: &str, weight: &Matrix, layout: &Layout, factor: &Factor) -> Result<
 }
 
 fn check(name: &str, weight: &Matrix, layout: &Layout, factor: &Factor) -> Result<()> {
-    if layout.rows() != weight.rows || factor.dim() != weight.rows {
-        return Err(Error::shape(
-            format!("{name}: rows of layout and Hessian"),
-            weight.rows,
-            format!("{} and {}", layout.rows(), factor.dim()),
-        ));
+    if factor.dim() != weight.rows {
+        let what = format!("{name}: rows of the Hessian");
+        return Err(Error::shape(what, weight.rows, factor.dim()));
+    }
+    check_weight(name, weight, layout)
+}
+
+/// Refuses what no rounding can work on.
+pub(crate) fn check_weight(name: &str, weight: &Matrix, layout: &Layout) -> Result<()> {
+    if layout.rows() != weight.rows {
+        let what = format!("{name}: rows of the layout");
+        return Err(Error::shape(what, weight.rows, layout.rows()));
     }
     if weight.cols == 0 || !weight.cols.is_multiple_of(32) {
         return Err(Error::shape(

@@ -182,15 +182,7 @@ impl Accumulator {
             }
         }
         if let Some(at) = data.iter().position(|x| !x.is_finite()) {
-            return Err(Error::numeric(
-                tensor,
-                format!(
-                    "calibration inputs hold NaN or infinity at feature {} or {}; \
-                     the model's activations overflow, check its weights",
-                    at / dim,
-                    at % dim
-                ),
-            ));
+            return Err(not_finite(tensor, at / dim, at % dim));
         }
         Ok(Hessian {
             dim,
@@ -198,6 +190,17 @@ impl Accumulator {
             tokens: self.tokens,
         })
     }
+}
+
+/// The error for activations that are not finite.
+pub(crate) fn not_finite(tensor: &str, i: usize, j: usize) -> Error {
+    Error::numeric(
+        tensor,
+        format!(
+            "calibration inputs hold NaN or infinity at feature {i} or {j}; the model's activations \
+             overflow, check its weights"
+        ),
+    )
 }
 
 fn tile_places(dim: usize) -> Vec<(usize, usize)> {

@@ -36,35 +36,14 @@ impl Factor {
     /// `order` is no permutation of the inputs.
     pub fn new(tensor: &str, h: &Hessian, order: &[u32], damping: f64) -> Result<Self> {
         check_order(order, h.dim())?;
-        let mean = h.diagonal().iter().map(|&x| f64::from(x)).sum::<f64>() / h.dim() as f64;
-        if !mean.is_finite() {
-            return Err(Error::numeric(
-                tensor,
-                "the Hessian's diagonal is not finite",
-            ));
-        }
-        // An input that never fires leaves nothing to fit: every row then weighs the same.
-        let unit = if mean > 0.0 { mean } else { 1.0 };
-        let mut fraction = damping;
-        for retries in 0..ATTEMPTS {
-            let lambda = fraction * unit + f64::MIN_POSITIVE;
-            if let Some(upper) = invert(h, order, lambda) {
-                return Ok(Self {
-                    order: order.to_vec(),
-                    upper,
-                    damping: fraction,
-                    retries,
-                });
-            }
-            fraction = if fraction > 0.0 { fraction * 2.0 } else { 1e-6 };
-        }
-        Err(Error::numeric(
-            tensor,
-            format!(
-                "its Hessian stays singular with damping {fraction:.3}; \
-                 use more calibration rows (--rows)"
-            ),
-        ))
+        let try_it = |lambda| Ok(invert(h, order, lambda));
+        let (upper, damping, retries) = damped(tensor, &h.diagonal(), damping, try_it)?;
+        Ok(Self {
+            order: order.to_vec(),
+            upper,
+            damping,
+            retries,
+        })
     }
 
     /// The factor of the identity: rounding without compensation.
@@ -175,6 +154,37 @@ impl Factor {
         );
         packed
     }
+}
+
+/// Factors with more and more damping until `try_it` finds the matrix positive definite with a
+/// `lambda` on its diagonal. Returns what it found, the damping as a share of the mean diagonal and
+/// how often it was raised.
+pub(crate) fn damped<T>(
+    tensor: &str,
+    diagonal: &[f32],
+    damping: f64,
+    mut try_it: impl FnMut(f64) -> Result<Option<T>>,
+) -> Result<(T, f64, u32)> {
+    let mean = diagonal.iter().map(|&x| f64::from(x)).sum::<f64>() / diagonal.len() as f64;
+    if !mean.is_finite() {
+        let what = "the Hessian's diagonal is not finite";
+        return Err(Error::numeric(tensor, what));
+    }
+    // An input that never fires leaves nothing to fit: every row then weighs the same.
+    let unit = if mean > 0.0 { mean } else { 1.0 };
+    let mut fraction = damping;
+    for retries in 0..ATTEMPTS {
+        if let Some(found) = try_it(fraction * unit + f64::MIN_POSITIVE)? {
+            return Ok((found, fraction, retries));
+        }
+        fraction = if fraction > 0.0 { fraction * 2.0 } else { 1e-6 };
+    }
+    Err(Error::numeric(
+        tensor,
+        format!(
+            "its Hessian stays singular with damping {fraction:.3}; use more calibration rows (--rows)"
+        ),
+    ))
 }
 
 fn check_order(order: &[u32], dim: usize) -> Result<()> {

@@ -5,6 +5,7 @@
 //! packed weights of up to twelve layers.
 
 mod budget;
+mod device;
 mod identity;
 mod logits;
 mod machine;
@@ -13,12 +14,14 @@ mod place;
 mod probe;
 mod quantize;
 mod sites;
+mod solver;
 mod write;
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use exl_models::{LoadOptions, ModelSource, Storage};
+use exl_tensor::Gpu;
 
 pub use measurement::{LayoutPoint, LinearMeasurement, MEASUREMENT_VERSION, Measurement};
 pub(crate) use quantize::LinearStats;
@@ -27,6 +30,7 @@ use crate::calib::Calibration;
 use crate::report::ConvertReport;
 use crate::resume::{Settings, Work};
 use crate::{Error, Result};
+use device::Device;
 use quantize::{Judge, Layouts};
 
 /// Largest number of inputs: permutations are stored in 16 bits.
@@ -67,6 +71,10 @@ pub struct ConvertOptions {
     pub max_ram: Option<u64>,
     /// Threads, 0 for all.
     pub threads: usize,
+    /// The GPU that computes; `None` for the CPU.
+    pub gpu: Option<Gpu>,
+    /// Promise on device memory, in bytes.
+    pub max_vram: Option<u64>,
     /// How the model is read.
     pub load: LoadOptions,
 }
@@ -93,6 +101,8 @@ impl ConvertOptions {
             verify: true,
             max_ram: None,
             threads: 0,
+            gpu: None,
+            max_vram: None,
             load: LoadOptions::default(),
         }
     }
@@ -152,6 +162,7 @@ pub(crate) struct Job<'a> {
     pub(crate) source: ModelSource,
     pub(crate) calibration: &'a Calibration,
     pub(crate) model_hash: String,
+    device: Device,
     events: &'a mut dyn FnMut(Event),
     stop: &'a AtomicBool,
 }
@@ -223,6 +234,7 @@ fn run(
         source,
         calibration,
         model_hash,
+        device: Device::of(options),
         events: &mut |e| events(e),
         stop,
     };
@@ -307,9 +319,14 @@ fn settings(job: &Job<'_>, given: Option<&Measurement>) -> Settings {
         converter: concat!("exl ", env!("CARGO_PKG_VERSION")).to_owned(),
         model: job.model_hash.clone(),
         calibration: job.calibration.hash(),
+        // The devices round differently: a result is all of one or all of the other.
         options: format!(
-            "head bits {:?}, measured {} x {}, measurement {given:?}, rope {:?}",
-            o.head_bits, o.measure_rows, o.measure_length, o.load.rope
+            "head bits {:?}, measured {} x {}, measurement {given:?}, rope {:?}{}",
+            o.head_bits,
+            o.measure_rows,
+            o.measure_length,
+            o.load.rope,
+            if o.gpu.is_some() { ", on a GPU" } else { "" }
         ),
     }
 }
@@ -375,5 +392,6 @@ fn check(options: &ConvertOptions, calibration: &Calibration, source: &ModelSour
             );
         }
     }
-    budget::check_memory(options, calibration, source)
+    budget::check_memory(options, calibration, source)?;
+    budget::check_device_memory(options, calibration, source)
 }

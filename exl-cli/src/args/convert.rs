@@ -87,7 +87,7 @@ pub(crate) struct ConvertArgs {
     /// Memory to stay below, in GB [default: no limit]
     #[arg(long, value_name = "GB", help_heading = "Work", value_parser = parse_positive)]
     pub(crate) max_ram: Option<f64>,
-    /// GPU memory to stay below, in GB; not needed: conversions run on the CPU
+    /// GPU memory to stay below, in GB [default: what is free]
     #[arg(long, value_name = "GB", help_heading = "Work", value_parser = parse_positive)]
     pub(crate) max_vram: Option<f64>,
 

@@ -2,12 +2,12 @@
 
 mod calibration;
 
-use crate::args::{ConvertArgs, Device};
+use crate::args::ConvertArgs;
 use crate::failure::Interrupted;
 use crate::session;
 use crate::signal;
 use crate::ui::{self, Align, Progress, Table, Ui};
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use exl_format::quality::Evaluation;
 use exl_models::LoadOptions;
 use exl_models::rope::RopeOptions;
@@ -16,7 +16,7 @@ use serde::Serialize;
 use std::path::PathBuf;
 use std::time::Instant;
 
-/// Bytes of a `--max-ram` gigabyte.
+/// Bytes of a gigabyte of `--max-ram` and `--max-vram`.
 const GB: f64 = 1e9;
 /// Bytes of a `--shard-size` unit.
 const MIB: u64 = 1 << 20;
@@ -30,15 +30,19 @@ struct Output<'a> {
 }
 
 pub(crate) fn run(args: &ConvertArgs, ui: &Ui) -> Result<()> {
-    if let Device::Cuda(n) = args.device.device {
-        bail!("--device cuda:{n}: conversions run on the CPU in this version (leave the flag out)");
-    }
-    if args.max_vram.is_some() {
-        ui.note("--max-vram is not needed: conversions run on the CPU");
-    }
     let stop = signal::stop_flag()?;
     let start = Instant::now();
-    let options = options(args);
+    let options = ConvertOptions {
+        gpu: session::gpu(args.device.device, ui)?,
+        ..options(args)
+    };
+    match &options.gpu {
+        Some(gpu) => ui.note(&format!("converting on {}", gpu.props().name)),
+        None if args.max_vram.is_some() => {
+            ui.note("--max-vram is not needed: the conversion runs on the CPU");
+        }
+        None => {}
+    }
     let source = session::open(&args.source, &options.load, ui)?;
     let calibration = calibration::read(args, &source, ui)?;
     drop(source);
@@ -114,6 +118,7 @@ fn options(args: &ConvertArgs) -> ConvertOptions {
         },
         verify: !args.no_verify,
         max_ram: args.max_ram.map(|gb| (gb * GB) as u64),
+        max_vram: args.max_vram.map(|gb| (gb * GB) as u64),
         threads: session::threads(&args.device),
         load: LoadOptions {
             rope: RopeOptions {

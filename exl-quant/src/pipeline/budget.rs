@@ -3,11 +3,15 @@
 use std::path::PathBuf;
 
 use exl_format::{Dtype, Exl2Linear, TensorSpec};
-use exl_models::{ModelSource, WeightKind};
+use exl_models::{BlockPart, ModelSource, Module, WeightKind, block_plan};
+use exl_tensor::DType;
 
+use super::logits::Head;
+use super::machine::Machine;
 use super::measurement::{LinearMeasurement, Measurement};
 use super::probe::{PROBE_LAYERS, PROBE_POSITIONS};
 use super::quantize::Layouts;
+use super::solver::gpu_bytes;
 use super::{ConvertOptions, Job, Target};
 use crate::calib::Calibration;
 use crate::{Choice, Error, HessianAccumulator, Layout, Result, allocate, candidates, head_recipe};
@@ -243,4 +247,126 @@ pub(super) fn check_memory(
             gib(matrix)
         ),
     })
+}
+
+/// Refuses a GPU, or a promise on its memory, that does not suffice.
+pub(super) fn check_device_memory(
+    options: &ConvertOptions,
+    calibration: &Calibration,
+    source: &ModelSource,
+) -> Result<()> {
+    let Some(gpu) = &options.gpu else {
+        return Ok(());
+    };
+    let need = DeviceNeed::new(source, calibration.length());
+    let (free, _) = gpu.memory()?;
+    let (allowed, limit) = match options.max_vram {
+        Some(promise) if promise < free => (promise, "allowed by --max-vram"),
+        _ => (free, "free"),
+    };
+    need.check(allowed, limit)
+}
+
+/// Device memory of a conversion, in bytes.
+#[derive(Clone, Copy, Debug)]
+struct DeviceNeed {
+    /// Weights of one part of the model, and those that replace them.
+    weights: u64,
+    /// Activations and cache of one row.
+    row: u64,
+    /// Hessians, a factor, and the largest matrix with what it is rounded in.
+    solver: u64,
+}
+
+impl DeviceNeed {
+    fn new(source: &ModelSource, length: usize) -> Self {
+        let spec = source.spec();
+        let linears: Vec<_> = source.layout().iter().filter(|k| k.is_linear()).collect();
+        let inputs = linears.iter().map(|k| k.shape[1]).max();
+        let outputs = |k: &exl_models::WeightKey| k.shape[0].next_multiple_of(32) as u64;
+        let largest = linears.iter().map(|k| outputs(k) * k.shape[1] as u64).max();
+        let widest = linears.iter().map(|k| outputs(k)).max();
+        // Decoded weights are 32-bit floats, and beside them so are those they are mixed with.
+        let of = |module: Module| -> u64 {
+            let keys = source.layout().iter().filter(|k| k.module == module);
+            keys.map(|k| 4 * k.parameters()).sum()
+        };
+        let layers = (0..spec.layers.len())
+            .map(|l| of(Module::Attention(l)) + of(Module::Mlp(l)))
+            .max();
+        let ends = 2 * of(Module::Head).max(of(Module::Embedding));
+        let key = Machine::key(length);
+        let plans = [
+            BlockPart::Layer(0),
+            BlockPart::Attention(0),
+            BlockPart::Embed,
+        ];
+        let arena = plans
+            .map(|part| block_plan(spec, part, &key).arena().bytes())
+            .into_iter()
+            .max();
+        let kv = spec.block_kv_shape(DType::F32);
+        // The machine for rows and the one for logits live together.
+        let row = arena.unwrap_or(0)
+            + Head::plan(spec, length).arena().bytes()
+            + kv.bytes(key.pages_per_seq + 1)
+            + kv.bytes(2);
+        Self {
+            weights: (2 * layers.unwrap_or(0)).max(ends + layers.unwrap_or(0)),
+            row: row as u64,
+            solver: gpu_bytes(
+                inputs.unwrap_or(0),
+                largest.unwrap_or(0),
+                widest.unwrap_or(0),
+            ),
+        }
+    }
+
+    fn total(&self) -> u64 {
+        self.weights + self.row + self.solver
+    }
+
+    fn check(&self, allowed: u64, limit: &'static str) -> Result<()> {
+        if self.total() <= allowed {
+            return Ok(());
+        }
+        let gib = |b: u64| b as f64 / (1u64 << 30) as f64;
+        Err(Error::DeviceMemory {
+            needed_gib: gib(self.total()),
+            allowed_gib: gib(allowed),
+            limit,
+            what: format!(
+                "weights of a layer {:.2}, activations of a row {:.2}, Hessians and a matrix {:.2}",
+                gib(self.weights),
+                gib(self.row),
+                gib(self.solver)
+            ),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn device_memory_is_counted_before_the_work() {
+        let demo = concat!(env!("CARGO_MANIFEST_DIR"), "/../testdata/demo-4m");
+        let source = ModelSource::open(demo.as_ref(), &exl_models::LoadOptions::default()).unwrap();
+        let (short, long) = (DeviceNeed::new(&source, 64), DeviceNeed::new(&source, 512));
+        assert!(short.row < long.row && short.weights == long.weights);
+        let inputs = source.layout().iter().filter(|k| k.is_linear());
+        let inputs = inputs.map(|k| k.shape[1] as u64).max().unwrap();
+        assert!(short.solver > 24 * inputs * inputs);
+        let needed = short.total();
+        assert!(short.check(needed, "free").is_ok());
+        let error = short
+            .check(needed - 1, "allowed by --max-vram")
+            .unwrap_err();
+        let text = error.to_string();
+        assert!(
+            text.contains("--max-vram") && text.contains("Hessians"),
+            "{text}"
+        );
+    }
 }

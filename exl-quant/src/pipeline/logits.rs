@@ -3,11 +3,9 @@
 use std::sync::Arc;
 
 use exl_models::{BlockPart, Spec, block_plan};
-use exl_tensor::{
-    Activations, Bound, Cpu, CpuOptions, DType, Executor, HostExecutor, KvBuffers, Phase, PlanKey,
-    StepBlock, Weights,
-};
+use exl_tensor::{Bound, DType, KvBuffers, Phase, Plan, PlanKey, StepBlock, Weights};
 
+use super::device::{Device, Engine};
 use crate::{KlScore, Result};
 
 /// Logits kept at a time, per model.
@@ -16,7 +14,8 @@ const BYTES: usize = 32 << 20;
 /// Final norm and head.
 #[derive(Debug)]
 pub(super) struct Head {
-    executor: HostExecutor,
+    device: Device,
+    engine: Engine,
     kv: KvBuffers,
     spec: Arc<Spec>,
     rows: usize,
@@ -24,41 +23,38 @@ pub(super) struct Head {
 
 impl Head {
     /// For rows of `length` positions, which are cut into equal pieces.
-    pub(super) fn new(spec: &Arc<Spec>, length: usize, threads: usize) -> Result<Self> {
+    pub(super) fn new(spec: &Arc<Spec>, length: usize, device: &Device) -> Result<Self> {
+        Ok(Self {
+            // The original's head and another one take turns.
+            engine: device.engine(2)?,
+            kv: device.kv(spec.block_kv_shape(DType::F32), 2)?,
+            device: device.clone(),
+            rows: Self::rows(spec, length),
+            spec: spec.clone(),
+        })
+    }
+
+    /// Positions of a piece.
+    fn rows(spec: &Spec, length: usize) -> usize {
         let most = (BYTES / (4 * spec.vocab)).clamp(1, length);
         // Pieces of equal size share one plan.
-        let rows = (1..=most)
-            .rev()
-            .find(|n| length.is_multiple_of(*n))
-            .unwrap_or(1);
-        let cpu = Cpu::new(CpuOptions {
-            threads,
-            isa: None,
-            activations: Activations::Exact16,
-        });
-        Ok(Self {
-            executor: HostExecutor::cpu(cpu)?,
-            kv: KvBuffers::new(spec.block_kv_shape(DType::F32), 2)?,
-            spec: spec.clone(),
-            rows,
-        })
+        let mut sizes = (1..=most).rev();
+        sizes.find(|n| length.is_multiple_of(*n)).unwrap_or(1)
     }
 
     /// Binds the weights of a head.
     pub(super) fn bind(&self, weights: &Weights) -> Result<Bound> {
         let plan = block_plan(&self.spec, BlockPart::Head, &self.key());
-        Ok(Bound::new(Arc::new(plan), weights)?)
+        self.device.bind(plan, weights)
     }
 
     fn key(&self) -> PlanKey {
-        // A prefill plan keeps no taps.
-        PlanKey {
-            phase: Phase::Prefill,
-            rows: self.rows,
-            seqs: 1,
-            pages_per_seq: 1,
-            out_rows: 0,
-        }
+        head_key(self.rows)
+    }
+
+    /// The plan of a head for rows of `length` positions.
+    pub(super) fn plan(spec: &Arc<Spec>, length: usize) -> Plan {
+        block_plan(spec, BlockPart::Head, &head_key(Self::rows(spec, length)))
     }
 
     /// Logits of every piece of a row.
@@ -69,7 +65,6 @@ impl Head {
         mut each: impl FnMut(usize, &[f32]) -> Result<()>,
     ) -> Result<()> {
         let step = StepBlock::new(&self.key())?;
-        self.executor.prepare(bound)?;
         let input = bound
             .plan()
             .input("hidden")
@@ -82,9 +77,9 @@ impl Head {
             .chunks_exact(self.rows * self.spec.hidden)
             .enumerate()
         {
-            self.executor.write(bound, input, piece)?;
-            self.executor.run(bound, &step, &mut self.kv)?;
-            each(i * self.rows, self.executor.slot(bound, out))?;
+            let inputs = [(input, piece)];
+            self.engine.run(bound, &inputs, &step, &mut self.kv)?;
+            each(i * self.rows, self.engine.values(bound, out)?)?;
         }
         Ok(())
     }
@@ -119,5 +114,16 @@ impl Head {
             })?;
         }
         Ok(())
+    }
+}
+
+fn head_key(rows: usize) -> PlanKey {
+    // A prefill plan keeps no taps.
+    PlanKey {
+        phase: Phase::Prefill,
+        rows,
+        seqs: 1,
+        pages_per_seq: 1,
+        out_rows: 0,
     }
 }

@@ -4,18 +4,19 @@ use std::sync::Arc;
 
 use exl_models::{BlockPart, LinearSpec, MlpSpec, NormSpec, Spec, block_plan, blocks};
 use exl_tensor::{
-    Activations, Bound, Buffer, Cpu, CpuOptions, DType, Executor, GateUpArgs, HostExecutor,
-    KvBuffers, PAGE_TOKENS, Part, Phase, Plan, PlanBuilder, PlanKey, StepBlock, StepSeq, Weight,
-    Weights,
+    Bound, Buffer, DType, GateUpArgs, KvBuffers, PAGE_TOKENS, Part, Phase, PlanBuilder, PlanKey,
+    StepBlock, StepSeq, Weight, Weights,
 };
 
+use super::device::{Device, Engine, Tap};
 use crate::{Matrix, Result};
 
 /// An executor with room for rows of one length.
 #[derive(Debug)]
 pub(super) struct Machine {
     spec: Arc<Spec>,
-    executor: HostExecutor,
+    device: Device,
+    engine: Engine,
     kv: KvBuffers,
     step: StepBlock,
     key: PlanKey,
@@ -24,46 +25,58 @@ pub(super) struct Machine {
 /// What a run of [`Machine::run`] hands out: slots by name.
 #[derive(Debug)]
 pub(super) struct Slots<'a> {
-    executor: &'a HostExecutor,
+    engine: &'a mut Engine,
     bound: &'a Bound,
 }
 
 impl Slots<'_> {
     /// An output or a tap of the plan.
-    pub(super) fn get(&self, name: &str) -> &[f32] {
+    pub(super) fn tap(&mut self, name: &str) -> Tap<'_> {
         let plan = self.bound.plan();
         let tap = || plan.taps().iter().find(|(n, _)| n == name).map(|&(_, s)| s);
         let slot = plan
             .output(name)
             .or_else(tap)
             .expect("the plan was built with this slot");
-        self.executor.slot(self.bound, slot)
+        Tap {
+            engine: self.engine,
+            bound: self.bound,
+            slot,
+        }
+    }
+
+    /// Copies the values of an output.
+    pub(super) fn copy_to(&mut self, name: &str, to: &mut [f32]) -> Result<()> {
+        to.copy_from_slice(self.tap(name).values()?);
+        Ok(())
     }
 }
 
 impl Machine {
     /// For rows of `length` tokens.
-    pub(super) fn new(spec: &Arc<Spec>, length: usize, threads: usize) -> Result<Self> {
-        let pages = length.div_ceil(PAGE_TOKENS);
-        let key = PlanKey {
-            phase: Phase::Calibrate,
-            rows: length,
-            seqs: 1,
-            pages_per_seq: pages,
-            out_rows: 0,
-        };
-        let cpu = Cpu::new(CpuOptions {
-            threads,
-            isa: None,
-            activations: Activations::Exact16,
-        });
+    pub(super) fn new(spec: &Arc<Spec>, length: usize, device: &Device) -> Result<Self> {
+        let key = Self::key(length);
+        let shape = spec.block_kv_shape(DType::F32);
         Ok(Self {
             spec: spec.clone(),
-            executor: HostExecutor::cpu(cpu)?,
-            kv: KvBuffers::new(spec.block_kv_shape(DType::F32), pages + 1)?,
+            // Plans run one after the other, each over all rows.
+            engine: device.engine(1)?,
+            kv: device.kv(shape, key.pages_per_seq + 1)?,
+            device: device.clone(),
             step: StepBlock::new(&key)?,
             key,
         })
+    }
+
+    /// The shape of the steps.
+    pub(super) fn key(length: usize) -> PlanKey {
+        PlanKey {
+            phase: Phase::Calibrate,
+            rows: length,
+            seqs: 1,
+            pages_per_seq: length.div_ceil(PAGE_TOKENS),
+            out_rows: 0,
+        }
     }
 
     /// The model.
@@ -73,10 +86,8 @@ impl Machine {
 
     /// A part of the model with its weights; taps are on.
     pub(super) fn part(&self, part: BlockPart, weights: &Weights) -> Result<Bound> {
-        Ok(Bound::new(
-            Arc::new(block_plan(&self.spec, part, &self.key)),
-            weights,
-        )?)
+        let plan = block_plan(&self.spec, part, &self.key);
+        self.device.bind(plan, weights)
     }
 
     /// `hidden` in, `out` = its norm.
@@ -126,8 +137,7 @@ impl Machine {
     ) -> Result<Bound> {
         let mut b = PlanBuilder::new(self.key.clone(), false);
         build(&mut b, &self.spec, self.key.rows);
-        let plan: Plan = b.finish();
-        Ok(Bound::new(Arc::new(plan), weights)?)
+        self.device.bind(b.finish(), weights)
     }
 
     /// Embeds a row: `[length, hidden]`.
@@ -139,7 +149,7 @@ impl Machine {
             pages: &pages,
             logits: (0, 0),
         }])?;
-        Ok(self.run(bound, &[])?.get("hidden").to_vec())
+        Ok(self.run(bound, &[])?.tap("hidden").values()?.to_vec())
     }
 
     /// Runs a plan on one row; inputs by name. The step block must have been filled once, by
@@ -149,17 +159,17 @@ impl Machine {
         bound: &'a Bound,
         inputs: &[(&str, &[f32])],
     ) -> Result<Slots<'a>> {
-        self.executor.prepare(bound)?;
-        for (name, values) in inputs {
-            let slot = bound
-                .plan()
-                .input(name)
-                .expect("the plan was built with this input");
-            self.executor.write(bound, slot, values)?;
-        }
-        self.executor.run(bound, &self.step, &mut self.kv)?;
+        let slot = |name: &str| {
+            let slot = bound.plan().input(name);
+            slot.expect("the plan was built with this input")
+        };
+        let inputs: Vec<_> = inputs
+            .iter()
+            .map(|&(n, values)| (slot(n), values))
+            .collect();
+        self.engine.run(bound, &inputs, &self.step, &mut self.kv)?;
         Ok(Slots {
-            executor: &self.executor,
+            engine: &mut self.engine,
             bound,
         })
     }

@@ -6,23 +6,16 @@ use std::collections::HashMap;
 use exl_format::Exl2Linear;
 use exl_models::{BlockPart, Module, Spec};
 use exl_tensor::Weights;
-use rayon::prelude::*;
 
 use super::logits::Head;
 use super::machine::{Machine, dense, padded};
 use super::measurement::{LinearMeasurement, MEASUREMENT_VERSION, Measurement};
 use super::quantize::{decode, pack};
-use super::sites::{Rows, STOPS, Walk, embed, feed, head_inputs};
+use super::sites::{Rows, STOPS, Walk, embed, head_inputs};
+use super::solver::{Moments, Rows as Judges, Solver};
 use super::{Event, Job};
-use crate::measure::{difference, sample_columns};
 use crate::resume::Work;
-use crate::{
-    Error, Factor, Gptq, HessianAccumulator, HessianSet, KlScore, Layout, Matrix, Quantizer,
-    Result, SAMPLE_COLUMNS, activity_order, measure_with,
-};
-
-/// Damping worth trying, as fractions of the mean diagonal.
-const DAMPINGS: [f64; 5] = [0.003, 0.01, 0.03, 0.06, 0.12];
+use crate::{Error, KlScore, Layout, Matrix, Result};
 
 /// Tokens per row of the sensitivity probe.
 pub(super) const PROBE_LENGTH: usize = 512;
@@ -46,7 +39,7 @@ pub(super) fn measure(job: &mut Job<'_>, work: &Work) -> Result<Measurement> {
     let length = job.options.measure_length.min(job.calibration.length());
     let rows: Vec<Vec<u32>> = rows.iter().map(|r| r[..length].to_vec()).collect();
     let spec = job.source.spec().clone();
-    let mut machine = Machine::new(&spec, length, job.options.threads)?;
+    let mut machine = Machine::new(&spec, length, &job.device)?;
     let mut hidden = embed(&job.source, &mut machine, &rows)?;
     let mut survey = Survey::new(&spec, work);
     for layer in 0..spec.layers.len() {
@@ -60,21 +53,22 @@ pub(super) fn measure(job: &mut Job<'_>, work: &Work) -> Result<Measurement> {
                 walk.visit(stop, |_, _| Ok(()))?;
                 continue;
             }
-            let mut acc = HessianAccumulator::new(stop.inputs(layer_spec));
-            walk.visit(stop, feed(&mut acc))?;
-            let h = acc.finish(&names[0])?;
-            survey.site(job, (&names, layer), &walk.weights, &h)?;
+            let mut moments = Moments::new(&job.device, stop.inputs(layer_spec))?;
+            walk.visit(stop, |r, x| moments.add(r, x))?;
+            let mut solver = moments.finish(&names[0])?;
+            survey.site(job, (&names, layer), &walk.weights, solver.as_mut())?;
         }
         walk.finish()?;
     }
     job.progress(spec.layers.len(), survey.steps);
     let names = [spec.head.linear.key.clone()];
     if !survey.known(&names, spec.layers.len())? {
-        let mut acc = HessianAccumulator::new(spec.hidden);
-        head_inputs(&job.source, &mut machine, &hidden, feed(&mut acc))?;
-        let h = acc.finish(&names[0])?;
+        let mut moments = Moments::new(&job.device, spec.hidden)?;
+        head_inputs(&job.source, &mut machine, &hidden, |r, x| moments.add(r, x))?;
+        let mut solver = moments.finish(&names[0])?;
         let head = job.source.load_module(Module::Head)?;
-        survey.site(job, (&names, spec.layers.len()), &head, &h)?;
+        let place = (&names[..], spec.layers.len());
+        survey.site(job, place, &head, solver.as_mut())?;
     }
     drop(hidden);
     let mut found = Measurement {
@@ -147,9 +141,9 @@ impl<'a> Survey<'a> {
         job: &mut Job<'_>,
         (names, layer): (&[String], usize),
         weights: &Weights,
-        h: &HessianSet,
+        solver: &mut dyn Solver,
     ) -> Result<()> {
-        let mut factor: Option<Factor> = None;
+        let mut chosen: Option<f64> = None;
         for name in names {
             job.check()?;
             let weight = weights
@@ -159,12 +153,16 @@ impl<'a> Survey<'a> {
             let mut linear = match self.work.measured(name)? {
                 Some(linear) => linear,
                 None => {
-                    let factor = match &mut factor {
-                        Some(factor) => factor,
-                        none => none.insert(best_damping(names, weights, h)?),
-                    };
-                    let curve = measure_with(name, &matrix, h, factor)?;
-                    let linear = LinearMeasurement::new(name, &curve, factor.damping());
+                    match chosen {
+                        Some(damping) => solver.set_damping(name, damping)?,
+                        // The first of the linears stands for all.
+                        None if *name == names[0] => solver.choose_damping(name, &matrix)?,
+                        None => solver.choose_damping(&names[0], &first(names, weights)?)?,
+                    }
+                    let (damping, _) = solver.damping();
+                    chosen = Some(damping);
+                    let curve = solver.curve(name, &matrix)?;
+                    let linear = LinearMeasurement::new(name, &curve, damping);
                     self.work.keep_measured(&linear)?;
                     linear
                 }
@@ -177,7 +175,9 @@ impl<'a> Survey<'a> {
             if self.probed.contains(&layer) {
                 match self.work.sensitivity(name)? {
                     Some(value) => linear.sensitivity = value,
-                    None => self.perturbed.push(perturb(&linear, &matrix, h, layer)?),
+                    None => self
+                        .perturbed
+                        .push(perturb(&linear, &matrix, solver, layer)?),
                 }
             }
             self.linears.push(linear);
@@ -204,51 +204,29 @@ fn probe_layers(layers: usize) -> Vec<usize> {
         .collect()
 }
 
-/// The factor whose damping does best on the hold-out rows at three bits for the first of the
-/// linears that share an input.
-fn best_damping(names: &[String], weights: &Weights, h: &HessianSet) -> Result<Factor> {
-    let name = &names[0];
+/// The first of the linears that share an input.
+fn first(names: &[String], weights: &Weights) -> Result<Matrix> {
     let weight = weights
-        .get(name)
+        .get(&names[0])
         .expect("the layer was loaded with all its linears");
-    let (sample, _) = sample_columns(&padded(name, weight)?, SAMPLE_COLUMNS);
-    let order = activity_order(&h.train);
-    let layout = Layout::uniform(3, 128, sample.rows)?;
-    let tried: Vec<(f64, Factor)> = DAMPINGS
-        .into_par_iter()
-        .map(|damping| {
-            let factor = Factor::new(name, &h.train, &order, damping)?;
-            let q = Gptq { factor: &factor }.quantize(name, &sample, &layout)?;
-            let loss = h.hold_out.loss(&difference(&sample, &q.dequantize()))?;
-            Ok((loss, factor))
-        })
-        .collect::<Result<_>>()?;
-    let best = tried
-        .into_iter()
-        .reduce(|a, b| if b.0 < a.0 { b } else { a });
-    Ok(best.expect("the list of dampings is not empty").1)
+    padded(&names[0], weight)
 }
 
 fn perturb(
     linear: &LinearMeasurement,
     matrix: &Matrix,
-    h: &HessianSet,
+    solver: &mut dyn Solver,
     layer: usize,
 ) -> Result<Perturbed> {
-    let factor = Factor::new(
-        &linear.name,
-        &h.train,
-        &activity_order(&h.train),
-        linear.damping,
-    )?;
+    let name = &linear.name;
+    solver.set_damping(name, linear.damping)?;
     let layout = Layout::uniform(3, 128, matrix.rows)?;
-    let q = Gptq { factor: &factor }.quantize(&linear.name, matrix, &layout)?;
-    let loss = h.all.loss(&difference(matrix, &q.dequantize()))?;
+    let rounded = solver.round(name, matrix, &layout, &[Judges::All])?;
     Ok(Perturbed {
-        name: linear.name.clone(),
+        name: name.clone(),
         layer,
-        loss,
-        weight: pack(&linear.name, &q, None)?,
+        loss: rounded.losses[0].0,
+        weight: pack(name, &rounded.quantized, None)?,
     })
 }
 
@@ -266,7 +244,7 @@ fn sensitivities(
     let length = PROBE_LENGTH.min(rows[0].len());
     let count = (PROBE_POSITIONS / length).clamp(1, rows.len());
     let rows: Vec<Vec<u32>> = rows[..count].iter().map(|r| r[..length].to_vec()).collect();
-    let mut machine = Machine::new(&spec, length, job.options.threads)?;
+    let mut machine = Machine::new(&spec, length, &job.device)?;
     // Inputs of the layers that are perturbed, and what the last layer gives.
     let mut states: HashMap<usize, Rows> = HashMap::new();
     let mut hidden = embed(&job.source, &mut machine, &rows)?;
@@ -277,7 +255,7 @@ fn sensitivities(
         forward(job, &mut machine, layer, None, &mut hidden)?;
     }
     let last = hidden;
-    let mut head = Head::new(&spec, length, job.options.threads)?;
+    let mut head = Head::new(&spec, length, &job.device)?;
     let original = job.source.load_module(Module::Head)?;
     let right = head.bind(&original)?;
     let before = survey.steps - survey.perturbed.len();
@@ -328,8 +306,8 @@ fn forward(
     machine.positions()?;
     let bound = machine.part(BlockPart::Layer(layer), &weights)?;
     for row in hidden.iter_mut() {
-        let slots = machine.run(&bound, &[("hidden", row)])?;
-        row.copy_from_slice(slots.get("hidden"));
+        let mut slots = machine.run(&bound, &[("hidden", row)])?;
+        slots.copy_to("hidden", row)?;
     }
     Ok(())
 }

@@ -9,14 +9,11 @@ use exl_tensor::Weights;
 use super::logits::Head;
 use super::machine::{Machine, dense, padded};
 use super::measurement::Measurement;
-use super::sites::{Rows, STOPS, Walk, embed, feed, head_inputs};
+use super::sites::{Rows, STOPS, Walk, embed, head_inputs};
+use super::solver::{Moments, Rows as Judges, Solver};
 use super::{Event, Job, Target};
-use crate::measure::difference;
 use crate::resume::{Journal, Stored};
-use crate::{
-    Error, Factor, Gptq, HessianAccumulator, HessianSet, KlScore, Layout, Matrix, Part, Quantized,
-    Quantizer, Result, activity_order,
-};
+use crate::{Error, KlScore, Layout, Matrix, Part, Quantized, Result};
 
 /// What the pass knows about a linear once it is done.
 #[derive(Clone, Copy, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
@@ -53,7 +50,7 @@ impl Judge {
         }
         let spec = job.source.spec().clone();
         let length = job.calibration.length();
-        let mut machine = Machine::new(&spec, length, job.options.threads)?;
+        let mut machine = Machine::new(&spec, length, &job.device)?;
         let mut hidden = embed(&job.source, &mut machine, &tokens)?;
         for layer in 0..spec.layers.len() {
             job.check()?;
@@ -76,7 +73,7 @@ pub(super) fn quantize(
     judge: &Judge,
 ) -> Result<KlScore> {
     let spec = job.source.spec().clone();
-    let mut machine = Machine::new(&spec, job.calibration.length(), job.options.threads)?;
+    let mut machine = Machine::new(&spec, job.calibration.length(), &job.device)?;
     let mut hidden = embed(&job.source, &mut machine, &job.calibration.rows)?;
     let mut pass = Pass {
         target,
@@ -90,16 +87,15 @@ pub(super) fn quantize(
             job.check()?;
             let names = stop.linears(&spec.layers[layer]);
             let done = names.iter().all(|n| journal.has(n));
-            let mut acc = HessianAccumulator::new(stop.inputs(&spec.layers[layer]));
-            let mut fill = feed(&mut acc);
-            walk.visit(stop, |r, x| if done { Ok(()) } else { fill(r, x) })?;
-            drop(fill);
-            let h = if done {
-                None
-            } else {
-                Some(acc.finish(&names[0])?)
-            };
-            pass.site(job, &mut walk.weights, &names, h.as_ref())?;
+            if done {
+                walk.visit(stop, |_, _| Ok(()))?;
+                pass.site(job, &mut walk.weights, &names, None)?;
+                continue;
+            }
+            let mut moments = Moments::new(&job.device, stop.inputs(&spec.layers[layer]))?;
+            walk.visit(stop, |r, x| moments.add(r, x))?;
+            let mut solver = moments.finish(&names[0])?;
+            pass.site(job, &mut walk.weights, &names, Some(solver.as_mut()))?;
         }
         walk.finish()?;
     }
@@ -107,21 +103,23 @@ pub(super) fn quantize(
     let mut weights = job.source.load_module(Module::Head)?;
     let name = spec.head.linear.key.clone();
     if target.layouts.contains_key(&name) {
-        let mut acc = HessianAccumulator::new(spec.hidden);
-        let done = journal.has(&name);
-        if !done {
-            head_inputs(&job.source, &mut machine, &hidden, feed(&mut acc))?;
+        let mut solver = None;
+        if !journal.has(&name) {
+            let mut moments = Moments::new(&job.device, spec.hidden)?;
+            head_inputs(&job.source, &mut machine, &hidden, |r, x| moments.add(r, x))?;
+            solver = Some(moments.finish(&name)?);
         }
-        let h = if done { None } else { Some(acc.finish(&name)?) };
-        pass.site(job, &mut weights, &[name], h.as_ref())?;
+        let solver = solver.as_mut().map(|s| s.as_mut() as &mut dyn Solver);
+        pass.site(job, &mut weights, &[name], solver)?;
     }
+    drop(machine);
     score(job, &weights, &hidden, judge)
 }
 
 /// Divergence on the hold-out rows, whose hidden states the pass has carried along.
 fn score(job: &mut Job<'_>, weights: &Weights, hidden: &Rows, judge: &Judge) -> Result<KlScore> {
     let spec = job.source.spec().clone();
-    let mut head = Head::new(&spec, job.calibration.length(), job.options.threads)?;
+    let mut head = Head::new(&spec, job.calibration.length(), &job.device)?;
     let original = job.source.load_module(Module::Head)?;
     let (right, ours) = (head.bind(&original)?, head.bind(weights)?);
     let held: Vec<&Vec<f32>> = match hidden.len() {
@@ -161,32 +159,33 @@ impl Pass<'_> {
         job: &mut Job<'_>,
         weights: &mut Weights,
         names: &[String],
-        h: Option<&HessianSet>,
+        mut solver: Option<&mut dyn Solver>,
     ) -> Result<()> {
-        let mut factor: Option<Factor> = None;
+        let mut damped = false;
         for name in names {
             let key = job
                 .source
                 .key(name)
                 .expect("linears come from the layout")
                 .clone();
-            let decoded = match (self.journal.load(name)?, h) {
+            let decoded = match (self.journal.load(name)?, &mut solver) {
                 (Some(stored), _) => {
                     self.same_layout(name, &stored.linear)?;
                     decode(&stored.linear)?
                 }
-                (None, Some(h)) => {
+                (None, Some(solver)) => {
                     job.check()?;
                     let weight = weights
                         .get(name)
                         .expect("the layer has all its linears")
                         .clone();
                     let matrix = padded(name, &weight)?;
-                    if factor.is_none() {
-                        factor = Some(self.factor(name, h)?);
+                    if !damped {
+                        let known = self.measurement.linear(name);
+                        solver.set_damping(name, known.map_or(0.02, |l| l.damping))?;
+                        damped = true;
                     }
-                    let factor = factor.as_ref().expect("set above");
-                    self.linear(job, &key, weights, &matrix, (h, factor))?
+                    self.linear(job, &key, weights, &matrix, &mut **solver)?
                 }
                 (None, None) => decode(&self.journal.stored(name)?.linear)?,
             };
@@ -211,31 +210,24 @@ impl Pass<'_> {
         })
     }
 
-    fn factor(&self, name: &str, h: &HessianSet) -> Result<Factor> {
-        let damping = self.measurement.linear(name).map_or(0.02, |l| l.damping);
-        Factor::new(name, &h.train, &activity_order(&h.train), damping)
-    }
-
     fn linear(
         &self,
         job: &mut Job<'_>,
         key: &WeightKey,
         weights: &Weights,
         matrix: &Matrix,
-        (h, factor): (&HessianSet, &Factor),
+        solver: &mut dyn Solver,
     ) -> Result<Matrix> {
         let name = &key.name;
         let layout = &self.target.layouts[name];
-        let q = Gptq { factor }.quantize(name, matrix, layout)?;
-        let decoded = q.dequantize();
-        let left = difference(matrix, &decoded);
-        let relative = |h: &crate::Hessian| -> Result<f64> {
-            Ok(h.loss(&left)? / h.loss(matrix)?.max(f64::MIN_POSITIVE))
-        };
+        let rounded = solver.round(name, matrix, layout, &[Judges::Train, Judges::HoldOut])?;
+        let q = rounded.quantized;
+        let relative = |(loss, energy): (f64, f64)| loss / energy.max(f64::MIN_POSITIVE);
+        let (damping, retries) = solver.damping();
         let stats = LinearStats {
-            train_loss: relative(&h.train)?,
-            holdout_loss: relative(&h.hold_out)?,
-            damping: factor.damping(),
+            train_loss: relative(rounded.losses[0]),
+            holdout_loss: relative(rounded.losses[1]),
+            damping,
             underflows: q.stats.underflows,
         };
         let bias = match &key.bias {
@@ -249,13 +241,11 @@ impl Pass<'_> {
             bits_per_weight: Some(layout.bpw(q.outputs)),
             relative_error: Some(stats.holdout_loss.sqrt()),
         });
-        if factor.retries() > 0 {
-            job.emit(Event::Notice(format!(
-                "{name}: its Hessian needed a damping of {:.3}",
-                factor.damping()
-            )));
+        if retries > 0 {
+            let what = format!("{name}: its Hessian needed a damping of {damping:.3}");
+            job.emit(Event::Notice(what));
         }
-        Ok(decoded)
+        Ok(rounded.decoded)
     }
 }
 

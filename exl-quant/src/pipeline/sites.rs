@@ -7,8 +7,9 @@
 use exl_models::{BlockPart, LayerSpec, ModelSource, Module};
 use exl_tensor::{Bound, Weights};
 
+use super::device::Tap;
 use super::machine::Machine;
-use crate::{HessianAccumulator, Part, Result};
+use crate::Result;
 
 /// Hidden states of all rows, `[length, hidden]` each.
 pub(super) type Rows = Vec<Vec<f32>>;
@@ -93,7 +94,7 @@ impl<'a> Walk<'a> {
     pub(super) fn visit(
         &mut self,
         stop: Stop,
-        mut each: impl FnMut(usize, &[f32]) -> Result<()>,
+        mut each: impl FnMut(usize, &mut Tap<'_>) -> Result<()>,
     ) -> Result<()> {
         let spec = self.spec();
         match stop {
@@ -104,10 +105,10 @@ impl<'a> Walk<'a> {
                     .part(BlockPart::Attention(self.layer), &self.weights)?;
                 let tap = spec.attn.o.key.clone();
                 for r in 0..self.hidden.len() {
-                    let slots = self.machine.run(&bound, &[("hidden", &self.hidden[r])])?;
-                    let x = slots.get(&tap);
-                    each(r, x)?;
-                    self.inner.push(x.to_vec());
+                    let mut slots = self.machine.run(&bound, &[("hidden", &self.hidden[r])])?;
+                    let mut x = slots.tap(&tap);
+                    each(r, &mut x)?;
+                    self.inner.push(x.values()?.to_vec());
                 }
                 Ok(())
             }
@@ -120,10 +121,10 @@ impl<'a> Walk<'a> {
                     .machine
                     .gate_up(&spec.mlp_norm, &spec.mlp, &self.weights)?;
                 for r in 0..self.hidden.len() {
-                    let slots = self.machine.run(&bound, &[("hidden", &self.hidden[r])])?;
-                    let x = slots.get("out");
-                    each(r, x)?;
-                    self.inner.push(x.to_vec());
+                    let mut slots = self.machine.run(&bound, &[("hidden", &self.hidden[r])])?;
+                    let mut x = slots.tap("out");
+                    each(r, &mut x)?;
+                    self.inner.push(x.values()?.to_vec());
                 }
                 Ok(())
             }
@@ -139,21 +140,19 @@ impl<'a> Walk<'a> {
     fn look(
         &mut self,
         bound: Bound,
-        mut each: impl FnMut(usize, &[f32]) -> Result<()>,
+        mut each: impl FnMut(usize, &mut Tap<'_>) -> Result<()>,
     ) -> Result<()> {
         for (r, hidden) in self.hidden.iter().enumerate() {
-            each(
-                r,
-                self.machine.run(&bound, &[("hidden", hidden)])?.get("out"),
-            )?;
+            let mut slots = self.machine.run(&bound, &[("hidden", hidden)])?;
+            each(r, &mut slots.tap("out"))?;
         }
         Ok(())
     }
 
     fn add(&mut self, bound: Bound) -> Result<()> {
         for (hidden, x) in self.hidden.iter_mut().zip(std::mem::take(&mut self.inner)) {
-            let slots = self.machine.run(&bound, &[("hidden", hidden), ("x", &x)])?;
-            hidden.copy_from_slice(slots.get("hidden"));
+            let mut slots = self.machine.run(&bound, &[("hidden", hidden), ("x", &x)])?;
+            slots.copy_to("hidden", hidden)?;
         }
         Ok(())
     }
@@ -177,19 +176,15 @@ pub(super) fn head_inputs(
     source: &ModelSource,
     machine: &mut Machine,
     hidden: &Rows,
-    mut each: impl FnMut(usize, &[f32]) -> Result<()>,
+    mut each: impl FnMut(usize, &mut Tap<'_>) -> Result<()>,
 ) -> Result<()> {
     let weights = source.load_module(Module::Head)?;
     machine.positions()?;
     let norm = machine.spec().final_norm.clone();
     let bound = machine.norm(&norm, &weights)?;
     for (r, row) in hidden.iter().enumerate() {
-        each(r, machine.run(&bound, &[("hidden", row)])?.get("out"))?;
+        let mut slots = machine.run(&bound, &[("hidden", row)])?;
+        each(r, &mut slots.tap("out"))?;
     }
     Ok(())
-}
-
-/// A Hessian fed by [`Walk::visit`].
-pub(super) fn feed(acc: &mut HessianAccumulator) -> impl FnMut(usize, &[f32]) -> Result<()> + '_ {
-    |row, x| acc.add(x, Part::of_row(row))
 }

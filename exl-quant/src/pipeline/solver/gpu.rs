@@ -1,0 +1,284 @@
+//! The mathematics on a GPU: the same steps over matrices in device memory.
+//!
+//! Sums over tokens are kept as sums; every use divides by the number of tokens.
+
+use exl_kernels::cuda::{CudaQuantizer, DeviceCodes, DeviceFactor, DeviceMatrix, DeviceRegion};
+use exl_kernels::ops::GptqGroup;
+use exl_tensor::Gpu;
+
+use super::{DAMPINGS, Rounded, Rows, Solver, gpu_error, open};
+use crate::gptq::check_weight;
+use crate::hessian::not_finite;
+use crate::linalg::damped;
+use crate::measure::{Curve, Point, candidates, sample_columns};
+use crate::quantized::{Quantized, Stats};
+use crate::{Layout, Matrix, Part, Result, SAMPLE_COLUMNS, order_by};
+
+const HESSIAN: &str = "the Hessian of a layer's inputs";
+const MATRIX: &str = "a matrix to quantize";
+
+/// A sum of outer products of one part of the calibration rows.
+#[derive(Debug)]
+struct Sum {
+    matrix: DeviceMatrix,
+    tokens: u64,
+}
+
+/// Hessians in the making.
+#[derive(Debug)]
+pub(in super::super) struct GpuMoments {
+    kernels: CudaQuantizer,
+    dim: usize,
+    train: Sum,
+    hold_out: Sum,
+}
+
+impl GpuMoments {
+    pub(super) fn new(gpu: &Gpu, dim: usize) -> Result<Self> {
+        let kernels = open(gpu)?;
+        let sum = || {
+            let matrix = kernels.zeros(dim, dim, HESSIAN).map_err(gpu_error)?;
+            Ok::<_, crate::Error>(Sum { matrix, tokens: 0 })
+        };
+        Ok(Self {
+            train: sum()?,
+            hold_out: sum()?,
+            dim,
+            kernels,
+        })
+    }
+
+    /// Adds rows of `dim` features.
+    pub(super) fn add(&mut self, x: &DeviceRegion, part: Part) -> Result<()> {
+        let sum = match part {
+            Part::Train => &mut self.train,
+            Part::HoldOut => &mut self.hold_out,
+        };
+        let added = self.kernels.accumulate(&mut sum.matrix, x);
+        sum.tokens += (x.bytes() / (4 * self.dim.max(1))) as u64;
+        added.map_err(gpu_error)
+    }
+
+    pub(super) fn finish(mut self, tensor: &str) -> Result<GpuSolver> {
+        let mut sums: Vec<Sum> = [self.train, self.hold_out]
+            .into_iter()
+            .filter(|s| s.tokens > 0)
+            .collect();
+        let mut diagonals = Vec::new();
+        for sum in &sums {
+            let diagonal = self.kernels.diagonal(&sum.matrix).map_err(gpu_error)?;
+            // A feature that is not finite shows here; of the others, products are bounded.
+            if let Some(at) = diagonal.iter().position(|x| !x.is_finite()) {
+                return Err(not_finite(tensor, at, at));
+            }
+            let scale = 1.0 / sum.tokens as f64;
+            let mean = diagonal.iter().map(|&x| (f64::from(x) * scale) as f32);
+            diagonals.push(mean.collect::<Vec<f32>>());
+        }
+        if sums.is_empty() {
+            // As on the CPU: a mean of nothing is zero.
+            let matrix = self.kernels.zeros(self.dim, self.dim, HESSIAN);
+            let matrix = matrix.map_err(gpu_error)?;
+            sums.push(Sum { matrix, tokens: 1 });
+            diagonals.push(vec![0.0; self.dim]);
+        }
+        let diagonal = diagonals.swap_remove(0);
+        Ok(GpuSolver {
+            kernels: self.kernels,
+            order: order_by(&diagonal),
+            sums,
+            diagonal,
+            factor: None,
+        })
+    }
+}
+
+/// A factor, the damping asked for and the one used, and how often it was raised.
+#[derive(Debug)]
+struct InUse {
+    factor: DeviceFactor,
+    wanted: f64,
+    damping: f64,
+    retries: u32,
+}
+
+/// Finished Hessians.
+#[derive(Debug)]
+pub(super) struct GpuSolver {
+    kernels: CudaQuantizer,
+    /// Training rows, then hold-out rows; one that stands for both when there are no others.
+    sums: Vec<Sum>,
+    /// Of the mean over training rows.
+    diagonal: Vec<f32>,
+    order: Vec<u32>,
+    factor: Option<InUse>,
+}
+
+impl GpuSolver {
+    fn make_factor(&mut self, name: &str, wanted: f64) -> Result<InUse> {
+        let scale = 1.0 / self.sums[0].tokens as f64;
+        let (kernels, order) = (&mut self.kernels, &self.order);
+        let sum = &self.sums[0].matrix;
+        let (factor, damping, retries) = damped(name, &self.diagonal, wanted, |lambda| {
+            let found = kernels.factor(sum, order, (scale, lambda));
+            found.map_err(gpu_error)
+        })?;
+        Ok(InUse {
+            factor,
+            wanted,
+            damping,
+            retries,
+        })
+    }
+
+    fn in_use(&self) -> &InUse {
+        self.factor.as_ref().expect("a damping was chosen")
+    }
+
+    fn upload(&self, matrix: &Matrix) -> Result<DeviceMatrix> {
+        let shape = (matrix.rows, matrix.cols);
+        let placed = self.kernels.upload(&matrix.data, shape, MATRIX);
+        placed.map_err(gpu_error)
+    }
+
+    fn rounded(&mut self, weight: &DeviceMatrix, layout: &Layout) -> Result<DeviceCodes> {
+        let groups: Vec<GptqGroup> = layout
+            .groups()
+            .iter()
+            .map(|g| GptqGroup {
+                rows: g.rows,
+                bits: g.bits,
+            })
+            .collect();
+        let factor = &self.factor.as_ref().expect("a damping was chosen").factor;
+        let codes = self.kernels.round(weight, factor, &groups);
+        codes.map_err(gpu_error)
+    }
+
+    /// Mean squared output error of `a - b`, or output of `a`.
+    fn loss(&mut self, rows: Rows, a: &DeviceMatrix, b: Option<&DeviceMatrix>) -> Result<f64> {
+        let last = self.sums.len() - 1;
+        let sums = match rows {
+            Rows::Train => &self.sums[..1],
+            Rows::HoldOut => &self.sums[last..],
+            Rows::All => &self.sums[..],
+        };
+        let tokens: u64 = sums.iter().map(|s| s.tokens).sum();
+        let mut loss = 0.0;
+        for sum in sums {
+            let part = self.kernels.loss(&sum.matrix, 1.0 / tokens as f64, a, b);
+            loss += part.map_err(gpu_error)?;
+        }
+        Ok(loss)
+    }
+}
+
+impl Solver for GpuSolver {
+    fn choose_damping(&mut self, name: &str, weight: &Matrix) -> Result<()> {
+        let (sample, _) = sample_columns(weight, SAMPLE_COLUMNS);
+        let layout = Layout::uniform(3, 128, sample.rows)?;
+        check_weight(name, &sample, &layout)?;
+        let placed = self.upload(&sample)?;
+        let mut best: Option<(f64, InUse)> = None;
+        for damping in DAMPINGS {
+            self.factor = None;
+            self.factor = Some(self.make_factor(name, damping)?);
+            let codes = self.rounded(&placed, &layout)?;
+            let loss = self.loss(Rows::HoldOut, &placed, Some(codes.decoded()))?;
+            if best.as_ref().is_none_or(|b| loss < b.0) {
+                best = self.factor.take().map(|f| (loss, f));
+            }
+        }
+        self.factor = best.map(|(_, f)| InUse {
+            wanted: f.damping,
+            ..f
+        });
+        Ok(())
+    }
+
+    fn set_damping(&mut self, name: &str, damping: f64) -> Result<()> {
+        if self.factor.as_ref().is_none_or(|f| f.wanted != damping) {
+            self.factor = None;
+            self.factor = Some(self.make_factor(name, damping)?);
+        }
+        Ok(())
+    }
+
+    fn damping(&self) -> (f64, u32) {
+        (self.in_use().damping, self.in_use().retries)
+    }
+
+    fn curve(&mut self, name: &str, weight: &Matrix) -> Result<Curve> {
+        let (sample, scale) = sample_columns(weight, SAMPLE_COLUMNS);
+        let placed = self.upload(&sample)?;
+        let mut points = Vec::new();
+        for layout in candidates(weight.rows)? {
+            check_weight(name, &sample, &layout)?;
+            let codes = self.rounded(&placed, &layout)?;
+            let loss = self.loss(Rows::HoldOut, &placed, Some(codes.decoded()))?;
+            points.push(Point {
+                bits: layout.bits(weight.cols),
+                layout,
+                loss: scale * loss,
+            });
+        }
+        Ok(Curve {
+            inputs: weight.rows,
+            outputs: weight.cols,
+            energy: scale * self.loss(Rows::HoldOut, &placed, None)?,
+            points,
+        })
+    }
+
+    fn round(
+        &mut self,
+        name: &str,
+        weight: &Matrix,
+        layout: &Layout,
+        rows: &[Rows],
+    ) -> Result<Rounded> {
+        check_weight(name, weight, layout)?;
+        let placed = self.upload(weight)?;
+        let codes = self.rounded(&placed, layout)?;
+        let mut losses = Vec::new();
+        for &rows in rows {
+            let loss = self.loss(rows, &placed, Some(codes.decoded()))?;
+            losses.push((loss, self.loss(rows, &placed, None)?));
+        }
+        let decoded = self.kernels.download(codes.decoded()).map_err(gpu_error)?;
+        let host = self.kernels.codes(&codes).map_err(gpu_error)?;
+        let (damping, damping_retries) = self.damping();
+        let quantized = Quantized {
+            inputs: weight.rows,
+            outputs: weight.cols,
+            layout: layout.clone(),
+            order: self.order.clone(),
+            codes: host.codes,
+            scale_codes: host.scale_codes,
+            scale_max: host.scale_max,
+            stats: Stats {
+                underflows: host.underflows,
+                damping,
+                damping_retries,
+            },
+        };
+        Ok(Rounded {
+            quantized,
+            decoded: Matrix::new(weight.rows, weight.cols, decoded)?,
+            losses,
+        })
+    }
+}
+
+/// Rows of errors that wait for a product, at most: groups of layouts that are measured have 128.
+const PANEL_ROWS: u64 = 128;
+/// Floats of scratch memory per column beside the rows: tables and sums of the scale search.
+const COLUMN_WORDS: u64 = 40;
+
+/// Device memory of Hessians with `inputs` features and of matrices with `weights` elements and
+/// `outputs` columns, the largest of each.
+pub(super) fn bytes(inputs: usize, weights: u64, outputs: u64) -> u64 {
+    // The matrix, its working copy, what it decodes to, codes and their scales.
+    let rounding = 14 * weights + 4 * (PANEL_ROWS + COLUMN_WORDS) * outputs;
+    CudaQuantizer::hessian_bytes(inputs) + rounding
+}

@@ -319,15 +319,11 @@ fn settings(job: &Job<'_>, given: Option<&Measurement>) -> Settings {
         converter: concat!("exl ", env!("CARGO_PKG_VERSION")).to_owned(),
         model: job.model_hash.clone(),
         calibration: job.calibration.hash(),
-        // The devices round differently: a result is all of one or all of the other.
         options: format!(
-            "head bits {:?}, measured {} x {}, measurement {given:?}, rope {:?}{}",
-            o.head_bits,
-            o.measure_rows,
-            o.measure_length,
-            o.load.rope,
-            if o.gpu.is_some() { ", on a GPU" } else { "" }
+            "head bits {:?}, measured {} x {}, measurement {given:?}, rope {:?}",
+            o.head_bits, o.measure_rows, o.measure_length, o.load.rope
         ),
+        gpu: o.gpu.is_some(),
     }
 }
 

@@ -35,6 +35,9 @@ pub(crate) struct Settings {
     pub(crate) calibration: String,
     /// Everything else that changes the result, as text.
     pub(crate) options: String,
+    /// Computed on a GPU: the devices round differently, and a result is all of one.
+    #[serde(default)]
+    pub(crate) gpu: bool,
 }
 
 /// The journal's directory, locked against other conversions.
@@ -214,6 +217,10 @@ impl Settings {
             "other calibration data"
         } else if self.converter != other.converter {
             "another version of this program"
+        } else if self.gpu && !other.gpu {
+            "a GPU at work (--device cuda)"
+        } else if other.gpu && !self.gpu {
+            "the CPU at work (--device cpu)"
         } else {
             "other options"
         }
@@ -306,6 +313,7 @@ mod tests {
             model: model.to_owned(),
             calibration: "c".to_owned(),
             options: "o".to_owned(),
+            gpu: false,
         }
     }
 
@@ -334,6 +342,24 @@ mod tests {
         assert!(second.to_string().contains("in use"), "{second}");
         drop(first);
         Work::open(&dir.0, &settings("a"), false).unwrap();
+    }
+
+    #[test]
+    fn a_conversion_goes_on_where_it_computed() {
+        let dir = Dir::new("device");
+        let there = Settings {
+            gpu: true,
+            ..settings("a")
+        };
+        for (begun, other, flag) in [
+            (&there, &settings("a"), "--device cuda"),
+            (&settings("a"), &there, "--device cpu"),
+        ] {
+            drop(Work::open(&dir.0, begun, true).unwrap());
+            let error = Work::open(&dir.0, other, false).unwrap_err().to_string();
+            assert!(error.contains(flag), "{error}");
+            drop(Work::open(&dir.0, begun, false).unwrap());
+        }
     }
 
     #[test]

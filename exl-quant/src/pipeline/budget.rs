@@ -270,7 +270,7 @@ pub(super) fn check_device_memory(
 /// Device memory of a conversion, in bytes.
 #[derive(Clone, Copy, Debug)]
 struct DeviceNeed {
-    /// Weights of one part of the model, and those that replace them.
+    /// Weights of layers and heads.
     weights: u64,
     /// Activations and cache of one row.
     row: u64,
@@ -294,7 +294,8 @@ impl DeviceNeed {
         let layers = (0..spec.layers.len())
             .map(|l| of(Module::Attention(l)) + of(Module::Mlp(l)))
             .max();
-        let ends = 2 * of(Module::Head).max(of(Module::Embedding));
+        // The heads of the original, of the model compared with it, and of the one before that.
+        let ends = (3 * of(Module::Head)).max(of(Module::Embedding));
         let key = Machine::key(length);
         let plans = [
             BlockPart::Layer(0),
@@ -312,7 +313,8 @@ impl DeviceNeed {
             + kv.bytes(key.pages_per_seq + 1)
             + kv.bytes(2);
         Self {
-            weights: (2 * layers.unwrap_or(0)).max(ends + layers.unwrap_or(0)),
+            // The weights of a plan leave when those of the next one are there.
+            weights: 2 * layers.unwrap_or(0) + ends,
             row: row as u64,
             solver: gpu_bytes(
                 inputs.unwrap_or(0),
@@ -336,7 +338,7 @@ impl DeviceNeed {
             allowed_gib: gib(allowed),
             limit,
             what: format!(
-                "weights of a layer {:.2}, activations of a row {:.2}, Hessians and a matrix {:.2}",
+                "weights of layers and heads {:.2}, activations of a row {:.2}, Hessians and a matrix {:.2}",
                 gib(self.weights),
                 gib(self.row),
                 gib(self.solver)

@@ -2,6 +2,7 @@
 #![allow(missing_docs, unreachable_pub, reason = "the structs are generated")]
 
 use std::ffi::OsString;
+use std::path::PathBuf;
 
 xflags::xflags! {
     /// Tasks of the exl workspace.
@@ -38,6 +39,12 @@ xflags::xflags! {
             optional --json
             /// Print registers and spills of every kernel.
             optional -v, --verbose
+        }
+
+        /// Make a folder that tests and measures exl on a GPU machine without cargo.
+        cmd bundle {
+            /// Where to put it (default: target/bundle).
+            optional --out folder: PathBuf
         }
 
         /// Compute the golden fixtures of exl-models anew, with PyTorch and transformers from PyPI.

@@ -77,6 +77,18 @@ fn choose(list: &str) -> Result<Vec<&'static str>> {
     Ok(chosen.collect())
 }
 
+/// The whole pack.
+pub(crate) fn run_all(sh: &Shell) -> Result<()> {
+    let flags = flags::Kernels {
+        arch: None,
+        check: false,
+        jobs: None,
+        json: false,
+        verbose: false,
+    };
+    run(sh, &flags)
+}
+
 /// Makes the pack ready for the GPUs of this machine, if it has any: only for those, as the others
 /// take minutes.
 pub(crate) fn run_for_this_machine(sh: &Shell) -> Result<()> {

@@ -400,7 +400,7 @@ fn gpu_rows_do_not_depend_on_their_number() {
         deterministic: true,
         ..RunOptions::default()
     });
-    const ROWS: usize = 19;
+    const ROWS: usize = 70;
     let mut rng = Rng(7);
     let quant = rng.gptq(DIM, WIDE);
     let dense: Vec<f16> = rng

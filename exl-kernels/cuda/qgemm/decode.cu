@@ -12,36 +12,9 @@
 // rows of all of them (walk.cuh) and keeps sums of its own in shared memory, which are added in the
 // warps' order: a row's result depends on nothing but the row.
 
-#include "qgemm/epilogue.cuh"
-#include "qgemm/walk.cuh"
+#include "qgemm/task.cuh"
 
 namespace {
-
-constexpr int PARTS = 3;
-
-// Weights of the product that follows.
-struct NextPart {
-    const char* tiles;
-    u32 column_bytes;
-    int columns;
-};
-
-// What one launch computes. The host fills this struct word by word: lower/linear/few.rs.
-struct Task {
-    QMatrix matrix[PARTS];
-    Epilogue epilogue[PARTS];   // gate and up: of the gate; the second holds the other bias
-    const float* x;             // one row: [inputs]
-    const char* blocks[PARTS];  // several rows: what exl_block_x leaves, by order
-    int rows, inputs;
-    int tiles;                  // column tiles of all parts; pairs of them
-    int slots;                  // tiles of a thread block whose sums fit shared memory
-    short gated, act, streams, orders;
-    u8 order[PARTS + 1];        // of the permutations, which one a part has
-    int next_gated;
-    NextPart next[PARTS];
-    int next_grid;              // 0: unknown
-    u32 next_bytes;             // of each part, at most
-};
 
 // Sum of one cell over the warps. Two shares first, as a warp that has both would add them.
 template <int WARPS>
@@ -65,7 +38,7 @@ struct Turn {
     // `step`.
     __device__ __forceinline__ Tiles tiles(int first, int count) const {
         const int begin = max(from, first), end = min(to, first + count);
-        return {begin - first, max(end - begin, 0), nullptr, begin - from};
+        return {begin - first, max(end - begin, 0), 1, nullptr, begin - from};
     }
 };
 
@@ -105,7 +78,7 @@ __device__ __forceinline__ void qgemm(const Task& task) {
     const int kept = task.streams ? x_bytes.scales : 0;   // bytes of x that are not here
     const int x_stride = (SUMS ? x_bytes.all : x_bytes.sums) - kept;
 
-    Walk<NT, ONE> walk;
+    Walk<NT, ONE, ONE> walk;
     walk.lane = threadIdx.x % WARP;
     walk.rows = rows;
     walk.x_block = rows * X_ROW;
@@ -204,7 +177,7 @@ __device__ __forceinline__ void qgemm(const Task& task) {
             }
             const bool more = part < parts;
             const Fold fold = more ? cursor.next() : Fold{{}, 0, 0, 1};
-            Feed feed(task.matrix[more ? part : 0], tiles, fold);
+            Feed<ONE> feed(task.matrix[more ? part : 0], tiles, fold);
             const int left = feed.left;
             walk.template open<KIND>(feed);
             if (!staged) stage();

@@ -2,11 +2,11 @@
 //
 // exl_dequant_f16_*: [columns, K] binary16 in packed row order, what the large products read: K N
 // bits / 8 bytes in, 2 K N bytes out, bound by memory. One warp per tile; a lane writes 16 bytes
-// of each of its four columns.
+// of each of its four columns. Row-major, or in blocks (gemm/blocked.cuh).
 // exl_dequant_f32_*: [K, N] in original feature order, for checks.
 
-#include "qgemm/tile.cuh"
-#include "qgemm/scales.cuh"
+#include "gemm/blocked.cuh"
+#include "qgemm/half.cuh"
 
 namespace {
 
@@ -23,16 +23,6 @@ __device__ __forceinline__ Place place(const QMatrix& m, int tile, int first_col
     return p;
 }
 
-// Four signed bytes as two pairs of 16-bit floats, times 2^(B - 8).
-template <int B>
-__device__ __forceinline__ void halves(u32 bytes, __half2& low, __half2& high) {
-    const __half2 less = __float2half2_rn(-1152.0f);
-    const __half2 f = __float2half2_rn(1.0f / float(1 << (8 - B)));
-    bytes ^= 0x80808080u;
-    low = __hmul2(__hadd2(as_half2(__byte_perm(bytes, 0x64646464u, 0x4140)), less), f);
-    high = __hmul2(__hadd2(as_half2(__byte_perm(bytes, 0x64646464u, 0x4342)), less), f);
-}
-
 // The codes of the calling lane, centred: register q gives pairs 2q and 2q+1.
 template <int B>
 __device__ __forceinline__ void centred(const char* at, int lane, __half2 (&v)[16]) {
@@ -47,7 +37,7 @@ __device__ __forceinline__ void centred(const char* at, int lane, __half2 (&v)[1
 template <int KIND>
 __device__ __forceinline__ void weights(const QMatrix& m, const Place& p, int lane,
                                         __half2 (&v)[16]) {
-    const Scales<KIND> scales(
+    const HalfScales<KIND> scales(
         ScaleCodes<KIND>::of(m, u32(p.column) * m.pieces, m.piece_of[p.block], lane >> 2));
     const char* at = m.tiles + m.column_bytes * p.column + p.offset;
     switch (p.bits) {
@@ -59,14 +49,7 @@ __device__ __forceinline__ void weights(const QMatrix& m, const Place& p, int la
         default: centred<8>(at, lane, v); break;
     }
 #pragma unroll
-    for (int i = 0; i < 16; ++i) {
-        int column = 2 * (i / 8) + (i / 2 & 1);
-        if constexpr (KIND == KIND_GPTQ) {
-            v[i] = __hadd2(v[i], __half2half2(__int2half_rn(scales.shift[column])));
-        }
-        // The scale is a 16-bit float, so the product is rounded once, as the format says.
-        v[i] = __hmul2(v[i], __float2half2_rn(scales.s[column]));
-    }
+    for (int i = 0; i < 16; ++i) v[i] = scales.weight(v[i], 2 * (i / 8) + (i / 2 & 1));
 }
 
 // Rows 8t..8t+7 of column g + 8 i.
@@ -76,9 +59,20 @@ __device__ __forceinline__ uint4 column_of(const __half2 (&v)[16], int i) {
                       as_u32(v[first + 5]));
 }
 
+// Where columns of a matrix go in an output of several: `group` at a time to every `pitch` rows of the
+// output, from row `first` on. Row-major when `blocks_k` is 0.
+struct Blocked {
+    int blocks_k, first, group, pitch;
+
+    __device__ __forceinline__ char* at(char* out, int column, int k) const {
+        const int row = first + column / group * pitch + column % group;
+        return out + blocked_at(row, k, blocks_k);
+    }
+};
+
 template <int KIND>
-__device__ __forceinline__ void dequant_f16(const QMatrix* matrix, __half* out, int first_column,
-                                            int columns) {
+__device__ __forceinline__ void dequant_f16(const QMatrix* matrix, char* out, int first_column,
+                                            int columns, const Blocked& blocked) {
     pdl_launch();
     const QMatrix& m = *matrix;
     int tile = blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP;
@@ -92,11 +86,19 @@ __device__ __forceinline__ void dequant_f16(const QMatrix* matrix, __half* out, 
     }
     pdl_wait();
     if (!any) return;
-    long long k = (long long)m.blocks * 32;
+    const int k = 32 * p.block + 8 * (lane & 3);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        long long row = (p.column - first_column) * 32ll + (lane >> 2) + 8 * i;
-        *reinterpret_cast<uint4*>(out + row * k + 32 * p.block + 8 * (lane & 3)) = column_of(v, i);
+        const int column = (p.column - first_column) * 32 + (lane >> 2) + 8 * i;
+        if (blocked.blocks_k == 0) {
+            const long long row_bytes = 64ll * m.blocks;
+            *reinterpret_cast<uint4*>(out + row_bytes * column + 2 * k) = column_of(v, i);
+            continue;
+        }
+        *reinterpret_cast<uint4*>(blocked.at(out, column, k)) = column_of(v, i);
+        if (p.block + 1 == m.blocks && m.blocks % 2) {   // the other half of the last block
+            *reinterpret_cast<uint4*>(blocked.at(out, column, k + 32)) = make_uint4(0, 0, 0, 0);
+        }
     }
 }
 
@@ -130,12 +132,14 @@ __device__ __forceinline__ void dequant_f32(const QMatrix* matrix, float* out, i
 }  // namespace
 
 extern "C" __global__ void __launch_bounds__(256, 3)
-    exl_dequant_f16_exl2(const QMatrix* m, __half* out, int first_column, int columns) {
-    dequant_f16<KIND_EXL2>(m, out, first_column, columns);
+    exl_dequant_f16_exl2(const QMatrix* m, char* out, int first_column, int columns,
+                         int blocks_k, int first, int group, int pitch) {
+    dequant_f16<KIND_EXL2>(m, out, first_column, columns, {blocks_k, first, group, pitch});
 }
 extern "C" __global__ void __launch_bounds__(256, 3)
-    exl_dequant_f16_gptq(const QMatrix* m, __half* out, int first_column, int columns) {
-    dequant_f16<KIND_GPTQ>(m, out, first_column, columns);
+    exl_dequant_f16_gptq(const QMatrix* m, char* out, int first_column, int columns,
+                         int blocks_k, int first, int group, int pitch) {
+    dequant_f16<KIND_GPTQ>(m, out, first_column, columns, {blocks_k, first, group, pitch});
 }
 extern "C" __global__ void __launch_bounds__(256, 3)
     exl_dequant_f32_exl2(const QMatrix* m, float* out, int outputs) {

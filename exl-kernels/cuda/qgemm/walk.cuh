@@ -25,12 +25,16 @@ constexpr bool LARGE = false;
 template <int NT>
 constexpr int RING = LARGE && NT != 2 ? 4608 : 2304;
 template <int NT>
-constexpr int SLOTS = LARGE && NT == 1 ? 4 : 3;
+constexpr int SLOTS = LARGE && NT == 1 ? 5 : 3;
 
 // Most blocks between two folds.
 constexpr int fold_blocks(int bits) { return bits > 4 ? 2 : 4; }
-// Blocks of a unit of the ring.
-constexpr int unit_blocks(int fold, int bits) { return fold == 1 ? 1 : fold_blocks(bits) / 2; }
+// Blocks of a unit of the ring. WIDE: twice as many of 2 bits, so that it has as many bytes as others.
+template <bool WIDE>
+constexpr int unit_blocks(int fold, int bits) {
+    if (WIDE && bits == 2) return fold;
+    return fold == 1 ? 1 : fold_blocks(bits) / 2;
+}
 // Most of them: room for x in a slot of a warp's ring, when x does not fit shared memory as a whole.
 constexpr int X_UNIT = 2;
 
@@ -49,9 +53,9 @@ struct Stretch {
     }
 };
 
-// Consecutive column tiles of one matrix; the sums of the first are at `sums`.
+// Column tiles of one matrix, `stride` apart; the sums of the first are at `sums`.
 struct Tiles {
-    int column, count;
+    int column, count, stride;
     float* sums;
     int step;   // floats from the sums of a tile to those of the next
 };
@@ -99,6 +103,7 @@ struct Cursor {
 };
 
 // Units of `blocks` blocks of [first, end) in a column tile after the other: the next one to load.
+template <bool WIDE>
 struct Feed {
     const QMatrix& m;
     Stretch run;
@@ -106,16 +111,17 @@ struct Feed {
     int first, end, block;
     int left;              // units
     const char* at;
-    u32 next_tile;         // from a tile's end to the next one's first unit
+    u64 next_tile;         // from a tile's end to the next one's first unit
     u32 place;             // column tile * pieces
+    u32 next_place;
 
     __device__ __forceinline__ Feed(const QMatrix& m, const Tiles& tiles, const Fold& part)
-        : m(m), run(part.run), blocks(unit_blocks(part.fold, part.run.run.bits)),
+        : m(m), run(part.run), blocks(unit_blocks<WIDE>(part.fold, part.run.run.bits)),
           weights(blocks * part.run.run.bits * 128), first(part.first), end(part.first + part.count),
-          block(part.first), place(tiles.column * m.pieces) {
+          block(part.first), place(tiles.column * m.pieces), next_place(tiles.stride * m.pieces) {
         const int units = part.count / blocks;
         left = units * tiles.count;
-        next_tile = u32(m.column_bytes) - units * weights;
+        next_tile = m.column_bytes * tiles.stride - u32(units * weights);
         at = m.tiles + m.column_bytes * tiles.column +
              (run.offset + (first - run.first) * (run.run.bits * 128));
     }
@@ -146,15 +152,18 @@ struct Feed {
         if (block == end) {
             block = first;
             at += next_tile;
-            place += m.pieces;
+            place += next_place;
         }
     }
 };
 
-// A warp at work. Lane 4g + t has columns g, g+8, g+16, g+24 of a tile and rows 4n + t of x. ONE: x is
-// what RowStage makes of one row.
-template <int NT, bool ONE>
+// A warp at work. Lane 4g + t has columns g, g+8, g+16, g+24 of a tile and rows 4n + t of x. ONE: one
+// row, x in chunks of ROW_CHUNK bytes. WIDE: x is never streamed.
+template <int NT, bool ONE, bool WIDE>
 struct Walk {
+    typedef Feed<WIDE> Units;
+
+
     int lane, rows;
     char* ring;
     int row[NT];          // the lane's rows
@@ -254,10 +263,10 @@ struct Walk {
 
     // Starts the copies of the next unit, if there is one.
     template <int KIND, int BYTES>
-    __device__ __forceinline__ void fetch(Feed& feed, char* slot, char* x_slot) const {
+    __device__ __forceinline__ void fetch(Units& feed, char* slot, char* x_slot) const {
         if (feed.left > 0) {
             feed.template load<KIND, BYTES>(slot, lane);
-            if (streams) {
+            if (!WIDE && streams) {
                 const char* source = from + (long long)feed.block * x_block;
                 for (int o = 0; 16 * lane + o < feed.blocks * int(x_block); o += 16 * WARP) {
                     cp_async_16(x_slot + o, source + o);
@@ -270,7 +279,7 @@ struct Walk {
 
     // Starts the first copies: as many as `run` keeps under way.
     template <int KIND>
-    __device__ __forceinline__ void open(Feed& feed) const {
+    __device__ __forceinline__ void open(Units& feed) const {
         const int bytes = feed.weights + ScaleCodes<KIND>::BYTES;
         const int depth = slots(RING<NT>, bytes, SLOTS<NT>);
 #pragma unroll 1
@@ -281,8 +290,8 @@ struct Walk {
 
     // All units of an opened feed; `left` of them.
     template <int KIND, int B, int FOLD>
-    __device__ __forceinline__ void pass(Feed& feed, const Tiles& tiles, int left) {
-        constexpr int BLOCKS = unit_blocks(FOLD, B), BYTES = BLOCKS * Sections<B>::BYTES;
+    __device__ __forceinline__ void pass(Units& feed, const Tiles& tiles, int left) {
+        constexpr int BLOCKS = unit_blocks<WIDE>(FOLD, B), BYTES = BLOCKS * Sections<B>::BYTES;
         constexpr int SLOT = BYTES + ScaleCodes<KIND>::BYTES;
         constexpr int DEPTH = slots(RING<NT>, SLOT, SLOTS<NT>);
         static_assert(DEPTH > 1, "one unit is under way while another is used");
@@ -296,7 +305,7 @@ struct Walk {
             cp_async_wait<DEPTH - 1>();
             __syncwarp();
             unit<KIND, B, BLOCKS, FOLD>(ring + slot * SLOT, block,
-                                        streams ? slot * x_slot : place_of(block));
+                                        !WIDE && streams ? slot * x_slot : place_of(block));
             __syncwarp();
             fetch<KIND, BYTES>(feed, ring + slot * SLOT, x_ring + slot * x_slot);
             slot = slot + 1 == DEPTH ? 0 : slot + 1;
@@ -309,7 +318,7 @@ struct Walk {
         }
     }
     template <int KIND, int B>
-    __device__ __forceinline__ void folds(Feed& feed, const Tiles& tiles, int fold, int left) {
+    __device__ __forceinline__ void folds(Units& feed, const Tiles& tiles, int fold, int left) {
         if constexpr (fold_blocks(B) == 4) {
             if (fold == 4) return pass<KIND, B, 4>(feed, tiles, left);
         }
@@ -317,7 +326,7 @@ struct Walk {
         pass<KIND, B, 1>(feed, tiles, left);
     }
     template <int KIND>
-    __device__ __forceinline__ void run(Feed& feed, const Tiles& tiles, int fold, int left) {
+    __device__ __forceinline__ void run(Units& feed, const Tiles& tiles, int fold, int left) {
         if constexpr (KIND == KIND_GPTQ) {
             folds<KIND, 4>(feed, tiles, fold, left);
         } else {

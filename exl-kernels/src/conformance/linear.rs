@@ -46,6 +46,12 @@ pub(super) fn cases(quick: bool) -> Vec<Case> {
         }
         list.push(gate_up_exl2(rows));
     }
+    // Wide enough for every way in which GPUs divide the work.
+    let rows: &[usize] = if quick { &[3] } else { &[1, 4, 30, 200] };
+    for &rows in rows {
+        list.push(qkv(rows));
+        list.push(gate_up_same_order(rows));
+    }
     list
 }
 
@@ -186,6 +192,92 @@ fn gate_up_dense(act: Activation, rows: usize) -> Case {
         }))?;
         Ok(vec![out])
     })
+}
+
+/// Three matrices in one order of the input, with biases, one with an in-place residual.
+fn qkv(rows: usize) -> Case {
+    const WIDTHS: [usize; 3] = [1440, 75, 320];
+    const MIXES: [&[(u8, u32)]; 3] = [
+        &[(6, 32), (4, 128), (4, 128), (4, 128), (4, 128)],
+        &[(5, 64), (3, 224), (2, 256)],
+        &[(8, 32), (2, 512)],
+    ];
+    // Measured up to 3e-4, as for one matrix.
+    Case::new(format!("linear::qkv/rows={rows}"), 1e-3, move |run| {
+        let mut rng = Rng::new(16);
+        let order = rng.permutation(544);
+        let matrix = |i: usize, rng: &mut Rng| {
+            let mut exl2 = Exl2::random(MIXES[i], WIDTHS[i].next_multiple_of(32), rng);
+            exl2.q_invperm.clone_from(&order);
+            QuantMatrix::from_exl2(&exl2.parts())
+        };
+        let matrices = [0, 1, 2].map(|i| matrix(i, &mut rng));
+        let matrices: Vec<QuantMatrix> = matrices.into_iter().collect::<Result<_>>()?;
+        let x = rng.floats(rows * 544);
+        let bias = WIDTHS.map(|n| rng.floats(n));
+        let mut out = WIDTHS.map(|n| vec![f32::NAN; rows * n]);
+        out[1] = rng.floats(rows * WIDTHS[1]);
+        let mut parts = Vec::new();
+        for (i, (matrix, out)) in matrices.iter().zip(&mut out).enumerate() {
+            // SAFETY: a residual may be the output itself (ops.rs).
+            let residual = (i == 1).then(|| unsafe {
+                Mem::from_raw(
+                    out.as_ptr().cast(),
+                    4 * out.len(),
+                    DType::F32,
+                    crate::Place::Host,
+                )
+            });
+            parts.push(LinearPart {
+                matrix: Matrix::Quant(matrix),
+                bias: Some(Mem::host(&bias[i])),
+                residual,
+                out: MemMut::host(out),
+                outputs: WIDTHS[i],
+            });
+        }
+        run(&mut Op::Linear(Linear {
+            x: Mem::host(&x),
+            rows,
+            inputs: 544,
+            parts,
+        }))?;
+        Ok(out.to_vec())
+    })
+}
+
+/// Gate and up in one order of the input.
+fn gate_up_same_order(rows: usize) -> Case {
+    const OUTPUTS: usize = 1100;
+    // Measured up to 3e-4.
+    Case::new(
+        format!("gate_up::exl2 in one order/rows={rows}"),
+        1e-3,
+        move |run| {
+            let mut rng = Rng::new(17);
+            let gate = Exl2::random(&[(5, 32), (3, 128), (2, 128)], 1120, &mut rng);
+            let mut up = Exl2::random(&[(4, 128), (4, 128), (2, 32)], 1120, &mut rng);
+            up.q_invperm.clone_from(&gate.q_invperm);
+            let gate = QuantMatrix::from_exl2(&gate.parts())?;
+            let up = QuantMatrix::from_exl2(&up.parts())?;
+            let x = rng.floats(rows * 288);
+            let bias = rng.floats(2 * OUTPUTS);
+            let mut out = vec![f32::NAN; rows * OUTPUTS];
+            run(&mut Op::GateUp(GateUp {
+                x: Mem::host(&x),
+                gate: Matrix::Quant(&gate),
+                up: Matrix::Quant(&up),
+                gate_bias: Some(Mem::host(&bias[..OUTPUTS])),
+                up_bias: Some(Mem::host(&bias[OUTPUTS..])),
+                out: MemMut::host(&mut out),
+                rows,
+                inputs: 288,
+                outputs: OUTPUTS,
+                act: Activation::Silu,
+            }))?;
+            Ok(vec![out])
+        },
+    )
 }
 
 fn gate_up_exl2(rows: usize) -> Case {

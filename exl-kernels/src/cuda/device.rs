@@ -10,6 +10,7 @@ use cudarc::driver::sys;
 use cudarc::driver::sys::CUfunction_attribute_enum as Attribute;
 
 use super::driver::{self, Api, DeviceInfo};
+use super::lower::{CLUSTER, CLUSTER_ARCHITECTURES, CLUSTER_KERNEL};
 use super::memory::DeviceRegion;
 use super::pack::Pack;
 use super::stream::{ReadyLaunch, Stream};
@@ -213,13 +214,55 @@ impl Device {
     pub fn open(ordinal: u32) -> Result<Arc<Self>> {
         let info = driver::describe(driver::driver()?, ordinal)?;
         let context = Arc::new(Context::new(ordinal)?);
-        Ok(Arc::new(Self {
+        let mut device = Self {
             functions: Mutex::default(),
             stream: Stream::on(context.clone())?,
             pack: Pack::embedded()?,
             info,
             context,
-        }))
+        };
+        let (module, props) = (CLUSTER_KERNEL.module, &device.info.props);
+        if CLUSTER_ARCHITECTURES.contains(&props.capability.0)
+            && device.pack.image(module, props.capability).is_ok()
+        {
+            device.info.props.clusters = device.clusters()?;
+        }
+        Ok(Arc::new(device))
+    }
+
+    /// Clusters of eight blocks that run at a time, each block alone on its multiprocessor.
+    fn clusters(&self) -> Result<u32> {
+        let shared = self.info.props.shared_per_block;
+        let (function, info) = self.function(CLUSTER_KERNEL, shared)?;
+        let mut attribute = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue { pad: [0; 64] },
+        };
+        attribute.value.clusterDim = sys::CUlaunchAttributeValue_union__bindgen_ty_1 {
+            x: CLUSTER as u32,
+            y: 1,
+            z: 1,
+        };
+        let config = sys::CUlaunchConfig {
+            gridDimX: CLUSTER as u32 * self.info.props.sms,
+            gridDimY: 1,
+            gridDimZ: 1,
+            blockDimX: info.max_threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: shared,
+            hStream: null_mut(),
+            attrs: &mut attribute,
+            numAttrs: 1,
+        };
+        let mut count = 0;
+        // SAFETY: the function is loaded; the pointers are to locals.
+        unsafe {
+            let api = self.context.bind()?;
+            api.occupancy_max_active_clusters(&mut count, function, &config)
+        }?;
+        Ok(count.unsigned_abs())
     }
 
     pub(super) fn context(&self) -> &Arc<Context> {

@@ -93,6 +93,8 @@ functions! {
         value: *mut c_int, attribute: sys::CUfunction_attribute, function: sys::CUfunction);
     func_set_attribute = cuFuncSetAttribute(
         function: sys::CUfunction, attribute: sys::CUfunction_attribute, value: c_int);
+    occupancy_max_active_clusters = cuOccupancyMaxActiveClusters(
+        count: *mut c_int, function: sys::CUfunction, config: *const sys::CUlaunchConfig);
     launch_kernel = cuLaunchKernelEx(
         config: *const sys::CUlaunchConfig, function: sys::CUfunction,
         arguments: *mut *mut c_void, extra: *mut *mut c_void);
@@ -289,6 +291,8 @@ pub(super) fn describe(driver: &Driver, ordinal: u32) -> Result<DeviceInfo> {
             threads_per_sm: attribute(
                 Attribute::CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_MULTIPROCESSOR,
             )?,
+            // What only a kernel tells: `Device::open`.
+            clusters: 0,
             l2_bytes: u64::from(attribute(Attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)?),
             memory_bytes: memory as u64,
         },

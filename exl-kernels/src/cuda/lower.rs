@@ -10,6 +10,7 @@ mod sample;
 use super::{DeviceProps, Kernel, Launch};
 use crate::Result;
 use crate::ops::{self, Op};
+pub(super) use linear::{CLUSTER, CLUSTER_ARCHITECTURES, CLUSTER_KERNEL};
 
 /// Device memory that the launches of one op may use. Ops run one after the other, so all of
 /// them share it.
@@ -86,8 +87,8 @@ pub fn link(launches: &mut [Launch]) {
 /// Bytes of scratch memory that the launches of an op need.
 pub fn scratch_bytes(op: &Op<'_>, props: &DeviceProps) -> u64 {
     match op {
-        Op::Linear(o) => linear::linear_scratch(o),
-        Op::GateUp(o) => linear::gate_up_scratch(o),
+        Op::Linear(o) => linear::linear_scratch(o, props),
+        Op::GateUp(o) => linear::gate_up_scratch(o, props),
         Op::PagedAttn(o) => attention::paged_attn_scratch(o, props),
         Op::Sample(o) => sample::sample_scratch(o, props),
         Op::HessianFactor(o) => quant::hessian_factor_scratch(o),

@@ -205,6 +205,11 @@ impl CudaMatrix {
         self.outputs.div_ceil(TILE_COLUMNS)
     }
 
+    /// First block of each share, and the end.
+    pub(crate) fn shares(&self) -> &[u16] {
+        &self.descriptor.shares[..=SHARES]
+    }
+
     pub(crate) fn blocks(&self) -> usize {
         self.inputs / BLOCK_ROWS
     }
@@ -233,6 +238,8 @@ impl CudaMatrix {
             ..bytemuck::Zeroable::zeroed()
         };
         descriptor.blocks = (inputs / BLOCK_ROWS) as u32;
+        descriptor.find_runs(&[(inputs / BLOCK_ROWS, 4)]);
+        descriptor.divide();
         descriptor.columns = outputs.div_ceil(TILE_COLUMNS) as u32;
         Self {
             inputs,

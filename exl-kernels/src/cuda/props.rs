@@ -15,6 +15,9 @@ pub struct DeviceProps {
     pub shared_per_sm: u32,
     /// Threads that one multiprocessor holds.
     pub threads_per_sm: u32,
+    /// Clusters of eight thread blocks, each block alone on its multiprocessor, that run at a time;
+    /// 0 where kernels for clusters are not compiled for.
+    pub clusters: u32,
     /// Bytes of the second-level cache.
     pub l2_bytes: u64,
     /// Bytes of device memory.
@@ -50,6 +53,11 @@ impl DeviceProps {
             shared_per_block: block << 10,
             shared_per_sm: sm << 10,
             threads_per_sm: threads,
+            clusters: if super::lower::CLUSTER_ARCHITECTURES.contains(&capability.0) {
+                sms / 8
+            } else {
+                0
+            },
             l2_bytes: l2 << 20,
             memory_bytes: memory << 30,
         };

@@ -7,6 +7,7 @@
 mod dense;
 mod f16;
 mod hessian;
+pub(super) mod wgmma;
 
 #[cfg(test)]
 mod tests;
@@ -25,6 +26,8 @@ pub(crate) static KERNELS: &[Kernel] = &[
     f16::TILES[0].kernel,
     f16::TILES[1].kernel,
     f16::TILES[2].kernel,
+    wgmma::TILES[0].kernel,
+    wgmma::TILES[1].kernel,
     dense::DENSE[0],
     dense::DENSE[1],
     dense::DENSE[2],

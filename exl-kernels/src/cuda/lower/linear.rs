@@ -10,15 +10,19 @@ use super::Target;
 use super::gemm;
 use crate::cuda::launch::Args;
 use crate::cuda::matrix::{CudaMatrix, ScaleKind};
-use crate::cuda::{Kernel, Launch};
+use crate::cuda::{DeviceProps, Kernel, Launch};
 use crate::ops::{self, Activation, LinearPart, Matrix};
 use crate::{DType, Error, Mem, Result};
 
-pub(in crate::cuda) use few::link;
+pub(in crate::cuda) use few::{CLUSTER, CLUSTER_ARCHITECTURES, link};
+
+/// The one of its module that takes most of a multiprocessor.
+pub(in crate::cuda) const CLUSTER_KERNEL: Kernel = few::CLUSTER_KERNELS[2];
 
 /// Entry points of quantized products.
 pub(crate) static KERNELS: &[Kernel] = &[
     few::BLOCK_X,
+    few::BLOCK_X_F16,
     few::KERNELS[0],
     few::KERNELS[1],
     few::KERNELS[2],
@@ -29,6 +33,10 @@ pub(crate) static KERNELS: &[Kernel] = &[
     few::KERNELS[7],
     few::KERNELS[8],
     few::KERNELS[9],
+    few::CLUSTER_KERNELS[0],
+    few::CLUSTER_KERNELS[1],
+    few::CLUSTER_KERNELS[2],
+    few::CLUSTER_KERNELS[3],
     many::DEQUANT[0],
     many::DEQUANT[1],
     DEQUANT_F32[0],
@@ -208,7 +216,7 @@ pub(super) fn dequant(
 }
 
 /// Bytes of scratch for a linear layer.
-pub(super) fn linear_scratch(o: &ops::Linear<'_>) -> u64 {
+pub(super) fn linear_scratch(o: &ops::Linear<'_>, props: &DeviceProps) -> u64 {
     let quant: Vec<&CudaMatrix> = o.parts.iter().filter_map(on_gpu).collect();
     if quant.is_empty() {
         return 0;
@@ -222,7 +230,7 @@ pub(super) fn linear_scratch(o: &ops::Linear<'_>) -> u64 {
             .max()
     });
     let few = few.into_iter().flatten().max();
-    many::scratch(&quant, o.rows, false).max(few.unwrap_or(0))
+    many::scratch(&quant, o.rows, false, props).max(few.unwrap_or(0))
 }
 
 fn on_gpu<'a>(part: &LinearPart<'a>) -> Option<&'a CudaMatrix> {
@@ -233,11 +241,11 @@ fn on_gpu<'a>(part: &LinearPart<'a>) -> Option<&'a CudaMatrix> {
 }
 
 /// Bytes of scratch for gate and up.
-pub(super) fn gate_up_scratch(o: &ops::GateUp<'_>) -> u64 {
+pub(super) fn gate_up_scratch(o: &ops::GateUp<'_>, props: &DeviceProps) -> u64 {
     match (o.gate, o.up) {
         (Matrix::Cuda(gate), Matrix::Cuda(up)) => {
             let few = few::scratch(&[gate, up], o.rows, o.inputs);
-            many::scratch(&[gate, up], o.rows, true).max(few)
+            many::scratch(&[gate, up], o.rows, true, props).max(few)
         }
         _ => 0,
     }

@@ -55,6 +55,8 @@ pub(crate) struct PrepareX {
     pub(crate) rows: usize,
     /// Columns, a multiple of 8.
     pub(crate) k: usize,
+    /// In blocks of zero-padded rows and columns (cuda/gemm/blocked.cuh) instead of row by row.
+    pub(crate) blocked: bool,
 }
 
 /// Gathers columns and rounds to 16 bits.
@@ -67,7 +69,7 @@ pub(crate) fn prepare_x(list: &mut Vec<Launch>, p: &PrepareX) {
         let grid = [p.rows.min(PREPARE_BLOCKS) as u32, 1, 1];
         (PREPARE_STAGED, grid, 2 * p.k)
     } else {
-        let across = (p.k / 8).div_ceil(PREPARE_THREADS);
+        let across = p.k.div_ceil(8 * PREPARE_THREADS);
         let down = p.rows.min(PREPARE_BLOCKS.div_ceil(across));
         (PREPARE, [across as u32, down as u32, 1], 0)
     };
@@ -82,7 +84,12 @@ pub(crate) fn prepare_x(list: &mut Vec<Launch>, p: &PrepareX) {
             .ptr(p.out)
             .int(p.rows)
             .int(p.k)
-            .int(usize::from(vectors(&[p.x], &[p.k], 4))),
+            .int(usize::from(vectors(&[p.x], &[p.k], 4)))
+            .int(if p.blocked {
+                super::wgmma::blocks(p.k)
+            } else {
+                0
+            }),
     });
 }
 

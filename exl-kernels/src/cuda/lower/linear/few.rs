@@ -8,6 +8,7 @@ use crate::cuda::{DeviceProps, Kernel, Launch};
 use crate::ops;
 
 const MODULE: &str = "qgemm/decode";
+const CLUSTER_MODULE: &str = "qgemm/cluster";
 
 /// By variant and kind of scales.
 pub(super) const KERNELS: [Kernel; 2 * VARIANTS.len()] = [
@@ -22,6 +23,15 @@ pub(super) const KERNELS: [Kernel; 2 * VARIANTS.len()] = [
     Kernel::new(MODULE, "exl_qgemm_rows32_exl2"),
     Kernel::new(MODULE, "exl_qgemm_rows32_gptq"),
 ];
+/// With 16-bit floats by clusters of thread blocks: by most rows and kind of scales.
+pub(super) const CLUSTER_KERNELS: [Kernel; 4] = [
+    Kernel::new(CLUSTER_MODULE, "exl_qgemm_f16_rows16_exl2"),
+    Kernel::new(CLUSTER_MODULE, "exl_qgemm_f16_rows16_gptq"),
+    Kernel::new(CLUSTER_MODULE, "exl_qgemm_f16_rows32_exl2"),
+    Kernel::new(CLUSTER_MODULE, "exl_qgemm_f16_rows32_gptq"),
+];
+/// Gathers several rows of x as 16-bit floats in the order of a matrix.
+pub(super) const BLOCK_X_F16: Kernel = Kernel::new(CLUSTER_MODULE, "exl_block_x_f16");
 /// Gathers and rounds several rows of x in the order of a matrix.
 pub(super) const BLOCK_X: Kernel = Kernel::new(MODULE, "exl_block_x");
 
@@ -29,6 +39,8 @@ pub(super) const BLOCK_X: Kernel = Kernel::new(MODULE, "exl_block_x");
 const VARIANTS: [usize; 5] = [1, 4, 8, 16, 32];
 /// Beyond it, expanding the weights once is cheaper than passes over them.
 const MOST_ROWS: usize = 64;
+/// Major compute capabilities that cluster.cu is compiled for.
+pub(in crate::cuda) const CLUSTER_ARCHITECTURES: [u32; 2] = [9, 10];
 /// Columns of x with one scale, and of a block.
 const X_CHUNK: usize = 128;
 const X_BLOCK: usize = 32;
@@ -39,6 +51,14 @@ const ROW_CHUNK: usize = 4 * X_CHUNK;
 /// Blocks of x in a slot of a warp's ring (walk.cuh).
 const X_UNIT: usize = 2;
 const ALIGN: usize = 256;
+/// Thread blocks of a cluster; column tiles, warps, and bytes of a warp's ring in each of them
+/// (cluster.cu, half_walk.cuh).
+pub(in crate::cuda) const CLUSTER: usize = 8;
+const CLUSTER_WORKERS: usize = 8;
+const CLUSTER_WARPS: usize = 16;
+const CLUSTER_RING: usize = 3200;
+/// Rows for which 16-bit floats are faster than exact sums.
+const CLUSTER_ROWS: std::ops::RangeInclusive<usize> = 9..=32;
 
 /// The orders in which parts want their input.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -74,6 +94,8 @@ enum From {
     Blocks,
     /// The same, through a ring for each warp because it does not fit as a whole.
     Rings,
+    /// Gathered as 16-bit floats by a launch before; each block of a cluster copies its part.
+    Clusters,
 }
 
 /// How launches divide their work.
@@ -90,6 +112,8 @@ pub(super) struct Config {
     /// Tiles of a thread block whose sums are held at a time.
     slots: usize,
     from: From,
+    /// Blocks of x that a thread block of a cluster has; 0 without clusters.
+    x_blocks: usize,
     gated: bool,
     orders: Orders,
 }
@@ -103,14 +127,57 @@ impl Config {
         gated: bool,
         target: &Target<'_>,
     ) -> Option<Self> {
-        if rows > MOST_ROWS {
+        if rows > MOST_ROWS && !target.deterministic {
             return None;
         }
         let columns = matrices.iter().map(|m| m.columns());
         let tiles = if gated { columns.max()? } else { columns.sum() };
         // As few passes as shared memory allows.
-        let mut passes = rows.div_ceil(VARIANTS[VARIANTS.len() - 1])..=rows;
-        passes.find_map(|n| Self::pass(matrices, rows.div_ceil(n), (tiles, gated), target.props))
+        let least = rows.div_ceil(VARIANTS[VARIANTS.len() - 1]);
+        let passes = |n: usize| rows.div_ceil(n);
+        let work = (tiles, gated);
+        // The results of other numbers of rows are exact: these are not the same to the bit.
+        let clusters = |rows| Self::clusters(matrices, rows, work, target.props);
+        let found = (least..=rows)
+            .map(passes)
+            .take_while(|rows| CLUSTER_ROWS.contains(rows) && !target.deterministic)
+            .find_map(clusters);
+        let exact = |rows| Self::pass(matrices, rows, work, target.props);
+        found.or_else(|| (least..=rows).map(passes).find_map(exact))
+    }
+
+    /// By clusters, where there are any and shared memory is large enough.
+    fn clusters(
+        matrices: &[&CudaMatrix],
+        rows: usize,
+        (tiles, gated): (usize, bool),
+        props: &DeviceProps,
+    ) -> Option<Self> {
+        let each = if gated { 2 } else { 1 };
+        let clusters = (props.clusters as usize).min(tiles);
+        let orders = Orders::new(matrices);
+        let x_blocks = slice_blocks(matrices);
+        let x = orders.count * x_blocks * rows * X_ROW;
+        let used = CLUSTER_WARPS * CLUSTER_RING + x;
+        let slot = CLUSTER_WARPS * rows * 128 * each;
+        let most = (props.shared_per_block as usize).checked_sub(used)? / slot;
+        if clusters == 0 || most == 0 {
+            return None;
+        }
+        // Turns of equal length.
+        let mine = tiles.div_ceil(clusters).div_ceil(CLUSTER_WORKERS);
+        let slots = mine.div_ceil(mine.div_ceil(most));
+        Some(Self {
+            rows,
+            grid: clusters * CLUSTER,
+            shared: used + slots * slot,
+            tiles,
+            slots: each * slots,
+            from: From::Clusters,
+            x_blocks,
+            gated,
+            orders,
+        })
     }
 
     fn pass(
@@ -154,6 +221,7 @@ impl Config {
             tiles,
             slots: if gated { 2 * slots } else { slots },
             from,
+            x_blocks: 0,
             gated,
             orders,
         })
@@ -161,11 +229,41 @@ impl Config {
 
     /// The same for all passes: its warps are counted in the shared memory.
     fn kernel(&self, kind: ScaleKind) -> Kernel {
+        let columns = usize::from(kind == ScaleKind::Columns);
+        if self.from == From::Clusters {
+            return CLUSTER_KERNELS[2 * usize::from(self.rows > 16) + columns];
+        }
         let fits = |&most: &usize| self.rows <= most && (most > 1 || self.from == From::Row);
         let variant = VARIANTS.iter().position(fits);
-        let columns = usize::from(kind == ScaleKind::Columns);
         KERNELS[2 * variant.expect("a pass has at most 32 rows") + columns]
     }
+
+    /// Threads of a block.
+    fn threads(&self) -> usize {
+        32 * match self.from {
+            From::Clusters => CLUSTER_WARPS,
+            _ => warps(self.rows),
+        }
+    }
+
+    /// What prepares several rows of x.
+    fn block_x(&self) -> Kernel {
+        match self.from {
+            From::Clusters => BLOCK_X_F16,
+            _ => BLOCK_X,
+        }
+    }
+}
+
+/// Most blocks of x that a thread block of a cluster needs for any of the matrices, in whole chunks.
+fn slice_blocks(matrices: &[&CudaMatrix]) -> usize {
+    let share = |m: &CudaMatrix, i: usize| usize::from(m.shares()[i * SHARES / CLUSTER]);
+    let blocks = (0..CLUSTER).map(|rank| {
+        let first = matrices.iter().map(|m| share(m, rank)).min();
+        let end = matrices.iter().map(|m| share(m, rank + 1)).max();
+        end.unwrap_or(0) - first.unwrap_or(0)
+    });
+    blocks.max().unwrap_or(0)
 }
 
 /// Warps of a thread block (decode.cu: WARPS).
@@ -189,7 +287,7 @@ impl Ring {
             } else {
                 2304
             },
-            slots: if large && rows <= 4 { 4 } else { 3 },
+            slots: if large && rows <= 4 { 5 } else { 3 },
         }
     }
 }
@@ -273,7 +371,9 @@ const NEXT_BYTES: usize = 96 << 10;
 /// Tells every product which one follows, the first after the last, so that its last act is to ask for
 /// weights of that.
 pub(in crate::cuda) fn link(launches: &mut [Launch]) {
-    let is_product = |launch: &&Launch| KERNELS.contains(&launch.kernel);
+    let is_product = |launch: &&Launch| {
+        KERNELS.contains(&launch.kernel) || CLUSTER_KERNELS.contains(&launch.kernel)
+    };
     let mut next = launches.iter().find(is_product).cloned();
     for launch in launches.iter_mut().rev() {
         if let Some(next) = next.as_mut().filter(|_| is_product(&&*launch)) {
@@ -324,14 +424,20 @@ impl Product<'_> {
             };
             if self.config.from != From::Row {
                 for (order, part) in self.config.orders.firsts().enumerate() {
-                    list.push(block_x(x, self.matrices[part], blocks(order), rows));
+                    let kernel = self.config.block_x();
+                    list.push(block_x(
+                        kernel,
+                        x,
+                        self.matrices[part],
+                        (blocks(order), rows),
+                    ));
                 }
             }
             let blocks: [u64; MAX_PARTS] = std::array::from_fn(blocks);
             list.push(Launch {
                 kernel: self.config.kernel(self.matrices[0].kind()),
                 grid: [self.config.grid as u32, 1, 1],
-                block: [32 * warps(self.config.rows) as u32, 1, 1],
+                block: [self.config.threads() as u32, 1, 1],
                 shared_bytes: self.config.shared as u32,
                 args: Args::new().block(&self.task((first, rows), x, blocks)),
             });
@@ -367,14 +473,15 @@ impl Product<'_> {
         words.push(a | b << 8 | d << 16);
         debug_assert_eq!(words.len(), NEXT_WORD);
         words.extend([0; 2 * MAX_PARTS + 1]);
+        words.push(c.x_blocks as u64);
         words
     }
 }
 
 /// Gathers several rows of x for a matrix.
-fn block_x(x: u64, m: &CudaMatrix, out: u64, rows: usize) -> Launch {
+fn block_x(kernel: Kernel, x: u64, m: &CudaMatrix, (out, rows): (u64, usize)) -> Launch {
     Launch {
-        kernel: BLOCK_X,
+        kernel,
         // Eight warps, each for one chunk of one row.
         grid: [m.inputs().div_ceil(8 * X_CHUNK) as u32, rows as u32, 1],
         block: [256, 1, 1],

@@ -1,12 +1,14 @@
 //! Many rows: the weights become 16-bit floats in scratch memory, a range of columns at a time,
 //! and a dense product reads them.
 
-use super::super::gemm::{self, GemmF16, PrepareX};
+mod blocked;
+
+use super::super::gemm::{self, GemmF16, PrepareX, wgmma};
 use super::{LinearPart, instance};
 use crate::cuda::launch::Args;
 use crate::cuda::lower::Target;
 use crate::cuda::matrix::{CudaMatrix, TILE_COLUMNS};
-use crate::cuda::{Kernel, Launch};
+use crate::cuda::{DeviceProps, Kernel, Launch};
 use crate::ops;
 use crate::{Mem, Result};
 
@@ -44,9 +46,17 @@ fn chunk(m: &CudaMatrix) -> usize {
 }
 
 /// Bytes of scratch.
-pub(super) fn scratch(matrices: &[&CudaMatrix], rows: usize, gated: bool) -> u64 {
+pub(super) fn scratch(
+    matrices: &[&CudaMatrix],
+    rows: usize,
+    gated: bool,
+    props: &DeviceProps,
+) -> u64 {
     if matrices.is_empty() {
         return 0;
+    }
+    if wgmma::available(props) && (!gated || blocked::fuses(matrices[0], matrices[1])) {
+        return blocked::scratch(matrices, rows, gated, props);
     }
     sizes(matrices, rows, gated).iter().sum::<usize>() as u64
 }
@@ -72,8 +82,20 @@ fn prepare(list: &mut Vec<Launch>, x: u64, m: &CudaMatrix, rows: usize, out: u64
         out,
         rows,
         k: m.inputs(),
+        blocked: false,
     };
     gemm::prepare_x(list, &args);
+}
+
+/// Expands column tiles of a matrix.
+fn dequant(m: &CudaMatrix, columns: usize, args: Args) -> Launch {
+    Launch {
+        kernel: DEQUANT[instance(m.kind())],
+        grid: [(m.blocks() * columns).div_ceil(8) as u32, 1, 1],
+        block: [256, 1, 1],
+        shared_bytes: 0,
+        args,
+    }
 }
 
 /// One matrix: expand and multiply chunk by chunk. `product` is complete but for the weights'
@@ -91,17 +113,14 @@ fn product(
         if column >= product.n_out {
             break;
         }
-        list.push(Launch {
-            kernel: DEQUANT[instance(m.kind())],
-            grid: [(m.blocks() * columns).div_ceil(8) as u32, 1, 1],
-            block: [256, 1, 1],
-            shared_bytes: 0,
-            args: Args::new()
-                .ptr(m.address())
-                .ptr(product.b)
-                .int(first)
-                .int(columns),
-        });
+        let args = Args::new()
+            .ptr(m.address())
+            .ptr(product.b)
+            .int(first)
+            .int(columns);
+        // Row by row, not in blocks.
+        let args = [0; 4].into_iter().fold(args, Args::int);
+        list.push(dequant(m, columns, args));
         let floats = |address: u64| address + 4 * column as u64;
         let part = GemmF16 {
             out: floats(product.out),
@@ -125,6 +144,10 @@ pub(super) fn linear(
     target: &Target<'_>,
     list: &mut Vec<Launch>,
 ) -> Result<()> {
+    if wgmma::available(target.props) {
+        blocked::linear(o, parts, target, list);
+        return Ok(());
+    }
     let matrices: Vec<&CudaMatrix> = parts.iter().map(|p| p.0).collect();
     let at = regions(&matrices, o.rows, false, target);
     let mut prepared = None;
@@ -157,6 +180,10 @@ pub(super) fn gate_up(
     target: &Target<'_>,
     list: &mut Vec<Launch>,
 ) -> Result<()> {
+    if wgmma::available(target.props) && blocked::fuses(gate, up) {
+        blocked::gate_up(o, (gate, up), target, list);
+        return Ok(());
+    }
     let at = regions(&[gate, up], o.rows, true, target);
     let x = o.x.as_ptr() as u64;
     prepare(list, x, gate, o.rows, at.x);

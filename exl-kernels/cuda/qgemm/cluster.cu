@@ -1,0 +1,229 @@
+// exl_qgemm_f16_*: products of 9 to 32 rows with quantized matrices, by clusters of eight thread
+// blocks, with 16-bit floats.
+//
+// exl: arch sm_90a, sm_100
+// exl: spills-allowed exl_qgemm_f16_rows32_exl2 between column tiles, not in the loop over weights
+// exl: spills-allowed exl_qgemm_f16_rows32_gptq between column tiles, not in the loop over weights
+//
+// From some 9 rows on the exact sums of decode.cu take more time than the memory, and x no longer fits
+// a multiprocessor's shared memory. Here weights become 16-bit floats as the format says, x is rounded
+// to such, and the tensor cores sum in 32 bits. Each block of a cluster has an eighth of the rows of
+// the matrix, hence an eighth of x, which stays in its shared memory. Its warps take column tiles in
+// turn, two to a tile; what the blocks found is added through the cluster's shared memory.
+//
+// Expected bound: memory, K N bits / 8 bytes; about 3 instructions per 32 weights and row.
+#include "common/bulk.cuh"
+#include "qgemm/half_walk.cuh"
+#include "qgemm/task.cuh"
+
+namespace {
+
+constexpr int CLUSTER = 8;
+constexpr int WORKERS = 8;                     // column tiles of a block at a time
+constexpr int LANES = SHARES / CLUSTER;        // warps of a tile, each with one share of the rows
+static_assert(WORKERS * LANES == HALF_WARPS, "every warp works");
+
+__device__ __forceinline__ u32 at_rank(u32 address, u32 rank) {
+    u32 remote;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
+    return remote;
+}
+__device__ __forceinline__ float load_remote(u32 address) {
+    float v;
+    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(address));
+    return v;
+}
+
+// Cells of one place in all shares of the cluster. Loading and adding are apart so that loads overlap.
+struct Cells {
+    float v[CLUSTER * LANES];
+
+    // `at`: of the block's first share; its others are `stride` bytes apart.
+    __device__ __forceinline__ void load(u32 at, u32 stride) {
+#pragma unroll
+        for (int i = 0; i < CLUSTER * LANES; ++i) {
+            v[i] = load_remote(at_rank(at, i / LANES) + i % LANES * stride);
+        }
+    }
+    // In the order of the shares.
+    __device__ __forceinline__ float sum() const {
+        float s = 0.0f;
+#pragma unroll
+        for (int i = 0; i < CLUSTER * LANES; ++i) s += v[i];
+        return s;
+    }
+};
+
+// Adds up and stores row r of a column tile (of a pair of them) from the cluster's sums at `sums`.
+__device__ __forceinline__ void finish(const Task& task, int index, int r, const float* sums,
+                                       int cell, int slot) {
+    const int lane = threadIdx.x % WARP;
+    const u32 at = smem_address(sums + sum_at(r, lane));
+    Cells cells, up;
+    cells.load(at, 4 * cell);
+    if (task.gated) {
+        up.load(at + 4 * slot, 4 * cell);
+        finish_gated(task.epilogue[0], task.epilogue[1], task.act, r, index * 32 + lane,
+                     cells.sum(), up.sum());
+        return;
+    }
+    int part = 0;
+    while (part < PARTS - 1 && index >= task.matrix[part].columns) {
+        index -= task.matrix[part++].columns;
+    }
+    finish_linear(task.epilogue[part], r, index * 32 + lane, cells.sum());
+}
+
+// x of a block: blocks [first, end) of the packed rows.
+struct Slice {
+    int first, end;
+
+    __device__ __forceinline__ Slice(const Task& task, int rank) : first(1 << 30), end(0) {
+        const int parts = task.gated ? 2 : PARTS;
+        for (int i = 0; i < parts; ++i) {
+            const QMatrix& m = task.matrix[i];
+            if (m.columns == 0) continue;
+            first = min(first, int(m.shares[LANES * rank]));
+            end = max(end, int(m.shares[LANES * (rank + 1)]));
+        }
+        first = min(first, end);
+    }
+    __device__ __forceinline__ int blocks() const { return end - first; }
+};
+
+template <int KIND, int NT>
+__device__ __forceinline__ void qgemm(const Task& task) {
+    extern __shared__ __align__(1024) char shared[];
+    pdl_launch();
+    const int rows = task.rows;
+    const int warp = threadIdx.x / WARP, worker = warp / LANES;
+    const int rank = cluster_rank(), cluster = blockIdx.x / CLUSTER;
+    const int clusters = gridDim.x / CLUSTER;
+    const Slice slice(task, rank);
+
+    // Shared memory: sums [slots, 2 with a gate][WORKERS][LANES][rows][32]; rings of the warps; x of
+    // each order.
+    const int cell = rows * 32;             // floats of a share's sums of a tile
+    const int slot = HALF_WARPS * cell;
+    const int step = (task.gated ? 2 : 1) * slot;   // from a worker's tile to its next one
+    float* sums = reinterpret_cast<float*>(shared);
+    char* rings = reinterpret_cast<char*>(sums + task.slots * slot);
+    char* x_all = rings + HALF_WARPS * HALF_RING;
+    const int x_block = rows * X_ROW, x_stride = task.x_blocks * x_block;
+
+    HalfWalk<KIND, NT> walk;
+    walk.lane = threadIdx.x % WARP;
+    walk.rows = rows;
+    walk.x_block = x_block;
+    walk.ring = rings + warp * HALF_RING;
+#pragma unroll
+    for (int n = 0; n < NT; ++n) {
+        // Beyond the rows the last one is repeated; nobody reads those sums.
+        walk.offset[n] = min(8 * n + (walk.lane >> 2), rows - 1) * X_ROW + (walk.lane & 3) * 16;
+    }
+
+    const int parts = task.gated ? 2 : PARTS;
+    const int mine = cluster * task.tiles / clusters, mine_end = (cluster + 1) * task.tiles / clusters;
+    const auto stage = [&] {
+        pdl_wait();
+#pragma unroll 1
+        for (int order = 0; order < task.orders; ++order) {
+            char* to = x_all + order * x_stride;
+            const char* from = task.blocks[order] + (long long)slice.first * x_block;
+            const int bytes = slice.blocks() * x_block;
+            for (int i = 16 * threadIdx.x; i < bytes; i += 16 * blockDim.x) {
+                cp_async_16(to + i, from + i);
+            }
+        }
+        cp_async_commit();
+        cp_async_wait<0>();
+        __syncthreads();
+    };
+
+    bool staged = false;
+    const int at_once = WORKERS * (task.gated ? task.slots / 2 : task.slots);
+#pragma unroll 1
+    for (int from = mine; from < mine_end; from += at_once) {
+        const int end = min(from + at_once, mine_end);
+        float* own = sums + warp * cell;
+        for (int i = 0; i < task.slots; ++i) {
+            for (int j = walk.lane; j < cell; j += WARP) own[i * slot + j] = 0.0f;
+        }
+        __syncwarp();
+        // Through the warp's share of all parts. The first copies start before x is there.
+        Cursor cursor = {};
+        Tiles tiles = {};
+        int part = -1, first = 0;
+#pragma unroll 1
+        while (true) {
+            while (cursor.at >= cursor.end && part < parts) {
+                if (part >= 0 && !task.gated) first += task.matrix[part].columns;
+                if (++part == parts) break;
+                const QMatrix& m = task.matrix[part];
+                // The worker's tiles among those of the part.
+                const int last = min(end, first + m.columns);
+                const int skip = max(first - from - worker + WORKERS - 1, 0) / WORKERS;
+                const int begin = from + worker + skip * WORKERS;
+                const int count = max(last - begin + WORKERS - 1, 0) / WORKERS;
+                if (count == 0) continue;
+                tiles = {begin - first, count, WORKERS,
+                         own + skip * step + (task.gated ? part * slot : 0), step};
+                walk.x = x_all + task.order[part] * x_stride - slice.first * x_block;
+                cursor.enter(m, m.shares[warp % LANES + LANES * rank],
+                             m.shares[warp % LANES + LANES * rank + 1]);
+            }
+            const bool more = part < parts;
+            const Fold fold = more ? cursor.next() : Fold{{}, 0, 0, 1};
+            Feed<true> feed(task.matrix[more ? part : 0], tiles, fold);
+            const int left = feed.left;
+            walk.open(feed);
+            if (!staged) stage();
+            staged = true;
+            if (!more) break;
+            walk.run(feed, tiles, fold.fold, left);
+        }
+        cluster_sync();
+
+        // The block adds up the tiles of the worker of its number.
+        for (int i = 0; from + WORKERS * i + rank < end; ++i) {
+            const float* at = sums + i * step + rank * LANES * cell;
+            for (int r = warp; r < rows; r += HALF_WARPS) {
+                finish(task, from + WORKERS * i + rank, r, at, cell, slot);
+            }
+        }
+        cluster_meet();   // nobody reads the sums any more
+    }
+}
+
+}  // namespace
+
+#define ENTRY(NAME, KIND, NT)                                                                      \
+    extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1)                                    \
+        __launch_bounds__(HALF_WARPS* WARP, 1) NAME(const __grid_constant__ Task task) {          \
+        qgemm<KIND, NT>(task);                                                                    \
+    }
+ENTRY(exl_qgemm_f16_rows16_exl2, KIND_EXL2, 2)
+ENTRY(exl_qgemm_f16_rows16_gptq, KIND_GPTQ, 2)
+ENTRY(exl_qgemm_f16_rows32_exl2, KIND_EXL2, 4)
+ENTRY(exl_qgemm_f16_rows32_gptq, KIND_GPTQ, 4)
+
+// Several rows of x, gathered by a permutation and rounded to 16-bit floats: [blocks][rows][32]. One
+// warp per row and 128 columns.
+extern "C" __global__ void __launch_bounds__(256)
+    exl_block_x_f16(const float* x, const u32* perm, char* out, int rows, int inputs) {
+    pdl_launch();
+    const int lane = threadIdx.x % WARP, row = blockIdx.y;
+    const int chunk = blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP;
+    const int k = 128 * chunk + 4 * lane;
+    const uint4 from = features(perm, k, inputs);
+    pdl_wait();
+    if (k >= inputs) return;
+    float v[4];
+    gather(v, x + (long long)row * inputs, from, k, inputs);
+    ushort4 h;
+    h.x = __half_as_ushort(to_half_sat(v[0]));
+    h.y = __half_as_ushort(to_half_sat(v[1]));
+    h.z = __half_as_ushort(to_half_sat(v[2]));
+    h.w = __half_as_ushort(to_half_sat(v[3]));
+    *reinterpret_cast<ushort4*>(out + ((long long)(k / 32) * rows + row) * X_ROW + k % 32 * 2) = h;
+}

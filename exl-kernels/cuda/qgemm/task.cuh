@@ -1,0 +1,33 @@
+// What one launch of a product of few rows computes.
+#pragma once
+
+#include "qgemm/epilogue.cuh"
+#include "qgemm/walk.cuh"
+
+constexpr int PARTS = 3;
+
+// Weights of the product that follows.
+struct NextPart {
+    const char* tiles;
+    u32 column_bytes;
+    int columns;
+};
+
+// What one launch computes. The host fills this struct word by word: lower/linear/few.rs.
+struct Task {
+    QMatrix matrix[PARTS];
+    Epilogue epilogue[PARTS];   // gate and up: of the gate; the second holds the other bias
+    const float* x;             // one row: [inputs]
+    const char* blocks[PARTS];  // several rows: what exl_block_x leaves, by order
+    int rows, inputs;
+    int tiles;                  // column tiles of all parts; pairs of them
+    int slots;                  // tiles of a thread block (cluster.cu: of a worker) at a time, whose
+                                // sums fit shared memory
+    short gated, act, streams, orders;
+    u8 order[PARTS + 1];        // of the permutations, which one a part has
+    int next_gated;
+    NextPart next[PARTS];
+    int next_grid;              // 0: unknown
+    u32 next_bytes;             // of each part, at most
+    int x_blocks;               // cluster.cu: blocks of x of a thread block, at most; whole chunks
+};

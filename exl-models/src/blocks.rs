@@ -43,7 +43,8 @@ pub fn layer(
     mlp(b, layer, hidden)
 }
 
-/// The whole model: tokens of the step in, logits out unless no row wants them.
+/// The whole model: tokens of the step in, logits out unless no row wants them, and the tokens
+/// drawn from them if the key asks for that.
 ///
 /// The last MLP runs only for the rows that get logits: nothing else reads its result.
 pub fn decoder(b: &mut PlanBuilder, spec: &Spec) {
@@ -60,6 +61,9 @@ pub fn decoder(b: &mut PlanBuilder, spec: &Spec) {
         let rows = mlp(b, last, rows);
         let out = logits(b, spec, rows);
         b.output("logits", out);
+        if let Some(tokens) = b.sample(out) {
+            b.output("tokens", tokens);
+        }
     }
 }
 

@@ -17,5 +17,5 @@ pub use error::{Error, Result};
 pub use layout::{Module, Site, WeightKey, WeightKind, layout, sites};
 pub use load::{LoadOptions, ModelSource, Progress, Storage, check_finite};
 pub use model::{BlockPart, MemoryRequest, MemoryUse, Model, block_plan, memory_for, plan};
-pub use runner::{Backend, LogitRows, Runner, RunnerOptions, SeqSlice};
+pub use runner::{Backend, Draw, LogitRows, Runner, RunnerOptions, SampleParams, SeqSlice};
 pub use spec::{AttnSpec, EmbedSpec, HeadSpec, LayerSpec, LinearSpec, MlpSpec, NormSpec, Spec};

@@ -100,7 +100,8 @@ impl Model {
     }
 
     /// The forward pass for one shape. Output `logits` `[out_rows, vocab]`, absent when no row
-    /// wants any.
+    /// wants any; with [`PlanKey::sample`] also `tokens` I32 `[out_rows, 1]`, for which penalties
+    /// and blocked ids are applied to the logits.
     pub fn plan(&self, key: &PlanKey) -> Plan {
         plan(&self.spec, key)
     }
@@ -174,6 +175,7 @@ pub fn memory_for(spec: &Spec, weights: u64, request: &MemoryRequest) -> MemoryU
         seqs: 1,
         pages_per_seq: pages_per_seq.next_power_of_two(),
         out_rows: 1,
+        sample: None,
     };
     let seqs = request.seqs.max(1);
     let decode = PlanKey {

@@ -1,5 +1,6 @@
 //! Runs steps of a model: plans by shape, the KV cache, the executor.
 
+mod draw;
 mod pages;
 mod plans;
 
@@ -7,13 +8,15 @@ use std::sync::Arc;
 
 use exl_tensor::{
     Activations, Cpu, CpuOptions, CudaExecutor, CudaOptions, DType, Executor, Gpu, HostExecutor,
-    Isa, KvBuffers, PAGE_TOKENS, Phase, PlanKey, StepSeq,
+    Isa, KvBuffers, PAGE_TOKENS, Phase, PlanKey, SampleShape, StepSeq,
 };
 
 use crate::model::{MemoryUse, Model};
 use crate::{Error, Result};
 use pages::PageUses;
-use plans::{PlanCache, Ready};
+use plans::PlanCache;
+
+pub use draw::{Draw, SampleParams};
 
 /// Which rows of a slice get logits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -178,26 +181,52 @@ impl Runner {
     /// [`Error::Step`] when a token, a page or a length is out of range, or a page that the step
     /// writes is used in two places.
     pub fn step(&mut self, slices: &[SeqSlice<'_>]) -> Result<&[f32]> {
-        let key = self.key(slices)?;
-        self.uses.check(slices)?;
+        let key = self.key(slices, None)?;
+        self.run(&key, slices, &[])?;
         let ready = self.plans.ready(&self.model, &key)?;
-        let seqs: Vec<StepSeq<'_>> = slices.iter().map(step_seq).collect();
-        ready.step.fill(&seqs)?;
-        let Ready {
-            bound,
-            step,
-            logits,
-        } = ready;
-        self.executor.prepare(bound)?;
-        self.executor.run(bound, step, &mut self.kv)?;
-        match *logits {
-            Some(slot) => Ok(self.executor.values(bound, slot)?),
+        match ready.logits {
+            Some(slot) => Ok(self.executor.values(&ready.bound, slot)?),
             None => Ok(&[]),
         }
     }
 
-    /// The shape of a step: exact rows and sequences, pages rounded up to a power of two.
-    fn key(&self, slices: &[SeqSlice<'_>]) -> Result<PlanKey> {
+    /// As [`Runner::step`], and also draws the next token of every row that gets logits, where the
+    /// logits are; they are not copied. `draws` has one entry for each of these rows, slice by slice
+    /// and token by token. Tokens from `tokens` on do not exist, whatever the head says. Gives the
+    /// tokens in the same order, -1 for a row where a logit is NaN or no token is left; valid until
+    /// the next step.
+    ///
+    /// # Errors
+    /// As [`Runner::step`]; [`Error::Step`] when `draws` has another length, or without tokens.
+    pub fn step_drawn(
+        &mut self,
+        slices: &[SeqSlice<'_>],
+        draws: &[Draw<'_>],
+        tokens: usize,
+    ) -> Result<&[i32]> {
+        let shape = draw::shape(draws, tokens.min(self.model.spec().vocab))?;
+        let key = self.key(slices, Some(shape))?;
+        self.run(&key, slices, draws)?;
+        let ready = self.plans.ready(&self.model, &key)?;
+        match ready.tokens {
+            Some(slot) => Ok(self.executor.integers(&ready.bound, slot)?),
+            None => Ok(&[]),
+        }
+    }
+
+    fn run(&mut self, key: &PlanKey, slices: &[SeqSlice<'_>], draws: &[Draw<'_>]) -> Result<()> {
+        self.uses.check(slices)?;
+        let ready = self.plans.ready(&self.model, key)?;
+        let seqs: Vec<StepSeq<'_>> = slices.iter().map(step_seq).collect();
+        ready.step.fill_drawn(&seqs, draws)?;
+        self.executor.prepare(&ready.bound)?;
+        self.executor.run(&ready.bound, &ready.step, &mut self.kv)?;
+        Ok(())
+    }
+
+    /// The shape of a step: exact rows and sequences, pages rounded up to a power of two. Without
+    /// logits nothing is drawn.
+    fn key(&self, slices: &[SeqSlice<'_>], sample: Option<SampleShape>) -> Result<PlanKey> {
         for (i, slice) in slices.iter().enumerate() {
             self.check(i, slice)?;
         }
@@ -213,6 +242,7 @@ impl Runner {
         }
         let pages = slices.iter().map(|s| pages_needed(s)).max().unwrap_or(1);
         let single = slices.iter().all(|s| s.tokens.len() == 1);
+        let out_rows = slices.iter().map(|s| out_rows(s)).sum();
         Ok(PlanKey {
             phase: if single {
                 Phase::Decode
@@ -222,7 +252,8 @@ impl Runner {
             rows,
             seqs: slices.len(),
             pages_per_seq: pages.next_power_of_two(),
-            out_rows: slices.iter().map(|s| out_rows(s)).sum(),
+            out_rows,
+            sample: sample.filter(|_| out_rows > 0),
         })
     }
 

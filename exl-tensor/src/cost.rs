@@ -165,6 +165,14 @@ impl Meter<'_> {
             PlanOp::PagedAttn { args, .. } => self.attention(args, &mut cost),
             PlanOp::GatherRows { .. } => {}
             PlanOp::ScaleLogits { rows, dim, .. } => cost.flops = (rows * dim) as u64,
+            // Every logit is compared once; most are not changed, and none is read twice.
+            PlanOp::Sample {
+                rows, shape, out, ..
+            } => {
+                cost.flops = (rows * shape.tokens) as u64;
+                cost.activation_bytes =
+                    (rows * shape.tokens * 4 + self.plan.slot(*out).bytes()) as u64;
+            }
         }
         cost
     }

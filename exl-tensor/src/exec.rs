@@ -12,6 +12,8 @@ pub use host::HostExecutor;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use exl_kernels::DType;
+
 use crate::{Error, KvBuffers, Plan, Result, Slot, StepBlock, Weight, Weights};
 
 /// A plan with its weights resolved, ready to run.
@@ -110,8 +112,14 @@ pub trait Executor: std::fmt::Debug + Send {
     /// A slot's values, F32 `[rows, dim]`, on the host.
     ///
     /// # Errors
-    /// What the device reports.
+    /// What the device reports; [`Error::Step`] for a slot of another type.
     fn values(&mut self, bound: &Bound, slot: Slot) -> Result<&[f32]>;
+
+    /// A slot's integers, I32 `[rows, dim]`, on the host.
+    ///
+    /// # Errors
+    /// As [`Executor::values`].
+    fn integers(&mut self, bound: &Bound, slot: Slot) -> Result<&[i32]>;
 
     /// Bytes of the arena at present.
     fn arena_bytes(&self) -> usize;
@@ -130,6 +138,17 @@ pub trait Executor: std::fmt::Debug + Send {
         check_key(bound, step)?;
         (0..bound.plan().ops().len()).try_for_each(|i| self.run_op(bound, i, step, kv))
     }
+}
+
+fn check_dtype(bound: &Bound, slot: Slot, wanted: DType) -> Result<()> {
+    let info = bound.plan().slot(slot);
+    if info.dtype == wanted {
+        return Ok(());
+    }
+    let (name, found) = (&info.name, info.dtype);
+    Err(Error::Step(format!(
+        "slot {name} holds {found:?}, it was asked for as {wanted:?}"
+    )))
 }
 
 fn check_key(bound: &Bound, step: &StepBlock) -> Result<()> {

@@ -23,13 +23,13 @@ pub use exl_kernels::conformance;
 pub use exl_kernels::cpu::{Activations, Cpu, CpuOptions, Isa};
 /// GPUs that the driver sees, and what one is.
 pub use exl_kernels::cuda::{DeviceInfo, DeviceProps, probe};
-pub use exl_kernels::ops::{Activation, PAGE_TOKENS, RopeStyle};
+pub use exl_kernels::ops::{Activation, PAGE_TOKENS, RopeStyle, SAMPLE_WORDS, SampleParams};
 pub use exl_kernels::{DType, Exl2Parts, GptqParts, Group};
 pub use gpu::{Gpu, gpu_kernels};
 pub use kv::{KvBuffers, KvShape};
 pub use plan::{
-    AttnArgs, GateUpArgs, Part, Phase, Plan, PlanBuilder, PlanKey, PlanOp, RopeArgs, Slot,
-    SlotInfo, WeightId, WeightInfo,
+    AttnArgs, GateUpArgs, Part, Phase, Plan, PlanBuilder, PlanKey, PlanOp, RopeArgs, SampleShape,
+    Slot, SlotInfo, WeightId, WeightInfo,
 };
-pub use step::{StepBlock, StepField, StepSeq};
+pub use step::{StepBlock, StepDraw, StepField, StepSeq};
 pub use weight::{DenseWeight, QuantKind, QuantWeight, Weight, Weights};

@@ -42,6 +42,19 @@ pub struct PlanKey {
     pub pages_per_seq: usize,
     /// Rows that get logits.
     pub out_rows: usize,
+    /// Set when the plan also chooses the next token of every row that gets logits.
+    pub sample: Option<SampleShape>,
+}
+
+/// Sizes of the choice of tokens: widths of the step's arrays that [`PlanOp::Sample`] reads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct SampleShape {
+    /// Tokens that exist, at least 1 and at most the logits of a row; those beyond are padding.
+    pub tokens: usize,
+    /// Tokens seen that a row can hold for its penalties.
+    pub window: usize,
+    /// Ids that a row can exclude.
+    pub blocked: usize,
 }
 
 /// A slot's name, element type, size and life.
@@ -153,6 +166,13 @@ pub enum PlanOp {
         scale: f32,
         softcap: f32,
     },
+    Sample {
+        logits: Slot,
+        out: Slot,
+        rows: usize,
+        vocab: usize,
+        shape: SampleShape,
+    },
 }
 
 /// Arguments of [`PlanOp::GateUp`].
@@ -203,6 +223,7 @@ impl PlanOp {
             PlanOp::PagedAttn { .. } => "paged_attn",
             PlanOp::GatherRows { .. } => "gather_rows",
             PlanOp::ScaleLogits { .. } => "scale_logits",
+            PlanOp::Sample { .. } => "sample",
         }
     }
 
@@ -219,6 +240,7 @@ impl PlanOp {
                 .collect(),
             PlanOp::RopeAppend { q, k, v, .. } => vec![*q, *k, *v],
             PlanOp::PagedAttn { q, .. } => vec![*q],
+            PlanOp::Sample { logits, .. } => vec![*logits],
         }
     }
 
@@ -233,6 +255,7 @@ impl PlanOp {
             PlanOp::Linear { parts, .. } => parts.iter().map(|p| p.out).collect(),
             PlanOp::RopeAppend { q, .. } => vec![*q],
             PlanOp::ScaleLogits { x, .. } => vec![*x],
+            PlanOp::Sample { logits, out, .. } => vec![*logits, *out],
         }
     }
 }

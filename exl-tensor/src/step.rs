@@ -1,6 +1,6 @@
 //! Everything that changes from step to step, in one buffer at fixed offsets.
 
-use exl_kernels::ops::PAGE_TOKENS;
+use exl_kernels::ops::{PAGE_TOKENS, SAMPLE_WORDS, SampleParams};
 use exl_kernels::{DType, Mem};
 
 use crate::{Error, HostMemory, PlanKey, Result};
@@ -22,6 +22,13 @@ pub enum StepField {
     BlockTable,
     /// `[out_rows]` rows whose logits are wanted.
     OutRows,
+    /// `[out_rows, SAMPLE_WORDS]` how the tokens are chosen ([`SampleParams::to_words`]). This and
+    /// the following arrays are empty unless the key has a [`crate::SampleShape`].
+    SampleParams,
+    /// `[out_rows, window]` tokens seen, the newest first, then -1.
+    Recent,
+    /// `[out_rows, blocked]` ids that must not be drawn, then -1.
+    Blocked,
 }
 
 /// One sequence's share of a step.
@@ -35,6 +42,17 @@ pub struct StepSeq<'a> {
     pub pages: &'a [u32],
     /// Which of the new tokens' rows want logits, as a range of indices into `tokens`.
     pub logits: (usize, usize),
+}
+
+/// How the token of one row of logits is chosen.
+#[derive(Clone, Copy, Debug)]
+pub struct StepDraw<'a> {
+    /// Temperature, filters, penalties, and the number of the draw.
+    pub params: SampleParams,
+    /// Prompt and answer so far, the oldest token first.
+    pub recent: &'a [u32],
+    /// Ids that must not be drawn.
+    pub blocked: &'a [u32],
 }
 
 /// The step's integers (I32) for plans of one key.
@@ -59,7 +77,8 @@ impl StepBlock {
 
     /// Bytes of a block for this key.
     pub fn bytes_for(key: &PlanKey) -> usize {
-        offset(key, StepField::OutRows).0 + key.out_rows * 4
+        let (start, len) = offset(key, StepField::Blocked);
+        start + len * 4
     }
 
     /// The key it was made for.
@@ -74,7 +93,24 @@ impl StepBlock {
     /// # Errors
     /// [`Error::Step`] when the sequences exceed the key, or pages are missing.
     pub fn fill(&mut self, seqs: &[StepSeq<'_>]) -> Result<()> {
+        self.fill_drawn(seqs, &[])
+    }
+
+    /// As [`StepBlock::fill`], for a key with a [`crate::SampleShape`]: one draw for each row that
+    /// gets logits, in their order. Padding rows take the likeliest token of theirs.
+    ///
+    /// # Errors
+    /// As [`StepBlock::fill`]; also [`Error::Step`] when draws are missing or too many, or when one
+    /// does not fit the shape: penalties that reach back beyond the window, too many blocked ids.
+    pub fn fill_drawn(&mut self, seqs: &[StepSeq<'_>], draws: &[StepDraw<'_>]) -> Result<()> {
         self.check(seqs)?;
+        self.check_draws(seqs, draws)?;
+        self.set_seqs(seqs);
+        self.set_draws(draws);
+        Ok(())
+    }
+
+    fn set_seqs(&mut self, seqs: &[StepSeq<'_>]) {
         let key = self.key.clone();
         let mut row = 0;
         let mut out = 0;
@@ -100,7 +136,29 @@ impl StepBlock {
             }
         }
         self.pad(seqs.len(), row, out);
-        Ok(())
+    }
+
+    fn set_draws(&mut self, draws: &[StepDraw<'_>]) {
+        let (Some(shape), rows) = (self.key.sample, self.key.out_rows) else {
+            return;
+        };
+        let padding = StepDraw {
+            params: SampleParams::default(),
+            recent: &[],
+            blocked: &[],
+        };
+        let draws = draws.iter().copied().chain(std::iter::repeat(padding));
+        for (row, draw) in draws.take(rows).enumerate() {
+            let words = &mut self.field_mut(StepField::SampleParams)[row * SAMPLE_WORDS..];
+            words[..SAMPLE_WORDS].copy_from_slice(&draw.params.to_words());
+            let recent = &mut self.field_mut(StepField::Recent)[row * shape.window..];
+            set_ids(
+                &mut recent[..shape.window],
+                draw.recent.iter().rev().copied(),
+            );
+            let blocked = &mut self.field_mut(StepField::Blocked)[row * shape.blocked..];
+            set_ids(&mut blocked[..shape.blocked], draw.blocked.iter().copied());
+        }
     }
 
     fn set_row(&mut self, row: usize, token: i32, position: i32, slot: i32) {
@@ -152,10 +210,41 @@ impl StepBlock {
                     key.pages_per_seq
                 )));
             }
-            if seq.logits.1 > seq.tokens.len() {
+            if seq.logits.1 > seq.tokens.len() || seq.logits.0 > seq.logits.1 {
                 return Err(Error::Step(format!(
                     "sequence {i} wants logits of rows it lacks"
                 )));
+            }
+        }
+        Ok(())
+    }
+
+    fn check_draws(&self, seqs: &[StepSeq<'_>], draws: &[StepDraw<'_>]) -> Result<()> {
+        let refuse = |what: String| Err(Error::Step(what));
+        let rows: usize = seqs.iter().map(|s| s.logits.1 - s.logits.0).sum();
+        let Some(shape) = self.key.sample else {
+            if draws.is_empty() {
+                return Ok(());
+            }
+            return refuse(format!("a plan for {} draws no tokens", self.key));
+        };
+        if draws.len() != rows {
+            return refuse(format!("{} draws for {rows} rows of logits", draws.len()));
+        }
+        for (i, draw) in draws.iter().enumerate() {
+            let reach = draw.params.reach(draw.recent.len());
+            if reach > shape.window {
+                return refuse(format!(
+                    "draw {i}: penalties reach back over {reach} tokens, the plan holds {}",
+                    shape.window
+                ));
+            }
+            if draw.blocked.len() > shape.blocked {
+                return refuse(format!(
+                    "draw {i}: {} blocked ids, the plan holds {}",
+                    draw.blocked.len(),
+                    shape.blocked
+                ));
             }
         }
         Ok(())
@@ -198,8 +287,19 @@ impl StepBlock {
     }
 }
 
+/// Ids as far as they fit, then -1. An id beyond 31 bits becomes negative: no token either.
+fn set_ids(list: &mut [i32], ids: impl Iterator<Item = u32>) {
+    list.fill(-1);
+    for (to, id) in list.iter_mut().zip(ids) {
+        *to = id as i32;
+    }
+}
+
 /// Byte offset and length in elements of an array.
 fn offset(key: &PlanKey, field: StepField) -> (usize, usize) {
+    let (draws, window, blocked) = key
+        .sample
+        .map_or((0, 0, 0), |s| (key.out_rows, s.window, s.blocked));
     let sizes = [
         (StepField::Tokens, key.rows),
         (StepField::Positions, key.rows),
@@ -208,6 +308,9 @@ fn offset(key: &PlanKey, field: StepField) -> (usize, usize) {
         (StepField::KvLen, key.seqs),
         (StepField::BlockTable, key.seqs * key.pages_per_seq),
         (StepField::OutRows, key.out_rows),
+        (StepField::SampleParams, draws * SAMPLE_WORDS),
+        (StepField::Recent, draws * window),
+        (StepField::Blocked, draws * blocked),
     ];
     let mut start = 0;
     for (f, len) in sizes {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use exl_tensor::{
     Activation, AttnArgs, Bound, Buffer, CostReport, Cpu, CpuOptions, DType, Executor, GateUpArgs,
     HostExecutor, Isa, KvBuffers, KvShape, Part, Phase, Plan, PlanBuilder, PlanKey, RopeArgs,
-    RopeStyle, StepBlock, StepSeq, Weight, Weights, check,
+    RopeStyle, SampleParams, SampleShape, StepBlock, StepDraw, StepSeq, Weight, Weights, check,
 };
 
 const DIM: usize = 64;
@@ -104,6 +104,9 @@ fn record(key: &PlanKey) -> Plan {
     let logits = b.linear(h, &[part("head")])[0];
     b.scale_logits(logits, 0.5, 30.0);
     b.output("logits", logits);
+    if let Some(tokens) = b.sample(logits) {
+        b.output("tokens", tokens);
+    }
     b.finish()
 }
 
@@ -114,6 +117,7 @@ fn key(rows: usize, out_rows: usize) -> PlanKey {
         seqs: 1,
         pages_per_seq: 2,
         out_rows,
+        sample: None,
     }
 }
 
@@ -231,6 +235,95 @@ fn a_prepared_plan_runs_without_more_scratch_memory() {
     }
 }
 
+fn drawing(key: PlanKey, tokens: usize) -> PlanKey {
+    let shape = SampleShape {
+        tokens,
+        window: 8,
+        blocked: 2,
+    };
+    PlanKey {
+        sample: Some(shape),
+        ..key
+    }
+}
+
+#[test]
+fn tokens_are_chosen_at_the_end_of_the_plan() {
+    let (plain, key) = (key(6, 3), drawing(key(6, 4), VOCAB - 5));
+    let weights = weights();
+    let tokens = tokens(6);
+    let seq = StepSeq {
+        tokens: &tokens,
+        start: 0,
+        pages: &[1],
+        logits: (3, 6),
+    };
+    let mut step = StepBlock::new(&plain).expect("valid by construction");
+    step.fill(&[seq]).expect("valid by construction");
+    let bound = Bound::new(Arc::new(record(&plain)), &weights).expect("valid by construction");
+    let mut exec = executor(Isa::detect());
+    exec.prepare(&bound).expect("memory");
+    exec.run(&bound, &step, &mut kv())
+        .expect("valid by construction");
+    let logits = exec.slot(&bound, bound.plan().output("logits").unwrap());
+    let best = |row: usize, but: &[usize]| -> i32 {
+        let row = &logits[row * VOCAB..][..VOCAB - 5];
+        let allowed = (0..row.len()).filter(|id| !but.contains(id));
+        allowed.max_by(|&a, &b| row[a].total_cmp(&row[b])).unwrap() as i32
+    };
+    let first = best(1, &[]);
+    let expected = [best(0, &[]), best(1, &[first as usize])];
+
+    let blocked = [first as u32];
+    let draw = |params, blocked| StepDraw {
+        params,
+        recent: &tokens,
+        blocked,
+    };
+    let hot = SampleParams {
+        temperature: 1.5,
+        seed: 4,
+        repetition_penalty: 1.2,
+        ..SampleParams::default()
+    };
+    let greedy = SampleParams::default();
+    let draws = [draw(greedy, &[]), draw(greedy, &blocked), draw(hot, &[])];
+    let mut step = StepBlock::new(&key).expect("valid by construction");
+    step.fill_drawn(&[seq], &draws)
+        .expect("valid by construction");
+    let plan = Arc::new(record(&key));
+    let bound = Bound::new(plan.clone(), &weights).expect("valid by construction");
+    exec.prepare(&bound).expect("memory");
+    exec.run(&bound, &step, &mut kv())
+        .expect("valid by construction");
+    let out = plan.output("tokens").unwrap();
+    let drawn = exec.integers(&bound, out).unwrap().to_vec();
+    assert_eq!(drawn[..2], expected);
+    assert!((0..VOCAB as i32 - 5).contains(&drawn[2]), "{drawn:?}");
+    let error = exec.values(&bound, out).unwrap_err().to_string();
+    assert_eq!(
+        error,
+        "step: slot tokens holds I32, it was asked for as F32"
+    );
+    assert!(
+        exec.integers(&bound, plan.output("logits").unwrap())
+            .is_err()
+    );
+
+    let report = check(
+        (&mut exec, &mut kv()),
+        (&mut HostExecutor::reference().unwrap(), &mut kv()),
+        &bound,
+        &step,
+        &[],
+        |op| if op == "sample" { 0.0 } else { 2e-6 },
+    )
+    .expect("valid by construction");
+    let diff = report.diffs.last().unwrap();
+    assert_eq!((diff.op, diff.slot), ("sample", out));
+    assert_eq!(report.first_failure(), None);
+}
+
 #[test]
 fn two_rows_for_one_cache_slot_are_refused() {
     let key = key(4, 1);
@@ -294,6 +387,13 @@ fn costs_are_exact() {
         (102 * 2 * KV_HEADS * HEAD_DIM * 4) as u64
     );
     assert!(report.total.flops >= 2 * linear as u64);
+    // Choosing a token reads the logits once and writes one number.
+    let key = drawing(key, VOCAB - 5);
+    let drawn = CostReport::new(&record(&key), &kv().shape(), 100, bytes);
+    let extra = drawn.total.activation_bytes - report.total.activation_bytes;
+    assert_eq!(extra, 4 * (VOCAB - 5 + 1) as u64);
+    assert_eq!(drawn.launches, report.launches + 1);
+    assert!(drawn.scratch_bytes > report.scratch_bytes);
 }
 
 #[test]
@@ -306,4 +406,13 @@ fn a_plan_prints_one_line_per_op() {
         text.contains("paged_attn(%2) layer=0 heads=4/2 head_dim=16"),
         "{text}"
     );
+    let text = record(&drawing(key(2, 1), 45)).to_string();
+    let shape = "tokens=45 window=8 blocked=2";
+    assert!(
+        text.starts_with(&format!(
+            "plan prefill rows=2 seqs=1 pages_per_seq=2 out_rows=1 {shape}\n"
+        )),
+        "{text}"
+    );
+    assert!(text.contains(&format!("= sample(%10) {shape}")), "{text}");
 }

@@ -1,6 +1,9 @@
 //! The step block: offsets, padding, and what it refuses.
 
-use exl_tensor::{PAGE_TOKENS, Phase, PlanKey, StepBlock, StepField, StepSeq};
+use exl_tensor::{
+    PAGE_TOKENS, Phase, PlanKey, SAMPLE_WORDS, SampleParams, SampleShape, StepBlock, StepDraw,
+    StepField, StepSeq,
+};
 use proptest::prelude::*;
 
 fn key(rows: usize, seqs: usize, pages_per_seq: usize, out_rows: usize) -> PlanKey {
@@ -10,6 +13,29 @@ fn key(rows: usize, seqs: usize, pages_per_seq: usize, out_rows: usize) -> PlanK
         seqs,
         pages_per_seq,
         out_rows,
+        sample: None,
+    }
+}
+
+fn drawn(key: PlanKey, window: usize, blocked: usize) -> PlanKey {
+    let shape = SampleShape {
+        tokens: 100,
+        window,
+        blocked,
+    };
+    PlanKey {
+        sample: Some(shape),
+        ..key
+    }
+}
+
+/// Penalties over `range` tokens and `decay` more.
+fn penalised(range: u32, decay: u32) -> SampleParams {
+    SampleParams {
+        presence_penalty: 0.5,
+        penalty_range: range,
+        penalty_decay: decay,
+        ..SampleParams::default()
     }
 }
 
@@ -71,7 +97,163 @@ fn refuses_what_does_not_fit() {
     assert!(step.fill(&[outputs]).is_err());
 }
 
+#[test]
+fn draws_lie_beside_their_rows() {
+    let mut step = StepBlock::new(&drawn(key(3, 2, 1, 3), 4, 2)).unwrap();
+    let seq = |tokens, page, logits| StepSeq {
+        tokens,
+        start: 0,
+        pages: page,
+        logits,
+    };
+    let seqs = [seq(&[5], &[1], (0, 1)), seq(&[6, 7], &[2], (1, 2))];
+    let hot = SampleParams {
+        temperature: 0.7,
+        seed: 1 << 40,
+        counter: 3,
+        ..penalised(2, 2)
+    };
+    let draws = [
+        StepDraw {
+            params: hot,
+            recent: &[1, 2, 3, 4, 5],
+            blocked: &[9],
+        },
+        StepDraw {
+            params: SampleParams::default(),
+            recent: &[6, 7],
+            blocked: &[],
+        },
+    ];
+    step.fill_drawn(&seqs, &draws).unwrap();
+    let (params, _) = step.field(StepField::SampleParams).as_chunks();
+    let params: Vec<_> = params.iter().map(SampleParams::from_words).collect();
+    let greedy = SampleParams::default();
+    assert_eq!(params, [hot, greedy, greedy]);
+    let recent = [5, 4, 3, 2, 7, 6, -1, -1, -1, -1, -1, -1];
+    assert_eq!(step.field(StepField::Recent), recent);
+    assert_eq!(step.field(StepField::Blocked), [9, -1, -1, -1, -1, -1]);
+    assert_eq!(step.field(StepField::OutRows), [0, 2, 0]);
+    // Nothing of a step stays for the next.
+    step.fill_drawn(&seqs[..1], &draws[1..]).unwrap();
+    assert_eq!(step.field(StepField::Recent)[..5], [7, 6, -1, -1, -1]);
+    assert_eq!(step.field(StepField::Blocked), [-1; 6]);
+}
+
+#[test]
+fn a_key_without_draws_has_no_room_for_them() {
+    let plain = key(3, 2, 1, 3);
+    let step = StepBlock::new(&plain).unwrap();
+    for field in [
+        StepField::SampleParams,
+        StepField::Recent,
+        StepField::Blocked,
+    ] {
+        assert!(step.field(field).is_empty());
+    }
+    let words = 3 * (SAMPLE_WORDS + 4 + 2);
+    assert_eq!(
+        StepBlock::bytes_for(&drawn(plain.clone(), 4, 2)),
+        StepBlock::bytes_for(&plain) + 4 * words
+    );
+}
+
+#[test]
+fn refuses_draws_that_do_not_fit() {
+    let seq = StepSeq {
+        tokens: &[1],
+        start: 0,
+        pages: &[1],
+        logits: (0, 1),
+    };
+    let draw = |params, blocked| StepDraw {
+        params,
+        recent: &[1, 2, 3],
+        blocked,
+    };
+    let fill = |key: &PlanKey, draws: &[StepDraw<'_>]| {
+        let filled = StepBlock::new(key).unwrap().fill_drawn(&[seq], draws);
+        filled.map_err(|error| error.to_string())
+    };
+    let plain = key(1, 1, 1, 1);
+    let with = drawn(plain.clone(), 2, 1);
+    let greedy = draw(SampleParams::default(), &[]);
+    assert_eq!(fill(&with, &[greedy]), Ok(()));
+    assert_eq!(
+        fill(&with, &[]).unwrap_err(),
+        "step: 0 draws for 1 rows of logits"
+    );
+    assert!(fill(&with, &[greedy, greedy]).is_err());
+    assert!(fill(&plain, &[greedy]).unwrap_err().contains("no tokens"));
+    assert_eq!(
+        fill(&with, &[draw(penalised(u32::MAX, 0), &[])]).unwrap_err(),
+        "step: draw 0: penalties reach back over 3 tokens, the plan holds 2"
+    );
+    assert!(fill(&with, &[draw(penalised(1, 2), &[])]).is_err());
+    assert_eq!(fill(&with, &[draw(penalised(1, 1), &[])]), Ok(()));
+    assert_eq!(
+        fill(&with, &[draw(SampleParams::default(), &[1, 2])]).unwrap_err(),
+        "step: draw 0: 2 blocked ids, the plan holds 1"
+    );
+}
+
 proptest! {
+    #[test]
+    fn every_draw_finds_its_history(
+        histories in prop::collection::vec(prop::collection::vec(0u32..100, 0..40), 1..6),
+        blocked in prop::collection::vec(prop::collection::vec(0u32..100, 0..5), 6),
+        spare in 0usize..3,
+        (range, decay) in (0u32..20, 0u32..20),
+    ) {
+        let n = histories.len();
+        let reach = |h: &Vec<u32>| penalised(range, decay).reach(h.len());
+        let window = histories.iter().map(reach).max().unwrap();
+        let plain = key(n + spare, n + spare, 1, n + spare);
+        let with = drawn(plain.clone(), window, 4);
+        let pages: Vec<[u32; 1]> = (1..=n as u32).map(|p| [p]).collect();
+        let seqs: Vec<StepSeq<'_>> = pages
+            .iter()
+            .map(|pages| StepSeq { tokens: &[3], start: 7, pages, logits: (0, 1) })
+            .collect();
+        let draws: Vec<StepDraw<'_>> = histories
+            .iter()
+            .zip(&blocked)
+            .zip(0..)
+            .map(|((recent, blocked), counter)| {
+                let params = SampleParams { counter, ..penalised(range, decay) };
+                StepDraw { params, recent, blocked }
+            })
+            .collect();
+        let (mut a, mut b) = (StepBlock::new(&plain).unwrap(), StepBlock::new(&with).unwrap());
+        a.fill(&seqs).unwrap();
+        b.fill_drawn(&seqs, &draws).unwrap();
+        // The arrays of the plain step are the same and in the same order.
+        for field in [
+            StepField::Tokens, StepField::Positions, StepField::Slots, StepField::QStart,
+            StepField::KvLen, StepField::BlockTable, StepField::OutRows,
+        ] {
+            prop_assert_eq!(a.field(field), b.field(field));
+        }
+        let (params, rest) = b.field(StepField::SampleParams).as_chunks();
+        prop_assert_eq!((params.len(), rest.len()), (n + spare, 0));
+        for (row, words) in params.iter().enumerate() {
+            let padding = StepDraw { params: SampleParams::default(), recent: &[], blocked: &[] };
+            let draw = draws.get(row).unwrap_or(&padding);
+            prop_assert_eq!(SampleParams::from_words(words), draw.params);
+            let ids = |ids: &mut dyn Iterator<Item = u32>, width: usize| -> Vec<i32> {
+                let ids = ids.map(|id| id as i32).chain(std::iter::repeat(-1));
+                ids.take(width).collect()
+            };
+            let recent = &b.field(StepField::Recent)[row * window..][..window];
+            prop_assert_eq!(recent, ids(&mut draw.recent.iter().rev().copied(), window));
+            // All that the penalties look at is there.
+            let seen = recent.iter().filter(|&&id| id >= 0).count();
+            prop_assert!(seen >= draw.params.reach(draw.recent.len()));
+            let blocked = &b.field(StepField::Blocked)[row * 4..][..4];
+            prop_assert_eq!(blocked, ids(&mut draw.blocked.iter().copied(), 4));
+        }
+    }
+
     #[test]
     fn every_row_has_its_own_slot(
         lens in prop::collection::vec(1usize..40, 1..5),

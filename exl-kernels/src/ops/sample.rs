@@ -106,6 +106,16 @@ impl SampleParams {
         self.temperature < GREEDY_BELOW || self.top_k == 1
     }
 
+    /// How many of the newest tokens the penalties look at when there are `history`: the least
+    /// width of [`Sample::recent`].
+    pub fn reach(&self, history: usize) -> usize {
+        if !self.penalises() {
+            return 0;
+        }
+        let reach = (self.penalty_range as usize).saturating_add(self.penalty_decay as usize);
+        reach.min(history)
+    }
+
     fn penalises(&self) -> bool {
         self.repetition_penalty != 1.0
             || self.frequency_penalty != 0.0
@@ -324,6 +334,36 @@ mod tests {
             params.to_words()[9..13],
             [-1_985_229_329, 0x0123_4567, 0x7654_3210, -19_088_744]
         );
+    }
+
+    #[test]
+    fn penalties_reach_back_over_range_and_decay() {
+        let params = SampleParams {
+            penalty_range: 3,
+            penalty_decay: 4,
+            ..SampleParams::default()
+        };
+        assert_eq!(
+            params.reach(100),
+            0,
+            "without a penalty nothing is looked at"
+        );
+        for (repetition_penalty, frequency_penalty, presence_penalty) in
+            [(1.1, 0.0, 0.0), (1.0, -0.1, 0.0), (1.0, 0.0, 0.1)]
+        {
+            let params = SampleParams {
+                repetition_penalty,
+                frequency_penalty,
+                presence_penalty,
+                ..params
+            };
+            assert_eq!((params.reach(100), params.reach(5)), (7, 5));
+            let all = SampleParams {
+                penalty_range: u32::MAX,
+                ..params
+            };
+            assert_eq!(all.reach(100), 100);
+        }
     }
 
     #[test]

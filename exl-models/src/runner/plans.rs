@@ -14,6 +14,8 @@ pub(super) struct Ready {
     pub(super) step: StepBlock,
     /// Where the logits lie, if the plan computes any.
     pub(super) logits: Option<Slot>,
+    /// Where the tokens lie, if the plan draws any.
+    pub(super) tokens: Option<Slot>,
 }
 
 #[derive(Debug)]
@@ -68,12 +70,13 @@ impl PlanCache {
 impl Ready {
     fn new(model: &Model, key: &PlanKey) -> Result<Self> {
         let plan = Arc::new(model.plan(key));
-        let logits = plan.output("logits");
+        let (logits, tokens) = (plan.output("logits"), plan.output("tokens"));
         let step = StepBlock::new(key)?;
         Ok(Self {
             bound: Bound::new(plan, model.weights())?,
             step,
             logits,
+            tokens,
         })
     }
 }
@@ -95,6 +98,7 @@ mod tests {
             seqs: 1,
             pages_per_seq: 1,
             out_rows: 1,
+            sample: None,
         };
         let mut cache = PlanCache::new(2);
         for rows in [3, 4, 3, 5] {

@@ -3,6 +3,7 @@
 
 mod bad_input;
 mod common;
+mod drawn;
 mod golden;
 mod greedy;
 mod plans;

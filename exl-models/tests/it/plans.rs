@@ -15,6 +15,7 @@ fn key(phase: Phase, rows: usize, seqs: usize, out_rows: usize) -> PlanKey {
         seqs,
         pages_per_seq: 1,
         out_rows,
+        sample: None,
     }
 }
 

@@ -208,6 +208,7 @@ fn prepared_plans_over_quantized_weights_need_no_more_scratch_memory() {
                 seqs: 1,
                 pages_per_seq: 1,
                 out_rows: 1,
+                sample: None,
             };
             let bound = Bound::new(Arc::new(model.plan(&key)), model.weights()).unwrap();
             let mut step = StepBlock::new(&key).unwrap();

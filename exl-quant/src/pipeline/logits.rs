@@ -125,5 +125,6 @@ fn head_key(rows: usize) -> PlanKey {
         seqs: 1,
         pages_per_seq: 1,
         out_rows: 0,
+        sample: None,
     }
 }

@@ -76,6 +76,7 @@ impl Machine {
             seqs: 1,
             pages_per_seq: length.div_ceil(PAGE_TOKENS),
             out_rows: 0,
+            sample: None,
         }
     }
 

@@ -10,7 +10,7 @@ use exl_kernels::cuda::{
 use exl_kernels::{DType, Mem, MemMut};
 
 use super::regions::{Arena, Regions};
-use super::{Bound, Executor};
+use super::{Bound, Executor, check_dtype};
 use crate::{Error, Gpu, KvBuffers, Phase, Result, Slot, StepBlock, StepField};
 
 /// Plans whose launches are kept unless somebody says otherwise; more than a runner keeps ready.
@@ -261,6 +261,22 @@ impl CudaExecutor {
             .map_err(Error::Gpu)
     }
 
+    /// A slot's bytes on the host, after all that is queued.
+    fn fetch(&mut self, bound: &Bound, slot: Slot) -> Result<&[u8]> {
+        let bytes = bound.plan().slot(slot).bytes();
+        if self.from_gpu.len() < bytes {
+            self.from_gpu = PinnedMemory::new(self.gpu.device(), bytes).map_err(Error::Gpu)?;
+        }
+        let stream = self.gpu.device().stream();
+        let offset = bound.plan().arena().offset(slot);
+        // SAFETY: nothing touches the memory before the wait below.
+        let queued = unsafe { stream.copy_out_async(&self.arena, offset, &self.from_gpu, bytes) };
+        self.idle = false;
+        self.wait()?;
+        queued.map_err(Error::Gpu)?;
+        Ok(&self.from_gpu[..bytes])
+    }
+
     fn launch(&mut self, id: u64, range: Option<Range<usize>>) -> Result<()> {
         let overlap = self.options.overlap && self.gpu.device().overlaps_launches();
         let stream = self.gpu.device().stream();
@@ -336,19 +352,13 @@ impl Executor for CudaExecutor {
     }
 
     fn values(&mut self, bound: &Bound, slot: Slot) -> Result<&[f32]> {
-        let info = bound.plan().slot(slot);
-        let bytes = info.bytes();
-        if self.from_gpu.len() < bytes {
-            self.from_gpu = PinnedMemory::new(self.gpu.device(), bytes).map_err(Error::Gpu)?;
-        }
-        let stream = self.gpu.device().stream();
-        let offset = bound.plan().arena().offset(slot);
-        // SAFETY: nothing touches the memory before the wait below.
-        let queued = unsafe { stream.copy_out_async(&self.arena, offset, &self.from_gpu, bytes) };
-        self.idle = false;
-        self.wait()?;
-        queued.map_err(Error::Gpu)?;
-        Ok(bytemuck::cast_slice(&self.from_gpu[..bytes]))
+        check_dtype(bound, slot, DType::F32)?;
+        Ok(bytemuck::cast_slice(self.fetch(bound, slot)?))
+    }
+
+    fn integers(&mut self, bound: &Bound, slot: Slot) -> Result<&[i32]> {
+        check_dtype(bound, slot, DType::I32)?;
+        Ok(bytemuck::cast_slice(self.fetch(bound, slot)?))
     }
 
     fn arena_bytes(&self) -> usize {
@@ -356,6 +366,7 @@ impl Executor for CudaExecutor {
     }
 
     fn write(&mut self, bound: &Bound, slot: Slot, values: &[f32]) -> Result<()> {
+        check_dtype(bound, slot, DType::F32)?;
         let info = bound.plan().slot(slot);
         if info.rows * info.dim != values.len() {
             let (what, want, have) = (&info.name, info.rows * info.dim, values.len());

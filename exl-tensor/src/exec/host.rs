@@ -6,7 +6,7 @@ use exl_kernels::cpu::Cpu;
 use exl_kernels::{DType, Mem, MemMut, reference};
 
 use super::regions::{Arena, Regions};
-use super::{Bound, Executor};
+use super::{Bound, Executor, check_dtype};
 use crate::plan::PlanOp;
 use crate::{Error, HostMemory, KvBuffers, KvShape, Result, Slot, StepBlock, StepField};
 
@@ -85,15 +85,21 @@ impl HostExecutor {
     }
 
     /// A slot's values, F32 `[rows, dim]`, until the next run.
+    ///
+    /// # Panics
+    /// When the slot holds integers.
     pub fn slot(&self, bound: &Bound, slot: Slot) -> &[f32] {
         let info = bound.plan().slot(slot);
         let region = self
             .arena
             .mem(bound.plan().arena().offset(slot), info.bytes(), info.dtype);
-        region.slice().expect("slots are F32 in host memory")
+        region.slice().expect("the slot is F32 in host memory")
     }
 
     /// A slot's values for writing.
+    ///
+    /// # Panics
+    /// When the slot holds integers.
     pub fn slot_mut(&mut self, bound: &Bound, slot: Slot) -> &mut [f32] {
         let info = bound.plan().slot(slot);
         let offset = bound.plan().arena().offset(slot);
@@ -101,7 +107,7 @@ impl HostExecutor {
         let mut region = unsafe { self.arena.mem_mut(offset, info.bytes(), info.dtype) };
         let view = region
             .slice_mut::<f32>()
-            .expect("slots are F32 in host memory");
+            .expect("the slot is F32 in host memory");
         // SAFETY: the region borrows the arena, which lives as long as `self`.
         unsafe { std::slice::from_raw_parts_mut(view.as_mut_ptr(), info.rows * info.dim) }
     }
@@ -152,7 +158,16 @@ impl Executor for HostExecutor {
     }
 
     fn values(&mut self, bound: &Bound, slot: Slot) -> Result<&[f32]> {
+        check_dtype(bound, slot, DType::F32)?;
         Ok(self.slot(bound, slot))
+    }
+
+    fn integers(&mut self, bound: &Bound, slot: Slot) -> Result<&[i32]> {
+        check_dtype(bound, slot, DType::I32)?;
+        let info = bound.plan().slot(slot);
+        let offset = bound.plan().arena().offset(slot);
+        let region = self.arena.mem(offset, info.bytes(), info.dtype);
+        Ok(region.slice().expect("the slot is I32 in host memory"))
     }
 
     fn arena_bytes(&self) -> usize {
@@ -160,6 +175,7 @@ impl Executor for HostExecutor {
     }
 
     fn write(&mut self, bound: &Bound, slot: Slot, values: &[f32]) -> Result<()> {
+        check_dtype(bound, slot, DType::F32)?;
         let view = self.slot_mut(bound, slot);
         if view.len() != values.len() {
             let what = &bound.plan().slot(slot).name;

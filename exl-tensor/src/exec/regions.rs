@@ -149,6 +149,24 @@ impl<'a> Regions<'a> {
                 scale: *scale,
                 softcap: *softcap,
             }),
+            PlanOp::Sample {
+                logits,
+                out,
+                rows,
+                vocab,
+                shape,
+            } => Op::Sample(ops::Sample {
+                logits: self.mem_mut(*logits),
+                params: self.arena.step(step, StepField::SampleParams),
+                recent: self.arena.step(step, StepField::Recent),
+                blocked: self.arena.step(step, StepField::Blocked),
+                out: self.mem_mut(*out),
+                rows: *rows,
+                vocab: *vocab,
+                tokens: shape.tokens,
+                window: shape.window,
+                blocked_width: shape.blocked,
+            }),
         }
     }
 

@@ -322,6 +322,23 @@ impl PlanBuilder {
         }
     }
 
+    /// Chooses the next token of each row of logits, when the key asks for it: I32 `[rows, 1]`.
+    /// The logits are changed in place by penalties and excluded ids.
+    pub fn sample(&mut self, logits: Slot) -> Option<Slot> {
+        let shape = self.key.sample?;
+        let (rows, vocab) = (self.rows(logits), self.dim(logits));
+        let out = self.new_slot("tokens", rows, 1);
+        self.slots[out.0 as usize].dtype = DType::I32;
+        self.push(PlanOp::Sample {
+            logits,
+            out,
+            rows,
+            vocab,
+            shape,
+        });
+        Some(out)
+    }
+
     /// Ends recording and lays out the arena.
     pub fn finish(mut self) -> Plan {
         let end = self.ops.len();

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use super::{Phase, Plan, PlanKey, PlanOp, Slot, WeightId};
+use super::{Phase, Plan, PlanKey, PlanOp, SampleShape, Slot, WeightId};
 
 impl fmt::Display for PlanKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -15,6 +15,20 @@ impl fmt::Display for PlanKey {
             f,
             "{phase} rows={} seqs={} pages_per_seq={} out_rows={}",
             self.rows, self.seqs, self.pages_per_seq, self.out_rows
+        )?;
+        match &self.sample {
+            Some(shape) => write!(f, " {shape}"),
+            None => Ok(()),
+        }
+    }
+}
+
+impl fmt::Display for SampleShape {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "tokens={} window={} blocked={}",
+            self.tokens, self.window, self.blocked
         )
     }
 }
@@ -161,6 +175,11 @@ impl fmt::Display for OpText<'_> {
                 x, scale, softcap, ..
             } => {
                 write!(f, "scale_logits({x}) scale={scale} softcap={softcap}")
+            }
+            PlanOp::Sample {
+                logits, out, shape, ..
+            } => {
+                write!(f, "{} = sample({logits}) {shape}", self.out(*out))
             }
         }
     }

@@ -272,6 +272,7 @@ fn decode_key(batch: usize, pages_per_seq: usize) -> PlanKey {
         seqs: batch,
         pages_per_seq: pages_per_seq.next_power_of_two(),
         out_rows: batch,
+        sample: None,
     }
 }
 

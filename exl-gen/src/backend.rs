@@ -1,6 +1,6 @@
 //! What the engine needs of a model.
 
-pub use exl_models::{LogitRows, SeqSlice};
+pub use exl_models::{Draw, LogitRows, SampleParams, SeqSlice};
 
 /// A step that did not work; the jobs in it fail, the engine goes on.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -30,18 +30,49 @@ pub trait Backend: Send {
     /// # Errors
     /// [`BackendError`]; what the step would have written is then undefined.
     fn step(&mut self, seqs: &[SeqSlice<'_>]) -> Result<&[f32], BackendError>;
+
+    /// Whether [`Backend::step_drawn`] works. The engine then uses it for every step with logits.
+    fn draws(&self) -> bool {
+        false
+    }
+
+    /// Runs one step and chooses the next token of each row that asks for logits: one of `draws`
+    /// for each, slice by slice and token by token. Tokens from `tokens` on do not exist. The
+    /// tokens must be those that [`crate::Sampler`] draws; -1 where a logit is NaN or no token is
+    /// left.
+    ///
+    /// # Errors
+    /// As [`Backend::step`]; always, where [`Backend::draws`] is false.
+    fn step_drawn(
+        &mut self,
+        _seqs: &[SeqSlice<'_>],
+        _draws: &[Draw<'_>],
+        _tokens: usize,
+    ) -> Result<&[i32], BackendError> {
+        Err(BackendError("the backend draws no tokens".to_owned()))
+    }
 }
 
 /// A model on its executor as a backend.
 #[derive(Debug)]
 pub struct RunnerBackend {
     runner: exl_models::Runner,
+    draws: bool,
 }
 
 impl RunnerBackend {
-    /// Wraps a runner; page ids are those of its cache.
+    /// Wraps a runner; page ids are those of its cache. Tokens are drawn where the logits are
+    /// when that is a GPU, so that no logits are copied; on the CPU the engine's sampler is faster.
     pub fn new(runner: exl_models::Runner) -> Self {
-        Self { runner }
+        let draws = matches!(runner.options().backend, exl_models::Backend::Cuda(..));
+        Self { runner, draws }
+    }
+
+    /// Draws tokens where the logits are, or not, whatever the device.
+    #[must_use]
+    pub fn with_draws(mut self, draws: bool) -> Self {
+        self.draws = draws;
+        self
     }
 
     /// The runner.
@@ -70,6 +101,21 @@ impl Backend for RunnerBackend {
     fn step(&mut self, seqs: &[SeqSlice<'_>]) -> Result<&[f32], BackendError> {
         self.runner
             .step(seqs)
+            .map_err(|error| BackendError(error.to_string()))
+    }
+
+    fn draws(&self) -> bool {
+        self.draws
+    }
+
+    fn step_drawn(
+        &mut self,
+        seqs: &[SeqSlice<'_>],
+        draws: &[Draw<'_>],
+        tokens: usize,
+    ) -> Result<&[i32], BackendError> {
+        self.runner
+            .step_drawn(seqs, draws, tokens)
             .map_err(|error| BackendError(error.to_string()))
     }
 }

@@ -9,7 +9,7 @@ use std::time::Instant;
 use exl_cache::SeqId;
 
 use crate::request::{Done, DoneReason, Event, JobId, Request, Timings};
-use crate::{Detokenizer, Result, Sampler, StopStrings, Tokenizer};
+use crate::{Detokenizer, Draw, Error, Result, Sampler, StopStrings, Tokenizer};
 
 /// Everything about one request from its submission to its end.
 pub(crate) struct Job {
@@ -105,27 +105,50 @@ impl Job {
         }
     }
 
-    /// Draws the next token; gives the reason when that ends the job.
-    pub(crate) fn draw(&mut self, logits: &mut [f32], tokenizer: &Tokenizer) -> Option<DoneReason> {
+    /// What the next draw needs to know, for a backend that draws by itself.
+    pub(crate) fn draw(&self) -> Draw<'_> {
         let index = self.new_tokens();
-        let blocked = if index < self.min_new {
-            &self.stop_tokens[..]
-        } else {
-            &[]
-        };
-        let sampled = match self
+        Draw {
+            params: self.sampler.params(index as u64),
+            recent: &self.tokens,
+            blocked: blocked(&self.stop_tokens, index < self.min_new),
+        }
+    }
+
+    /// Takes the token that the backend drew; gives the reason when that ends the job.
+    pub(crate) fn take_drawn(&mut self, token: i32, tokenizer: &Tokenizer) -> Option<DoneReason> {
+        let token = u32::try_from(token).map_err(|_| Error::Logits {
+            reason: "a logit is NaN (the weights may be damaged) or every token is excluded"
+                .to_owned(),
+        });
+        self.take(token, tokenizer)
+    }
+
+    /// Draws the next token; gives the reason when that ends the job.
+    pub(crate) fn sample(
+        &mut self,
+        logits: &mut [f32],
+        tokenizer: &Tokenizer,
+    ) -> Option<DoneReason> {
+        let index = self.new_tokens();
+        let blocked = blocked(&self.stop_tokens, index < self.min_new);
+        let sampled = self
             .sampler
-            .sample(logits, &self.tokens, blocked, index as u64)
-        {
-            Ok(sampled) => sampled,
+            .sample(logits, &self.tokens, blocked, index as u64);
+        self.take(sampled.map(|sampled| sampled.token), tokenizer)
+    }
+
+    fn take(&mut self, token: Result<u32>, tokenizer: &Tokenizer) -> Option<DoneReason> {
+        let token = match token {
+            Ok(token) => token,
             Err(error) => return Some(DoneReason::Error(error.to_string())),
         };
         self.first_token.get_or_insert_with(Instant::now);
-        self.tokens.push(sampled.token);
-        if self.stop_tokens.contains(&sampled.token) {
-            return Some(DoneReason::StopToken(sampled.token));
+        self.tokens.push(token);
+        if self.stop_tokens.contains(&token) {
+            return Some(DoneReason::StopToken(token));
         }
-        let (event, hit) = self.output.push(tokenizer, sampled.token);
+        let (event, hit) = self.output.push(tokenizer, token);
         if let Some(event) = event {
             self.send(event);
         }
@@ -163,6 +186,11 @@ impl Job {
             self.cancelled.store(true, Ordering::Release);
         }
     }
+}
+
+/// Ids that must not be drawn: the stop tokens while the answer is too short to end.
+fn blocked(stop_tokens: &[u32], too_short: bool) -> &[u32] {
+    if too_short { stop_tokens } else { &[] }
 }
 
 /// Tokens on their way to being shown.

@@ -14,7 +14,7 @@ mod stop;
 mod template;
 mod tokenizer;
 
-pub use backend::{Backend, BackendError, LogitRows, RunnerBackend, SeqSlice};
+pub use backend::{Backend, BackendError, Draw, LogitRows, RunnerBackend, SampleParams, SeqSlice};
 pub use engine::{Answer, Engine, EngineHandle, EngineOptions, JobStream};
 pub use error::{Error, Result};
 pub use request::{Done, DoneReason, Event, JobId, Request, Timings};

@@ -4,7 +4,7 @@
 //! blocked ids; temperature; top-k; top-p; min-p; the draw. Candidates are ordered by falling
 //! logit, equal ones by rising id, so a result never depends on how the work was done.
 
-use crate::{Error, Result};
+use crate::{Error, Result, SampleParams};
 
 mod candidates;
 mod penalties;
@@ -180,6 +180,25 @@ impl Sampler {
     /// The settings.
     pub fn settings(&self) -> &SamplerSettings {
         &self.settings
+    }
+
+    /// The settings of draw `index` for a [`crate::Backend`] that draws by itself.
+    pub fn params(&self, index: u64) -> SampleParams {
+        let settings = &self.settings;
+        let narrow = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+        SampleParams {
+            temperature: settings.temperature,
+            top_k: narrow(settings.top_k),
+            top_p: settings.top_p,
+            min_p: settings.min_p,
+            repetition_penalty: settings.repetition_penalty,
+            frequency_penalty: settings.frequency_penalty,
+            presence_penalty: settings.presence_penalty,
+            penalty_range: settings.penalty_range.map_or(u32::MAX, narrow),
+            penalty_decay: narrow(settings.penalty_decay),
+            seed: self.philox.key(),
+            counter: index,
+        }
     }
 
     /// Chooses the token number `index` of the answer. `logits` are changed on the way; `history`

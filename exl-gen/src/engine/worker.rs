@@ -3,6 +3,7 @@
 use std::any::Any;
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::slice::{ChunksExact, Iter};
 use std::sync::Arc;
 use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
@@ -15,7 +16,7 @@ use super::{EngineOptions, Shared};
 use crate::job::Job;
 use crate::request::{DoneReason, JobId};
 use crate::schedule::{Limits, next_start, share};
-use crate::{Backend, BackendError, LogitRows, SeqSlice, Tokenizer};
+use crate::{Backend, BackendError, Draw, LogitRows, SeqSlice, Tokenizer};
 
 /// All the engine can be told.
 pub(super) enum Command {
@@ -202,22 +203,15 @@ impl Worker {
         &mut self,
         shares: &[(usize, usize)],
     ) -> Result<Vec<(usize, DoneReason)>, BackendError> {
-        let vocab = self.backend.vocab_size();
-        let slices = slices(&self.running, &self.table, shares)?;
         let begin = Instant::now();
-        let logits = self.backend.step(&slices)?;
+        let tokens = self.tokenizer.vocab_size();
+        let mut rows = step(
+            self.backend.as_mut(),
+            (&self.running, shares),
+            &self.table,
+            tokens,
+        )?;
         let busy = begin.elapsed();
-        let wanted = slices
-            .iter()
-            .filter(|s| s.logits == LogitRows::Last)
-            .count();
-        if logits.len() != wanted * vocab {
-            return Err(BackendError(format!(
-                "{} logits for {wanted} rows of {vocab}",
-                logits.len()
-            )));
-        }
-        let mut rows = logits.chunks_exact(vocab.max(1));
         let mut ends = Vec::new();
         let (mut prompt, mut new) = (0, 0);
         for &(at, count) in shares {
@@ -227,15 +221,19 @@ impl Worker {
             if job.pending() > 0 {
                 continue;
             }
-            if let Some(row) = rows.next() {
-                self.row.clear();
-                self.row.extend_from_slice(row);
-                let before = job.new_tokens();
-                if let Some(reason) = job.draw(&mut self.row, &self.tokenizer) {
-                    ends.push((at, reason));
-                }
-                new += job.new_tokens() - before;
-            }
+            let before = job.new_tokens();
+            let end = match &mut rows {
+                Rows::Logits(rows) => rows.next().and_then(|row| {
+                    self.row.clear();
+                    self.row.extend_from_slice(row);
+                    job.sample(&mut self.row, &self.tokenizer)
+                }),
+                Rows::Tokens(rows) => rows
+                    .next()
+                    .and_then(|&token| job.take_drawn(token, &self.tokenizer)),
+            };
+            ends.extend(end.map(|reason| (at, reason)));
+            new += job.new_tokens() - before;
         }
         let mut stats = self.shared.stats();
         stats.steps += 1;
@@ -270,6 +268,47 @@ impl Worker {
         stats.load.running = self.running.len();
         stats.load.free_pages = self.table.free_pages();
     }
+}
+
+/// What a step gives for each job that is ready for its next token.
+enum Rows<'a> {
+    /// A row of logits, to be sampled here.
+    Logits(ChunksExact<'a, f32>),
+    /// A token drawn by the backend.
+    Tokens(Iter<'a, i32>),
+}
+
+/// One step of the backend, which draws the tokens if it can.
+fn step<'a>(
+    backend: &'a mut dyn Backend,
+    (running, shares): (&[Job], &[(usize, usize)]),
+    table: &PageTable,
+    tokens: usize,
+) -> Result<Rows<'a>, BackendError> {
+    let slices = slices(running, table, shares)?;
+    let ready = |&(at, count): &(usize, usize)| {
+        let job: &Job = &running[at];
+        (count == job.pending()).then(|| job.draw())
+    };
+    let draws: Vec<Draw<'_>> = shares.iter().filter_map(ready).collect();
+    let wanted = draws.len();
+    if wanted > 0 && backend.draws() {
+        let drawn = backend.step_drawn(&slices, &draws, tokens)?;
+        if drawn.len() != wanted {
+            let what = format!("{} tokens for {wanted} rows", drawn.len());
+            return Err(BackendError(what));
+        }
+        return Ok(Rows::Tokens(drawn.iter()));
+    }
+    let vocab = backend.vocab_size();
+    let logits = backend.step(&slices)?;
+    if logits.len() != wanted * vocab {
+        return Err(BackendError(format!(
+            "{} logits for {wanted} rows of {vocab}",
+            logits.len()
+        )));
+    }
+    Ok(Rows::Logits(logits.chunks_exact(vocab.max(1))))
 }
 
 fn slices<'a>(

@@ -7,9 +7,11 @@ use crate::machine;
 use crate::session;
 use crate::signal::StopFlag;
 use crate::ui::Ui;
-use anyhow::{Result, bail};
-use exl_models::{LogitRows, MemoryRequest, ModelSource, Runner, SeqSlice};
-use exl_tensor::{Gpu, PAGE_TOKENS, Phase, PlanKey};
+use anyhow::{Result, anyhow};
+use exl_models::{
+    Backend, Draw, LogitRows, MemoryRequest, ModelSource, Runner, SampleParams, SeqSlice,
+};
+use exl_tensor::{Gpu, PAGE_TOKENS, Phase, PlanKey, SampleShape};
 use serde::Serialize;
 use std::path::Path;
 use std::time::Instant;
@@ -75,7 +77,7 @@ pub(super) fn measure(
     let mut runner = Runner::new(loaded.model, options)?;
     let (prefill, decode) = speeds(&mut runner, settings, bandwidth, stop, ui)?;
     let dtype = runner.options().kv_dtype;
-    let cost = runner.model().cost(&decode_key(1, 1), dtype, 0);
+    let cost = runner.model().cost(&decode_key(&runner, 1, 1), dtype, 0);
     let resident = machine::resident();
     Ok(Report {
         device: session::device_name(&runner),
@@ -245,13 +247,13 @@ fn time_decode(
                     logits: LogitRows::Last,
                 })
                 .collect();
-            check_finite(runner.step(&slices)?)?;
+            decode_step(runner, &slices)?;
         }
         times.push(start.elapsed().as_secs_f64() / settings.steps as f64);
     }
     let seconds = median(times);
     let middle = context + WARMUP_STEPS + settings.steps / 2;
-    let key = decode_key(batch, per_seq as usize);
+    let key = decode_key(runner, batch, per_seq as usize);
     let cost = runner.model().cost(&key, runner.options().kv_dtype, middle);
     let rate = (cost.total.weight_bytes + cost.total.kv_bytes) as f64 / seconds;
     Ok(Decode {
@@ -265,14 +267,42 @@ fn time_decode(
     })
 }
 
-fn decode_key(batch: usize, pages_per_seq: usize) -> PlanKey {
+/// A step as the engine takes it: a GPU draws the tokens itself, the CPU gives logits.
+fn decode_step(runner: &mut Runner, slices: &[SeqSlice<'_>]) -> Result<()> {
+    if !draws(runner) {
+        return check_finite(runner.step(slices)?);
+    }
+    let greedy = Draw {
+        params: SampleParams::default(),
+        recent: &[],
+        blocked: &[],
+    };
+    let draws = vec![greedy; slices.len()];
+    let tokens = runner.step_drawn(slices, &draws, usize::MAX)?;
+    if tokens.iter().all(|&token| token >= 0) {
+        return Ok(());
+    }
+    Err(broken())
+}
+
+fn draws(runner: &Runner) -> bool {
+    matches!(runner.options().backend, Backend::Cuda(..))
+}
+
+/// The plan that [`decode_step`] runs.
+fn decode_key(runner: &Runner, batch: usize, pages_per_seq: usize) -> PlanKey {
+    let sample = SampleShape {
+        tokens: runner.model().spec().vocab,
+        window: 0,
+        blocked: 0,
+    };
     PlanKey {
         phase: Phase::Decode,
         rows: batch,
         seqs: batch,
         pages_per_seq: pages_per_seq.next_power_of_two(),
         out_rows: batch,
-        sample: None,
+        sample: draws(runner).then_some(sample),
     }
 }
 
@@ -289,7 +319,11 @@ fn check_finite(logits: &[f32]) -> Result<()> {
     if logits.iter().all(|v| v.is_finite()) {
         return Ok(());
     }
-    bail!("the model computes NaN or infinity: its weights are damaged")
+    Err(broken())
+}
+
+fn broken() -> anyhow::Error {
+    anyhow!("the model computes NaN or infinity: its weights are damaged")
 }
 
 fn check(stop: &StopFlag) -> Result<()> {

@@ -80,6 +80,10 @@ pub(crate) struct ComputeArgs {
     #[arg(help_heading = "Compute", long, value_enum, value_name = "MODE",
           default_value_t = ActivationMode::Exact16)]
     pub(crate) activations: ActivationMode,
+    /// Fixed order of all sums, so that a text does not depend on what else runs; slower on a GPU,
+    /// no change on the CPU, where results never depend on the batch
+    #[arg(help_heading = "Compute", long)]
+    pub(crate) deterministic: bool,
 }
 
 /// How to read a model's files.

@@ -23,6 +23,7 @@ struct Report {
     model: String,
     threads: usize,
     activations: &'static str,
+    deterministic: bool,
     cache: &'static str,
     /// Bytes of weights that a decode step reads.
     weight_bytes: u64,

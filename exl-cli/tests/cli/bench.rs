@@ -23,12 +23,14 @@ fn bench_reports_prefill_and_decode() {
         "2",
         "--repeats",
         "1",
+        "--deterministic",
         "--json",
         "--out",
         text(&report),
     ]);
     let json = run(command.args(["--plot", text(&plot)])).success().json();
     assert_eq!(json["prefill"].as_array().unwrap().len(), 2);
+    assert_eq!(json["deterministic"], true);
     let decode = json["decode"].as_array().unwrap();
     assert_eq!(decode.len(), 4);
     assert_eq!(

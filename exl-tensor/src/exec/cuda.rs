@@ -23,7 +23,8 @@ pub struct CudaOptions {
     pub graphs: bool,
     /// Lets kernels overlap where the GPU and the driver can.
     pub overlap: bool,
-    /// Fixed order of all sums, whatever else is in the batch.
+    /// Fixed order of all sums, whatever else is in the batch; with quantized weights as long as a
+    /// step has at most 64 rows (docs/kernels.md).
     pub deterministic: bool,
 }
 

@@ -72,7 +72,7 @@ pub(super) fn measure(
     let mut options = session::runner_options(&settings.compute, settings.cache, gpu);
     let batch = settings.batch.iter().copied().max().unwrap_or(1);
     options.pages = pages(settings) + 1;
-    options.max_rows = session::prefill_rows(gpu).max(batch);
+    options.max_rows = session::prefill_rows(gpu, &settings.compute).max(batch);
     options.max_seqs = batch;
     let mut runner = Runner::new(loaded.model, options)?;
     let (prefill, decode) = speeds(&mut runner, settings, bandwidth, stop, ui)?;
@@ -84,6 +84,7 @@ pub(super) fn measure(
         model: String::new(),
         threads: session::threads(&settings.compute.device),
         activations: session::activations_name(&settings.compute),
+        deterministic: settings.compute.deterministic,
         cache: settings.cache.name(),
         weight_bytes: cost.total.weight_bytes,
         checkpoint_bytes: loaded.checkpoint_bytes,
@@ -104,7 +105,7 @@ fn check_sizes(
     (settings, gpu): (&Settings, Option<&Gpu>),
     ui: &Ui,
 ) -> Result<()> {
-    let chunk_rows = session::prefill_rows(gpu);
+    let chunk_rows = session::prefill_rows(gpu, &settings.compute);
     let kv_dtype = session::kv_dtype(settings.cache);
     let most = |values: &[usize]| values.iter().copied().max().unwrap_or(0);
     let (tokens, batch) = (most(&settings.prefill), most(&settings.batch));

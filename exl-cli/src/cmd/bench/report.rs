@@ -39,10 +39,13 @@ fn facts(report: &Report) -> Vec<(&'static str, String)> {
         ui::bytes(report.memory_peak_bytes),
         ui::bytes(report.cache_bytes)
     );
-    let settings = format!(
+    let mut settings = format!(
         "{} threads, activations {}, cache {}",
         report.threads, report.activations, report.cache
     );
+    if report.deterministic {
+        settings.push_str(", deterministic");
+    }
     vec![
         ("model", report.model.clone()),
         (

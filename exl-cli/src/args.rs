@@ -360,6 +360,9 @@ pub(crate) struct BenchArgs {
     /// Repeats per measurement; the median counts
     #[arg(long, value_name = "N", default_value_t = 3, allow_negative_numbers = true, value_parser = count_from_1)]
     pub(crate) repeats: usize,
+    /// Also run a step of each measurement part by part and say what takes the time
+    #[arg(long)]
+    pub(crate) profile: bool,
     /// Write a report in Markdown
     #[arg(long, value_name = "FILE")]
     pub(crate) out: Option<PathBuf>,

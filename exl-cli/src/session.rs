@@ -19,9 +19,6 @@ use std::time::Instant;
 pub(crate) const PREFILL_ROWS: usize = 512;
 /// Prompt tokens of one step on a GPU.
 const GPU_PREFILL_ROWS: usize = 2048;
-/// Rows of one step on a GPU whose results must not depend on which rows share the step: up to
-/// here quantized products compute every row by itself (docs/kernels.md).
-const INDEPENDENT_ROWS: usize = 64;
 
 /// A model in memory.
 #[derive(Debug)]
@@ -60,11 +57,9 @@ pub(crate) fn gpu(device: Device, ui: &Ui) -> Result<Option<Gpu>> {
     }
 }
 
-/// Prompt tokens of one step: enough rows to keep the device busy, or as many as do not influence
-/// each other.
-pub(crate) fn prefill_rows(gpu: Option<&Gpu>, compute: &ComputeArgs) -> usize {
+/// Prompt tokens of one step: enough rows to keep the device busy.
+pub(crate) fn prefill_rows(gpu: Option<&Gpu>) -> usize {
     match gpu {
-        Some(_) if compute.deterministic => INDEPENDENT_ROWS,
         Some(_) => GPU_PREFILL_ROWS,
         None => PREFILL_ROWS,
     }
@@ -268,15 +263,12 @@ pub(crate) fn engine(
 ) -> Result<EngineHandle> {
     let gpu = gpu(compute.device.device, ui)?;
     let gpu = gpu.as_ref();
-    let prefill_rows = prefill_rows(gpu, compute);
+    let prefill_rows = prefill_rows(gpu);
     let longest = room.lengths.iter().copied().max().unwrap_or(1);
     let mut options = runner_options(compute, room.cache, gpu);
     options.pages = room.pages() + 1;
     options.max_seqs = room.seqs;
     options.max_rows = prefill_rows.min(longest) + room.seqs;
-    if gpu.is_some() && compute.deterministic {
-        options.max_rows = options.max_rows.min(INDEPENDENT_ROWS);
-    }
     let request = MemoryRequest {
         context: room.pages() * PAGE_TOKENS,
         seqs: 1,

@@ -14,6 +14,8 @@ mod spec;
 
 pub use arch::{Arch, detect, parse};
 pub use error::{Error, Result};
+/// How long a part of a step took.
+pub use exl_tensor::PartTime;
 pub use layout::{Module, Site, WeightKey, WeightKind, layout, sites};
 pub use load::{LoadOptions, ModelSource, Progress, Storage, check_finite};
 pub use model::{BlockPart, MemoryRequest, MemoryUse, Model, block_plan, memory_for, plan};

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use exl_tensor::{
     Activations, Cpu, CpuOptions, CudaExecutor, CudaOptions, DType, Executor, Gpu, HostExecutor,
-    Isa, KvBuffers, PAGE_TOKENS, Phase, PlanKey, SampleShape, StepSeq,
+    Isa, KvBuffers, PAGE_TOKENS, PartTime, Phase, PlanKey, SampleShape, StepSeq,
 };
 
 use crate::model::{MemoryUse, Model};
@@ -104,6 +104,8 @@ pub struct Runner {
     kv: KvBuffers,
     plans: PlanCache,
     uses: PageUses,
+    /// Of the last step, while parts are timed.
+    times: Option<Vec<PartTime>>,
 }
 
 impl Runner {
@@ -141,6 +143,7 @@ impl Runner {
             kv,
             plans,
             uses,
+            times: None,
         })
     }
 
@@ -162,6 +165,16 @@ impl Runner {
     /// The cache, for copying pages.
     pub fn kv_mut(&mut self) -> &mut KvBuffers {
         &mut self.kv
+    }
+
+    /// Times the parts of every further step, one after the other: for looking closely, not for speed.
+    pub fn time_parts(&mut self, on: bool) {
+        self.times = on.then(Vec::new);
+    }
+
+    /// How long the parts of the last step took, in their order; none unless they are timed.
+    pub fn part_times(&self) -> &[PartTime] {
+        self.times.as_deref().unwrap_or(&[])
     }
 
     /// Memory held: weights, cache, and the largest arena used so far.
@@ -220,7 +233,11 @@ impl Runner {
         let seqs: Vec<StepSeq<'_>> = slices.iter().map(step_seq).collect();
         ready.step.fill_drawn(&seqs, draws)?;
         self.executor.prepare(&ready.bound)?;
-        self.executor.run(&ready.bound, &ready.step, &mut self.kv)?;
+        let (bound, step) = (&ready.bound, &ready.step);
+        match &mut self.times {
+            Some(times) => *times = self.executor.profile(bound, step, &mut self.kv)?,
+            None => self.executor.run(bound, step, &mut self.kv)?,
+        }
         Ok(())
     }
 

@@ -11,6 +11,7 @@ pub use host::HostExecutor;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
 
 use exl_kernels::DType;
 
@@ -85,6 +86,15 @@ fn fits(wanted: &[usize], found: &[usize], quantized: bool) -> bool {
     found[1] == *inputs && (found[0] == *outputs || found[0] == outputs.next_multiple_of(32))
 }
 
+/// How long a part of a step took.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PartTime {
+    /// Op, or kernel.
+    pub name: &'static str,
+    /// Seconds by the clock of what ran it.
+    pub seconds: f64,
+}
+
 /// Something that runs plans.
 pub trait Executor: std::fmt::Debug + Send {
     /// Name for reports.
@@ -137,6 +147,30 @@ pub trait Executor: std::fmt::Debug + Send {
     fn run(&mut self, bound: &Bound, step: &StepBlock, kv: &mut KvBuffers) -> Result<()> {
         check_key(bound, step)?;
         (0..bound.plan().ops().len()).try_for_each(|i| self.run_op(bound, i, step, kv))
+    }
+
+    /// Runs a prepared plan part by part, each after the one before has ended, and says how long each
+    /// took. Parts that overlap in [`Executor::run`] take longer together than a step.
+    ///
+    /// # Errors
+    /// As [`Executor::run`].
+    fn profile(
+        &mut self,
+        bound: &Bound,
+        step: &StepBlock,
+        kv: &mut KvBuffers,
+    ) -> Result<Vec<PartTime>> {
+        check_key(bound, step)?;
+        let ops = bound.plan().ops().iter().enumerate();
+        ops.map(|(i, op)| {
+            let start = Instant::now();
+            self.run_op(bound, i, step, kv)?;
+            Ok(PartTime {
+                name: op.name(),
+                seconds: start.elapsed().as_secs_f64(),
+            })
+        })
+        .collect()
     }
 }
 

@@ -2,6 +2,7 @@
 
 mod measure;
 mod plot;
+mod profile;
 mod report;
 
 use crate::args::BenchArgs;
@@ -13,6 +14,7 @@ use crate::synth::{self, Recipe, Shape};
 use crate::ui::{self, Ui};
 use anyhow::{Context, Result};
 use measure::{Decode, Prefill, Settings};
+use profile::Profile;
 use serde::Serialize;
 use std::path::{Path, PathBuf};
 
@@ -33,6 +35,8 @@ struct Report {
     load_seconds: f64,
     prefill: Vec<Prefill>,
     decode: Vec<Decode>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    profiles: Vec<Profile>,
     /// Resident bytes after the measurements.
     memory_bytes: u64,
     /// Most resident bytes since loading began.
@@ -89,6 +93,7 @@ fn settings(args: &BenchArgs) -> Settings {
         cache: args.cache,
         steps: args.steps,
         repeats: args.repeats,
+        profile: args.profile,
         compute: args.compute.clone(),
         load: args.load,
     }

@@ -193,8 +193,9 @@ struct Query {
             if (q != nullptr && at < dim) values[i] = *reinterpret_cast<const float4*>(q + at);
         }
     }
-    // Writes it as q 2^e = hi + lo; e puts the largest value into [2^10, 2^11), so that lo keeps its
+    // Writes it as q 2^e = hi + lo, with one term only hi; e puts the largest value into [2^10, 2^11), so that lo keeps its
     // bits. Returns 2^-e. For whole warps.
+    template <int TERMS>
     __device__ __forceinline__ float store(bool negate, __half* hi, __half* lo) const {
         float most = 0.0f;
 #pragma unroll
@@ -216,7 +217,7 @@ struct Query {
             split(v.x, v.y, high.x, low.x);
             split(v.z, v.w, high.y, low.y);
             *reinterpret_cast<uint2*>(hi + at) = high;
-            *reinterpret_cast<uint2*>(lo + at) = low;
+            if (TERMS > 1) *reinterpret_cast<uint2*>(lo + at) = low;
         }
         return __int_as_float((127 - e) << 23);
     }
@@ -248,8 +249,8 @@ __device__ __forceinline__ const Row& row_at(const __half* hi) {
 }
 
 // Stores rows `first`, + STEP ... of a tile of ROWS rows, first terms at `queries`, rows D + 8 halves
-// long, second terms behind all first terms. A row that is not there sees no keys. For whole warps.
-template <int D, int ROWS, int STEP, int COUNT>
+// long, second terms, if TERMS is 2, behind all first terms. A row that is not there sees no keys. For whole warps.
+template <int D, int ROWS, int STEP, int COUNT, int TERMS>
 __device__ __forceinline__ void store_rows(const Attention& a, const Tile& tile, int kv_head,
                                            int first, __half* queries) {
     constexpr int AT_ONCE = D > 128 ? 2 : 4;
@@ -272,7 +273,9 @@ __device__ __forceinline__ void store_rows(const Attention& a, const Tile& tile,
             __half* hi = queries + r * (D + 8);
             Row row;
             row.position = cell[i] >= 0 ? tile.position(tile.from + r, group) : -1;
-            row.factor = score_factor(a, query[i].store(a.scale < 0.0f, hi, hi + ROWS * (D + 8)));
+            const float down =
+                query[i].template store<TERMS>(a.scale < 0.0f, hi, hi + ROWS * (D + 8));
+            row.factor = score_factor(a, down);
             row.cell = cell[i];
             if (threadIdx.x % WARP == 0) *reinterpret_cast<Row*>(hi + D) = row;
         }

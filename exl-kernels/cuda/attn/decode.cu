@@ -289,7 +289,7 @@ __device__ __forceinline__ void attend(const Attention& a) {
     Pages pages;
     pages.load(a, tile.seq, turns.first / PAGE_TOKENS);
     d.fill(pages, turns);
-    store_rows<D, ROWS, WARPS, ROWS / WARPS>(a, tile, d.kv_head, d.warp, shared);
+    store_rows<D, ROWS, WARPS, ROWS / WARPS, 2>(a, tile, d.kv_head, d.warp, shared);
     __syncthreads();
     for (int chunk = split;; ++chunk) {
         d.clear();

@@ -3,9 +3,9 @@
 //
 // What: a block takes 64 packed rows (attn.cuh) of one sequence and KV head, a warp 16 of them, and
 // goes through all keys that any of them sees, KEYS at a time. The K tile is copied while the warps
-// are at V and the other way round. Queries and weights are two 16-bit terms each, so every product
-// is done twice; a V tile's product starts from zero and is added in 32-bit floats, so that errors do
-// not grow with the context.
+// are at V and the other way round. Queries and weights are rounded to 16-bit floats, as the products
+// around it round their inputs when there are many rows; a V tile's product starts from zero and is
+// added in 32-bit floats, so that errors do not grow with the context.
 //
 // Rows in shared memory are D + 8 halves long: eight of them at 16 bytes each touch all banks once
 // (ldmatrix). Blocks with the longest contexts start first.
@@ -13,6 +13,7 @@
 // Bytes: K and V up to the last row's position for every tile, mostly from the second-level cache.
 // Bound: tensor cores.
 
+// exl: spills-allowed exl_attn_prefill_128 one register, once in 64 keys
 #include "attn.cuh"
 
 namespace {
@@ -73,30 +74,27 @@ struct Rows {
     // names key l % 8 + 8 (l / 16), value 8 (l / 8 % 2).
     __device__ __forceinline__ void products(const __half* query, const __half* k,
                                              float (&raw)[2][KEYS / 4]) const {
-        const u32 high = smem_address(query + lane % 16 * STRIDE + lane / 16 * 8);
-        const u32 low = high + ROWS * STRIDE * 2;
+        const u32 rows = smem_address(query + lane % 16 * STRIDE + lane / 16 * 8);
         const u32 keys = smem_address(k + (lane % 8 + lane / 16 * 8) * STRIDE + lane / 8 % 2 * 8);
-        float large[KEYS / 8][4] = {}, small[KEYS / 8][4] = {};
+        float sums[KEYS / 8][4] = {};
 #pragma unroll 2
         for (int step = 0; step < D / 16; ++step) {
-            u32 hi[4], lo[4];
-            ldmatrix_x4(hi, high + step * 32);
-            ldmatrix_x4(lo, low + step * 32);
+            u32 a[4];
+            ldmatrix_x4(a, rows + step * 32);
 #pragma unroll
             for (int n = 0; n < KEYS / 16; ++n) {
                 u32 b[4];
                 ldmatrix_x4(b, keys + n * 16 * STRIDE * 2 + step * 32);
 #pragma unroll
                 for (int j = 0; j < 2; ++j) {
-                    mma_f16(large[2 * n + j], hi, b[2 * j], b[2 * j + 1]);
-                    mma_f16(small[2 * n + j], lo, b[2 * j], b[2 * j + 1]);
+                    mma_f16(sums[2 * n + j], a, b[2 * j], b[2 * j + 1]);
                 }
             }
         }
 #pragma unroll
         for (int n = 0; n < KEYS / 8; ++n) {
 #pragma unroll
-            for (int i = 0; i < 4; ++i) raw[i / 2][2 * n + i % 2] = large[n][i] + small[n][i];
+            for (int i = 0; i < 4; ++i) raw[i / 2][2 * n + i % 2] = sums[n][i];
         }
     }
 
@@ -131,20 +129,19 @@ struct Rows {
     __device__ __forceinline__ void weigh(const __half* v, const float (&weights)[2][KEYS / 4],
                                           const float (&keep)[2]) {
         const u32 keys = smem_address(v + lane % 16 * STRIDE + lane / 16 * 8);
-        u32 hi[KEYS / 16][4], lo[KEYS / 16][4];
+        u32 a[KEYS / 16][4];
 #pragma unroll
         for (int k = 0; k < KEYS / 16; ++k) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const int h = i % 2, j = 4 * k + i / 2 * 2;
-                split(weights[h][j], weights[h][j + 1], hi[k][i], lo[k][i]);
+                const __half2 pair = __floats2half2_rn(weights[h][j], weights[h][j + 1]);
+                a[k][i] = *reinterpret_cast<const u32*>(&pair);
             }
         }
-        // One sum of both terms where registers are scarce.
-        constexpr int SUMS = D > 128 ? 1 : 2;
 #pragma unroll
         for (int n = 0; n < D / 16; ++n) {
-            float sums[SUMS][2][4] = {};
+            float sums[2][4] = {};
             // Keeps the loads of later columns from taking all registers.
             __syncwarp();
 #pragma unroll
@@ -153,19 +150,14 @@ struct Rows {
                 ldmatrix_x4_trans(b, keys + k * 16 * STRIDE * 2 + n * 32);
 #pragma unroll
                 for (int j = 0; j < 2; ++j) {
-                    mma_f16(sums[0][j], lo[k], b[2 * j], b[2 * j + 1]);
-                    mma_f16(sums[SUMS - 1][j], hi[k], b[2 * j], b[2 * j + 1]);
+                    mma_f16(sums[j], a[k], b[2 * j], b[2 * j + 1]);
                 }
             }
 #pragma unroll
             for (int j = 0; j < 2; ++j) {
                 float(&to)[4] = values[2 * n + j];
 #pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    float added = sums[SUMS - 1][j][i];
-                    if (SUMS == 2) added += sums[0][j][i];
-                    to[i] = fmaf(to[i], keep[i / 2], added);
-                }
+                for (int i = 0; i < 4; ++i) to[i] = fmaf(to[i], keep[i / 2], sums[j][i]);
             }
         }
     }
@@ -175,9 +167,9 @@ template <int D, int KEYS>
 __device__ __forceinline__ void attend(const Attention& a) {
     constexpr int STRIDE = D + 8;
     extern __shared__ __align__(16) unsigned char memory[];
-    // Both terms of the queries, K, V.
+    // Queries, K, V.
     __half* queries = reinterpret_cast<__half*>(memory);
-    __half *k_tile = queries + 2 * ROWS * STRIDE, *v_tile = k_tile + KEYS * STRIDE;
+    __half *k_tile = queries + ROWS * STRIDE, *v_tile = k_tile + KEYS * STRIDE;
     pdl_launch();
     pdl_wait();
     const Tile tile = find_tile<ROWS>(a, int(gridDim.x - 1 - blockIdx.x));
@@ -196,7 +188,7 @@ __device__ __forceinline__ void attend(const Attention& a) {
 
     const int warp = threadIdx.x / WARP;
     __half* query = queries + warp * WARP_ROWS * STRIDE;
-    store_rows<D, ROWS, 1, WARP_ROWS>(a, tile, kv_head, warp * WARP_ROWS, queries);
+    store_rows<D, ROWS, 1, WARP_ROWS, 1>(a, tile, kv_head, warp * WARP_ROWS, queries);
     Rows<D, KEYS> rows;
 
     for (int key = begin; key < tile.keys_to; key += KEYS) {
@@ -252,6 +244,6 @@ __device__ __forceinline__ void attend(const Attention& a) {
     }
 // Heads of up to D values.
 PREFILL(64, 64, 3)
-PREFILL(96, 64, 2)
-PREFILL(128, 64, 2)
+PREFILL(96, 64, 3)
+PREFILL(128, 64, 3)
 PREFILL(256, 32, 2)

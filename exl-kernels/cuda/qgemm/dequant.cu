@@ -11,15 +11,24 @@
 namespace {
 
 struct Place {
-    int block, column, bits;
+    int block, column, bits, piece;
     u32 offset;   // of the block in its column tile
 };
 
 __device__ __forceinline__ Place place(const QMatrix& m, int tile, int first_column) {
-    Place p;
-    p.block = tile % m.blocks;
-    p.column = first_column + tile / m.blocks;
-    p.bits = run_of(m, p.block, p.offset).bits;
+    Place p = {tile % m.blocks, first_column + tile / m.blocks, 0, 0, 0};
+    int first = 0;
+    Run run = m.run[0];
+#pragma unroll
+    for (int r = 0; r < RUNS; ++r) {
+        run = m.run[r];
+        p.offset += 128 * run.bits * (min(int(run.end), p.block) - first);
+        if (p.block < run.end) break;
+        first = run.end;
+    }
+    p.bits = run.bits;
+    p.piece = run.shift == IRREGULAR ? m.piece_of[p.block]
+                                     : run.piece + ((p.block - first) >> run.shift);
     return p;
 }
 
@@ -38,7 +47,7 @@ template <int KIND>
 __device__ __forceinline__ void weights(const QMatrix& m, const Place& p, int lane,
                                         __half2 (&v)[16]) {
     const HalfScales<KIND> scales(
-        ScaleCodes<KIND>::of(m, u32(p.column) * m.pieces, m.piece_of[p.block], lane >> 2));
+        ScaleCodes<KIND>::of(m, u32(p.column) * m.pieces, p.piece, lane >> 2));
     const char* at = m.tiles + m.column_bytes * p.column + p.offset;
     switch (p.bits) {
         case 2: centred<2>(at, lane, v); break;
@@ -71,10 +80,9 @@ struct Blocked {
 };
 
 template <int KIND>
-__device__ __forceinline__ void dequant_f16(const QMatrix* matrix, char* out, int first_column,
+__device__ __forceinline__ void dequant_f16(const QMatrix& m, char* out, int first_column,
                                             int columns, const Blocked& blocked) {
     pdl_launch();
-    const QMatrix& m = *matrix;
     int tile = blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP;
     int lane = threadIdx.x % WARP;
     bool any = tile < m.blocks * columns;
@@ -103,9 +111,8 @@ __device__ __forceinline__ void dequant_f16(const QMatrix* matrix, char* out, in
 }
 
 template <int KIND>
-__device__ __forceinline__ void dequant_f32(const QMatrix* matrix, float* out, int outputs) {
+__device__ __forceinline__ void dequant_f32(const QMatrix& m, float* out, int outputs) {
     pdl_launch();
-    const QMatrix& m = *matrix;
     int tile = blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP;
     int lane = threadIdx.x % WARP;
     pdl_wait();
@@ -132,20 +139,20 @@ __device__ __forceinline__ void dequant_f32(const QMatrix* matrix, float* out, i
 }  // namespace
 
 extern "C" __global__ void __launch_bounds__(256, 3)
-    exl_dequant_f16_exl2(const QMatrix* m, char* out, int first_column, int columns,
-                         int blocks_k, int first, int group, int pitch) {
+    exl_dequant_f16_exl2(const __grid_constant__ QMatrix m, char* out, int first_column,
+                         int columns, int blocks_k, int first, int group, int pitch) {
     dequant_f16<KIND_EXL2>(m, out, first_column, columns, {blocks_k, first, group, pitch});
 }
 extern "C" __global__ void __launch_bounds__(256, 3)
-    exl_dequant_f16_gptq(const QMatrix* m, char* out, int first_column, int columns,
-                         int blocks_k, int first, int group, int pitch) {
+    exl_dequant_f16_gptq(const __grid_constant__ QMatrix m, char* out, int first_column,
+                         int columns, int blocks_k, int first, int group, int pitch) {
     dequant_f16<KIND_GPTQ>(m, out, first_column, columns, {blocks_k, first, group, pitch});
 }
 extern "C" __global__ void __launch_bounds__(256, 3)
-    exl_dequant_f32_exl2(const QMatrix* m, float* out, int outputs) {
+    exl_dequant_f32_exl2(const __grid_constant__ QMatrix m, float* out, int outputs) {
     dequant_f32<KIND_EXL2>(m, out, outputs);
 }
 extern "C" __global__ void __launch_bounds__(256, 3)
-    exl_dequant_f32_gptq(const QMatrix* m, float* out, int outputs) {
+    exl_dequant_f32_gptq(const __grid_constant__ QMatrix m, float* out, int outputs) {
     dequant_f32<KIND_GPTQ>(m, out, outputs);
 }

@@ -24,6 +24,35 @@ __device__ __forceinline__ float2 rotation(int position, float frequency, float 
 __device__ __forceinline__ void store(float* to, float v) { *to = v; }
 __device__ __forceinline__ void store(__half* to, float v) { *to = __float2half_rn(v); }
 
+// Four values, or one.
+__device__ __forceinline__ void load(float (&v)[4], const float* from, bool four) {
+    if (four) {
+        const float4 all = *reinterpret_cast<const float4*>(from);
+        v[0] = all.x;
+        v[1] = all.y;
+        v[2] = all.z;
+        v[3] = all.w;
+    } else {
+        v[0] = *from;
+    }
+}
+__device__ __forceinline__ void store(float* to, const float (&v)[4], bool four) {
+    if (four) {
+        *reinterpret_cast<float4*>(to) = make_float4(v[0], v[1], v[2], v[3]);
+    } else {
+        *to = v[0];
+    }
+}
+__device__ __forceinline__ void store(__half* to, const float (&v)[4], bool four) {
+    if (four) {
+        const __half2 low = __floats2half2_rn(v[0], v[1]), high = __floats2half2_rn(v[2], v[3]);
+        *reinterpret_cast<uint2*>(to) = make_uint2(*reinterpret_cast<const u32*>(&low),
+                                                   *reinterpret_cast<const u32*>(&high));
+    } else {
+        *to = __float2half_rn(v[0]);
+    }
+}
+
 template <typename KV>
 __device__ __forceinline__ void rope_append(float* q, const float* k, const float* v,
                                             const int* positions, const int* slots,
@@ -47,7 +76,12 @@ __device__ __forceinline__ void rope_append(float* q, const float* k, const floa
     KV* v_to = v_cache + slot * kv_heads * head_dim;
     const int thread = blockIdx.y * THREADS + threadIdx.x, threads = gridDim.y * THREADS;
     const int values = kv_heads * head_dim;
-    const float early = thread < values ? v_row[thread] : 0.0f;
+    // Four values at a time where sizes and addresses allow.
+    const u64 places = u64(v) | u64(v_cache);
+    const bool fours = head_dim % 4 == 0 && places % 16 == 0;
+    const int each = fours ? 4 : 1;
+    float early[4];
+    if (thread * each < values) load(early, v_row + thread * each, fours);
 
     if (int(threadIdx.x) < lanes * side) {
         for (int p = pair; p < pairs; p += lanes) {
@@ -81,8 +115,9 @@ __device__ __forceinline__ void rope_append(float* q, const float* k, const floa
             }
         }
     }
-    for (int i = thread; i < values; i += threads) {
-        store(v_to + i, i == thread ? early : v_row[i]);
+    for (int i = thread; i * each < values; i += threads) {
+        if (i != thread) load(early, v_row + i * each, fours);
+        store(v_to + i * each, early, fours);
     }
     // What does not rotate.
     const int rest = head_dim - 2 * pairs;

@@ -214,12 +214,7 @@ impl CudaMatrix {
         self.inputs / BLOCK_ROWS
     }
 
-    /// Address of the struct that kernels read.
-    pub(crate) fn address(&self) -> u64 {
-        self.address
-    }
-
-    /// The same struct as words, for kernels that take it by value.
+    /// The struct that kernels read, as words.
     pub(crate) fn words(&self) -> &[u64] {
         bytemuck::cast_slice(std::slice::from_ref(&*self.descriptor))
     }

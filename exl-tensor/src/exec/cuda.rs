@@ -4,13 +4,13 @@ use std::collections::HashMap;
 use std::ops::Range;
 
 use exl_kernels::cuda::{
-    COUNTERS, DeviceRegion, Graph, PinnedMemory, ReadyLaunch, Scratch, Target, link, lower,
-    scratch_bytes,
+    COUNTERS, Device, DeviceRegion, Event, Graph, PinnedMemory, ReadyLaunch, Scratch, Target, link,
+    lower, scratch_bytes,
 };
 use exl_kernels::{DType, Mem, MemMut};
 
 use super::regions::{Arena, Regions};
-use super::{Bound, Executor, check_dtype};
+use super::{Bound, Executor, PartTime, check_dtype};
 use crate::{Error, Gpu, KvBuffers, Phase, Result, Slot, StepBlock, StepField};
 
 /// Plans whose launches are kept unless somebody says otherwise; more than a runner keeps ready.
@@ -388,6 +388,43 @@ impl Executor for CudaExecutor {
         self.send(step)?;
         self.launch(bound.id(), None)
     }
+
+    fn profile(
+        &mut self,
+        bound: &Bound,
+        step: &StepBlock,
+        kv: &mut KvBuffers,
+    ) -> Result<Vec<PartTime>> {
+        super::check_key(bound, step)?;
+        self.lower(bound, step, kv)?;
+        self.send(step)?;
+        let device = self.gpu.device();
+        let times = time_each(device, &self.plans[&bound.id()].launches).map_err(Error::Gpu);
+        self.wait()?;
+        times
+    }
+}
+
+/// Runs launches one after the other between two events each.
+fn time_each(device: &Device, launches: &[ReadyLaunch]) -> exl_kernels::Result<Vec<PartTime>> {
+    let events = (0..=launches.len()).map(|_| Event::new(device));
+    let events: Vec<Event> = events.collect::<exl_kernels::Result<_>>()?;
+    let stream = device.stream();
+    stream.record(&events[0])?;
+    for (launch, event) in launches.iter().zip(&events[1..]) {
+        stream.launch(launch, false)?;
+        stream.record(event)?;
+    }
+    stream.synchronize()?;
+    let pairs = launches.iter().zip(events.windows(2));
+    pairs
+        .map(|(launch, pair)| {
+            Ok(PartTime {
+                name: launch.kernel().entry,
+                seconds: f64::from(pair[1].elapsed_ms(&pair[0])?) / 1e3,
+            })
+        })
+        .collect()
 }
 
 /// The memory of one plan's operands.

@@ -1,6 +1,7 @@
 //! Times prefill and decode steps of a loaded model.
 
 use super::Report;
+use super::profile::Profile;
 use crate::args::{CacheMode, ComputeArgs, LoadArgs};
 use crate::failure::Interrupted;
 use crate::machine;
@@ -20,7 +21,7 @@ use std::time::Instant;
 const WARMUP_STEPS: usize = 2;
 
 /// What to measure.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Settings {
     pub(super) prefill: Vec<usize>,
     pub(super) batch: Vec<usize>,
@@ -28,6 +29,7 @@ pub(super) struct Settings {
     pub(super) cache: CacheMode,
     pub(super) steps: usize,
     pub(super) repeats: usize,
+    pub(super) profile: bool,
     pub(super) compute: ComputeArgs,
     pub(super) load: LoadArgs,
 }
@@ -72,10 +74,14 @@ pub(super) fn measure(
     let mut options = session::runner_options(&settings.compute, settings.cache, gpu);
     let batch = settings.batch.iter().copied().max().unwrap_or(1);
     options.pages = pages(settings) + 1;
-    options.max_rows = session::prefill_rows(gpu, &settings.compute).max(batch);
+    options.max_rows = session::prefill_rows(gpu).max(batch);
     options.max_seqs = batch;
     let mut runner = Runner::new(loaded.model, options)?;
-    let (prefill, decode) = speeds(&mut runner, settings, bandwidth, stop, ui)?;
+    let Speeds {
+        prefill,
+        decode,
+        profiles,
+    } = speeds(&mut runner, settings, bandwidth, stop, ui)?;
     let dtype = runner.options().kv_dtype;
     let cost = runner.model().cost(&decode_key(&runner, 1, 1), dtype, 0);
     let resident = machine::resident();
@@ -92,6 +98,7 @@ pub(super) fn measure(
         load_seconds,
         prefill,
         decode,
+        profiles,
         memory_bytes: resident.map_or(0, |r| r.now),
         memory_peak_bytes: resident.map_or(0, |r| r.peak),
         cache_bytes: runner.memory().cache,
@@ -105,7 +112,7 @@ fn check_sizes(
     (settings, gpu): (&Settings, Option<&Gpu>),
     ui: &Ui,
 ) -> Result<()> {
-    let chunk_rows = session::prefill_rows(gpu, &settings.compute);
+    let chunk_rows = session::prefill_rows(gpu);
     let kv_dtype = session::kv_dtype(settings.cache);
     let most = |values: &[usize]| values.iter().copied().max().unwrap_or(0);
     let (tokens, batch) = (most(&settings.prefill), most(&settings.batch));
@@ -134,29 +141,70 @@ fn speeds(
     bandwidth: f64,
     stop: &StopFlag,
     ui: &Ui,
-) -> Result<(Vec<Prefill>, Vec<Decode>)> {
+) -> Result<Speeds> {
     let total = settings.prefill.len() + settings.batch.len() * settings.context.len();
     let mut progress = ui.steps("measuring", total as u64);
-    let (mut prefill, mut decode) = (Vec::new(), Vec::new());
+    let mut speeds = Speeds::default();
     for &tokens in &settings.prefill {
-        progress.set_label(&format!("prefill of {tokens}"));
-        prefill.push(time_prefill(runner, tokens, settings.repeats, stop)?);
+        let step = format!("prefill of {tokens}");
+        progress.set_label(&step);
+        let repeats = settings.repeats;
+        speeds
+            .prefill
+            .push(time_prefill(runner, tokens, repeats, stop)?);
+        if settings.profile {
+            let run = |runner: &mut Runner| time_prefill(runner, tokens, 0, stop).map(drop);
+            speeds.profiles.push(profiled(runner, step, run)?);
+        }
         progress.add(1);
     }
     for &batch in &settings.batch {
         for &context in &settings.context {
-            progress.set_label(&format!("decode of {batch} at {context}"));
-            decode.push(time_decode(
+            let step = format!("decode of {batch} at {context}");
+            progress.set_label(&step);
+            speeds.decode.push(time_decode(
                 runner,
                 (batch, context),
                 settings,
                 bandwidth,
                 stop,
             )?);
+            if settings.profile {
+                let run = |runner: &mut Runner| {
+                    let once = Settings {
+                        steps: 1,
+                        repeats: 1,
+                        ..settings.clone()
+                    };
+                    time_decode(runner, (batch, context), &once, bandwidth, stop).map(drop)
+                };
+                speeds.profiles.push(profiled(runner, step, run)?);
+            }
             progress.add(1);
         }
     }
-    Ok((prefill, decode))
+    Ok(speeds)
+}
+
+/// All that was measured.
+#[derive(Default)]
+struct Speeds {
+    prefill: Vec<Prefill>,
+    decode: Vec<Decode>,
+    profiles: Vec<Profile>,
+}
+
+/// Runs steps with their parts timed; the last one counts.
+fn profiled(
+    runner: &mut Runner,
+    step: String,
+    run: impl FnOnce(&mut Runner) -> Result<()>,
+) -> Result<Profile> {
+    runner.time_parts(true);
+    let ran = run(runner);
+    let profile = Profile::new(step, runner.part_times());
+    runner.time_parts(false);
+    ran.map(|()| profile)
 }
 
 /// Pages that the hungriest measurement needs.

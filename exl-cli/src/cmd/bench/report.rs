@@ -14,6 +14,9 @@ pub(super) fn text(report: &Report) -> String {
         text.push('\n');
         text.push_str(&table.render());
     }
+    for profile in &report.profiles {
+        text.push_str(&format!("\n{}\n{}", profile.step, profile.table().render()));
+    }
     text
 }
 
@@ -28,6 +31,10 @@ pub(super) fn markdown(report: &Report) -> String {
         if let Some(table) = table {
             text.push_str(&format!("\n{title}\n\n{}", table.markdown()));
         }
+    }
+    for profile in &report.profiles {
+        let (step, table) = (&profile.step, profile.table().markdown());
+        text.push_str(&format!("\n## Parts of a step: {step}\n\n{table}"));
     }
     text
 }

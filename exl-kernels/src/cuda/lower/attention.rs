@@ -140,9 +140,9 @@ impl Tiles {
         self.row_bytes() * (2 * DECODE_ROWS + self.warps * ring)
     }
 
-    /// Both terms of the queries, then K and V.
+    /// Queries, then K and V.
     fn prefill_shared(&self) -> usize {
-        self.row_bytes() * (2 * PREFILL_ROWS + 2 * self.keys)
+        self.row_bytes() * (PREFILL_ROWS + 2 * self.keys)
     }
 }
 

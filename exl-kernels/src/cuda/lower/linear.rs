@@ -208,7 +208,7 @@ pub(super) fn dequant(
         block: [256, 1, 1],
         shared_bytes: 0,
         args: Args::new()
-            .ptr(m.address())
+            .block(m.words())
             .ptr(o.out.as_mem().as_ptr() as u64)
             .int(m.outputs()),
     });

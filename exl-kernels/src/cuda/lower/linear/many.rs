@@ -114,7 +114,7 @@ fn product(
             break;
         }
         let args = Args::new()
-            .ptr(m.address())
+            .block(m.words())
             .ptr(product.b)
             .int(first)
             .int(columns);

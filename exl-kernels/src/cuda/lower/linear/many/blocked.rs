@@ -225,7 +225,7 @@ impl Range {
             let last = (column + self.tiles * cut.width) / TILE_COLUMNS;
             let columns = last.min(m.columns()) - first;
             let args = Args::new()
-                .ptr(m.address())
+                .block(m.words())
                 .ptr(b)
                 .int(first)
                 .int(columns)

@@ -244,6 +244,10 @@ impl ModelSource {
         if progress(Progress { done: 0, total }).is_break() {
             return Ok(None);
         }
+        if let Some(gpu) = gpu {
+            // On a GPU weights take about as much as in the files.
+            gpu.reserve(total)?;
+        }
         let parts: Option<Vec<Weights>> = self.for_each_key(|key| {
             let mut loaded = Weights::new();
             self.load_key(key, &mut loaded)?;

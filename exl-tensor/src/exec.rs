@@ -5,7 +5,7 @@ mod cuda;
 mod host;
 mod regions;
 
-pub use check::{CheckReport, SlotDiff, check};
+pub use check::{CheckReport, Side, SlotDiff, check};
 pub use cuda::{CudaExecutor, CudaOptions};
 pub use host::HostExecutor;
 

@@ -102,6 +102,16 @@ impl Gpu {
         Ok(best)
     }
 
+    /// Makes room for weights of so many bytes together, which then leave nothing unused.
+    ///
+    /// # Errors
+    /// [`Error::Gpu`]: out of device memory.
+    pub fn reserve(&self, bytes: u64) -> Result<()> {
+        let mut loader = self.0.loader.lock().unwrap_or_else(PoisonError::into_inner);
+        let reserved = loader.pool.reserve(&self.0.device, bytes as usize);
+        reserved.map_err(Error::Gpu)
+    }
+
     /// Copies a weight to the GPU.
     ///
     /// # Errors

@@ -16,8 +16,8 @@ pub use buffer::{Buffer, HostMemory};
 pub use cost::{Cost, CostReport, OpCost};
 pub use error::{Error, Result};
 pub use exec::{
-    Bound, CheckReport, CudaExecutor, CudaOptions, Executor, HostExecutor, PartTime, SlotDiff,
-    check,
+    Bound, CheckReport, CudaExecutor, CudaOptions, Executor, HostExecutor, PartTime, Side,
+    SlotDiff, check,
 };
 /// The cases every implementation of the ops must pass, for self-tests.
 pub use exl_kernels::conformance;

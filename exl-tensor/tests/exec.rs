@@ -5,7 +5,8 @@ use std::sync::Arc;
 use exl_tensor::{
     Activation, AttnArgs, Bound, Buffer, CostReport, Cpu, CpuOptions, DType, Executor, GateUpArgs,
     HostExecutor, Isa, KvBuffers, KvShape, Part, Phase, Plan, PlanBuilder, PlanKey, RopeArgs,
-    RopeStyle, SampleParams, SampleShape, StepBlock, StepDraw, StepSeq, Weight, Weights, check,
+    RopeStyle, SampleParams, SampleShape, Side, StepBlock, StepDraw, StepSeq, Weight, Weights,
+    check,
 };
 
 const DIM: usize = 64;
@@ -144,6 +145,14 @@ fn tokens(n: usize) -> Vec<u32> {
     (0..n as u32).map(|i| (i * 7 + 3) % VOCAB as u32).collect()
 }
 
+fn side<'a>(executor: &'a mut dyn Executor, bound: &'a Bound, kv: &'a mut KvBuffers) -> Side<'a> {
+    Side {
+        executor,
+        bound,
+        kv,
+    }
+}
+
 #[test]
 fn every_isa_agrees_with_the_reference_slot_by_slot() {
     let key = key(21, 3);
@@ -162,9 +171,8 @@ fn every_isa_agrees_with_the_reference_slot_by_slot() {
         let (mut tested, mut trusted) = (executor(isa), HostExecutor::reference().unwrap());
         let (mut kv_a, mut kv_b) = (kv(), kv());
         let report = check(
-            (&mut tested, &mut kv_a),
-            (&mut trusted, &mut kv_b),
-            &bound,
+            side(&mut tested, &bound, &mut kv_a),
+            side(&mut trusted, &bound, &mut kv_b),
             &step,
             &[],
             |_| 2e-6, // measured: below 4e-7 on every op
@@ -311,9 +319,8 @@ fn tokens_are_chosen_at_the_end_of_the_plan() {
     );
 
     let report = check(
-        (&mut exec, &mut kv()),
-        (&mut HostExecutor::reference().unwrap(), &mut kv()),
-        &bound,
+        side(&mut exec, &bound, &mut kv()),
+        side(&mut HostExecutor::reference().unwrap(), &bound, &mut kv()),
         &step,
         &[],
         |op| if op == "sample" { 0.0 } else { 2e-6 },

@@ -42,6 +42,9 @@ struct Report {
     /// Most resident bytes since loading began.
     memory_peak_bytes: u64,
     cache_bytes: u64,
+    /// Bytes of the GPU's memory that are taken after the measurements, by whomever.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    gpu_memory_bytes: Option<u64>,
 }
 
 pub(crate) fn run(args: &BenchArgs, ui: &Ui) -> Result<()> {

@@ -9,7 +9,8 @@
 // a multiprocessor's shared memory. Here weights become 16-bit floats as the format says, x is rounded
 // to such, and the tensor cores sum in 32 bits. Each block of a cluster has an eighth of the rows of
 // the matrix, hence an eighth of x, which stays in its shared memory. Its warps take column tiles in
-// turn, two to a tile; what the blocks found is added through the cluster's shared memory.
+// turn; what the blocks found is added through the cluster's shared memory, as many tiles at a time
+// as there is room for.
 //
 // Expected bound: memory, K N bits / 8 bytes; about 3 instructions per 32 weights and row.
 #include "common/bulk.cuh"
@@ -19,9 +20,7 @@
 namespace {
 
 constexpr int CLUSTER = 8;
-constexpr int WORKERS = 8;                     // column tiles of a block at a time
-constexpr int LANES = SHARES / CLUSTER;        // warps of a tile, each with one share of the rows
-static_assert(WORKERS * LANES == HALF_WARPS, "every warp works");
+constexpr int OWN_SHARES = SHARES / CLUSTER;   // shares of the rows that a block has
 
 __device__ __forceinline__ u32 at_rank(u32 address, u32 rank) {
     u32 remote;
@@ -34,44 +33,39 @@ __device__ __forceinline__ float load_remote(u32 address) {
     return v;
 }
 
-// Cells of one place in all shares of the cluster. Loading and adding are apart so that loads overlap.
+// Sums of one place in all blocks of the cluster. Loading and adding are apart so that loads overlap.
 struct Cells {
-    float v[CLUSTER * LANES];
+    float v[CLUSTER];
 
-    // `at`: of the block's first share; its others are `stride` bytes apart.
-    __device__ __forceinline__ void load(u32 at, u32 stride) {
+    __device__ __forceinline__ explicit Cells(const float* at) {
+        const u32 own = smem_address(at);
 #pragma unroll
-        for (int i = 0; i < CLUSTER * LANES; ++i) {
-            v[i] = load_remote(at_rank(at, i / LANES) + i % LANES * stride);
-        }
+        for (int i = 0; i < CLUSTER; ++i) v[i] = load_remote(at_rank(own, i));
     }
-    // In the order of the shares.
     __device__ __forceinline__ float sum() const {
-        float s = 0.0f;
+        float s = v[0];
 #pragma unroll
-        for (int i = 0; i < CLUSTER * LANES; ++i) s += v[i];
+        for (int i = 1; i < CLUSTER; ++i) s += v[i];
         return s;
     }
 };
 
-// Adds up and stores row r of a column tile (of a pair of them) from the cluster's sums at `sums`.
+// Adds up and stores row r of a column tile from the cluster's sums at `sums`; gate and up: those of up
+// at `up`.
 __device__ __forceinline__ void finish(const Task& task, int index, int r, const float* sums,
-                                       int cell, int slot) {
-    const int lane = threadIdx.x % WARP;
-    const u32 at = smem_address(sums + sum_at(r, lane));
-    Cells cells, up;
-    cells.load(at, 4 * cell);
+                                       const float* up) {
+    const int lane = threadIdx.x % WARP, at = sum_at(r, lane);
     if (task.gated) {
-        up.load(at + 4 * slot, 4 * cell);
-        finish_gated(task.epilogue[0], task.epilogue[1], task.act, r, index * 32 + lane,
-                     cells.sum(), up.sum());
+        const Cells a(sums + at), b(up + at);
+        finish_gated(task.epilogue[0], task.epilogue[1], task.act, r, index * 32 + lane, a.sum(),
+                     b.sum());
         return;
     }
     int part = 0;
     while (part < PARTS - 1 && index >= task.matrix[part].columns) {
         index -= task.matrix[part++].columns;
     }
-    finish_linear(task.epilogue[part], r, index * 32 + lane, cells.sum());
+    finish_linear(task.epilogue[part], r, index * 32 + lane, Cells(sums + at).sum());
 }
 
 // x of a block: blocks [first, end) of the packed rows.
@@ -83,8 +77,8 @@ struct Slice {
         for (int i = 0; i < parts; ++i) {
             const QMatrix& m = task.matrix[i];
             if (m.columns == 0) continue;
-            first = min(first, int(m.shares[LANES * rank]));
-            end = max(end, int(m.shares[LANES * (rank + 1)]));
+            first = min(first, int(m.shares[OWN_SHARES * rank]));
+            end = max(end, int(m.shares[OWN_SHARES * (rank + 1)]));
         }
         first = min(first, end);
     }
@@ -96,18 +90,15 @@ __device__ __forceinline__ void qgemm(const Task& task) {
     extern __shared__ __align__(1024) char shared[];
     pdl_launch();
     const int rows = task.rows;
-    const int warp = threadIdx.x / WARP, worker = warp / LANES;
+    const int warp = threadIdx.x / WARP;
     const int rank = cluster_rank(), cluster = blockIdx.x / CLUSTER;
     const int clusters = gridDim.x / CLUSTER;
     const Slice slice(task, rank);
 
-    // Shared memory: sums [slots, 2 with a gate][WORKERS][LANES][rows][32]; rings of the warps; x of
-    // each order.
-    const int cell = rows * 32;             // floats of a share's sums of a tile
-    const int slot = HALF_WARPS * cell;
-    const int step = (task.gated ? 2 : 1) * slot;   // from a worker's tile to its next one
+    // Shared memory: sums [slots][rows][32]; rings of the warps; x of each order.
+    const int cell = rows * 32;
     float* sums = reinterpret_cast<float*>(shared);
-    char* rings = reinterpret_cast<char*>(sums + task.slots * slot);
+    char* rings = reinterpret_cast<char*>(sums + task.slots * cell);
     char* x_all = rings + HALF_WARPS * HALF_RING;
     const int x_block = rows * X_ROW, x_stride = task.x_blocks * x_block;
 
@@ -141,36 +132,35 @@ __device__ __forceinline__ void qgemm(const Task& task) {
     };
 
     bool staged = false;
-    const int at_once = WORKERS * (task.gated ? task.slots / 2 : task.slots);
+    const int at_once = task.gated ? task.slots / 2 : task.slots;
 #pragma unroll 1
     for (int from = mine; from < mine_end; from += at_once) {
         const int end = min(from + at_once, mine_end);
-        float* own = sums + warp * cell;
-        for (int i = 0; i < task.slots; ++i) {
-            for (int j = walk.lane; j < cell; j += WARP) own[i * slot + j] = 0.0f;
-        }
-        __syncwarp();
-        // Through the warp's share of all parts. The first copies start before x is there.
+        // Through the block's rows of all parts. The first copies start before x is there.
         Cursor cursor = {};
         Tiles tiles = {};
-        int part = -1, first = 0;
+        int part = -1, first = 0;   // the part's first tile; of gate and up: their sums' first slot
+        bool add = false;
 #pragma unroll 1
         while (true) {
             while (cursor.at >= cursor.end && part < parts) {
-                if (part >= 0 && !task.gated) first += task.matrix[part].columns;
+                if (part >= 0) first += task.gated ? end - from : task.matrix[part].columns;
                 if (++part == parts) break;
                 const QMatrix& m = task.matrix[part];
-                // The worker's tiles among those of the part.
-                const int last = min(end, first + m.columns);
-                const int skip = max(first - from - worker + WORKERS - 1, 0) / WORKERS;
-                const int begin = from + worker + skip * WORKERS;
-                const int count = max(last - begin + WORKERS - 1, 0) / WORKERS;
+                // The warp's tiles among those of the part: one slot in HALF_WARPS.
+                const int slot = task.gated ? first : max(first - from, 0);
+                const int last = task.gated ? first + end - from
+                                            : min(end, first + m.columns) - from;
+                const int begin = slot + (warp - slot % HALF_WARPS + HALF_WARPS) % HALF_WARPS;
+                const int count = max(last - begin + HALF_WARPS - 1, 0) / HALF_WARPS;
                 if (count == 0) continue;
-                tiles = {begin - first, count, WORKERS,
-                         own + skip * step + (task.gated ? part * slot : 0), step};
+                tiles = {from + begin - first, count, HALF_WARPS, sums + begin * cell, HALF_WARPS * cell};
                 walk.x = x_all + task.order[part] * x_stride - slice.first * x_block;
-                cursor.enter(m, m.shares[warp % LANES + LANES * rank],
-                             m.shares[warp % LANES + LANES * rank + 1]);
+                cursor.enter(m, m.shares[OWN_SHARES * rank], m.shares[OWN_SHARES * (rank + 1)]);
+                add = false;
+                for (int i = 0; cursor.at >= cursor.end && i < count; ++i) {
+                    for (int j = walk.lane; j < cell; j += WARP) tiles.sums[i * tiles.step + j] = 0;
+                }
             }
             const bool more = part < parts;
             const Fold fold = more ? cursor.next() : Fold{{}, 0, 0, 1};
@@ -180,15 +170,16 @@ __device__ __forceinline__ void qgemm(const Task& task) {
             if (!staged) stage();
             staged = true;
             if (!more) break;
-            walk.run(feed, tiles, fold.fold, left);
+            walk.run(feed, tiles, fold.fold, left, add);
+            add = true;
         }
         cluster_sync();
 
-        // The block adds up the tiles of the worker of its number.
-        for (int i = 0; from + WORKERS * i + rank < end; ++i) {
-            const float* at = sums + i * step + rank * LANES * cell;
+        // Each block adds up one tile in CLUSTER.
+        for (int i = rank; i < end - from; i += CLUSTER) {
+            const float* at = sums + i * cell;
             for (int r = warp; r < rows; r += HALF_WARPS) {
-                finish(task, from + WORKERS * i + rank, r, at, cell, slot);
+                finish(task, from + i, r, at, at + (end - from) * cell);
             }
         }
         cluster_meet();   // nobody reads the sums any more
@@ -207,8 +198,8 @@ ENTRY(exl_qgemm_f16_rows16_gptq, KIND_GPTQ, 2)
 ENTRY(exl_qgemm_f16_rows32_exl2, KIND_EXL2, 4)
 ENTRY(exl_qgemm_f16_rows32_gptq, KIND_GPTQ, 4)
 
-// Several rows of x, gathered by a permutation and rounded to 16-bit floats: [blocks][rows][32]. One
-// warp per row and 128 columns.
+// Several rows of x, gathered by a permutation and rounded to 16-bit floats: [blocks][rows][32], every
+// four in the order of `half_place`. One warp per row and 128 columns.
 extern "C" __global__ void __launch_bounds__(256)
     exl_block_x_f16(const float* x, const u32* perm, char* out, int rows, int inputs) {
     pdl_launch();
@@ -220,10 +211,9 @@ extern "C" __global__ void __launch_bounds__(256)
     if (k >= inputs) return;
     float v[4];
     gather(v, x + (long long)row * inputs, from, k, inputs);
-    ushort4 h;
-    h.x = __half_as_ushort(to_half_sat(v[0]));
-    h.y = __half_as_ushort(to_half_sat(v[1]));
-    h.z = __half_as_ushort(to_half_sat(v[2]));
-    h.w = __half_as_ushort(to_half_sat(v[3]));
-    *reinterpret_cast<ushort4*>(out + ((long long)(k / 32) * rows + row) * X_ROW + k % 32 * 2) = h;
+    u16 h[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) h[half_place(i)] = __half_as_ushort(to_half_sat(v[i]));
+    const ushort4 all = make_ushort4(h[0], h[1], h[2], h[3]);
+    *reinterpret_cast<ushort4*>(out + ((long long)(k / 32) * rows + row) * X_ROW + k % 32 * 2) = all;
 }

@@ -39,7 +39,10 @@ __device__ __forceinline__ void centred(const char* at, int lane, __half2 (&v)[1
     load_words<B>(w, at, lane);
     expand<B>(w, bytes);
 #pragma unroll
-    for (int q = 0; q < 8; ++q) halves<B>(bytes[q], v[2 * q], v[2 * q + 1]);
+    for (int q = 0; q < 8; ++q) {
+        v[2 * q] = half_pair<B, 0, 1>(bytes[q]);
+        v[2 * q + 1] = half_pair<B, 2, 3>(bytes[q]);
+    }
 }
 
 // The weights of the calling lane in the same order.

@@ -10,7 +10,8 @@ constexpr int HALF_RING = 3200;
 constexpr int HALF_SLOTS = 4;
 constexpr int HALF_WARPS = 16;
 
-// Where a warp keeps the sum of a column of a row, [rows][32]: rows are turned so that lanes hit different banks.
+// Where the sum of a column of a row lies, [rows][32]: rows are turned so that lanes hit different
+// banks.
 __device__ __forceinline__ int sum_at(int row, int column) {
     return row * 32 + ((column + 8 * (row >> 1)) & 31);
 }
@@ -30,17 +31,16 @@ struct HalfWalk {
     template <int B>
     __device__ __forceinline__ void multiply(const char* block, const char* x_at,
                                              const HalfScales<KIND>& scales) {
-        u32 words[B], v[8], a[2][2][4];   // [column half][step of 16 rows]
+        u32 words[B], a[2][2][4];   // [column half][step of 16 rows]
+        __half2 v[8][2];
         load_words<B>(words, block, lane);
-        expand<B>(words, v);
+        expand_halves<B>(words, v);
 #pragma unroll
         for (int q = 0; q < 8; ++q) {
             const int column = 2 * (q >> 2) + (q & 1);
-            __half2 low, high;
-            halves<B>(v[q], low, high);
             u32(&to)[4] = a[q >> 2][q >> 1 & 1];
-            to[q & 1] = as_u32(scales.weight(low, column));
-            to[2 + (q & 1)] = as_u32(scales.weight(high, column));
+            to[q & 1] = as_u32(scales.weight(v[q][0], column));
+            to[2 + (q & 1)] = as_u32(scales.weight(v[q][1], column));
         }
 #pragma unroll
         for (int n = 0; n < NT; ++n) {
@@ -58,15 +58,18 @@ struct HalfWalk {
         for (int i = 0; i < NT * 8; ++i) total[i / 8][i / 4 % 2][i % 4] = 0.0f;
     }
 
-    // Adds the totals to the warp's sums of a tile.
-    __device__ __forceinline__ void leave(float* sums) {
+    // Stores the totals as the sums of a tile, or adds them.
+    __device__ __forceinline__ void leave(float* sums, bool add) {
         const int t = lane & 3, g = lane >> 2;
 #pragma unroll
         for (int n = 0; n < NT; ++n) {
 #pragma unroll
             for (int i = 0; i < 8; ++i) {
                 const int r = 8 * n + 2 * t + (i & 1);
-                if (r < rows) sums[sum_at(r, 8 * (i / 2) + g)] += total[n][i / 4][i % 4];
+                if (r >= rows) continue;
+                float& to = sums[sum_at(r, 8 * (i / 2) + g)];
+                const float total_i = total[n][i / 4][i % 4];
+                to = add ? to + total_i : total_i;
             }
         }
         clear();
@@ -89,9 +92,9 @@ struct HalfWalk {
         for (int s = 0; s < depth; ++s) fetch<0>(feed, ring + s * bytes);
     }
 
-    // All units of an opened feed; `left` of them.
+    // All units of an opened feed; `left` of them. `add`: to sums that are there.
     template <int B, int FOLD>
-    __device__ __forceinline__ void pass(Units& feed, const Tiles& tiles, int left) {
+    __device__ __forceinline__ void pass(Units& feed, const Tiles& tiles, int left, bool add) {
         constexpr int BLOCKS = unit_blocks<true>(FOLD, B), BYTES = BLOCKS * Sections<B>::BYTES;
         constexpr int SLOT = BYTES + ScaleCodes<KIND>::BYTES;
         constexpr int DEPTH = slots(HALF_RING, SLOT, HALF_SLOTS);
@@ -115,30 +118,31 @@ struct HalfWalk {
             block += BLOCKS;
             if (block == feed.end) {
                 block = feed.first;
-                leave(sums);
+                leave(sums, add);
                 sums += tiles.step;
             }
         }
     }
     template <int B>
-    __device__ __forceinline__ void folds(Units& feed, const Tiles& tiles, int fold, int left) {
+    __device__ __forceinline__ void folds(Units& feed, const Tiles& tiles, int fold, int left,
+                                          bool add) {
         if constexpr (fold_blocks(B) == 4) {
-            if (fold == 4) return pass<B, 4>(feed, tiles, left);
+            if (fold == 4) return pass<B, 4>(feed, tiles, left, add);
         }
-        if (fold == 2) return pass<B, 2>(feed, tiles, left);
-        pass<B, 1>(feed, tiles, left);
+        if (fold == 2) return pass<B, 2>(feed, tiles, left, add);
+        pass<B, 1>(feed, tiles, left, add);
     }
-    __device__ __forceinline__ void run(Units& feed, const Tiles& tiles, int fold, int left) {
+    __device__ __forceinline__ void run(Units& feed, const Tiles& tiles, int fold, int left, bool add) {
         if constexpr (KIND == KIND_GPTQ) {
-            folds<4>(feed, tiles, fold, left);
+            folds<4>(feed, tiles, fold, left, add);
         } else {
             switch (feed.run.run.bits) {
-                case 2: folds<2>(feed, tiles, fold, left); break;
-                case 3: folds<3>(feed, tiles, fold, left); break;
-                case 4: folds<4>(feed, tiles, fold, left); break;
-                case 5: folds<5>(feed, tiles, fold, left); break;
-                case 6: folds<6>(feed, tiles, fold, left); break;
-                default: folds<8>(feed, tiles, fold, left); break;
+                case 2: folds<2>(feed, tiles, fold, left, add); break;
+                case 3: folds<3>(feed, tiles, fold, left, add); break;
+                case 4: folds<4>(feed, tiles, fold, left, add); break;
+                case 5: folds<5>(feed, tiles, fold, left, add); break;
+                case 6: folds<6>(feed, tiles, fold, left, add); break;
+                default: folds<8>(feed, tiles, fold, left, add); break;
             }
         }
     }

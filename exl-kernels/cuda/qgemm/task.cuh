@@ -21,8 +21,7 @@ struct Task {
     const char* blocks[PARTS];  // several rows: what exl_block_x leaves, by order
     int rows, inputs;
     int tiles;                  // column tiles of all parts; pairs of them
-    int slots;                  // tiles of a thread block (cluster.cu: of a worker) at a time, whose
-                                // sums fit shared memory
+    int slots;                  // tiles of a thread block at a time, whose sums fit shared memory
     short gated, act, streams, orders;
     u8 order[PARTS + 1];        // of the permutations, which one a part has
     int next_gated;

@@ -80,6 +80,13 @@ __device__ __forceinline__ u32 and_or(u32 a, u32 mask, u32 b) {
     return d;
 }
 
+// (a & mask) ^ b
+__device__ __forceinline__ u32 and_xor(u32 a, u32 mask, u32 b) {
+    u32 d;
+    asm("lop3.b32 %0, %1, %2, %3, 0x6A;" : "=r"(d) : "r"(a), "r"(mask), "r"(b));
+    return d;
+}
+
 constexpr u32 MAGIC = 0x64006400u;
 
 __device__ __forceinline__ __half2 as_half2(u32 v) { return *reinterpret_cast<__half2*>(&v); }

@@ -48,13 +48,22 @@ impl Context {
         let mut handle = null_mut();
         // SAFETY: the pointer is to a local, the device exists.
         unsafe { driver.api.primary_ctx_retain(&mut handle, device) }?;
-        Ok(Self {
+        let context = Self {
             api: &driver.api,
             handle,
             device,
             ordinal,
             modules: Mutex::default(),
-        })
+        };
+        // The driver keeps a stack for every thread that the GPU can hold, a quarter of a gigabyte on
+        // the large ones. What a kernel of ours needs is known when it is compiled, and it gets that
+        // whatever the limit.
+        // SAFETY: the context is current.
+        unsafe {
+            let api = context.bind()?;
+            api.ctx_set_limit(sys::CUlimit::CU_LIMIT_STACK_SIZE, 0)
+        }?;
+        Ok(context)
     }
 
     /// Makes the context current on this thread and gives the functions to call there.

@@ -70,6 +70,7 @@ functions! {
     primary_ctx_release = cuDevicePrimaryCtxRelease_v2(device: sys::CUdevice);
     ctx_get_current = cuCtxGetCurrent(context: *mut sys::CUcontext);
     ctx_set_current = cuCtxSetCurrent(context: sys::CUcontext);
+    ctx_set_limit = cuCtxSetLimit(limit: sys::CUlimit, value: usize);
     mem_get_info = cuMemGetInfo_v2(free: *mut usize, total: *mut usize);
     mem_alloc = cuMemAlloc_v2(address: *mut sys::CUdeviceptr, bytes: usize);
     mem_free = cuMemFree_v2(address: sys::CUdeviceptr);

@@ -14,7 +14,7 @@ use crate::common::{CASES, golden, runner};
 const TOLERANCE: f32 = 1e-4;
 
 /// All logits of a row fed in pieces of the given size.
-fn in_pieces(runner: &mut Runner, ids: &[u32], size: usize) -> Vec<f32> {
+pub(crate) fn in_pieces(runner: &mut Runner, ids: &[u32], size: usize) -> Vec<f32> {
     let pages = [3, 1, 2];
     let mut all = Vec::new();
     for (i, tokens) in ids.chunks(size).enumerate() {

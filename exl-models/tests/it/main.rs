@@ -5,6 +5,7 @@ mod bad_input;
 mod common;
 mod drawn;
 mod golden;
+mod gpu;
 mod greedy;
 mod plans;
 mod quantized;

@@ -5,7 +5,8 @@ use std::sync::Arc;
 use crate::common::golden;
 use exl_models::{BlockPart, block_plan};
 use exl_tensor::{
-    Bound, DType, HostExecutor, KvBuffers, Phase, Plan, PlanKey, Slot, StepBlock, StepSeq, check,
+    Bound, DType, HostExecutor, KvBuffers, Phase, Plan, PlanKey, Side, Slot, StepBlock, StepSeq,
+    check,
 };
 
 fn key(phase: Phase, rows: usize, seqs: usize, out_rows: usize) -> PlanKey {
@@ -84,17 +85,17 @@ fn kernels_agree_with_the_reference_slot_by_slot() {
         };
         let mut cpu = HostExecutor::cpu(exl_tensor::Cpu::new(options)).unwrap();
         let mut reference = HostExecutor::reference().unwrap();
-        let tested = (&mut cpu, &mut cpu_kv);
-        let trusted = (&mut reference, &mut reference_kv);
-        let report = check(
-            (tested.0, tested.1),
-            (trusted.0, trusted.1),
-            &bound,
-            &step,
-            &[],
-            |_| 1e-5,
-        )
-        .unwrap();
+        let tested = Side {
+            executor: &mut cpu,
+            bound: &bound,
+            kv: &mut cpu_kv,
+        };
+        let trusted = Side {
+            executor: &mut reference,
+            bound: &bound,
+            kv: &mut reference_kv,
+        };
+        let report = check(tested, trusted, &step, &[], |_| 1e-5).unwrap();
         assert_eq!(report.first_failure(), None, "{case}");
         assert!(report.diffs.len() >= bound.plan().ops().len() - 2);
     }

@@ -1,6 +1,6 @@
 //! EXL2 and GPTQ checkpoints through the same forward code.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use exl_models::{
@@ -112,6 +112,12 @@ fn gptq(parts: &mut Parts, key: &WeightKey, noise: &mut Noise) {
     put("qzeros", "I32", vec![g, n / 8], noise.words(g * n / 8));
     put("scales", "F16", vec![g, n], noise.scales(g * n, 0.01));
     put("g_idx", "I32", vec![k], le(&order));
+}
+
+/// A directory with the fixture in one of the formats, "exl2" or "gptq".
+pub(crate) fn written(case: &str, format: &str, name: &str) -> PathBuf {
+    let write = if format == "exl2" { exl2 } else { gptq };
+    quantized(case, write).write(name)
 }
 
 /// The same model with every quantized weight decoded.

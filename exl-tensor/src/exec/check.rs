@@ -38,41 +38,59 @@ impl CheckReport {
     }
 }
 
-/// Runs the plan op by op on both executors; each op starts from the second (trusted) executor's
-/// slots and its own cache, so that a difference shows where it arises.
+/// One of the two that are compared.
+#[derive(Debug)]
+pub struct Side<'a> {
+    /// What runs the plan.
+    pub executor: &'a mut dyn Executor,
+    /// The plan with weights where the executor wants them.
+    pub bound: &'a Bound,
+    /// Its own cache.
+    pub kv: &'a mut KvBuffers,
+}
+
+/// Runs a plan op by op on both executors; each op starts from the trusted executor's slots and its
+/// own cache, so that a difference shows where it arises.
 ///
 /// `inputs` are the values of the plan's input slots; `tolerance` gives the bound per op name.
 ///
 /// # Errors
 /// Whatever an executor returns.
+///
+/// # Panics
+/// When the plans differ.
 pub fn check(
-    (tested, tested_kv): (&mut dyn Executor, &mut KvBuffers),
-    (trusted, trusted_kv): (&mut dyn Executor, &mut KvBuffers),
-    bound: &Bound,
+    tested: Side<'_>,
+    trusted: Side<'_>,
     step: &StepBlock,
     inputs: &[(Slot, Vec<f32>)],
     tolerance: impl Fn(&str) -> f32,
 ) -> Result<CheckReport> {
-    tested.prepare(bound)?;
-    trusted.prepare(bound)?;
+    let (a, b) = (tested.bound, trusted.bound);
+    let plan = a.plan();
+    assert_eq!(plan.ops(), b.plan().ops(), "two plans are compared");
+    let (tested, tested_kv) = (tested.executor, tested.kv);
+    let (trusted, trusted_kv) = (trusted.executor, trusted.kv);
+    tested.prepare(a)?;
+    trusted.prepare(b)?;
     for (slot, values) in inputs {
-        tested.write(bound, *slot, values)?;
-        trusted.write(bound, *slot, values)?;
+        tested.write(a, *slot, values)?;
+        trusted.write(b, *slot, values)?;
     }
     let mut diffs = Vec::new();
-    for (index, op) in bound.plan().ops().iter().enumerate() {
-        tested.run_op(bound, index, step, tested_kv)?;
-        trusted.run_op(bound, index, step, trusted_kv)?;
+    for (index, op) in plan.ops().iter().enumerate() {
+        tested.run_op(a, index, step, tested_kv)?;
+        trusted.run_op(b, index, step, trusted_kv)?;
         for slot in op.writes() {
-            let relative = if bound.plan().slot(slot).dtype == DType::I32 {
+            let relative = if plan.slot(slot).dtype == DType::I32 {
                 // No op reads integers of the arena, so the difference does not go on.
-                let a = tested.integers(bound, slot)?;
-                differing(a, trusted.integers(bound, slot)?)
+                let integers = tested.integers(a, slot)?;
+                differing(integers, trusted.integers(b, slot)?)
             } else {
-                let a = tested.values(bound, slot)?;
-                let b = trusted.values(bound, slot)?;
-                let relative = relative(a, b);
-                tested.write(bound, slot, b)?;
+                let values = tested.values(a, slot)?;
+                let right = trusted.values(b, slot)?;
+                let relative = relative(values, right);
+                tested.write(a, slot, right)?;
                 relative
             };
             diffs.push(SlotDiff {

@@ -102,7 +102,14 @@ pub(super) fn measure(
         memory_bytes: resident.map_or(0, |r| r.now),
         memory_peak_bytes: resident.map_or(0, |r| r.peak),
         cache_bytes: runner.memory().cache,
+        gpu_memory_bytes: gpu.map(taken).transpose()?,
     })
+}
+
+/// Bytes of a GPU's memory that are not free.
+fn taken(gpu: &Gpu) -> Result<u64> {
+    let (free, all) = gpu.memory()?;
+    Ok(all - free)
 }
 
 /// Refuses measurements that do not fit into memory, and remarks on those that the model was not

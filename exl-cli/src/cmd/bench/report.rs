@@ -40,12 +40,19 @@ pub(super) fn markdown(report: &Report) -> String {
 }
 
 fn facts(report: &Report) -> Vec<(&'static str, String)> {
-    let memory = format!(
-        "{} resident, {} at most, {} of it cache",
+    let resident = format!(
+        "{} resident, {} at most",
         ui::bytes(report.memory_bytes),
-        ui::bytes(report.memory_peak_bytes),
-        ui::bytes(report.cache_bytes)
+        ui::bytes(report.memory_peak_bytes)
     );
+    let cache = ui::bytes(report.cache_bytes);
+    let memory = match report.gpu_memory_bytes {
+        Some(gpu) => format!(
+            "{} on the GPU, {cache} of it cache; {resident}",
+            ui::bytes(gpu)
+        ),
+        None => format!("{resident}, {cache} of it cache"),
+    };
     let mut settings = format!(
         "{} threads, activations {}, cache {}",
         report.threads, report.activations, report.cache

@@ -51,10 +51,9 @@ const ROW_CHUNK: usize = 4 * X_CHUNK;
 /// Blocks of x in a slot of a warp's ring (walk.cuh).
 const X_UNIT: usize = 2;
 const ALIGN: usize = 256;
-/// Thread blocks of a cluster; column tiles, warps, and bytes of a warp's ring in each of them
-/// (cluster.cu, half_walk.cuh).
+/// Thread blocks of a cluster; warps, and bytes of a warp's ring in each of them (cluster.cu,
+/// half_walk.cuh).
 pub(in crate::cuda) const CLUSTER: usize = 8;
-const CLUSTER_WORKERS: usize = 8;
 const CLUSTER_WARPS: usize = 16;
 const CLUSTER_RING: usize = 3200;
 /// Rows for which 16-bit floats are faster than exact sums.
@@ -159,14 +158,19 @@ impl Config {
         let x_blocks = slice_blocks(matrices);
         let x = orders.count * x_blocks * rows * X_ROW;
         let used = CLUSTER_WARPS * CLUSTER_RING + x;
-        let slot = CLUSTER_WARPS * rows * 128 * each;
+        let slot = rows * 128 * each;
         let most = (props.shared_per_block as usize).checked_sub(used)? / slot;
-        if clusters == 0 || most == 0 {
+        if clusters == 0 || most < CLUSTER {
             return None;
         }
-        // Turns of equal length.
-        let mine = tiles.div_ceil(clusters).div_ceil(CLUSTER_WORKERS);
-        let slots = mine.div_ceil(mine.div_ceil(most));
+        // All at once, or turns in which every warp has as many column tiles.
+        let (mine, busy) = (tiles.div_ceil(clusters), CLUSTER_WARPS / each);
+        let turns = if most > busy {
+            most / busy * busy
+        } else {
+            most
+        };
+        let slots = if mine > most { turns } else { mine };
         Some(Self {
             rows,
             grid: clusters * CLUSTER,

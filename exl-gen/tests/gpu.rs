@@ -1,0 +1,258 @@
+//! The engine on a GPU with a trained model. Every test skips, saying so, on a machine without a GPU.
+
+#![allow(clippy::unwrap_used, clippy::print_stdout)]
+
+use std::collections::VecDeque;
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use exl_gen::{
+    DoneReason, Encode, Engine, EngineHandle, EngineOptions, Event, JobStream, Request,
+    RunnerBackend, SamplerSettings, Tokenizer,
+};
+use exl_models::{
+    Backend, LoadOptions, LogitRows, Model, ModelSource, Runner, RunnerOptions, SeqSlice,
+};
+use exl_tensor::{CudaOptions, DType, Gpu, probe};
+
+/// A quantized copy of the bundled model, and the model itself.
+const MODELS: [&str; 2] = [
+    "../../shared/golden/demo-4m-exl2-4.0bpw",
+    "../testdata/demo-4m",
+];
+const TOKENIZER: &str = "../testdata/demo-4m";
+/// Logits closer than this may change places between a CPU and a GPU.
+const GAP: f32 = 1e-3;
+
+fn gpu() -> Option<(Gpu, PathBuf)> {
+    if let Err(error) = probe() {
+        println!("skipped: {error}");
+        return None;
+    }
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let dirs = MODELS.map(|dir| root.join(dir));
+    let found = dirs
+        .into_iter()
+        .find(|dir| dir.join("config.json").is_file());
+    if found.is_none() {
+        println!("skipped: no model in {MODELS:?}");
+    }
+    Some((
+        Gpu::open(0).expect("a GPU that was found can be opened"),
+        found?,
+    ))
+}
+
+fn tokenizer() -> Arc<Tokenizer> {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join(TOKENIZER);
+    Arc::new(Tokenizer::open(&dir).unwrap())
+}
+
+fn runner(dir: &Path, gpu: Option<&Gpu>, deterministic: bool) -> Runner {
+    let source = ModelSource::open(dir, &LoadOptions::default()).unwrap();
+    let go_on = |_| ControlFlow::Continue(());
+    let model: Model = source.load_onto(gpu, &go_on).unwrap().unwrap();
+    let cuda = CudaOptions {
+        deterministic,
+        ..CudaOptions::default()
+    };
+    let backend = gpu.map_or(Backend::Cpu, |gpu| Backend::Cuda(gpu.clone(), cuda));
+    let options = RunnerOptions {
+        pages: 60,
+        kv_dtype: DType::F16,
+        max_rows: 256,
+        max_seqs: 32,
+        backend,
+        ..RunnerOptions::default()
+    };
+    Runner::new(Arc::new(model), options).unwrap()
+}
+
+fn start(runner: Runner) -> EngineHandle {
+    let backend = Box::new(RunnerBackend::new(runner));
+    Engine::start(backend, tokenizer(), EngineOptions::default()).unwrap()
+}
+
+fn request(engine: &EngineHandle, text: &str, tokens: usize, seed: Option<u64>) -> Request {
+    let sampler = match seed {
+        None => SamplerSettings::greedy(),
+        Some(_) => SamplerSettings {
+            seed,
+            ..SamplerSettings::default()
+        },
+    };
+    Request {
+        max_new_tokens: tokens,
+        sampler,
+        ignore_eos: true,
+        decode_special: true,
+        ..Request::new(engine.tokenizer().encode(text, Encode::TEXT).unwrap())
+    }
+}
+
+/// Prompts of different lengths, the longest beyond what products of few rows take.
+fn jobs() -> Vec<(String, Option<u64>)> {
+    let words = "It was a dark night and the old house stood silent by the sea. ";
+    let text = |i: usize| format!("{i} {}", words.repeat(1 + 2 * i));
+    (0..8)
+        .map(|i| (text(i), (i % 2 == 1).then_some(7 + i as u64)))
+        .collect()
+}
+
+fn tokens(stream: JobStream) -> Vec<u32> {
+    let answer = stream.wait();
+    assert_eq!(answer.done.reason, DoneReason::MaxTokens);
+    answer.token_ids
+}
+
+#[test]
+fn gpu_deterministic_texts_do_not_depend_on_the_batch() {
+    const TOKENS: usize = 40;
+    let Some((gpu, dir)) = gpu() else { return };
+    let engine = start(runner(&dir, Some(&gpu), true));
+    let submit = |(text, seed): &(String, Option<u64>)| {
+        engine
+            .submit(request(&engine, text, TOKENS, *seed))
+            .unwrap()
+    };
+    let jobs = jobs();
+    let alone: Vec<Vec<u32>> = jobs.iter().map(|job| tokens(submit(job))).collect();
+    let together: Vec<JobStream> = jobs.iter().map(submit).collect();
+    let together: Vec<Vec<u32>> = together.into_iter().map(tokens).collect();
+    assert_eq!(alone, together, "in one batch");
+    // Each joins when the one before has said something.
+    let mut joined: Vec<JobStream> = Vec::new();
+    for job in &jobs {
+        let mut stream = submit(job);
+        while !matches!(stream.recv(), Some(Event::Text { .. })) {}
+        joined.push(stream);
+    }
+    for (stream, alone) in joined.into_iter().zip(&alone) {
+        let rest = tokens(stream);
+        assert!(!rest.is_empty() && alone.ends_with(&rest), "joined mid-way");
+    }
+}
+
+#[test]
+fn gpu_seeds_give_the_same_text_again() {
+    let Some((gpu, dir)) = gpu() else { return };
+    let write = || {
+        let engine = start(runner(&dir, Some(&gpu), false));
+        let streams = jobs().into_iter().map(|(text, _)| {
+            engine
+                .submit(request(&engine, &text, 60, Some(11)))
+                .unwrap()
+        });
+        let streams: Vec<JobStream> = streams.collect();
+        streams.into_iter().map(tokens).collect::<Vec<_>>()
+    };
+    assert_eq!(write(), write());
+}
+
+/// How far apart the two likeliest tokens after a text are on the CPU.
+fn gap_after(runner: &mut Runner, ids: &[u32]) -> f32 {
+    let slice = SeqSlice {
+        tokens: ids,
+        start: 0,
+        pages: &[1, 2, 3],
+        logits: LogitRows::Last,
+    };
+    let mut logits = runner.step(&[slice]).unwrap().to_vec();
+    logits.sort_by(|a, b| b.total_cmp(a));
+    logits[0] - logits[1]
+}
+
+#[test]
+fn gpu_greedy_text_is_the_cpus() {
+    const TOKENS: usize = 200;
+    let Some((gpu, dir)) = gpu() else { return };
+    let write = |gpu: Option<&Gpu>| {
+        let engine = start(runner(&dir, gpu, false));
+        let request = request(&engine, "Once upon a time", TOKENS, None);
+        let prompt = request.prompt.clone();
+        (prompt, tokens(engine.submit(request).unwrap()))
+    };
+    let (prompt, cpu) = write(None);
+    let (_, tested) = write(Some(&gpu));
+    let Some(at) = cpu.iter().zip(&tested).position(|(a, b)| a != b) else {
+        println!("{TOKENS} tokens are the same");
+        return;
+    };
+    let before = [prompt, cpu[..at].to_vec()].concat();
+    let gap = gap_after(&mut runner(&dir, None, false), &before);
+    println!("first difference at token {at}, where the two likeliest are {gap:e} apart");
+    assert!(gap < GAP, "token {at}: {gap}");
+}
+
+/// xorshift64*
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, n: usize) -> usize {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        ((self.0.wrapping_mul(0x2545_F491_4F6C_DD1D) >> 33) % n as u64) as usize
+    }
+}
+
+/// Jobs come, go and are aborted at random; `EXL_SOAK_STEPS` steps, 2000 by default.
+#[test]
+fn gpu_memory_stays_flat() {
+    let Some((gpu, dir)) = gpu() else { return };
+    let steps = std::env::var("EXL_SOAK_STEPS").ok();
+    let steps: u64 = steps.map_or(2000, |text| {
+        text.parse().expect("EXL_SOAK_STEPS is a number")
+    });
+    let engine = start(runner(&dir, Some(&gpu), false));
+    let mut random = Random(42);
+    let mut running: VecDeque<JobStream> = VecDeque::new();
+    let (mut submitted, mut aborted) = (0, 0);
+    // Taken bytes: when a fifth of the steps are done, and most after that.
+    let mut taken = [0, 0];
+    let used = || gpu.memory().map(|(free, all)| all - free).unwrap();
+    loop {
+        let done = engine.stats().steps;
+        if done >= steps {
+            break;
+        }
+        if done >= steps / 5 {
+            let now = used();
+            taken[0] = if taken[0] == 0 { now } else { taken[0] };
+            taken[1] = taken[1].max(now);
+        }
+        let words = "the sea and the night ".repeat(1 + random.below(12));
+        let seed = (random.below(2) == 0).then_some(submitted);
+        let request = request(&engine, &words, 1 + random.below(80), seed);
+        running.push_back(engine.submit(request).unwrap());
+        submitted += 1;
+        if random.below(8) == 0 {
+            let at = random.below(running.len());
+            engine.abort(running[at].id());
+            aborted += 1;
+        }
+        if running.len() > 1 + random.below(24) {
+            let answer = running.pop_front().unwrap().wait();
+            let reason = answer.done.reason;
+            let fine = matches!(reason, DoneReason::MaxTokens | DoneReason::Aborted);
+            assert!(fine, "{reason:?}");
+        }
+    }
+    running.into_iter().for_each(|stream| drop(stream.wait()));
+    let stats = engine.stats();
+    println!(
+        "{} steps, {submitted} jobs, {aborted} aborts asked for, {} tokens; {:.1} MB taken, at most {:.1} MB",
+        stats.steps,
+        stats.new_tokens,
+        taken[0] as f64 / 1e6,
+        taken[1] as f64 / 1e6
+    );
+    assert_eq!(stats.failed, 0);
+    assert_eq!(
+        stats.load.free_pages, stats.load.pages,
+        "pages are given back"
+    );
+    // Graphs of new shapes replace old ones of other sizes.
+    assert!(taken[1] - taken[0] < 64 << 20, "{taken:?}");
+}

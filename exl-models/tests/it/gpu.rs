@@ -1,0 +1,215 @@
+//! Whole models on a GPU: against transformers and against the CPU. Every test skips, saying so, on a
+//! machine without a GPU.
+
+use std::ops::ControlFlow;
+use std::path::Path;
+use std::sync::Arc;
+
+use exl_models::{Backend, LoadOptions, LogitRows, Model, ModelSource, Runner, SeqSlice};
+use exl_tensor::{
+    Bound, Cpu, CpuOptions, CudaExecutor, CudaOptions, DType, Gpu, HostExecutor, KvBuffers, Phase,
+    PlanKey, Side, StepBlock, StepSeq, check, probe,
+};
+
+use crate::common::{CASES, dir, golden, runner};
+use crate::golden::in_pieces;
+use crate::quantized::written;
+
+/// Of logits' range. 32-bit weights and cache: measured up to 2e-6.
+const EXACT: f32 = 1e-5;
+/// Quantized noise for weights; from 9 rows on a GPU rounds the inputs of products to 16 bits.
+const CLOSE: f32 = 1e-2;
+
+fn gpu() -> Option<Gpu> {
+    match probe() {
+        Ok(_) => Some(Gpu::open(0).expect("a GPU that was found can be opened")),
+        Err(error) => {
+            eprintln!("skipped: {error}");
+            None
+        }
+    }
+}
+
+fn on_gpu(dir: &Path, gpu: &Gpu) -> Arc<Model> {
+    let source = ModelSource::open(dir, &LoadOptions::default()).unwrap();
+    let go_on = |_| ControlFlow::Continue(());
+    Arc::new(source.load_onto(Some(gpu), &go_on).unwrap().unwrap())
+}
+
+fn cuda(gpu: &Gpu, graphs: bool) -> Backend {
+    let options = CudaOptions {
+        graphs,
+        ..CudaOptions::default()
+    };
+    Backend::Cuda(gpu.clone(), options)
+}
+
+/// Largest difference relative to the range of `b`.
+fn difference(a: &[f32], b: &[f32]) -> f32 {
+    let high = b.iter().fold(f32::MIN, |m, &v| m.max(v));
+    let low = b.iter().fold(f32::MAX, |m, &v| m.min(v));
+    assert!(a.len() == b.len() && a.iter().all(|v| v.is_finite()));
+    let differences = a.iter().zip(b).map(|(a, b)| (a - b).abs());
+    differences.fold(0f32, f32::max) / (high - low)
+}
+
+#[test]
+fn gpu_logits_equal_transformers() {
+    let Some(gpu) = gpu() else { return };
+    let mut failures = Vec::new();
+    for case in CASES {
+        let golden = golden(case);
+        let mut runner = runner(on_gpu(&dir(case), &gpu), cuda(&gpu, true));
+        let n = golden.ids.len();
+        let errors = [n, 7, 1].map(|size| golden.error(&in_pieces(&mut runner, &golden.ids, size)));
+        let worst = errors.into_iter().fold(0f32, f32::max);
+        println!(
+            "{case:<16} {:.1e} {:.1e} {:.1e}",
+            errors[0], errors[1], errors[2]
+        );
+        // What the fixture itself is exact to is added: it is compared on the CPU with 1e-4.
+        if worst > 1e-4 + EXACT {
+            failures.push(case);
+        }
+    }
+    assert!(failures.is_empty(), "beyond the tolerance: {failures:?}");
+}
+
+#[test]
+fn gpu_quantized_models_give_the_cpus_logits() {
+    let Some(gpu) = gpu() else { return };
+    for format in ["exl2", "gptq"] {
+        let dir = written("qwen3", format, &format!("gpu-{format}"));
+        let ids = golden("qwen3").ids;
+        let model = Arc::new(Model::open(&dir, &LoadOptions::default()).unwrap());
+        let mut cpu = runner(model, Backend::Cpu);
+        let mut tested = runner(on_gpu(&dir, &gpu), cuda(&gpu, true));
+        for size in [ids.len(), 7, 1] {
+            let expected = in_pieces(&mut cpu, &ids, size);
+            let error = difference(&in_pieces(&mut tested, &ids, size), &expected);
+            println!("{format} in pieces of {size}: {error:.1e}");
+            assert!(error <= CLOSE, "{format} in pieces of {size}: {error}");
+        }
+    }
+}
+
+/// The check executor: every op of a plan from the CPU's inputs, slot by slot.
+#[test]
+fn gpu_ops_of_whole_plans_agree_with_the_cpus() {
+    let Some(gpu) = gpu() else { return };
+    for case in ["llama-plain", "qwen3", "mistral-window"] {
+        let golden = golden(case);
+        let on_gpu = on_gpu(&dir(case), &gpu);
+        let key = PlanKey {
+            phase: Phase::Prefill,
+            rows: 40,
+            seqs: 1,
+            pages_per_seq: 1,
+            out_rows: 40,
+            sample: None,
+        };
+        let mut step = StepBlock::new(&key).unwrap();
+        let tokens = &golden.ids[..40];
+        step.fill(&[StepSeq {
+            tokens,
+            start: 0,
+            pages: &[1],
+            logits: (0, 40),
+        }])
+        .unwrap();
+        let plan = Arc::new(on_gpu.plan(&key));
+        let bound = |model: &Model| Bound::new(plan.clone(), model.weights()).unwrap();
+        let (there, here) = (bound(&on_gpu), bound(&golden.model));
+        let shape = on_gpu.kv_shape(DType::F32);
+        let mut tested = CudaExecutor::new(&gpu, CudaOptions::default()).unwrap();
+        let mut trusted = HostExecutor::cpu(Cpu::new(CpuOptions::default())).unwrap();
+        let report = check(
+            Side {
+                executor: &mut tested,
+                bound: &there,
+                kv: &mut KvBuffers::on_gpu(&gpu, shape, 2).unwrap(),
+            },
+            Side {
+                executor: &mut trusted,
+                bound: &here,
+                kv: &mut KvBuffers::new(shape, 2).unwrap(),
+            },
+            &step,
+            &[],
+            |_| EXACT,
+        )
+        .unwrap();
+        let worst = report.diffs.iter().map(|d| d.relative).fold(0f32, f32::max);
+        println!("{case}: {} slots, worst {worst:.1e}", report.diffs.len());
+        assert_eq!(report.first_failure(), None, "{case}");
+    }
+}
+
+#[test]
+fn gpu_graphs_give_the_bits_of_the_launches() {
+    let Some(gpu) = gpu() else { return };
+    let golden = golden("qwen3");
+    let model = on_gpu(&dir("qwen3"), &gpu);
+    let decode = |graphs| {
+        let mut runner = runner(model.clone(), cuda(&gpu, graphs));
+        in_pieces(&mut runner, &golden.ids, 1)
+    };
+    let bits = |logits: Vec<f32>| -> Vec<u32> { logits.iter().map(|v| v.to_bits()).collect() };
+    assert_eq!(bits(decode(true)), bits(decode(false)));
+}
+
+/// KL of the next-token distributions `b` from `a`, mean over rows, and how often the likeliest token
+/// is the same.
+fn compare(a: &[f32], b: &[f32], vocab: usize) -> (f64, f64) {
+    let log_softmax = |row: &[f32]| -> Vec<f64> {
+        let most = row.iter().fold(f32::MIN, |m, &v| m.max(v));
+        let sum: f64 = row.iter().map(|v| f64::from(v - most).exp()).sum();
+        let shift = f64::from(most) + sum.ln();
+        row.iter().map(|&v| f64::from(v) - shift).collect()
+    };
+    let best = |row: &[f32]| (0..vocab).max_by(|&i, &j| row[i].total_cmp(&row[j]));
+    let (mut kl, mut same, mut rows) = (0.0, 0.0, 0.0);
+    for (x, y) in a.chunks(vocab).zip(b.chunks(vocab)) {
+        let (p, q) = (log_softmax(x), log_softmax(y));
+        kl += p
+            .iter()
+            .zip(&q)
+            .map(|(p, q)| p.exp() * (p - q))
+            .sum::<f64>();
+        same += f64::from(u8::from(best(x) == best(y)));
+        rows += 1.0;
+    }
+    (kl / rows, same / rows)
+}
+
+/// The logits gate: a trained model, quantized where there is such a copy of it, on text.
+#[test]
+fn gpu_distributions_are_the_cpus() {
+    const QUANTIZED: &str = "../../shared/golden/demo-4m-exl2-4.0bpw";
+    const PLAIN: &str = "../testdata/demo-4m";
+    let Some(gpu) = gpu() else { return };
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let found = [QUANTIZED, PLAIN].map(|dir| root.join(dir));
+    let Some(dir) = found.iter().find(|dir| dir.join("config.json").is_file()) else {
+        eprintln!("skipped: no model in {QUANTIZED} or {PLAIN}");
+        return;
+    };
+    let model = Arc::new(Model::open(dir, &LoadOptions::default()).unwrap());
+    let vocab = model.spec().vocab;
+    let ids: Vec<u32> = (0..120).map(|i| (i * 7919 + 13) % vocab as u32).collect();
+    let logits = |mut runner: Runner| {
+        let slice = SeqSlice {
+            tokens: &ids,
+            start: 0,
+            pages: &[1],
+            logits: LogitRows::All,
+        };
+        runner.step(&[slice]).unwrap().to_vec()
+    };
+    let expected = logits(runner(model, Backend::Cpu));
+    let tested = logits(runner(on_gpu(dir, &gpu), cuda(&gpu, true)));
+    let (kl, same) = compare(&expected, &tested, vocab);
+    println!("{}: KL {kl:.1e}, same top-1 {same:.3}", dir.display());
+    // 120 rows are a prompt, for which operands are rounded to 16 bits.
+    assert!(kl < 1e-5 && same > 0.98, "KL {kl:e}, top-1 {same}");
+}

@@ -368,8 +368,8 @@ __device__ __forceinline__ void attend(const Attention& a) {
 
 }  // namespace
 
-#define DECODE(D, WARPS, STAGES, BLOCKS)                                                          \
-    extern "C" __global__ void __launch_bounds__(WARPS* WARP, BLOCKS) exl_attn_decode_##D(        \
+#define DECODE(NAME, D, WARPS, STAGES, BLOCKS)                                                    \
+    extern "C" __global__ void __launch_bounds__(WARPS* WARP, BLOCKS) exl_attn_decode_##NAME(     \
         const float* q, const void* k_cache, const void* v_cache, const int* block_table,         \
         const int* q_start, const int* kv_len, float* out, float* scratch, u32* counters,         \
         int rows, int seqs, int pages_per_seq, int heads, int kv_heads, int head_dim, int splits, \
@@ -379,7 +379,9 @@ __device__ __forceinline__ void attend(const Attention& a) {
                                   splits, chunk, window, scale, softcap});                        \
     }
 // Heads of up to D values.
-DECODE(64, 4, 2, 3)
-DECODE(96, 4, 2, 2)
-DECODE(128, 4, 2, 2)
-DECODE(256, 2, 2, 2)
+DECODE(64, 64, 4, 2, 3)
+DECODE(96, 96, 4, 2, 2)
+DECODE(128, 128, 4, 2, 2)
+DECODE(256, 256, 2, 2, 2)
+// The same with blocks half as large, for many sequences.
+DECODE(128_many, 128, 2, 2, 4)

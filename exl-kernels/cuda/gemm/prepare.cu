@@ -41,7 +41,7 @@ struct Result {
 
 }  // namespace
 
-// k is a multiple of 8, `out` is aligned to 16 bytes; `vectors`: so is x.
+// k is a multiple of 8, `perm` and `out` are aligned to 16 bytes; `vectors`: so is x.
 extern "C" __global__ void __launch_bounds__(256, 4)
     exl_prepare_x(const float* x, const u32* perm, char* out, int rows, int k, int vectors,
                   int blocks_k) {
@@ -58,9 +58,10 @@ extern "C" __global__ void __launch_bounds__(256, 4)
             }
             float4 a, b;
             if (perm) {
-                const u32* p = perm + 8 * i;
-                a = make_float4(from[p[0]], from[p[1]], from[p[2]], from[p[3]]);
-                b = make_float4(from[p[4]], from[p[5]], from[p[6]], from[p[7]]);
+                const uint4* p = reinterpret_cast<const uint4*>(perm + 8 * i);
+                const uint4 low = p[0], high = p[1];
+                a = make_float4(from[low.x], from[low.y], from[low.z], from[low.w]);
+                b = make_float4(from[high.x], from[high.y], from[high.z], from[high.w]);
             } else {
                 a = load_4(from + 8 * i, vectors);
                 b = load_4(from + 8 * i + 4, vectors);
@@ -91,11 +92,12 @@ extern "C" __global__ void __launch_bounds__(256, 4)
         for (int i = threadIdx.x; i < result.padded_k() / 8; i += blockDim.x) {
             u32 v[4] = {};
             if (row < rows && 8 * i < k) {
-#pragma unroll
-                for (int j = 0; j < 4; ++j) {
-                    u32 low = row_at[perm[8 * i + 2 * j]], high = row_at[perm[8 * i + 2 * j + 1]];
-                    v[j] = low | high << 16;
-                }
+                const uint4* p = reinterpret_cast<const uint4*>(perm + 8 * i);
+                const uint4 low = p[0], high = p[1];
+                v[0] = row_at[low.x] | row_at[low.y] << 16;
+                v[1] = row_at[low.z] | row_at[low.w] << 16;
+                v[2] = row_at[high.x] | row_at[high.y] << 16;
+                v[3] = row_at[high.z] | row_at[high.w] << 16;
             }
             result.put(row, 8 * i, make_uint4(v[0], v[1], v[2], v[3]));
         }

@@ -78,7 +78,8 @@ __device__ __forceinline__ void qgemm(const Task& task) {
     const int kept = task.streams ? x_bytes.scales : 0;   // bytes of x that are not here
     const int x_stride = (SUMS ? x_bytes.all : x_bytes.sums) - kept;
 
-    Walk<NT, ONE, ONE> walk;
+    constexpr bool WIDE = ONE && LARGE;
+    Walk<NT, ONE, WIDE> walk;
     walk.lane = threadIdx.x % WARP;
     walk.rows = rows;
     walk.x_block = rows * X_ROW;
@@ -177,7 +178,7 @@ __device__ __forceinline__ void qgemm(const Task& task) {
             }
             const bool more = part < parts;
             const Fold fold = more ? cursor.next() : Fold{{}, 0, 0, 1};
-            Feed<ONE> feed(task.matrix[more ? part : 0], tiles, fold);
+            Feed<WIDE> feed(task.matrix[more ? part : 0], tiles, fold);
             const int left = feed.left;
             walk.template open<KIND>(feed);
             if (!staged) stage();

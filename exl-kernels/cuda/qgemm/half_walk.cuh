@@ -6,7 +6,7 @@
 #include "qgemm/walk.cuh"
 
 // Bytes of a warp's ring, and the most units in it.
-constexpr int HALF_RING = 3200;
+constexpr int HALF_RING = 4352;
 constexpr int HALF_SLOTS = 4;
 constexpr int HALF_WARPS = 16;
 

@@ -59,6 +59,11 @@ pub(super) fn cases(quick: bool) -> Vec<Case> {
                 list.push(attention("prefill", cache, shape, &[(150, 150), (70, 600)]));
             }
         }
+        // More heads of more sequences than any GPU works on at a time.
+        const MANY: [(usize, usize); 24] = [(1, 70); 24];
+        if !quick {
+            list.push(attention("many", cache, heads(32, 32, 128), &MANY));
+        }
     }
     list
 }

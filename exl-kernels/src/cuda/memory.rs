@@ -13,7 +13,7 @@ use super::driver::OUT_OF_MEMORY;
 use crate::{DType, Error, Mem, MemMut, Place, Result};
 
 /// Bytes that a pool asks the driver for when it has no room for a small region.
-const CHUNK_BYTES: usize = 64 << 20;
+const CHUNK_BYTES: usize = 16 << 20;
 
 /// One allocation of the driver, freed when dropped. Freeing waits for work that is under way.
 pub struct DeviceMemory {

@@ -151,19 +151,29 @@ fn rule(field: &str, holds: bool, expected: &str, found: usize) -> Result<()> {
 }
 
 /// The 32 codes of one column of one block of 32 packed rows, `word(w)` being its `w`-th word.
+#[inline]
 pub(super) fn block_codes(bits: usize, word: impl Fn(usize) -> u32) -> [u8; 32] {
-    let mask = (1u64 << bits) - 1;
-    let mut codes = [0; 32];
-    let (mut buffer, mut have, mut next) = (0u64, 0, 0);
-    for code in &mut codes {
-        if have < bits {
-            buffer |= u64::from(word(next)) << have;
-            have += 32;
-            next += 1;
-        }
-        *code = (buffer & mask) as u8;
-        buffer >>= bits;
-        have -= bits;
+    match bits {
+        2 => codes_of::<2>(word),
+        3 => codes_of::<3>(word),
+        4 => codes_of::<4>(word),
+        5 => codes_of::<5>(word),
+        6 => codes_of::<6>(word),
+        _ => codes_of::<8>(word),
     }
-    codes
+}
+
+/// A width that the compiler knows: every code then has a word and a shift of its own.
+#[inline(always)]
+fn codes_of<const BITS: usize>(word: impl Fn(usize) -> u32) -> [u8; 32] {
+    // One more than there are, so that every code has a word behind its own.
+    let words: [u64; 9] = std::array::from_fn(|w| match w < BITS {
+        true => u64::from(word(w)),
+        false => 0,
+    });
+    std::array::from_fn(|i| {
+        let (w, shift) = (i * BITS / 32, i * BITS % 32);
+        let both = words[w] | words[w + 1] << 32;
+        (both >> shift) as u8 & ((1u16 << BITS) - 1) as u8
+    })
 }

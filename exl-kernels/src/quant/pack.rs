@@ -376,36 +376,49 @@ fn packed_groups(pieces: &[Piece]) -> Vec<PackedGroup> {
         .collect()
 }
 
-/// Widths of a code's planes, low bits first.
-fn planes(bits: usize) -> &'static [usize] {
+/// Packs a block of codes: planes of fields, low bits first.
+fn pack_block(bits: usize, codes: &[u8; BLOCK], out: &mut [u8]) {
     match bits {
-        2 => &[2],
-        3 => &[2, 1],
-        4 => &[4],
-        5 => &[4, 1],
-        6 => &[4, 2],
-        _ => &[8],
+        2 => put_fields::<2, 0>(codes, out),
+        3 => {
+            put_fields::<2, 0>(codes, &mut out[..128]);
+            put_bits::<2>(codes, &mut out[128..]);
+        }
+        4 => put_fields::<4, 0>(codes, out),
+        5 => {
+            put_fields::<4, 0>(codes, &mut out[..256]);
+            put_bits::<4>(codes, &mut out[256..]);
+        }
+        6 => {
+            put_fields::<4, 0>(codes, &mut out[..256]);
+            put_fields::<2, 4>(codes, &mut out[256..]);
+        }
+        _ => out.copy_from_slice(codes),
     }
 }
 
-fn pack_block(bits: usize, codes: &[u8; BLOCK], out: &mut [u8]) {
-    out.fill(0);
-    let (mut shift, mut start) = (0, 0);
-    for &width in planes(bits) {
-        let plane = &mut out[start..start + 64 * width];
-        let mask = ((1u16 << width) - 1) as u8;
-        for (i, &code) in codes.iter().enumerate() {
-            let (vector, byte) = (i / 64, i % 64);
-            let field = code >> shift & mask;
-            if width == 1 {
-                plane[vector * 8 + byte / 8] |= field << (byte % 8);
-            } else {
-                let per_word = 8 / width;
-                plane[vector / per_word * 64 + byte] |= field << (vector % per_word * width);
+/// A plane of the `WIDTH` bits from `SHIFT` on: byte i of a vector of 64 bytes has the fields of bytes i
+/// of the next 8 / WIDTH vectors of codes.
+fn put_fields<const WIDTH: usize, const SHIFT: usize>(codes: &[u8; BLOCK], plane: &mut [u8]) {
+    let mask = (1 << WIDTH) - 1;
+    let words = plane.chunks_exact_mut(64);
+    for (word, vectors) in words.zip(codes.chunks_exact(64 * 8 / WIDTH)) {
+        word.fill(0);
+        for (t, vector) in vectors.chunks_exact(64).enumerate() {
+            for (byte, code) in word.iter_mut().zip(vector) {
+                *byte |= (code >> SHIFT & mask) << (t * WIDTH);
             }
         }
-        start += 64 * width;
-        shift += width;
+    }
+}
+
+/// A plane of the single bits `SHIFT`, eight codes to a byte.
+fn put_bits<const SHIFT: usize>(codes: &[u8; BLOCK], plane: &mut [u8]) {
+    const ONES: u64 = 0x0101_0101_0101_0101;
+    for (byte, codes) in plane.iter_mut().zip(codes.as_chunks::<8>().0) {
+        let bits = u64::from_le_bytes(*codes) >> SHIFT & ONES;
+        // Byte j of the bits comes to bit j of the top byte; nothing else reaches that.
+        *byte = (bits.wrapping_mul(0x0102_0408_1020_4080) >> 56) as u8;
     }
 }
 

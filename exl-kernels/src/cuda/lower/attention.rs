@@ -23,6 +23,7 @@ pub(crate) static KERNELS: &[Kernel] = &[
     TILES[1].decode,
     TILES[2].decode,
     TILES[3].decode,
+    MANY.decode,
     TILES[0].prefill,
     TILES[1].prefill,
     TILES[2].prefill,
@@ -117,6 +118,16 @@ const TILES: [Tiles; 4] = [
         keys: 32,
     },
 ];
+
+/// For 128 values when there are many tiles: blocks half as large, twice as many at a time.
+const MANY: Tiles = Tiles {
+    decode: Kernel::new("attn/decode", "exl_attn_decode_128_many"),
+    warps: 2,
+    blocks: 4,
+    ..TILES[2]
+};
+/// Tiles for each multiprocessor from which on that is faster.
+const MANY_TILES: usize = 4;
 
 /// Query rows of a decode tile, keys of its warps at a time, tiles of K and V that a warp keeps.
 const DECODE_ROWS: usize = 16;
@@ -281,16 +292,22 @@ fn select(s: &Shape, props: &DeviceProps, deterministic: bool) -> Option<Choice>
             chunk: 0,
         });
     }
+    let each = (s.rows.div_ceil(s.seqs) * s.group()).div_ceil(DECODE_ROWS);
+    let busy = each * s.seqs * s.kv_heads;
+    // Its sums have another order.
+    let tiles = match tiles.dim == MANY.dim && busy >= MANY_TILES * sms && !deterministic {
+        true => &MANY,
+        false => tiles,
+    };
     let shared = tiles.decode_shared();
     if shared > block {
         return rows(s, props, deterministic);
     }
     let together = props.shared_per_sm as usize / (shared + SHARED_OVERHEAD);
     let slots = s.slots(DECODE_ROWS);
-    let each = (s.rows.div_ceil(s.seqs) * s.group()).div_ceil(DECODE_ROWS);
     let work = Work {
         cells: slots * s.kv_heads,
-        busy: each * s.seqs * s.kv_heads,
+        busy,
         capacity: together.clamp(1, tiles.blocks) * sms,
     };
     let (splits, chunk) = split(s, &work, deterministic);

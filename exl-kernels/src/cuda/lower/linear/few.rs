@@ -55,7 +55,7 @@ const ALIGN: usize = 256;
 /// half_walk.cuh).
 pub(in crate::cuda) const CLUSTER: usize = 8;
 const CLUSTER_WARPS: usize = 16;
-const CLUSTER_RING: usize = 3200;
+const CLUSTER_RING: usize = 4352;
 /// Rows for which 16-bit floats are faster than exact sums.
 const CLUSTER_ROWS: std::ops::RangeInclusive<usize> = 9..=32;
 

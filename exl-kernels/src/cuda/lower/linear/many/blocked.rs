@@ -11,7 +11,8 @@ use crate::cuda::matrix::{CudaMatrix, TILE_COLUMNS};
 use crate::cuda::{DeviceProps, Launch};
 use crate::ops::{self, Activation};
 
-/// Most bytes of weights in scratch memory at a time: enough for full waves of the product.
+/// Most bytes of weights in scratch memory at a time, unless that is too little to keep the GPU busy with
+/// a prompt of 512 tokens.
 const CHUNK_BYTES: usize = 96 << 20;
 
 /// Whether gate and up can be one product.
@@ -51,7 +52,7 @@ impl Cut {
         let width = tile.columns() / each;
         let tiles = outputs.iter().map(|n| n.div_ceil(width)).sum();
         let most = CHUNK_BYTES / wgmma::operand_bytes(tile.columns(), inputs);
-        let most = most.clamp(1, tiles);
+        let most = most.max(props.sms as usize / 4).clamp(1, tiles);
         let waves = |chunk: usize| {
             let last = tiles % chunk;
             let rest = if last > 0 {

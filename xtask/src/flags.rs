@@ -41,6 +41,18 @@ xflags::xflags! {
             optional -v, --verbose
         }
 
+        /// Measure: the benches of the workspace, and whole models with random weights, in one report.
+        cmd bench {
+            /// As in `exl bench --device` (default: a GPU if there is one).
+            optional --device name: String
+            /// Models to measure, as in tinyllama-1.1b:4.0,llama2-7b:2.5 (default: tinyllama-1.1b:4.0).
+            optional --shapes list: String
+            /// Leave out the benches of single parts, which take minutes.
+            optional --only-models
+            /// Where the report goes (default: target/bench).
+            optional --out folder: PathBuf
+        }
+
         /// Make a folder that tests and measures exl on a GPU machine without cargo.
         cmd bundle {
             /// Where to put it (default: target/bundle).

@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 #![allow(clippy::print_stdout, reason = "a task runner talks on stdout")]
 
+mod bench;
 mod bundle;
 mod demo;
 mod flags;
@@ -40,6 +41,7 @@ fn run() -> Result<()> {
         XtaskCmd::Fuzz(flags) => fuzz::run(&sh, &flags),
         XtaskCmd::Golden(_) => golden::run(&sh),
         XtaskCmd::Kernels(flags) => kernels::run(&sh, &flags),
+        XtaskCmd::Bench(flags) => bench::run(&sh, &flags),
         XtaskCmd::Bundle(flags) => bundle::run(&sh, &flags),
     }
 }

@@ -129,10 +129,11 @@ fn conformance(deterministic: bool) {
         }
         match outcome {
             Ok(mut outcome) => {
-                // Of prompts the kernels round queries and weights to 16 bits, 2.4e-4 at most each;
-                // every case stays below this.
+                // Of prompts the kernels round queries and weights to 16 bits, 2.4e-4 at most each,
+                // which scores of several hundred magnify: measured 2.5e-3 at heads of 128 values,
+                // 4.0e-3 at 256, with and without warpgroups.
                 if !deterministic && name.starts_with("paged_attn::prefill") {
-                    outcome.tolerance = outcome.tolerance.max(1e-3);
+                    outcome.tolerance = outcome.tolerance.max(5e-3);
                 }
                 let kind = name.split("::").next().unwrap_or_default().to_owned();
                 let entry = worst.entry(kind).or_default();

@@ -193,10 +193,10 @@ struct Query {
             if (q != nullptr && at < dim) values[i] = *reinterpret_cast<const float4*>(q + at);
         }
     }
-    // Writes it as q 2^e = hi + lo, with one term only hi; e puts the largest value into [2^10, 2^11), so that lo keeps its
-    // bits. Returns 2^-e. For whole warps.
-    template <int TERMS>
-    __device__ __forceinline__ float store(bool negate, __half* hi, __half* lo) const {
+    // Writes it as q 2^e = hi + lo by `put(at, hi, lo)`, four values from value `at` on; e puts the
+    // largest into [2^10, 2^11), so that lo keeps its bits. Returns 2^-e. For whole warps.
+    template <class Put>
+    __device__ __forceinline__ float store(bool negate, const Put& put) const {
         float most = 0.0f;
 #pragma unroll
         for (int i = 0; i < N; ++i) {
@@ -216,15 +216,14 @@ struct Query {
             uint2 high, low;
             split(v.x, v.y, high.x, low.x);
             split(v.z, v.w, high.y, low.y);
-            *reinterpret_cast<uint2*>(hi + at) = high;
-            if (TERMS > 1) *reinterpret_cast<uint2*>(lo + at) = low;
+            put(at, high, low);
         }
         return __int_as_float((127 - e) << 23);
     }
 };
 
 // How products of stored queries become scores in units of log2(e): product * factor, or with a
-// soft-cap capped(product, factor). `down` is from store_query.
+// soft-cap capped(product, factor). `down` is from Query::store.
 __device__ __forceinline__ float score_factor(const Attention& a, float down) {
     // Positive, so that the largest product is the largest score.
     const float scale = fmaxf(fabsf(a.scale) * down, 1e-37f);
@@ -236,24 +235,38 @@ __device__ __forceinline__ float capped(const Attention& a, float product, float
     return a.softcap * LOG2_E * tanh;
 }
 
-// What a warp needs to know of a query row. It lies behind the D halves of the row's first term in
-// shared memory: registers are scarce.
+// What a warp needs to know of a query row.
 struct Row {
     int position;
     float factor;   // of its products (score_factor)
     int cell;       // its place among all [rows, heads]; -1 for none
+};
+
+// Rows in shared memory that are D + 8 halves long. What is to know of a row lies behind its D halves
+// (registers are scarce), second terms, if TERMS is 2, behind the first terms of all ROWS.
+template <int D, int ROWS, int TERMS>
+struct PaddedRows {
+    __half* queries;
+
+    __device__ __forceinline__ void put(int r, int at, uint2 high, uint2 low) const {
+        __half* to = queries + r * (D + 8) + at;
+        *reinterpret_cast<uint2*>(to) = high;
+        if (TERMS > 1) *reinterpret_cast<uint2*>(to + ROWS * (D + 8)) = low;
+    }
+    __device__ __forceinline__ void put(int r, const Row& row) const {
+        *reinterpret_cast<Row*>(queries + r * (D + 8) + D) = row;
+    }
 };
 template <int D>
 __device__ __forceinline__ const Row& row_at(const __half* hi) {
     return *reinterpret_cast<const Row*>(hi + D);
 }
 
-// Stores rows `first`, + STEP ... of a tile of ROWS rows, first terms at `queries`, rows D + 8 halves
-// long, second terms, if TERMS is 2, behind all first terms. A row that is not there sees no keys. For whole warps.
-template <int D, int ROWS, int STEP, int COUNT, int TERMS>
+// Stores COUNT rows `first`, + STEP ... of a tile, AT_ONCE at a time. A row that is not there sees no
+// keys. For whole warps.
+template <int D, int STEP, int COUNT, int AT_ONCE, class Rows>
 __device__ __forceinline__ void store_rows(const Attention& a, const Tile& tile, int kv_head,
-                                           int first, __half* queries) {
-    constexpr int AT_ONCE = D > 128 ? 2 : 4;
+                                           int first, const Rows& to) {
     static_assert(COUNT % AT_ONCE == 0, "whole batches");
     const int group = a.heads / a.kv_heads;
 #pragma unroll 1
@@ -270,14 +283,13 @@ __device__ __forceinline__ void store_rows(const Attention& a, const Tile& tile,
 #pragma unroll
         for (int i = 0; i < AT_ONCE; ++i) {
             const int r = from + i * STEP;
-            __half* hi = queries + r * (D + 8);
             Row row;
             row.position = cell[i] >= 0 ? tile.position(tile.from + r, group) : -1;
-            const float down =
-                query[i].template store<TERMS>(a.scale < 0.0f, hi, hi + ROWS * (D + 8));
+            const float down = query[i].store(
+                a.scale < 0.0f, [&](int at, uint2 high, uint2 low) { to.put(r, at, high, low); });
             row.factor = score_factor(a, down);
             row.cell = cell[i];
-            if (threadIdx.x % WARP == 0) *reinterpret_cast<Row*>(hi + D) = row;
+            if (threadIdx.x % WARP == 0) to.put(r, row);
         }
     }
 }

@@ -289,7 +289,8 @@ __device__ __forceinline__ void attend(const Attention& a) {
     Pages pages;
     pages.load(a, tile.seq, turns.first / PAGE_TOKENS);
     d.fill(pages, turns);
-    store_rows<D, ROWS, WARPS, ROWS / WARPS, 2>(a, tile, d.kv_head, d.warp, shared);
+    store_rows<D, WARPS, ROWS / WARPS, (D > 128 ? 2 : 4)>(a, tile, d.kv_head, d.warp,
+                                                        PaddedRows<D, ROWS, 2>{shared});
     __syncthreads();
     for (int chunk = split;; ++chunk) {
         d.clear();

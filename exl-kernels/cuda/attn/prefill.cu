@@ -188,7 +188,8 @@ __device__ __forceinline__ void attend(const Attention& a) {
 
     const int warp = threadIdx.x / WARP;
     __half* query = queries + warp * WARP_ROWS * STRIDE;
-    store_rows<D, ROWS, 1, WARP_ROWS, 1>(a, tile, kv_head, warp * WARP_ROWS, queries);
+    store_rows<D, 1, WARP_ROWS, (D > 128 ? 2 : 4)>(a, tile, kv_head, warp * WARP_ROWS,
+                                                 PaddedRows<D, ROWS, 1>{queries});
     Rows<D, KEYS> rows;
 
     for (int key = begin; key < tile.keys_to; key += KEYS) {

@@ -12,7 +12,7 @@
 // Gate and up lie in turns of BN / 2 columns, so that one thread has both sums of an output.
 #include "common/bulk.cuh"
 #include "gemm/blocked.cuh"
-#include "gemm/wgmma.cuh"
+#include "common/wgmma.cuh"
 #include "qgemm/epilogue.cuh"
 
 namespace {

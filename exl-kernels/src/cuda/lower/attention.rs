@@ -1,7 +1,7 @@
 //! Rotation with append to the cache, and attention (cuda/rope, cuda/attn).
 //!
 //! Attention over a cache of 16-bit floats runs on tensor cores: many query rows per sequence in
-//! tiles of 64 rows, few in tiles of 16 with the keys of a sequence spread over blocks. Other caches
+//! tiles of 64 rows, or of 128 by warpgroups where the GPU has them, few in tiles of 16 with the keys of a sequence spread over blocks. Other caches
 //! and odd heads are computed row by row. With [`Target::deterministic`] there is one kernel for
 //! every number of rows, and chunks of keys end at fixed positions, so that a row's result is the
 //! same in every batch.
@@ -28,6 +28,9 @@ pub(crate) static KERNELS: &[Kernel] = &[
     TILES[1].prefill,
     TILES[2].prefill,
     TILES[3].prefill,
+    WGMMA[0].kernel,
+    WGMMA[1].kernel,
+    WGMMA[2].kernel,
     ROWS_F16[0],
     ROWS_F16[1],
     ROWS_F16[2],
@@ -136,6 +139,42 @@ const DECODE_STAGES: usize = 2;
 /// Query rows and threads of a prefill block.
 const PREFILL_ROWS: usize = 64;
 const PREFILL_THREADS: usize = 128;
+/// Prompts by warpgroups on compute capability 9.0, for heads of up to `dim` values.
+struct Wgmma {
+    dim: usize,
+    kernel: Kernel,
+    /// Keys of a block at a time.
+    keys: usize,
+}
+
+const WGMMA: [Wgmma; 3] = [
+    Wgmma {
+        dim: 64,
+        kernel: Kernel::new("attn/wgmma", "exl_attn_wgmma_64"),
+        keys: 128,
+    },
+    Wgmma {
+        dim: 128,
+        kernel: Kernel::new("attn/wgmma", "exl_attn_wgmma_128"),
+        keys: 128,
+    },
+    Wgmma {
+        dim: 256,
+        kernel: Kernel::new("attn/wgmma", "exl_attn_wgmma_256"),
+        keys: 64,
+    },
+];
+/// Query rows and threads of a block.
+const WGMMA_ROWS: usize = 128;
+const WGMMA_THREADS: usize = 384;
+
+impl Wgmma {
+    /// Alignment, queries, two tiles each of K and V, 12 bytes for each row, barriers.
+    fn shared(&self) -> usize {
+        1024 + 2 * self.dim * (WGMMA_ROWS + 4 * self.keys) + 12 * WGMMA_ROWS + 64
+    }
+}
+
 /// Bytes that a block takes from a multiprocessor beside its dynamic shared memory.
 const SHARED_OVERHEAD: usize = 2 << 10;
 
@@ -278,11 +317,26 @@ fn select(s: &Shape, props: &DeviceProps, deterministic: bool) -> Option<Choice>
         return rows(s, props, deterministic);
     };
     let packed = s.rows * s.group();
-    let prefills = packed.div_ceil(PREFILL_ROWS) * s.kv_heads;
     let (block, sms) = (props.shared_per_block as usize, props.sms as usize);
     // Whole tiles, and enough of them.
-    let many = packed >= PREFILL_ROWS * s.seqs && 2 * prefills >= sms;
-    if many && !deterministic && tiles.prefill_shared() <= block {
+    let many = |tile: usize| {
+        let blocks = packed.div_ceil(tile) * s.kv_heads;
+        packed >= tile * s.seqs && 2 * blocks >= sms && !deterministic
+    };
+    let wgmma = WGMMA.iter().find(|w| s.dim <= w.dim);
+    if let Some(w) = wgmma.filter(|_| props.capability == (9, 0) && many(WGMMA_ROWS))
+        && w.shared() <= block
+    {
+        return Some(Choice {
+            kernel: w.kernel,
+            grid: [s.slots(WGMMA_ROWS), s.kv_heads, 1],
+            threads: WGMMA_THREADS,
+            shared: w.shared(),
+            splits: 1,
+            chunk: 0,
+        });
+    }
+    if many(PREFILL_ROWS) && tiles.prefill_shared() <= block {
         return Some(Choice {
             kernel: tiles.prefill,
             grid: [s.slots(PREFILL_ROWS), s.kv_heads, 1],

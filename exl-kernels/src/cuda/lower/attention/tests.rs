@@ -110,13 +110,23 @@ fn long_contexts_fill_the_gpu_and_short_ones_stay_whole() {
 #[test]
 fn prompts_take_large_tiles_and_decoding_small_ones() {
     let h200 = sample("H200");
+    let rtx3090 = sample("RTX 3090");
     let named = |s: &Shape| entry(s, &h200, false);
+    let elsewhere = |s: &Shape| entry(s, &rtx3090, false);
     assert_eq!(named(&shape(LLAMA3, 1, 1, 512)), "exl_attn_decode_128");
     assert_eq!(named(&shape(LLAMA3, 64, 64, 512)), "exl_attn_decode_128");
     assert_eq!(named(&shape(LLAMA3, 8, 1, 512)), "exl_attn_decode_128");
-    assert_eq!(named(&shape(LLAMA3, 2048, 1, 2048)), "exl_attn_prefill_128");
-    assert_eq!(named(&shape(GEMMA, 2048, 1, 2048)), "exl_attn_prefill_256");
-    assert_eq!(named(&shape(TINY, 512, 4, 512)), "exl_attn_prefill_64");
+    for (heads, rows, seqs, dim) in [
+        (LLAMA3, 2048, 1, 128),
+        (GEMMA, 2048, 1, 256),
+        (TINY, 512, 4, 64),
+    ] {
+        let s = shape(heads, rows, seqs, 2048);
+        assert_eq!(named(&s), format!("exl_attn_wgmma_{dim}"));
+        assert_eq!(elsewhere(&s), format!("exl_attn_prefill_{dim}"));
+    }
+    // Too few rows for tiles of 128.
+    assert_eq!(named(&shape(LLAMA2, 300, 3, 512)), "exl_attn_prefill_128");
     // A short prompt of few heads has too few large tiles.
     assert_eq!(
         named(&shape((8, 2, 128), 64, 1, 256)),

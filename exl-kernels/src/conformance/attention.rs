@@ -70,8 +70,18 @@ pub(super) fn cases(quick: bool) -> Vec<Case> {
         let few = &[(150, 150), (70, 600)];
         let more = &[(150, 150), (170, 600)];
         if !quick {
-            list.push(attention("prefill", DType::F16, heads(18, 18, head_dim), few));
-            list.push(attention("prefill", DType::F16, heads(24, 12, head_dim), more));
+            list.push(attention(
+                "prefill",
+                DType::F16,
+                heads(18, 18, head_dim),
+                few,
+            ));
+            list.push(attention(
+                "prefill",
+                DType::F16,
+                heads(24, 12, head_dim),
+                more,
+            ));
         }
     }
     list

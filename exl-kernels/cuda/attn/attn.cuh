@@ -24,6 +24,16 @@ struct Attention {
     int window;                                     // 0: none
     float scale, softcap;
 };
+// What every attention kernel is given, and the same as an Attention.
+#define ATTENTION_PARAMETERS                                                                      \
+    const float *q, const void *k_cache, const void *v_cache, const int *block_table,             \
+        const int *q_start, const int *kv_len, float *out, float *scratch, u32 *counters,         \
+        int rows, int seqs, int pages_per_seq, int heads, int kv_heads, int head_dim, int splits, \
+        int chunk, int window, float scale, float softcap
+#define ATTENTION_ARGUMENTS                                                                       \
+    {q,    k_cache, v_cache,       block_table, q_start,  kv_len,   out,    scratch, counters,    \
+     rows, seqs,    pages_per_seq, heads,       kv_heads, head_dim, splits, chunk,   window,      \
+     scale, softcap}
 
 constexpr float LOG2_E = 1.4426950408889634f;
 // Weights are stored times two to this power.
@@ -316,4 +326,42 @@ __device__ __forceinline__ float soften(float (&raw)[N], float factor, float& mo
     sum = fmaf(sum, keep, added);
     most = next;
     return keep;
+}
+
+// As above for the raw products with keys key + 8 (i / 2) + 2 (lane % 4) + i % 2, of which, if `hides`,
+// the row does not see all.
+template <int N>
+__device__ __forceinline__ float soften(const Attention& a, float (&raw)[N], const Row& row, int key,
+                                        bool hides, float& most, float& sum) {
+    if (a.softcap > 0.0f) {
+#pragma unroll
+        for (int i = 0; i < N; ++i) raw[i] = capped(a, raw[i], row.factor);
+    }
+    if (hides) {
+        const int from = first_key(a, row.position);
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+            const int at = key + i / 2 * 8 + threadIdx.x % 4 * 2 + i % 2;
+            if (at > row.position || at < from) raw[i] = minus_infinity();
+        }
+    }
+    return soften(raw, a.softcap > 0.0f ? 1.0f : row.factor, most, sum);
+}
+
+// Writes the means of a row, of which this lane and its three neighbours have parts of the sum and
+// columns 8 n + 2 (lane % 4), + 1 of the weighted values: values[n][2 h] and after, h being 0 or 1.
+template <int N>
+__device__ __forceinline__ void write_row(const Attention& a, int cell, float sum,
+                                          const float (&values)[N][4], int h) {
+    sum += __shfl_xor_sync(FULL_MASK, sum, 1);
+    sum += __shfl_xor_sync(FULL_MASK, sum, 2);
+    const float n = normalizer(sum);
+    if (cell < 0) return;
+    float* to = a.out + (long long)cell * a.dim + threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+        if (8 * i >= a.dim) break;
+        *reinterpret_cast<float2*>(to + 8 * i) =
+            make_float2(values[i][2 * h] * n, values[i][2 * h + 1] * n);
+    }
 }

@@ -371,13 +371,8 @@ __device__ __forceinline__ void attend(const Attention& a) {
 
 #define DECODE(NAME, D, WARPS, STAGES, BLOCKS)                                                    \
     extern "C" __global__ void __launch_bounds__(WARPS* WARP, BLOCKS) exl_attn_decode_##NAME(     \
-        const float* q, const void* k_cache, const void* v_cache, const int* block_table,         \
-        const int* q_start, const int* kv_len, float* out, float* scratch, u32* counters,         \
-        int rows, int seqs, int pages_per_seq, int heads, int kv_heads, int head_dim, int splits, \
-        int chunk, int window, float scale, float softcap) {                                      \
-        attend<D, WARPS, STAGES>({q, k_cache, v_cache, block_table, q_start, kv_len, out, scratch, \
-                                  counters, rows, seqs, pages_per_seq, heads, kv_heads, head_dim, \
-                                  splits, chunk, window, scale, softcap});                        \
+        ATTENTION_PARAMETERS) {                                                                   \
+        attend<D, WARPS, STAGES>(ATTENTION_ARGUMENTS);                                            \
     }
 // Heads of up to D values.
 DECODE(64, 64, 4, 2, 3)

@@ -104,21 +104,7 @@ struct Rows {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             const Row row = row_at<D>(query + (lane / 4 + 8 * h) * STRIDE);
-            if (a.softcap > 0.0f) {
-#pragma unroll
-                for (int i = 0; i < KEYS / 4; ++i) {
-                    raw[h][i] = capped(a, raw[h][i], row.factor);
-                }
-            }
-            if (hides) {
-                const int from = first_key(a, row.position);
-#pragma unroll
-                for (int i = 0; i < KEYS / 4; ++i) {
-                    const int at = key + i / 2 * 8 + lane % 4 * 2 + i % 2;
-                    if (at > row.position || at < from) raw[h][i] = minus_infinity();
-                }
-            }
-            keep[h] = soften(raw[h], a.softcap > 0.0f ? 1.0f : row.factor, most[h], sum[h]);
+            keep[h] = soften(a, raw[h], row, key, hides, most[h], sum[h]);
         }
     }
 
@@ -213,21 +199,8 @@ __device__ __forceinline__ void attend(const Attention& a) {
     __syncwarp();
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-        float sum = rows.sum[h];
-        sum += __shfl_xor_sync(FULL_MASK, sum, 1);
-        sum += __shfl_xor_sync(FULL_MASK, sum, 2);
-        const float n = normalizer(sum);
-        const int r = rows.lane / 4 + 8 * h;
-        const int cell = row_at<D>(query + r * STRIDE).cell;
-        if (cell < 0) continue;
-        float* to = a.out + (long long)cell * a.dim;
-        const int at = rows.lane % 4 * 2;
-#pragma unroll
-        for (int i = 0; i < D / 8; ++i) {
-            if (8 * i >= a.dim) break;
-            *reinterpret_cast<float2*>(to + 8 * i + at) =
-                make_float2(rows.values[i][2 * h] * n, rows.values[i][2 * h + 1] * n);
-        }
+        const int cell = row_at<D>(query + (rows.lane / 4 + 8 * h) * STRIDE).cell;
+        write_row(a, cell, rows.sum[h], rows.values, h);
     }
 }
 
@@ -235,13 +208,8 @@ __device__ __forceinline__ void attend(const Attention& a) {
 
 #define PREFILL(D, KEYS, BLOCKS)                                                                  \
     extern "C" __global__ void __launch_bounds__(WARPS* WARP, BLOCKS) exl_attn_prefill_##D(       \
-        const float* q, const void* k_cache, const void* v_cache, const int* block_table,         \
-        const int* q_start, const int* kv_len, float* out, float* scratch, u32* counters,         \
-        int rows, int seqs, int pages_per_seq, int heads, int kv_heads, int head_dim, int splits, \
-        int chunk, int window, float scale, float softcap) {                                      \
-        attend<D, KEYS>({q, k_cache, v_cache, block_table, q_start, kv_len, out, scratch,         \
-                         counters, rows, seqs, pages_per_seq, heads, kv_heads, head_dim, splits,  \
-                         chunk, window, scale, softcap});                                         \
+        ATTENTION_PARAMETERS) {                                                                   \
+        attend<D, KEYS>(ATTENTION_ARGUMENTS);                                                     \
     }
 // Heads of up to D values.
 PREFILL(64, 64, 3)

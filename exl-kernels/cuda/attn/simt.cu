@@ -293,13 +293,8 @@ __device__ __forceinline__ void attend_any(const Attention& a) {
 
 #define ATTENTION(NAME, CALL)                                                                     \
     extern "C" __global__ void __launch_bounds__(WARPS* WARP, 3) NAME(                            \
-        const float* q, const void* k_cache, const void* v_cache, const int* block_table,         \
-        const int* q_start, const int* kv_len, float* out, float* scratch, u32* counters,         \
-        int rows, int seqs, int pages_per_seq, int heads, int kv_heads, int head_dim, int splits, \
-        int chunk, int window, float scale, float softcap) {                                      \
-        CALL({q, k_cache, v_cache, block_table, q_start, kv_len, out, scratch, counters, rows,    \
-              seqs, pages_per_seq, heads, kv_heads, head_dim, splits, chunk, window, scale,       \
-              softcap});                                                                          \
+        ATTENTION_PARAMETERS) {                                                                   \
+        CALL(ATTENTION_ARGUMENTS);                                                                \
     }
 // Up to 32, 64, 128 and 256 values per head.
 ATTENTION(exl_attn_rows_f16_32, (attend<__half, 1>))

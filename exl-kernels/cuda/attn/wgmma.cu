@@ -20,18 +20,9 @@
 namespace {
 
 constexpr int CONSUMERS = 2;   // warpgroups that multiply
-constexpr int GROUP = 128;     // threads of a warpgroup
 constexpr int WARP_ROWS = 16, GROUP_ROWS = 4 * WARP_ROWS, ROWS = CONSUMERS * GROUP_ROWS;
 constexpr int STAGES = 2;
 constexpr int PANEL = 64, PANEL_ROW = 128;   // values and bytes of a row of a panel
-
-__device__ __forceinline__ void barrier_arrive(u32 at) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(at) : "memory");
-}
-// Arrives once this thread's copies so far have landed.
-__device__ __forceinline__ void barrier_arrive_copied(u32 at) {
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(at) : "memory");
-}
 
 // Shared memory (lower/attention.rs): queries, K, V, aligned to 1024, what is to know of the rows,
 // barriers.
@@ -95,9 +86,7 @@ struct Producer {
 #pragma unroll
             for (int p = 0; p < D / PANEL; ++p) {
                 const int bytes = there && at + p * PANEL < a.dim ? 16 : 0;
-                asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
-                                 to + (p * KEYS + i) * PANEL_ROW),
-                             "l"(from + p * PANEL), "r"(bytes));
+                cp_async_16_zfill(to + (p * KEYS + i) * PANEL_ROW, from + p * PANEL, bytes);
             }
             from += STEP * pitch;
         }
@@ -181,19 +170,7 @@ struct Consumer {
             float raw[KEYS / 4];
 #pragma unroll
             for (int i = 0; i < KEYS / 4; ++i) raw[i] = scores[i / 2][2 * h + i % 2];
-            if (a.softcap > 0.0f) {
-#pragma unroll
-                for (int i = 0; i < KEYS / 4; ++i) raw[i] = capped(a, raw[i], row[h].factor);
-            }
-            if (hides) {
-                const int from = first_key(a, row[h].position);
-#pragma unroll
-                for (int i = 0; i < KEYS / 4; ++i) {
-                    const int at = key + i / 2 * 8 + threadIdx.x % 4 * 2 + i % 2;
-                    if (at > row[h].position || at < from) raw[i] = minus_infinity();
-                }
-            }
-            keep[h] = soften(raw, a.softcap > 0.0f ? 1.0f : row[h].factor, most[h], sum[h]);
+            keep[h] = soften(a, raw, row[h], key, hides, most[h], sum[h]);
 #pragma unroll
             for (int i = 0; i < KEYS / 4; ++i) scores[i / 2][2 * h + i % 2] = raw[i];
         }
@@ -260,18 +237,7 @@ struct Consumer {
     __device__ __forceinline__ void write() const {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-            float all = sum[h];
-            all += __shfl_xor_sync(FULL_MASK, all, 1);
-            all += __shfl_xor_sync(FULL_MASK, all, 2);
-            const float n = normalizer(all);
-            if (row[h].cell < 0) continue;
-            float* to = a.out + (long long)row[h].cell * a.dim + threadIdx.x % 4 * 2;
-#pragma unroll
-            for (int i = 0; i < D / 8; ++i) {
-                if (8 * i >= a.dim) break;
-                *reinterpret_cast<float2*>(to + 8 * i) =
-                    make_float2(values[i][2 * h] * n, values[i][2 * h + 1] * n);
-            }
+            write_row(a, row[h].cell, sum[h], values, h);
         }
     }
 };
@@ -303,7 +269,7 @@ __device__ __forceinline__ void attend(const Attention& a) {
         const int first = threadIdx.x / WARP * WARP_ROWS;
         store_rows<D, 1, WARP_ROWS, (D > 128 ? 4 : 8)>(a, tile, kv_head, first, shared);
         shared_written();
-        asm volatile("bar.sync %0, %1;" ::"r"(group + 1), "n"(GROUP) : "memory");
+        group_sync(group);
         Consumer<D, KEYS> consumer = {a, shared, group};
         consumer.run(tile, begin);
         consumer.write();
@@ -314,13 +280,8 @@ __device__ __forceinline__ void attend(const Attention& a) {
 
 #define ATTENTION(D, KEYS)                                                                        \
     extern "C" __global__ void __launch_bounds__(GROUP*(CONSUMERS + 1), 1) exl_attn_wgmma_##D(    \
-        const float* q, const void* k_cache, const void* v_cache, const int* block_table,         \
-        const int* q_start, const int* kv_len, float* out, float* scratch, u32* counters,         \
-        int rows, int seqs, int pages_per_seq, int heads, int kv_heads, int head_dim, int splits, \
-        int chunk, int window, float scale, float softcap) {                                      \
-        attend<D, KEYS>({q, k_cache, v_cache, block_table, q_start, kv_len, out, scratch,         \
-                         counters, rows, seqs, pages_per_seq, heads, kv_heads, head_dim, splits,  \
-                         chunk, window, scale, softcap});                                         \
+        ATTENTION_PARAMETERS) {                                                                   \
+        attend<D, KEYS>(ATTENTION_ARGUMENTS);                                                     \
     }
 // Heads of up to D values.
 ATTENTION(64, 128)

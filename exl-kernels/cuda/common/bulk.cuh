@@ -16,6 +16,14 @@ __device__ __forceinline__ void barrier_expect(u32 at, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at), "r"(bytes)
                  : "memory");
 }
+// Arrives.
+__device__ __forceinline__ void barrier_arrive(u32 at) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(at) : "memory");
+}
+// Arrives once this thread's copies so far have landed.
+__device__ __forceinline__ void barrier_arrive_copied(u32 at) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(at) : "memory");
+}
 // Arrives at the barrier that block `rank` of the cluster has at the same place. Orders nothing beyond
 // the block: for "I have read", not for "I have written".
 __device__ __forceinline__ void barrier_arrive_at(u32 at, u32 rank) {

@@ -70,9 +70,12 @@ __device__ __forceinline__ void prefetch_l2(const char* at, u32 bytes) {
 #endif
 }
 // Copies `bytes` (0..16) and fills the rest of the 16 with zeros.
+__device__ __forceinline__ void cp_async_16_zfill(u32 smem, const void* global, int bytes) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(smem), "l"(global),
+                 "r"(bytes));
+}
 __device__ __forceinline__ void cp_async_16_zfill(void* smem, const void* global, int bytes) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(smem_address(smem)),
-                 "l"(global), "r"(bytes));
+    cp_async_16_zfill(smem_address(smem), global, bytes);
 }
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;"); }
 template <int N>

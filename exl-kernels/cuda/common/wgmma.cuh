@@ -4,6 +4,13 @@
 
 #include "common/common.cuh"
 
+constexpr int GROUP = 128;   // threads of a warpgroup
+
+// Waits for the other threads of warpgroup `group` of the block.
+__device__ __forceinline__ void group_sync(int group) {
+    asm volatile("bar.sync %0, %1;" ::"r"(group + 1), "n"(GROUP) : "memory");
+}
+
 // Describes an operand of 128-byte rows with the 128-byte swizzle: groups of 8 rows lie 1024 bytes
 // apart. 16 columns further is 32 bytes further, 2 in the descriptor.
 __device__ __forceinline__ u64 operand(u32 address) {

@@ -20,7 +20,6 @@ namespace {
 constexpr int PARTS = 3;
 constexpr int BM = 128;
 constexpr int CONSUMERS = 2;   // warpgroups that multiply
-constexpr int GROUP = 128;     // threads of a warpgroup
 
 // Columns of b that go to one output.
 struct Part {
@@ -199,11 +198,6 @@ struct Gemm {
     __device__ __forceinline__ void release(int stage) const {
         const u32 thread = threadIdx.x % GROUP;
         if (thread < CLUSTER) barrier_arrive_at(empty(stage), thread);
-    }
-
-    // Waits for the other threads of a warpgroup.
-    __device__ __forceinline__ static void group_sync(int group) {
-        asm volatile("bar.sync %0, %1;" ::"r"(group + 1), "n"(GROUP) : "memory");
     }
 
     // Of column c of a tile.

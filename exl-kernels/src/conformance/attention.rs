@@ -66,22 +66,14 @@ pub(super) fn cases(quick: bool) -> Vec<Case> {
         }
     }
     // Rows and heads enough for the large tiles of a GPU.
-    for head_dim in [64, 80, 128, 256] {
-        let few = &[(150, 150), (70, 600)];
-        let more = &[(150, 150), (170, 600)];
-        if !quick {
-            list.push(attention(
-                "prefill",
-                DType::F16,
-                heads(18, 18, head_dim),
-                few,
-            ));
-            list.push(attention(
-                "prefill",
-                DType::F16,
-                heads(24, 12, head_dim),
-                more,
-            ));
+    if !quick {
+        for head_dim in [64, 80, 128, 256] {
+            for (shape, seqs) in [
+                (heads(18, 18, head_dim), &[(150, 150), (70, 600)]),
+                (heads(24, 12, head_dim), &[(150, 150), (170, 600)]),
+            ] {
+                list.push(attention("prefill", DType::F16, shape, seqs));
+            }
         }
     }
     list

@@ -31,6 +31,11 @@ impl DeviceProps {
         self.capability.0 >= 9
     }
 
+    /// Whether four warps can multiply together (wgmma, compute capability 9.0 alone).
+    pub fn has_warpgroup_products(&self) -> bool {
+        self.capability == (9, 0)
+    }
+
     /// Descriptions of eight GPUs, from NVIDIA's data sheets and the tables of the CUDA
     /// programming guide, for tests of the selection rules.
     pub fn samples() -> Vec<Self> {

@@ -1,10 +1,10 @@
 //! Rotation with append to the cache, and attention (cuda/rope, cuda/attn).
 //!
 //! Attention over a cache of 16-bit floats runs on tensor cores: many query rows per sequence in
-//! tiles of 64 rows, or of 128 by warpgroups where the GPU has them, few in tiles of 16 with the keys of a sequence spread over blocks. Other caches
-//! and odd heads are computed row by row. With [`Target::deterministic`] there is one kernel for
-//! every number of rows, and chunks of keys end at fixed positions, so that a row's result is the
-//! same in every batch.
+//! tiles of 64 rows, or of 128 by warpgroups where the GPU has them, few in tiles of 16 with the keys
+//! of a sequence spread over blocks. Other caches and odd heads are computed row by row. With
+//! [`Target::deterministic`] there is one kernel for every number of rows, and chunks of keys end at
+//! fixed positions, so that a row's result is the same in every batch.
 
 #[cfg(test)]
 mod tests;
@@ -139,6 +139,27 @@ const DECODE_STAGES: usize = 2;
 /// Query rows and threads of a prefill block.
 const PREFILL_ROWS: usize = 64;
 const PREFILL_THREADS: usize = 128;
+/// Bytes that a block takes from a multiprocessor beside its dynamic shared memory.
+const SHARED_OVERHEAD: usize = 2 << 10;
+
+impl Tiles {
+    /// Rows in shared memory are padded by 8 values against bank conflicts.
+    fn row_bytes(&self) -> usize {
+        2 * (self.dim + 8)
+    }
+
+    /// Both terms of the queries, then the rings of all warps.
+    fn decode_shared(&self) -> usize {
+        let ring = 2 * DECODE_STAGES * DECODE_KEYS;
+        self.row_bytes() * (2 * DECODE_ROWS + self.warps * ring)
+    }
+
+    /// Queries, then K and V.
+    fn prefill_shared(&self) -> usize {
+        self.row_bytes() * (PREFILL_ROWS + 2 * self.keys)
+    }
+}
+
 /// Prompts by warpgroups on compute capability 9.0, for heads of up to `dim` values.
 struct Wgmma {
     dim: usize,
@@ -172,27 +193,6 @@ impl Wgmma {
     /// Alignment, queries, two tiles each of K and V, 12 bytes for each row, barriers.
     fn shared(&self) -> usize {
         1024 + 2 * self.dim * (WGMMA_ROWS + 4 * self.keys) + 12 * WGMMA_ROWS + 64
-    }
-}
-
-/// Bytes that a block takes from a multiprocessor beside its dynamic shared memory.
-const SHARED_OVERHEAD: usize = 2 << 10;
-
-impl Tiles {
-    /// Rows in shared memory are padded by 8 values against bank conflicts.
-    fn row_bytes(&self) -> usize {
-        2 * (self.dim + 8)
-    }
-
-    /// Both terms of the queries, then the rings of all warps.
-    fn decode_shared(&self) -> usize {
-        let ring = 2 * DECODE_STAGES * DECODE_KEYS;
-        self.row_bytes() * (2 * DECODE_ROWS + self.warps * ring)
-    }
-
-    /// Queries, then K and V.
-    fn prefill_shared(&self) -> usize {
-        self.row_bytes() * (PREFILL_ROWS + 2 * self.keys)
     }
 }
 
@@ -323,25 +323,26 @@ fn select(s: &Shape, props: &DeviceProps, deterministic: bool) -> Option<Choice>
         let blocks = packed.div_ceil(tile) * s.kv_heads;
         packed >= tile * s.seqs && 2 * blocks >= sms && !deterministic
     };
-    let wgmma = WGMMA.iter().find(|w| s.dim <= w.dim);
-    if let Some(w) = wgmma.filter(|_| props.capability == (9, 0) && many(WGMMA_ROWS))
-        && w.shared() <= block
-    {
+    let prompts = WGMMA
+        .iter()
+        .filter(|w| props.has_warpgroup_products() && s.dim <= w.dim)
+        .map(|w| (w.kernel, WGMMA_ROWS, WGMMA_THREADS, w.shared()))
+        .take(1);
+    let elsewhere = (
+        tiles.prefill,
+        PREFILL_ROWS,
+        PREFILL_THREADS,
+        tiles.prefill_shared(),
+    );
+    let prompt = prompts
+        .chain([elsewhere])
+        .find(|&(_, tile, _, shared)| many(tile) && shared <= block);
+    if let Some((kernel, tile, threads, shared)) = prompt {
         return Some(Choice {
-            kernel: w.kernel,
-            grid: [s.slots(WGMMA_ROWS), s.kv_heads, 1],
-            threads: WGMMA_THREADS,
-            shared: w.shared(),
-            splits: 1,
-            chunk: 0,
-        });
-    }
-    if many(PREFILL_ROWS) && tiles.prefill_shared() <= block {
-        return Some(Choice {
-            kernel: tiles.prefill,
-            grid: [s.slots(PREFILL_ROWS), s.kv_heads, 1],
-            threads: PREFILL_THREADS,
-            shared: tiles.prefill_shared(),
+            kernel,
+            grid: [s.slots(tile), s.kv_heads, 1],
+            threads,
+            shared,
             splits: 1,
             chunk: 0,
         });

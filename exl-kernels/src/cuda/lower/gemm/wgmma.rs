@@ -46,7 +46,7 @@ pub(super) const TILES: [Tile; 2] = [
 
 /// Whether the GPU has warpgroup products.
 pub(crate) fn available(props: &DeviceProps) -> bool {
-    props.capability == (9, 0)
+    props.has_warpgroup_products()
         && TILES
             .iter()
             .all(|t| t.shared_bytes() <= props.shared_per_block)

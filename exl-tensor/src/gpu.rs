@@ -20,7 +20,7 @@ const COPIES: usize = 50;
 /// # Errors
 /// [`Error::Gpu`] when it was built without them.
 pub fn gpu_kernels() -> Result<String> {
-    Ok(Pack::embedded().map_err(Error::Gpu)?.describe())
+    Ok(Pack::load().map_err(Error::Gpu)?.describe())
 }
 
 /// A GPU that weights, caches and executors live on. Cheap to clone.

@@ -1,4 +1,4 @@
-// exl_qgemm_*: products of 1 to 32 rows with quantized matrices, at the speed of the memory.
+// exl_qgemm_rows*: products of up to 32 rows with quantized matrices, at the speed of the memory.
 //
 // What: up to three matrices with one input (q, k, v), or gate and up with the activation between
 // them. Reads every packed weight once: K N bits / 8 bytes, plus scale codes (1/32 byte per weight
@@ -12,7 +12,7 @@
 // rows of all of them (walk.cuh) and keeps sums of its own in shared memory, which are added in the
 // warps' order: a row's result depends on nothing but the row.
 
-#include "qgemm/task.cuh"
+#include "qgemm/turn.cuh"
 
 namespace {
 
@@ -30,45 +30,14 @@ __device__ __forceinline__ float add_up(const float* at, int stride) {
     return s;
 }
 
-// Column tiles [from, to) of all parts: what a thread block does in a turn.
-struct Turn {
-    int from, to;
-
-    // Those among `count` tiles from `first` on, which are one matrix. Their sums are at slot
-    // `step`.
-    __device__ __forceinline__ Tiles tiles(int first, int count) const {
-        const int begin = max(from, first), end = min(to, first + count);
-        return {begin - first, max(end - begin, 0), 1, nullptr, begin - from};
-    }
-};
-
-// Asks for the first weights that the thread block of this number will want in the product that follows:
-// the memory would rest while sums are added, other kernels run, and the next input is prepared.
-__device__ __forceinline__ void prefetch_next(const Task& task) {
-    if (int(blockIdx.x) >= task.next_grid) return;
-    int all = task.next[0].columns;
-    if (!task.next_gated) all += task.next[1].columns + task.next[2].columns;
-    const Turn mine = {int(blockIdx.x) * all / task.next_grid,
-                       (int(blockIdx.x) + 1) * all / task.next_grid};
-    for (int part = 0, first = 0; part < PARTS; ++part) {
-        const NextPart& n = task.next[part];
-        const Tiles tiles = mine.tiles(first, n.columns);
-        if (!task.next_gated) first += n.columns;
-        const u32 bytes = min(u32(tiles.count) * n.column_bytes, task.next_bytes);
-        if (bytes > 0) prefetch_l2(n.tiles + u64(n.column_bytes) * tiles.column, bytes);
-    }
-}
-
-template <int KIND, int NT, bool ONE>
+template <int KIND, int NT>
 __device__ __forceinline__ void qgemm(const Task& task) {
     extern __shared__ __align__(1024) char shared[];
     pdl_launch();
-    const int rows = ONE ? 1 : task.rows;
+    const int rows = task.rows;
     constexpr int warps = WARPS<NT>, each = SHARES / warps;
     const int warp = threadIdx.x / WARP;
-    const int chunks = (task.inputs + 127) / 128;
-    const XBytes x_bytes =
-        ONE ? XBytes(chunks * ROW_CHUNK, 1, task.inputs) : XBytes(rows, task.inputs);
+    const XBytes x_bytes(rows, task.inputs);
     // Shared memory: sums [slots][warps][rows][32]; rings of the warps; x of each order, or its scales
     // and sums and then rings.
     float* sums = reinterpret_cast<float*>(shared);
@@ -78,20 +47,18 @@ __device__ __forceinline__ void qgemm(const Task& task) {
     const int kept = task.streams ? x_bytes.scales : 0;   // bytes of x that are not here
     const int x_stride = (SUMS ? x_bytes.all : x_bytes.sums) - kept;
 
-    constexpr bool WIDE = ONE && LARGE;
-    Walk<NT, ONE, WIDE> walk;
+    Walk<NT> walk;
     walk.lane = threadIdx.x % WARP;
     walk.rows = rows;
     walk.x_block = rows * X_ROW;
-    walk.streams = !ONE && task.streams;
+    walk.streams = task.streams;
     const int t = walk.lane & 3, g = walk.lane >> 2;
     u32 offset[NT];
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
         // Beyond the rows the last one is repeated; nobody reads those sums.
-        offset[n] = ONE ? 0 : min(4 * n + (g >> 1), rows - 1) * X_ROW;
-        offset[n] += (g & 1) * 32 + t * 8;
-        walk.row[n] = ONE ? 0 : min(4 * n + t, rows - 1);
+        offset[n] = min(4 * n + (g >> 1), rows - 1) * X_ROW + (g & 1) * 32 + t * 8;
+        walk.row[n] = min(4 * n + t, rows - 1);
     }
     walk.ring = rings + warp * RING<NT>;
     char* x_ring = x_all + task.orders * x_stride + warp * (SLOTS<NT> * X_UNIT * rows * X_ROW);
@@ -101,37 +68,18 @@ __device__ __forceinline__ void qgemm(const Task& task) {
     // The thread block's tiles are consecutive, so that most belong to one matrix.
     const Turn mine = {int(blockIdx.x) * task.tiles / int(gridDim.x),
                        (int(blockIdx.x) + 1) * task.tiles / int(gridDim.x)};
-    RowStage row;
-    if (ONE) {
-        row.inputs = task.inputs;
-        row.prepare(task.matrix[0].perm);
-    }
     const auto stage = [&] {
         pdl_wait();
 #pragma unroll 1
         for (int order = 0; order < task.orders; ++order) {
             char* at = x_all + order * x_stride;
-            if (ONE) {
-                int part = 0;
-                while (task.order[part] != order) ++part;
-                const u32* perm = task.matrix[part].perm;
-                if (order > 0) row.prepare(perm);
-                float* floats = reinterpret_cast<float*>(at);
-                row.gather(task.x, perm, floats);
-                __syncthreads();
-                row.round<SUMS>(floats, reinterpret_cast<float*>(at + x_bytes.scales),
-                                reinterpret_cast<int*>(at + x_bytes.sums));
-            } else {
-                const char* from = task.blocks[order] + kept;
-                for (int i = 16 * threadIdx.x; i < x_stride; i += 16 * blockDim.x) {
-                    cp_async_16(at + i, from + i);
-                }
+            const char* from = task.blocks[order] + kept;
+            for (int i = 16 * threadIdx.x; i < x_stride; i += 16 * blockDim.x) {
+                cp_async_16(at + i, from + i);
             }
         }
-        if (!ONE) {
-            cp_async_commit();
-            cp_async_wait<0>();
-        }
+        cp_async_commit();
+        cp_async_wait<0>();
         __syncthreads();
     };
     if (walk.streams) pdl_wait();   // the first copies are of x too
@@ -178,7 +126,7 @@ __device__ __forceinline__ void qgemm(const Task& task) {
             }
             const bool more = part < parts;
             const Fold fold = more ? cursor.next() : Fold{{}, 0, 0, 1};
-            Feed<WIDE> feed(task.matrix[more ? part : 0], tiles, fold);
+            Feed<false> feed(task.matrix[more ? part : 0], tiles, fold);
             const int left = feed.left;
             walk.template open<KIND>(feed);
             if (!staged) stage();
@@ -213,18 +161,17 @@ __device__ __forceinline__ void qgemm(const Task& task) {
 
 }  // namespace
 
-#define ENTRY(NAME, KIND, NT, ONE)                                                                \
-    extern "C" __global__ void __launch_bounds__(WARPS<NT>* WARP, 1) NAME(                           \
-        const __grid_constant__ Task task) {                                                      \
-        qgemm<KIND, NT, ONE>(task);                                                               \
+#define ENTRY(NAME, KIND, NT)                                                                      \
+    extern "C" __global__ void __launch_bounds__(WARPS<NT>* WARP, 1)                               \
+        NAME(const __grid_constant__ Task task) {                                                  \
+        qgemm<KIND, NT>(task);                                                                     \
     }
-// One row, the common case; then 4, 8, 16 and 32 rows.
-#define ENTRIES(SUFFIX, KIND)                                                                     \
-    ENTRY(exl_qgemm_row1_##SUFFIX, KIND, 1, true)                                            \
-    ENTRY(exl_qgemm_rows4_##SUFFIX, KIND, 1, false)                                          \
-    ENTRY(exl_qgemm_rows8_##SUFFIX, KIND, 2, false)                                          \
-    ENTRY(exl_qgemm_rows16_##SUFFIX, KIND, 4, false)                                         \
-    ENTRY(exl_qgemm_rows32_##SUFFIX, KIND, 8, false)
+// 4, 8, 16 and 32 rows.
+#define ENTRIES(SUFFIX, KIND)                                                                      \
+    ENTRY(exl_qgemm_rows4_##SUFFIX, KIND, 1)                                                       \
+    ENTRY(exl_qgemm_rows8_##SUFFIX, KIND, 2)                                                       \
+    ENTRY(exl_qgemm_rows16_##SUFFIX, KIND, 4)                                                      \
+    ENTRY(exl_qgemm_rows32_##SUFFIX, KIND, 8)
 
 ENTRIES(exl2, KIND_EXL2)
 ENTRIES(gptq, KIND_GPTQ)

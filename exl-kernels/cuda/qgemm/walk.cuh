@@ -157,12 +157,10 @@ struct Feed {
     }
 };
 
-// A warp at work. Lane 4g + t has columns g, g+8, g+16, g+24 of a tile and rows 4n + t of x. ONE: one
-// row, x in chunks of ROW_CHUNK bytes. WIDE: x is never streamed.
-template <int NT, bool ONE, bool WIDE>
+// A warp at work. Lane 4g + t has columns g, g+8, g+16, g+24 of a tile and rows 4n + t of x.
+template <int NT>
 struct Walk {
-    typedef Feed<WIDE> Units;
-
+    typedef Feed<false> Units;
 
     int lane, rows;
     char* ring;
@@ -178,12 +176,6 @@ struct Walk {
 
     float total[NT][4];
     int part[NT][2][4];   // [..][column half]: {high, low} of column g, then of column g + 8
-
-    // Where a block of x is when all of it is in shared memory.
-    __device__ __forceinline__ u32 place_of(int block) const {
-        constexpr u32 CHUNK = X_CHUNK_BLOCKS;
-        return ONE ? block / CHUNK * ROW_CHUNK + block % CHUNK * X_ROW : block * x_block;
-    }
 
     template <int B>
     __device__ __forceinline__ void multiply(const char* block, u32 x_at) {
@@ -266,7 +258,7 @@ struct Walk {
     __device__ __forceinline__ void fetch(Units& feed, char* slot, char* x_slot) const {
         if (feed.left > 0) {
             feed.template load<KIND, BYTES>(slot, lane);
-            if (!WIDE && streams) {
+            if (streams) {
                 const char* source = from + (long long)feed.block * x_block;
                 for (int o = 0; 16 * lane + o < feed.blocks * int(x_block); o += 16 * WARP) {
                     cp_async_16(x_slot + o, source + o);
@@ -291,7 +283,7 @@ struct Walk {
     // All units of an opened feed; `left` of them.
     template <int KIND, int B, int FOLD>
     __device__ __forceinline__ void pass(Units& feed, const Tiles& tiles, int left) {
-        constexpr int BLOCKS = unit_blocks<WIDE>(FOLD, B), BYTES = BLOCKS * Sections<B>::BYTES;
+        constexpr int BLOCKS = unit_blocks<false>(FOLD, B), BYTES = BLOCKS * Sections<B>::BYTES;
         constexpr int SLOT = BYTES + ScaleCodes<KIND>::BYTES;
         constexpr int DEPTH = slots(RING<NT>, SLOT, SLOTS<NT>);
         static_assert(DEPTH > 1, "one unit is under way while another is used");
@@ -305,7 +297,7 @@ struct Walk {
             cp_async_wait<DEPTH - 1>();
             __syncwarp();
             unit<KIND, B, BLOCKS, FOLD>(ring + slot * SLOT, block,
-                                        !WIDE && streams ? slot * x_slot : place_of(block));
+                                        streams ? slot * x_slot : block * x_block);
             __syncwarp();
             fetch<KIND, BYTES>(feed, ring + slot * SLOT, x_ring + slot * x_slot);
             slot = slot + 1 == DEPTH ? 0 : slot + 1;

@@ -226,7 +226,7 @@ impl Device {
         let mut device = Self {
             functions: Mutex::default(),
             stream: Stream::on(context.clone())?,
-            pack: Pack::embedded()?,
+            pack: Pack::load()?,
             info,
             context,
         };

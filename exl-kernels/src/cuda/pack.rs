@@ -82,6 +82,20 @@ fn damaged(problem: impl fmt::Display) -> Error {
 }
 
 impl Pack {
+    /// The file that `EXL_KERNEL_PACK` names, or else the pack inside this program.
+    ///
+    /// # Errors
+    /// [`Error::Kernel`] when the file cannot be read or is damaged; those of [`Pack::embedded`].
+    pub fn load() -> Result<Self> {
+        match std::env::var_os("EXL_KERNEL_PACK") {
+            Some(path) => {
+                let data = std::fs::read(&path);
+                Self::parse(data.map_err(|e| damaged(format!("{}: {e}", path.display())))?)
+            }
+            None => Self::embedded(),
+        }
+    }
+
     /// The pack inside this program.
     ///
     /// # Errors

@@ -1,4 +1,5 @@
-//! Up to 64 rows: passes over the packed weights, each for up to 32 rows (cuda/qgemm/decode.cu, cluster.cu).
+//! Up to 64 rows: passes over the packed weights, each for up to 32 rows (cuda/qgemm/row.cu, decode.cu,
+//! cluster.cu).
 
 mod config;
 
@@ -14,12 +15,13 @@ pub(super) use config::{Config, scratch};
 use config::{From, VARIANTS, X_CHUNK, blocks_bytes};
 
 const MODULE: &str = "qgemm/decode";
+const ROW_MODULE: &str = "qgemm/row";
 const CLUSTER_MODULE: &str = "qgemm/cluster";
 
 /// By variant and kind of scales.
 pub(super) const KERNELS: [Kernel; 2 * VARIANTS.len()] = [
-    Kernel::new(MODULE, "exl_qgemm_row1_exl2"),
-    Kernel::new(MODULE, "exl_qgemm_row1_gptq"),
+    Kernel::new(ROW_MODULE, "exl_qgemm_row1_exl2"),
+    Kernel::new(ROW_MODULE, "exl_qgemm_row1_gptq"),
     Kernel::new(MODULE, "exl_qgemm_rows4_exl2"),
     Kernel::new(MODULE, "exl_qgemm_rows4_gptq"),
     Kernel::new(MODULE, "exl_qgemm_rows8_exl2"),

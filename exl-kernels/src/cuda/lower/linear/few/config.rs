@@ -19,6 +19,8 @@ const X_BLOCK: usize = 32;
 const X_ROW: usize = 2 * X_BLOCK;
 /// Bytes of a chunk of x that is rounded in place (input.cuh: ROW_CHUNK).
 const ROW_CHUNK: usize = 4 * X_CHUNK;
+/// Bytes of zeros beside one row of x (row.cu: ZEROS).
+const ZEROS: usize = 4 * X_ROW;
 /// Blocks of x in a slot of a warp's ring (walk.cuh).
 const X_UNIT: usize = 2;
 const ALIGN: usize = 256;
@@ -112,7 +114,7 @@ impl Config {
             .map(passes)
             .take_while(|rows| CLUSTER_ROWS.contains(rows) && !target.deterministic)
             .find_map(clusters);
-        let exact = |rows| Self::pass(matrices, rows, work, target.props);
+        let exact = |rows| Self::pass(matrices, rows, work, target);
         found.or_else(|| (least..=rows).map(passes).find_map(exact))
     }
 
@@ -159,8 +161,9 @@ impl Config {
         matrices: &[&CudaMatrix],
         rows: usize,
         (tiles, gated): (usize, bool),
-        props: &DeviceProps,
+        target: &Target<'_>,
     ) -> Option<Self> {
+        let props = target.props;
         let inputs = matrices.first()?.inputs();
         let orders = Orders::new(matrices);
         let x = XBytes::new(rows, inputs);
@@ -175,16 +178,19 @@ impl Config {
         let grid = tiles.min(props.sms as usize);
         let mine = tiles.div_ceil(grid);
         let row = inputs.div_ceil(X_CHUNK) * ROW_CHUNK;
+        let rings = warps * ring.bytes;
+        let one = warps * row_ring(props) + ZEROS + orders.count * (row + side);
         let ways = [
-            (From::Row, orders.count * (row + side)),
-            (From::Blocks, orders.count * (x.scales + side)),
-            (From::Rings, orders.count * side + x_rings),
+            (From::Row, one),
+            (From::Blocks, rings + orders.count * (x.scales + side)),
+            (From::Rings, rings + orders.count * side + x_rings),
         ];
+        // The sums of one row have another order.
+        let alone = rows == 1 && !target.deterministic;
         let free = |used: usize| (props.shared_per_block as usize).saturating_sub(used);
         let (from, used, most) = ways
             .into_iter()
-            .filter(|(from, _)| rows == 1 || *from != From::Row)
-            .map(|(from, used)| (from, used + warps * ring.bytes))
+            .filter(|(from, _)| alone || *from != From::Row)
             .map(|(from, used)| (from, used, free(used) / slot))
             .find(|&(_, _, slots)| slots > 0)?;
         // Turns of equal length.
@@ -246,6 +252,21 @@ fn warps(rows: usize) -> usize {
     if rows > 8 { SHARES / 2 } else { SHARES }
 }
 
+/// Bytes of a warp's ring of weights for one row (common/ring.cuh: Ring::BYTES).
+fn row_ring(props: &DeviceProps) -> usize {
+    if is_large(props) {
+        3 * 2048 + 32
+    } else {
+        2 * 1024 + 32
+    }
+}
+
+/// Whether kernels have more under way, as the images for these GPUs are compiled; others get one for a
+/// smaller GPU.
+fn is_large(props: &DeviceProps) -> bool {
+    matches!(props.capability.0, 9 | 10)
+}
+
 /// A warp's ring of weights (walk.cuh: RING, SLOTS).
 struct Ring {
     bytes: usize,
@@ -254,8 +275,7 @@ struct Ring {
 
 impl Ring {
     fn new(rows: usize, props: &DeviceProps) -> Self {
-        // As the images for these GPUs are compiled; others get one for a smaller GPU.
-        let large = matches!(props.capability.0, 9 | 10);
+        let large = is_large(props);
         Self {
             bytes: if large && !(5..=8).contains(&rows) {
                 4608

@@ -1,0 +1,254 @@
+// A warp's way through its share of quantized matrices for one row of x.
+//
+// The two bytes of x are two columns of the second operand, which has eight: so four slots of blocks have
+// columns of their own, zero in the others' blocks, and are summed side by side. Integer sums become
+// 32-bit floats once for all four slots, lane 4g + t those of slot t. A slot is 1, 2 or 4 blocks that
+// share a scale and a chunk of x (Fold); slot (block / fold) % 4 has a block.
+//
+// Weights come through a ring in shared memory: consecutive blocks of a column tile are a unit. Who asks
+// for units and who uses them go the same way, one ahead of the other, through all parts without a
+// pause.
+#pragma once
+
+#include "common/ring.cuh"
+#include "qgemm/turn.cuh"
+
+// Blocks of a unit: a power of two, as many as a slot of the ring holds.
+constexpr u32 row_unit(u32 bits) {
+    const u32 fit = Ring::SLOT / (128 * bits);
+    return fit >= 8 ? 8 : fit >= 4 ? 4 : fit >= 2 ? 2 : 1;
+}
+
+// A warp's blocks in all parts of a turn, one Fold after the other.
+struct Way {
+    const Task& task;
+    Turn turn;
+    int warp;
+    int part, first;   // and the part's first tile
+    Tiles tiles;
+    Cursor cursor;
+    Fold fold;
+
+    __device__ __forceinline__ Way(const Task& task, int warp) : task(task), warp(warp) {}
+
+    __device__ __forceinline__ void start(const Turn& at) {
+        turn = at;
+        part = -1;
+        first = 0;
+        cursor = {};
+    }
+    // To the next fold, if there is one.
+    __device__ __forceinline__ bool next() {
+        while (cursor.at >= cursor.end) {
+            if (part >= 0 && !task.gated) first += task.matrix[part].columns;
+            if (++part == (task.gated ? 2 : PARTS)) return false;
+            const QMatrix& m = task.matrix[part];
+            tiles = turn.tiles(first, m.columns);
+            if (tiles.count > 0) cursor.enter(m, m.shares[warp], m.shares[warp + 1]);
+        }
+        fold = cursor.next();
+        return true;
+    }
+};
+
+// Asks for the units of a way.
+struct Supply {
+    Way way;
+    const char* at;
+    u64 next_tile;   // from a tile's last unit to the next one's first
+    u32 left, count;   // blocks of the tile, of all tiles
+    u32 unit, bytes;   // blocks of a unit, bytes of a block
+    int tiles;         // 0: nothing is left
+
+    __device__ __forceinline__ explicit Supply(const Way& way) : way(way), tiles(0) {}
+
+    __device__ __forceinline__ void start(const Turn& turn) {
+        way.start(turn);
+        enter();
+    }
+    __device__ __forceinline__ void enter() {
+        if (!way.next()) return;
+        const Stretch& run = way.fold.run;
+        const QMatrix& m = way.task.matrix[way.part];
+        bytes = 128 * run.run.bits;
+        unit = row_unit(run.run.bits);
+        left = count = way.fold.count;
+        tiles = way.tiles.count;
+        at = m.tiles + m.column_bytes * way.tiles.column +
+             (run.offset + (way.fold.first - run.first) * bytes);
+        next_tile = m.column_bytes - count * bytes;
+    }
+    // Starts the copy of the next unit.
+    __device__ __forceinline__ void ask(const Ring& ring, u32 slot) {
+        if (tiles > 0) {
+            const u32 blocks = min(unit, left);
+            ring.copy(slot, at, blocks * bytes);
+            at += blocks * bytes;
+            left -= blocks;
+            if (left == 0) {
+                left = count;
+                at += next_tile;
+                if (--tiles == 0) enter();
+            }
+        }
+        ring.asked();
+    }
+};
+
+// A warp at work. Lane 4g + t has columns g, g+8, g+16, g+24 of a tile.
+template <int KIND>
+struct RowWalk {
+    int lane;
+    const char* zero;      // shared: as many zeros as a step reads of x
+    const char* x;         // shared: the lane's bytes of block 0, in chunks of ROW_CHUNK
+    const float* scales;   // shared: [chunks]
+    const int* x_sums;     // shared: [blocks], for GPTQ's zero points
+    const QMatrix* m;
+    float* sums;           // shared: the warp's of the first tile, [32]
+    int step;              // floats from the sums of a tile to those of the next
+    // Of the lane's slot in this round: codes, scale of x, and for GPTQ the sum of x.
+    ScaleCodes<KIND> codes;
+    float scale;
+    int sum_of_x;
+    int part[2][4];   // [column half]: {high, low} of column g, then of column g + 8
+    float total[4];
+
+    __device__ __forceinline__ void clear_parts() {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) part[i / 4][i % 4] = 0;
+    }
+    __device__ __forceinline__ void clear() {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) total[i] = 0.0f;
+    }
+
+    // Loads what the round of `block`, one of fold `f`, is multiplied with, in column tile `tile`.
+    template <u32 FOLD>
+    __device__ __forceinline__ void load_scales(const Fold& f, int tile, u32 block) {
+        const u32 slot = (block & ~(4 * FOLD - 1)) + (lane & 3) * FOLD;
+        // Slots outside the fold have no sums: any scale will do.
+        const u32 at = min(max(slot, u32(f.first)), u32(f.first + f.count) - 1);
+        const Run& run = f.run.run;
+        const int piece =
+            run.shift == IRREGULAR ? m->piece_of[at] : run.piece + ((at - f.run.first) >> run.shift);
+        codes = ScaleCodes<KIND>::of(*m, tile * m->pieces, piece, lane >> 2);
+        scale = scales[at / X_CHUNK_BLOCKS];
+        if constexpr (KIND == KIND_GPTQ) {
+            sum_of_x = 0;
+            for (u32 i = 0; at == slot && i < FOLD; ++i) sum_of_x += x_sums[slot + i];
+        }
+    }
+
+    // The blocks of a step: all in one slot.
+    template <u32 B, u32 FOLD, u32 STEP>
+    __device__ __forceinline__ void multiply(const char* weights, u32 block) {
+        const bool own = block / FOLD % 4 == u32(lane) >> 3;
+        // Block b of x is at (b + b rounded down to a chunk) X_ROW: chunks are twice as long as needed.
+        const char* from = own ? x + (block + (block & ~(X_CHUNK_BLOCKS - 1u))) * X_ROW : zero;
+#pragma unroll
+        for (u32 i = 0; i < STEP; ++i) {
+            u32 words[B], v[8];
+            load_words<B>(words, weights + i * Sections<B>::BYTES, lane);
+            expand<B>(words, v);
+            const uint2 b = *reinterpret_cast<const uint2*>(from + i * X_ROW);
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                mma_s8(part[h], v[4 * h], v[4 * h + 1], v[4 * h + 2], v[4 * h + 3], b.x, b.y);
+            }
+        }
+    }
+
+    // Adds the integer sums of a round to the totals and begins new ones.
+    template <u32 B>
+    __device__ __forceinline__ void fold() {
+        const Scales<KIND> sc(codes);
+        // What the registers held is 2^(8 - B) times the centred code.
+        const float by = scale * (1.0f / float(1 << (8 - B)));
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int* p = &part[i >> 1][2 * (i & 1)];
+            int v = p[0] * 256 + p[1];
+            if constexpr (KIND == KIND_GPTQ) v += sc.shift[i] * 16 * sum_of_x;
+            total[i] = fmaf(sc.s[i] * by, float(v), total[i]);
+        }
+        clear_parts();
+    }
+
+    // Adds the totals of the four slots to the warp's sums of a tile, [32].
+    __device__ __forceinline__ void leave(float* to) {
+        // Lane t keeps column g + 8 t: two exchanges, each of half of what is left.
+        const bool odd = lane & 1, high = lane & 2;
+        float a = high ? total[2] : total[0], b = high ? total[3] : total[1];
+        a += __shfl_xor_sync(FULL_MASK, high ? total[0] : total[2], 2);
+        b += __shfl_xor_sync(FULL_MASK, high ? total[1] : total[3], 2);
+        const float own = (odd ? b : a) + __shfl_xor_sync(FULL_MASK, odd ? a : b, 1);
+        to[8 * (lane & 3) + (lane >> 2)] += own;
+        clear();
+    }
+
+    // All tiles of a fold.
+    template <u32 B, u32 FOLD>
+    __device__ __forceinline__ void pass(const Way& way, Supply& supply, const Ring& ring,
+                                         Ring::Place& at) {
+        constexpr u32 UNIT = row_unit(B), STEP = FOLD < UNIT ? FOLD : UNIT;
+        const Fold f = way.fold;
+        const u32 first = f.first, end = first + f.count;
+        float* to = sums;
+        int tile = way.tiles.column;
+        clear();
+        clear_parts();
+        load_scales<FOLD>(f, tile, first);
+#pragma unroll 1
+        for (int left = way.tiles.count; left > 0; --left) {
+            u32 block = first;
+#pragma unroll 1
+            while (block < end) {
+                const char* weights = ring.wait(at);
+                const u32 stop = min(block + UNIT, end);
+#pragma unroll 1
+                do {
+                    multiply<B, FOLD, STEP>(weights, block);
+                    weights += STEP * Sections<B>::BYTES;
+                    block += STEP;
+                    if (block % (4 * FOLD) != 0 && block != end) continue;
+                    fold<B>();
+                    if (block < end) {
+                        load_scales<FOLD>(f, tile, block);
+                    } else if (left > 1) {
+                        load_scales<FOLD>(f, tile + 1, first);
+                    }
+                } while (block < stop);
+                __syncwarp();
+                supply.ask(ring, at.slot);
+                at.pass();
+            }
+            ++tile;
+            leave(to);
+            to += step;
+        }
+    }
+    template <u32 B>
+    __device__ __forceinline__ void folds(const Way& way, Supply& supply, const Ring& ring,
+                                          Ring::Place& at) {
+        if constexpr (fold_blocks(B) == 4) {
+            if (way.fold.fold == 4) return pass<B, 4>(way, supply, ring, at);
+        }
+        if (way.fold.fold == 2) return pass<B, 2>(way, supply, ring, at);
+        pass<B, 1>(way, supply, ring, at);
+    }
+    __device__ __forceinline__ void run(const Way& way, Supply& supply, const Ring& ring,
+                                        Ring::Place& at) {
+        if constexpr (KIND == KIND_GPTQ) {
+            folds<4>(way, supply, ring, at);
+        } else {
+            switch (way.fold.run.run.bits) {
+                case 2: folds<2>(way, supply, ring, at); break;
+                case 3: folds<3>(way, supply, ring, at); break;
+                case 4: folds<4>(way, supply, ring, at); break;
+                case 5: folds<5>(way, supply, ring, at); break;
+                case 6: folds<6>(way, supply, ring, at); break;
+                default: folds<8>(way, supply, ring, at); break;
+            }
+        }
+    }
+};

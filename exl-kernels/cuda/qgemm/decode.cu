@@ -66,8 +66,7 @@ __device__ __forceinline__ void qgemm(const Task& task) {
 
     const int parts = task.gated ? 2 : PARTS;
     // The thread block's tiles are consecutive, so that most belong to one matrix.
-    const Turn mine = {int(blockIdx.x) * task.tiles / int(gridDim.x),
-                       (int(blockIdx.x) + 1) * task.tiles / int(gridDim.x)};
+    const Turn mine = Turn::of_block(task.tiles, task.each, gridDim.x);
     const auto stage = [&] {
         pdl_wait();
 #pragma unroll 1

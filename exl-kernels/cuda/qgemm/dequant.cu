@@ -16,20 +16,10 @@ struct Place {
 };
 
 __device__ __forceinline__ Place place(const QMatrix& m, int tile, int first_column) {
-    Place p = {tile % m.blocks, first_column + tile / m.blocks, 0, 0, 0};
-    int first = 0;
-    Run run = m.run[0];
-#pragma unroll
-    for (int r = 0; r < RUNS; ++r) {
-        run = m.run[r];
-        p.offset += 128 * run.bits * (min(int(run.end), p.block) - first);
-        if (p.block < run.end) break;
-        first = run.end;
-    }
-    p.bits = run.bits;
-    p.piece = run.shift == IRREGULAR ? m.piece_of[p.block]
-                                     : run.piece + ((p.block - first) >> run.shift);
-    return p;
+    const int block = tile % m.blocks;
+    const Run run = run_of(m, block);
+    return {block, first_column + tile / m.blocks, run.bits, piece_of(m, run, block),
+            offset_of(run, block)};
 }
 
 // The codes of the calling lane, centred: register q gives pairs 2q and 2q+1.

@@ -136,7 +136,7 @@ struct HalfWalk {
         if constexpr (KIND == KIND_GPTQ) {
             folds<4>(feed, tiles, fold, left, add);
         } else {
-            switch (feed.run.run.bits) {
+            switch (feed.run.bits) {
                 case 2: folds<2>(feed, tiles, fold, left, add); break;
                 case 3: folds<3>(feed, tiles, fold, left, add); break;
                 case 4: folds<4>(feed, tiles, fold, left, add); break;

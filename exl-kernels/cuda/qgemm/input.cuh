@@ -82,19 +82,23 @@ __device__ __forceinline__ int block_sum(int v) {
     return v + __shfl_xor_sync(FULL_MASK, v, 4);
 }
 
-// One row of x: the thread block puts it into shared memory in packed order, then rounds it in place.
-// Bytes [chunks][4][2][32] with ROW_CHUNK from chunk to chunk, scales [chunks], and with SUMS sums
+// One row of x: the thread block puts it into shared memory in packed order, then rounds it in place:
+// bytes [blocks][2][32] where the first half of the floats was, scales [chunks], and with SUMS sums
 // [blocks].
-constexpr int ROW_CHUNK = 512;
+constexpr int ROW_CHUNK = 512;   // bytes of the floats of a chunk
 
+// ROUNDS: loads of a thread that overlap, and chunks of a warp.
+template <int ROUNDS>
 struct RowStage {
-    static constexpr int ROUNDS = 4;   // loads of a thread that overlap
-
     int inputs;
     uint4 first[ROUNDS];   // places of the first features, known before x is
 
     __device__ __forceinline__ int feature(int round) const {
         return 4 * (threadIdx.x + round * blockDim.x);
+    }
+    // Whether any thread has features in a round.
+    __device__ __forceinline__ bool any(int round) const {
+        return 4 * round * int(blockDim.x) < inputs;
     }
     __device__ __forceinline__ uint4 places(const u32* inverse, int i) const {
         return features(inverse, i, inputs);
@@ -103,7 +107,7 @@ struct RowStage {
     __device__ __forceinline__ void prepare(const u32* perm) {
         const u32* inverse = perm ? perm + inputs : nullptr;
 #pragma unroll
-        for (int r = 0; r < ROUNDS; ++r) first[r] = places(inverse, feature(r));
+        for (int r = 0; r < ROUNDS && any(r); ++r) first[r] = places(inverse, feature(r));
         if (!inverse) return;
         for (int r = ROUNDS; feature(r) < inputs; ++r) {
             asm volatile("prefetch.global.L2 [%0];" ::"l"(inverse + feature(r)));
@@ -111,17 +115,17 @@ struct RowStage {
     }
     __device__ __forceinline__ void gather(const float* x, const u32* perm, float* to) const {
         const u32* inverse = perm ? perm + inputs : nullptr;
-        for (int base = 0; feature(base) < inputs; base += ROUNDS) {
+        for (int base = 0; any(base); base += ROUNDS) {
             float4 v[ROUNDS];
             uint4 at[ROUNDS];
 #pragma unroll
-            for (int r = 0; r < ROUNDS; ++r) {
+            for (int r = 0; r < ROUNDS && any(base + r); ++r) {
                 const int i = feature(base + r);
                 v[r] = i < inputs ? *reinterpret_cast<const float4*>(x + i) : float4{};
                 at[r] = base == 0 ? first[r] : places(inverse, i);
             }
 #pragma unroll
-            for (int r = 0; r < ROUNDS; ++r) {
+            for (int r = 0; r < ROUNDS && any(base + r); ++r) {
                 if (feature(base + r) >= inputs) break;
                 to[at[r].x] = v[r].x;
                 to[at[r].y] = v[r].y;
@@ -130,35 +134,31 @@ struct RowStage {
             }
         }
     }
+    // By the whole block, after a barrier; another one must follow.
     template <bool SUMS>
     __device__ __forceinline__ void round(float* at, float* scales, int* sums) const {
-        const int lane = threadIdx.x % WARP, warps = blockDim.x / WARP;
+        const int lane = threadIdx.x % WARP, warps = blockDim.x / WARP, warp = threadIdx.x / WARP;
         const int chunks = (inputs + 127) / 128;
-        for (int base = threadIdx.x / WARP; base < chunks; base += ROUNDS * warps) {
-            float v[ROUNDS][4];
+        for (int base = 0; base < chunks; base += ROUNDS * warps) {
+            float4 v[ROUNDS];
 #pragma unroll
             for (int r = 0; r < ROUNDS; ++r) {
-                const int k = 128 * (base + r * warps) + 4 * lane;
-                float4 f = k < inputs ? *reinterpret_cast<const float4*>(at + k) : float4{};
-                v[r][0] = f.x;
-                v[r][1] = f.y;
-                v[r][2] = f.z;
-                v[r][3] = f.w;
+                const int k = 128 * (base + r * warps + warp) + 4 * lane;
+                v[r] = k < inputs ? *reinterpret_cast<const float4*>(at + k) : float4{};
             }
-            __syncwarp();
+            // What is written lies before what is read later, on what has been read by now.
+            __syncthreads();
 #pragma unroll
-            for (int r = 0; r < ROUNDS; ++r) {
-                const int chunk = base + r * warps, k = 128 * chunk + 4 * lane;
-                const Quantized q = quantize_chunk(v[r]);
+            for (int r = 0; r < ROUNDS && base + r * warps < chunks; ++r) {
+                const int chunk = base + r * warps + warp, k = 128 * chunk + 4 * lane;
+                const Quantized q = quantize_chunk({v[r].x, v[r].y, v[r].z, v[r].w});
                 const int sum = SUMS ? block_sum(q.sum) : 0;
-                if (k < inputs) {
-                    char* to = reinterpret_cast<char*>(at) + chunk * ROW_CHUNK + lane / 8 * X_ROW +
-                               lane % 8 * 4;
-                    *reinterpret_cast<u32*>(to) = q.high;
-                    *reinterpret_cast<u32*>(to + 32) = q.low;
-                    if (lane == 0) scales[chunk] = q.scale;
-                    if (SUMS && lane % 8 == 0) sums[k / 32] = sum;
-                }
+                if (k >= inputs) continue;
+                char* to = reinterpret_cast<char*>(at) + k / 32 * X_ROW + lane % 8 * 4;
+                *reinterpret_cast<u32*>(to) = q.high;
+                *reinterpret_cast<u32*>(to + 32) = q.low;
+                if (lane == 0) scales[chunk] = q.scale;
+                if (SUMS && lane % 8 == 0) sums[k / 32] = sum;
             }
         }
     }

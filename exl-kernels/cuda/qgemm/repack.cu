@@ -91,8 +91,9 @@ extern "C" __global__ void __launch_bounds__(256, 2)
     int tile = blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP;
     if (tile >= m.blocks * m.columns) return;
     int block = tile % m.blocks, column = tile / m.blocks;
-    u32 offset;
-    const int bits = run_of(m, block, offset).bits;
+    const Run run = run_of(m, block);
+    const int bits = run.bits;
+    const u32 offset = offset_of(run, block);
     int lane = threadIdx.x % WARP, g = lane >> 2, t = lane & 3;
     // Register q: rows 8t + 4 (r >> 1).. of column 16 m + 8 (r & 1) + g, panel m of the tile.
     u32 v[8];

@@ -1,5 +1,7 @@
 // exl_qgemm_row1_*: products of one row with quantized matrices, at the speed of the memory.
 //
+// exl: spills-allowed exl_qgemm_row1_gptq between column tiles, not in the loop over weights
+//
 // What: up to three matrices with one input (q, k, v), or gate and up with the activation between
 // them. Reads every packed weight once: K N bits / 8 bytes, plus scale codes (1/32 byte per weight
 // and group of 128). Expected bound: memory; 1.2 to 1.6 instructions for a lane's share of 32 weights.
@@ -15,7 +17,7 @@
 namespace {
 
 constexpr int ROW_WARPS = SHARES;
-constexpr int ZEROS = 4 * X_ROW;   // bytes
+constexpr int ZEROS = 4 * 4 * X_ROW;   // bytes: x of a round of four slots
 
 // x of every order that the parts have, in shared memory.
 template <int KIND>
@@ -23,7 +25,7 @@ struct RowInput {
     const Task& task;
     char* base;
     XBytes bytes;
-    RowStage row;
+    RowStage<KIND == KIND_GPTQ ? 2 : 4> row;   // the other one has registers for two
 
     __device__ __forceinline__ RowInput(const Task& task, char* base)
         : task(task), base(base),
@@ -93,12 +95,14 @@ template <int KIND>
 __device__ __forceinline__ void qgemm(const Task& task) {
     extern __shared__ __align__(1024) char shared[];
     pdl_launch();
-    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    const int lane = threadIdx.x % WARP;
+    // The same in all lanes, and known to be.
+    const int warp = __shfl_sync(FULL_MASK, threadIdx.x / WARP, 0);
     // Shared memory: sums [slots][warps][32]; rings of the warps; zeros; x of each order.
     float* sums = reinterpret_cast<float*>(shared);
     char* rings = shared + task.slots * ROW_WARPS * 128;
     char* zeros = rings + ROW_WARPS * Ring::BYTES;
-    if (threadIdx.x < ZEROS / 4) reinterpret_cast<u32*>(zeros)[threadIdx.x] = 0;
+    if (threadIdx.x < ZEROS / 16) reinterpret_cast<uint4*>(zeros)[threadIdx.x] = uint4{};
 
     const Ring ring(rings + warp * Ring::BYTES, lane);
     Ring::Place at;
@@ -110,14 +114,14 @@ __device__ __forceinline__ void qgemm(const Task& task) {
     Supply supply(way);
 
     // The thread block's tiles are consecutive, so that most belong to one matrix.
-    const int begin = int(blockIdx.x) * task.tiles / int(gridDim.x);
-    const int end = (int(blockIdx.x) + 1) * task.tiles / int(gridDim.x);
+    const Turn mine = Turn::of_block(task.tiles, task.each, gridDim.x);
     const int each = task.gated ? 2 : 1, at_once = task.slots / each;
 #pragma unroll 1
-    for (int from = begin; from < end; from += at_once) {
-        const Turn turn = {from, min(from + at_once, end)};
+    for (int from = mine.from; from < mine.to; from += at_once) {
+        const Turn turn = {from, min(from + at_once, mine.to)};
         // The first copies start before x is there.
         supply.start(turn);
+#pragma unroll 1
         for (u32 i = 0, slot = at.slot; i < Ring::SLOTS; ++i) {
             supply.ask(ring, slot);
             slot = slot + 1 == Ring::SLOTS ? 0 : slot + 1;
@@ -125,7 +129,7 @@ __device__ __forceinline__ void qgemm(const Task& task) {
         for (int slot = 0; slot < (turn.to - turn.from) * each; ++slot) {
             sums[(slot * ROW_WARPS + warp) * 32 + lane] = 0.0f;
         }
-        if (from == begin) input.stage();
+        if (from == mine.from) input.stage();
         way.start(turn);
         while (way.next()) {
             walk.m = &task.matrix[way.part];
@@ -135,10 +139,11 @@ __device__ __forceinline__ void qgemm(const Task& task) {
             input.point(walk, way.part);
             walk.run(way, supply, ring, at);
         }
-        if (turn.to == end && threadIdx.x < WARP) prefetch_next(task);
         __syncthreads();
+        // By a warp that has no tile to finish, unless there are very many.
+        if (turn.to == mine.to && warp == ROW_WARPS - 1) prefetch_next(task);
         finish(task, turn, sums);
-        if (turn.to < end) __syncthreads();
+        if (turn.to < mine.to) __syncthreads();
     }
 }
 

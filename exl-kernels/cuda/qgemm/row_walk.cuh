@@ -3,7 +3,7 @@
 // The two bytes of x are two columns of the second operand, which has eight: so four slots of blocks have
 // columns of their own, zero in the others' blocks, and are summed side by side. Integer sums become
 // 32-bit floats once for all four slots, lane 4g + t those of slot t. A slot is 1, 2 or 4 blocks that
-// share a scale and a chunk of x (Fold); slot (block / fold) % 4 has a block.
+// share a scale and a chunk of x (Fold); four slots are a round.
 //
 // Weights come through a ring in shared memory: consecutive blocks of a column tile are a unit. Who asks
 // for units and who uses them go the same way, one ahead of the other, through all parts without a
@@ -68,14 +68,13 @@ struct Supply {
     }
     __device__ __forceinline__ void enter() {
         if (!way.next()) return;
-        const Stretch& run = way.fold.run;
+        const Run& run = way.fold.run;
         const QMatrix& m = way.task.matrix[way.part];
-        bytes = 128 * run.run.bits;
-        unit = row_unit(run.run.bits);
+        bytes = 128 * run.bits;
+        unit = row_unit(run.bits);
         left = count = way.fold.count;
         tiles = way.tiles.count;
-        at = m.tiles + m.column_bytes * way.tiles.column +
-             (run.offset + (way.fold.first - run.first) * bytes);
+        at = m.tiles + m.column_bytes * way.tiles.column + offset_of(run, way.fold.first);
         next_tile = m.column_bytes - count * bytes;
     }
     // Starts the copy of the next unit.
@@ -95,12 +94,12 @@ struct Supply {
     }
 };
 
-// A warp at work. Lane 4g + t has columns g, g+8, g+16, g+24 of a tile.
+// A warp at work. Lane 4g + t has columns g, g+8, g+16, g+24 of a tile, and slot t when sums are folded.
 template <int KIND>
 struct RowWalk {
     int lane;
-    const char* zero;      // shared: as many zeros as a step reads of x
-    const char* x;         // shared: the lane's bytes of block 0, in chunks of ROW_CHUNK
+    const char* zero;      // shared: as many zeros as a round reads of x
+    const char* x;         // shared: the lane's bytes of block 0
     const float* scales;   // shared: [chunks]
     const int* x_sums;     // shared: [blocks], for GPTQ's zero points
     const QMatrix* m;
@@ -122,31 +121,30 @@ struct RowWalk {
         for (int i = 0; i < 4; ++i) total[i] = 0.0f;
     }
 
-    // Loads what the round of `block`, one of fold `f`, is multiplied with, in column tile `tile`.
+    // Loads what a round is multiplied with, in column tile `tile`; `done` blocks of the fold come before
+    // it.
     template <u32 FOLD>
-    __device__ __forceinline__ void load_scales(const Fold& f, int tile, u32 block) {
-        const u32 slot = (block & ~(4 * FOLD - 1)) + (lane & 3) * FOLD;
-        // Slots outside the fold have no sums: any scale will do.
-        const u32 at = min(max(slot, u32(f.first)), u32(f.first + f.count) - 1);
-        const Run& run = f.run.run;
-        const int piece =
-            run.shift == IRREGULAR ? m->piece_of[at] : run.piece + ((at - f.run.first) >> run.shift);
-        codes = ScaleCodes<KIND>::of(*m, tile * m->pieces, piece, lane >> 2);
-        scale = scales[at / X_CHUNK_BLOCKS];
+    __device__ __forceinline__ void load_scales(const Fold& f, int tile, u32 done) {
+        const u32 slot = done + (lane & 3) * FOLD;
+        // Slots behind the fold have no sums: any scale will do.
+        const u32 block = f.first + min(slot, u32(f.count) - 1);
+        codes = ScaleCodes<KIND>::of(*m, tile * m->pieces, piece_of(*m, f.run, block), lane >> 2);
+        scale = scales[block / X_CHUNK_BLOCKS];
         if constexpr (KIND == KIND_GPTQ) {
             sum_of_x = 0;
-            for (u32 i = 0; at == slot && i < FOLD; ++i) sum_of_x += x_sums[slot + i];
+            for (u32 i = 0; slot < u32(f.count) && i < FOLD; ++i) sum_of_x += x_sums[block + i];
         }
     }
 
-    // The blocks of a step: all in one slot.
-    template <u32 B, u32 FOLD, u32 STEP>
-    __device__ __forceinline__ void multiply(const char* weights, u32 block) {
-        const bool own = block / FOLD % 4 == u32(lane) >> 3;
-        // Block b of x is at (b + b rounded down to a chunk) X_ROW: chunks are twice as long as needed.
-        const char* from = own ? x + (block + (block & ~(X_CHUNK_BLOCKS - 1u))) * X_ROW : zero;
+    // Where a lane reads x: nothing but zeros unless its columns are those of the slot.
+    __device__ __forceinline__ const char* operand(const char* from, u32 slot) const {
+        return slot == u32(lane) >> 3 ? from : zero;
+    }
+    // BLOCKS blocks of a slot; `from` as `operand` says.
+    template <u32 B, u32 BLOCKS>
+    __device__ __forceinline__ void multiply(const char* weights, const char* from) {
 #pragma unroll
-        for (u32 i = 0; i < STEP; ++i) {
+        for (u32 i = 0; i < BLOCKS; ++i) {
             u32 words[B], v[8];
             load_words<B>(words, weights + i * Sections<B>::BYTES, lane);
             expand<B>(words, v);
@@ -190,34 +188,67 @@ struct RowWalk {
     template <u32 B, u32 FOLD>
     __device__ __forceinline__ void pass(const Way& way, Supply& supply, const Ring& ring,
                                          Ring::Place& at) {
-        constexpr u32 UNIT = row_unit(B), STEP = FOLD < UNIT ? FOLD : UNIT;
+        constexpr u32 UNIT = row_unit(B), STEP = FOLD < UNIT ? FOLD : UNIT, ROUND = 4 * FOLD;
+        constexpr u32 BYTES = Sections<B>::BYTES;
         const Fold f = way.fold;
-        const u32 first = f.first, end = first + f.count;
+        const u32 count = f.count;
+        const char* x_first = x + f.first * X_ROW;
         float* to = sums;
         int tile = way.tiles.column;
         clear();
         clear_parts();
-        load_scales<FOLD>(f, tile, first);
+        load_scales<FOLD>(f, tile, 0);
 #pragma unroll 1
         for (int left = way.tiles.count; left > 0; --left) {
-            u32 block = first;
+            const auto end_round = [&](u32 done) {
+                fold<B>();
+                if (done < count) {
+                    load_scales<FOLD>(f, tile, done);
+                } else if (left > 1) {
+                    load_scales<FOLD>(f, tile + 1, 0);
+                }
+            };
+            u32 done = 0;
 #pragma unroll 1
-            while (block < end) {
+            while (done < count) {
                 const char* weights = ring.wait(at);
-                const u32 stop = min(block + UNIT, end);
+                if constexpr (UNIT >= ROUND) {
+                    // Whole rounds; the last unit may have less.
+                    const u32 whole = min(UNIT, (count - done) / ROUND * ROUND);
+                    const u32 stop = done + whole;
 #pragma unroll 1
-                do {
-                    multiply<B, FOLD, STEP>(weights, block);
-                    weights += STEP * Sections<B>::BYTES;
-                    block += STEP;
-                    if (block % (4 * FOLD) != 0 && block != end) continue;
-                    fold<B>();
-                    if (block < end) {
-                        load_scales<FOLD>(f, tile, block);
-                    } else if (left > 1) {
-                        load_scales<FOLD>(f, tile + 1, first);
+                    while (done < stop) {
+                        const char* from = x_first + done * X_ROW;
+#pragma unroll
+                        for (u32 s = 0; s < 4; ++s) {
+                            multiply<B, FOLD>(weights + s * FOLD * BYTES,
+                                              operand(from, s) + s * FOLD * X_ROW);
+                        }
+                        weights += ROUND * BYTES;
+                        done += ROUND;
+                        end_round(done);
                     }
-                } while (block < stop);
+                    if (whole < UNIT && done < count) {
+                        const u32 rest = count - done;
+#pragma unroll 1
+                        for (u32 s = 0; s < rest; s += STEP) {
+                            multiply<B, STEP>(weights + s * BYTES,
+                                              operand(x_first + (done + s) * X_ROW, s / FOLD));
+                        }
+                        done = count;
+                        end_round(done);
+                    }
+                } else {
+                    const u32 stop = min(done + UNIT, count);
+#pragma unroll 1
+                    while (done < stop) {
+                        multiply<B, STEP>(weights,
+                                          operand(x_first + done * X_ROW, done / FOLD % 4));
+                        weights += STEP * BYTES;
+                        done += STEP;
+                    }
+                    if (done % ROUND == 0 || done == count) end_round(done);
+                }
                 __syncwarp();
                 supply.ask(ring, at.slot);
                 at.pass();
@@ -241,7 +272,7 @@ struct RowWalk {
         if constexpr (KIND == KIND_GPTQ) {
             folds<4>(way, supply, ring, at);
         } else {
-            switch (way.fold.run.run.bits) {
+            switch (way.fold.run.bits) {
                 case 2: folds<2>(way, supply, ring, at); break;
                 case 3: folds<3>(way, supply, ring, at); break;
                 case 4: folds<4>(way, supply, ring, at); break;

@@ -29,4 +29,5 @@ struct Task {
     int next_grid;              // 0: unknown
     u32 next_bytes;             // of each part, at most
     int x_blocks;               // cluster.cu: blocks of x of a thread block, at most; whole chunks
+    int each;                   // tiles of a thread block (of a cluster), or one more
 };

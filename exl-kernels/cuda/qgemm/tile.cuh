@@ -142,13 +142,15 @@ __device__ __forceinline__ void expand(const u32* w, u32 (&v)[8]) {
     }
 }
 
-// Consecutive blocks of one width. Piece p of a regular run has 2^shift blocks, the last perhaps fewer.
-struct Run {
-    u16 end;      // first block after the run
+// Consecutive blocks [first, end) of one width. Piece p of a regular run has 2^shift blocks, the last
+// perhaps fewer.
+struct __align__(16) Run {
+    u16 first, end;
     u16 piece;    // of its first block
     u8 bits;
     u8 shift;     // IRREGULAR: look into `piece_of`
-    u16 padding;
+    u32 offset;   // where it begins in a column tile
+    u32 fold;     // blocks whose integer sums may be added up: 1, 2 or 4 (walk.cuh)
 };
 
 constexpr int IRREGULAR = 255;
@@ -172,9 +174,9 @@ struct QMatrix {
     int kind;                // 0 EXL2, 1 GPTQ
     int runs;
     int padding;
-    Run run[RUNS];
     u16 shares[20];          // SHARES + 1: the first block of each share of the rows, whole chunks of
                              // four blocks; about the same bytes in each
+    Run run[RUNS];
 };
 
 constexpr int SHARES = 16;
@@ -182,16 +184,21 @@ constexpr int SHARES = 16;
 constexpr int KIND_EXL2 = 0;
 constexpr int KIND_GPTQ = 1;
 
-// The run that has a block, and where the block's codes begin in a column tile.
-__device__ __forceinline__ Run run_of(const QMatrix& m, int block, u32& offset) {
-    offset = 0;
-    int first = 0;
-    Run run = m.run[0];
-    for (int r = 0; r < m.runs; ++r) {
-        run = m.run[r];
-        offset += 128 * run.bits * (min(int(run.end), block) - first);
-        if (block < run.end) break;
-        first = run.end;
-    }
-    return run;
+// The run that has a block.
+__device__ __forceinline__ Run run_of(const QMatrix& m, int block) {
+    int r = 0;
+#pragma unroll 1
+    while (block >= m.run[r].end) ++r;
+    return m.run[r];
+}
+
+// Where a block of a run begins in a column tile.
+__device__ __forceinline__ u32 offset_of(const Run& run, int block) {
+    return run.offset + (block - run.first) * (128 * run.bits);
+}
+
+// The piece that has a block of a run.
+__device__ __forceinline__ int piece_of(const QMatrix& m, const Run& run, int block) {
+    return run.shift == IRREGULAR ? m.piece_of[block]
+                                  : run.piece + ((block - run.first) >> run.shift);
 }

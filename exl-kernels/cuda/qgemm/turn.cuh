@@ -7,6 +7,13 @@
 struct Turn {
     int from, to;
 
+    // The share of a thread block: `each` tiles, and one more for the first of them until all are
+    // given away.
+    __device__ __forceinline__ static Turn of_block(int tiles, int each, int grid) {
+        const int block = blockIdx.x, more = tiles - each * grid;
+        const int from = block * each + min(block, more);
+        return {from, from + each + (block < more ? 1 : 0)};
+    }
     // Those among `count` tiles from `first` on, which are one matrix. Their sums are at slot
     // `step`.
     __device__ __forceinline__ Tiles tiles(int first, int count) const {
@@ -21,8 +28,7 @@ __device__ __forceinline__ void prefetch_next(const Task& task) {
     if (int(blockIdx.x) >= task.next_grid) return;
     int all = task.next[0].columns;
     if (!task.next_gated) all += task.next[1].columns + task.next[2].columns;
-    const Turn mine = {int(blockIdx.x) * all / task.next_grid,
-                       (int(blockIdx.x) + 1) * all / task.next_grid};
+    const Turn mine = Turn::of_block(all, all / task.next_grid, task.next_grid);
     for (int part = 0, first = 0; part < PARTS; ++part) {
         const NextPart& n = task.next[part];
         const Tiles tiles = mine.tiles(first, n.columns);

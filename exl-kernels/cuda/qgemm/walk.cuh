@@ -40,19 +40,6 @@ constexpr int X_UNIT = 2;
 
 constexpr int slots(int ring, int slot, int most) { return ring / slot < most ? ring / slot : most; }
 
-// A run of blocks in a column tile.
-struct Stretch {
-    Run run;
-    int first;    // its first block
-    u32 offset;   // where that begins in a column tile
-
-    // To where the next one begins.
-    __device__ __forceinline__ void pass() {
-        offset += (run.end - first) * (128 * run.bits);
-        first = run.end;
-    }
-};
-
 // Column tiles of one matrix, `stride` apart; the sums of the first are at `sums`.
 struct Tiles {
     int column, count, stride;
@@ -60,40 +47,32 @@ struct Tiles {
     int step;   // floats from the sums of a tile to those of the next
 };
 
-// Consecutive blocks with one way to fold them.
+// Consecutive blocks of a run with one way to fold them.
 struct Fold {
-    Stretch run;
+    Run run;
     int first, count, fold;
 };
 
-// Goes through blocks [at, end) of a matrix. Folds of several blocks begin at multiples of their number.
+// Goes through blocks [at, end) of a matrix, which begin with a chunk of x.
 struct Cursor {
     const QMatrix* m;
     int at, end;
     int r;
-    Stretch run;
 
     __device__ __forceinline__ void enter(const QMatrix& matrix, int from, int to) {
         m = &matrix;
         at = from;
         end = to;
         r = 0;
-        run = {matrix.run[0], 0, 0};
     }
     __device__ __forceinline__ Fold next() {
-        while (at >= run.run.end) {
-            run.pass();
-            run.run = m->run[++r];
-        }
-        const int left = min(int(run.run.end), end) - at, shift = run.run.shift;
-        int fold = shift == IRREGULAR ? 1 : min(1 << shift, fold_blocks(run.run.bits));
-        if (run.first % fold != 0) fold = 1;
-        // Single blocks up to the first whole fold; whole folds; what is left.
-        int count = min(-at & (fold - 1), left);
-        if (count == 0 && left >= fold) {
-            count = left & -fold;
-        } else {
-            if (count == 0) count = left;
+        Run run = m->run[r];
+        while (at >= run.end) run = m->run[++r];
+        const int left = min(int(run.end), end) - at;
+        // Whole folds; the blocks that are left one by one.
+        int fold = run.fold, count = left & -fold;
+        if (count == 0) {
+            count = left;
             fold = 1;
         }
         const Fold part = {run, at, count, fold};
@@ -106,7 +85,7 @@ struct Cursor {
 template <bool WIDE>
 struct Feed {
     const QMatrix& m;
-    Stretch run;
+    Run run;
     int blocks, weights;   // of a unit: blocks, bytes
     int first, end, block;
     int left;              // units
@@ -116,18 +95,13 @@ struct Feed {
     u32 next_place;
 
     __device__ __forceinline__ Feed(const QMatrix& m, const Tiles& tiles, const Fold& part)
-        : m(m), run(part.run), blocks(unit_blocks<WIDE>(part.fold, part.run.run.bits)),
-          weights(blocks * part.run.run.bits * 128), first(part.first), end(part.first + part.count),
+        : m(m), run(part.run), blocks(unit_blocks<WIDE>(part.fold, part.run.bits)),
+          weights(blocks * part.run.bits * 128), first(part.first), end(part.first + part.count),
           block(part.first), place(tiles.column * m.pieces), next_place(tiles.stride * m.pieces) {
         const int units = part.count / blocks;
         left = units * tiles.count;
         next_tile = m.column_bytes * tiles.stride - u32(units * weights);
-        at = m.tiles + m.column_bytes * tiles.column +
-             (run.offset + (first - run.first) * (run.run.bits * 128));
-    }
-    __device__ __forceinline__ int piece() const {
-        return run.run.shift == IRREGULAR ? m.piece_of[block]
-                                          : run.run.piece + ((block - run.first) >> run.run.shift);
+        at = m.tiles + m.column_bytes * tiles.column + offset_of(run, first);
     }
     // BYTES: `weights`, 0 when they are not known.
     template <int KIND, int BYTES>
@@ -143,7 +117,7 @@ struct Feed {
 #pragma unroll 1
             for (int o = 16 * lane; o < weights; o += 16 * WARP) cp_async_weights(slot + o, at + o);
         }
-        ScaleCodes<KIND>::load(slot + weights, m, place, piece(), lane);
+        ScaleCodes<KIND>::load(slot + weights, m, place, piece_of(m, run, block), lane);
     }
     __device__ __forceinline__ void next() {
         --left;
@@ -322,7 +296,7 @@ struct Walk {
         if constexpr (KIND == KIND_GPTQ) {
             folds<KIND, 4>(feed, tiles, fold, left);
         } else {
-            switch (feed.run.run.bits) {
+            switch (feed.run.bits) {
                 case 2: folds<KIND, 2>(feed, tiles, fold, left); break;
                 case 3: folds<KIND, 3>(feed, tiles, fold, left); break;
                 case 4: folds<KIND, 4>(feed, tiles, fold, left); break;

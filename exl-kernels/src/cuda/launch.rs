@@ -5,7 +5,7 @@ use std::fmt;
 /// Most parameters of a kernel.
 pub const MAX_ARGS: usize = 32;
 /// Most 64-bit words of all arguments of a kernel.
-pub(crate) const MAX_WORDS: usize = 96;
+pub(crate) const MAX_WORDS: usize = 112;
 
 /// An entry point of the kernel pack.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]

@@ -35,11 +35,29 @@ pub(crate) enum ScaleKind {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
 #[repr(C)]
 struct Run {
+    first: u16,
     end: u16,
     piece: u16,
     bits: u8,
     shift: u8,
-    padding: u16,
+    offset: u32,
+    fold: u32,
+}
+
+impl Run {
+    /// Blocks whose integer sums are added up before they become floats: they share a scale and a chunk
+    /// of x, and their sums fit 32 bits (cuda/qgemm/walk.cuh: fold_blocks).
+    fn find_fold(&mut self) {
+        let most = if self.bits > 4 { 2 } else { 4 };
+        let fold = match self.shift {
+            IRREGULAR => 1,
+            shift => most.min(1u32 << shift.min(2)),
+        };
+        self.fold = match u32::from(self.first).is_multiple_of(fold) {
+            true => fold,
+            false => 1,
+        };
+    }
 }
 
 /// Instead of a shift: pieces of a run differ in length.
@@ -61,39 +79,40 @@ struct Descriptor {
     kind: u32,
     runs: u32,
     padding: u32,
-    run: [Run; MAX_RUNS],
     /// `SHARES` + 1 bounds; the rest fills the struct.
     shares: [u16; 20],
+    /// At a multiple of 16 bytes, as kernels load them whole.
+    run: [Run; MAX_RUNS],
 }
 
 impl Descriptor {
     /// Finds the runs of one width in pieces of these blocks and bits.
     fn find_runs(&mut self, pieces: &[(usize, u8)]) {
-        let mut end = 0;
         let runs = pieces.chunk_by(|a, b| a.1 == b.1);
-        let mut piece = 0;
+        let (mut first, mut piece, mut offset) = (0, 0, 0);
         for (run, to) in runs.zip(&mut self.run) {
-            end += run.iter().map(|p| p.0).sum::<usize>();
+            let blocks = run.iter().map(|p| p.0).sum::<usize>();
             *to = Run {
-                end: end as u16,
+                first: first as u16,
+                end: (first + blocks) as u16,
                 piece: piece as u16,
                 bits: run[0].1,
                 shift: shift_of(run),
-                padding: 0,
+                offset: offset as u32,
+                fold: 0,
             };
+            to.find_fold();
+            first += blocks;
             piece += run.len();
+            offset += 128 * blocks * usize::from(run[0].1);
             self.runs += 1;
         }
     }
 
     /// The runs: blocks and bits.
     fn runs(&self) -> impl Iterator<Item = (usize, usize)> + '_ {
-        let mut first = 0;
-        self.run[..self.runs as usize].iter().map(move |r| {
-            let blocks = usize::from(r.end) - first;
-            first += blocks;
-            (blocks, usize::from(r.bits))
-        })
+        let runs = self.run[..self.runs as usize].iter();
+        runs.map(|r| (usize::from(r.end - r.first), usize::from(r.bits)))
     }
 
     /// Cuts the blocks into shares of whole chunks, so that the largest has the fewest bytes.
@@ -584,6 +603,13 @@ mod tests {
             }
             prop_assert_eq!(d.runs as usize, run + 1);
         }
+    }
+
+    #[test]
+    fn kernels_load_runs_whole() {
+        assert_eq!(size_of::<Run>(), 16);
+        assert!(std::mem::offset_of!(Descriptor, run).is_multiple_of(16));
+        assert!(size_of::<Descriptor>().is_multiple_of(16));
     }
 
     #[test]

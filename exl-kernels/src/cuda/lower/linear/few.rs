@@ -66,7 +66,7 @@ impl Epilogue {
 }
 
 /// Words of a matrix in the task.
-const MATRIX_WORDS: usize = 20;
+const MATRIX_WORDS: usize = 26;
 
 fn pair(low: usize, high: usize) -> u64 {
     low as u64 | (high as u64) << 32
@@ -190,7 +190,9 @@ impl Product<'_> {
         words.push(a | b << 8 | d << 16);
         debug_assert_eq!(words.len(), NEXT_WORD);
         words.extend([0; 2 * MAX_PARTS + 1]);
-        words.push(c.x_blocks as u64);
+        // Of a cluster where there are any.
+        let workers = c.grid / if c.from == From::Clusters { CLUSTER } else { 1 };
+        words.push(pair(c.x_blocks, c.tiles / workers));
         words
     }
 }

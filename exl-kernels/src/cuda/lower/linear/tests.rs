@@ -131,14 +131,14 @@ fn deterministic_products_are_exact_whatever_the_rows() {
 
 #[test]
 fn the_task_has_the_size_of_its_struct() {
-    // Three matrices of 160 bytes, three epilogues of 32, x, three orders of it, rows and inputs,
+    // Three matrices of 208 bytes, three epilogues of 32, x, three orders of it, rows and inputs,
     // tiles and slots, four short integers, the orders of the parts; weights of three parts that
-    // follow, their grid and bytes; blocks of x.
+    // follow, their grid and bytes; blocks of x and tiles of a thread block.
     let props = &DeviceProps::samples()[5];
     let list = launches(1, (4096, 4096), props);
     assert_eq!(
         list[0].args.words().len() * 8,
-        3 * 160 + 3 * 32 + 8 + 3 * 8 + 8 + 8 + 8 + 8 + 3 * 16 + 8 + 8
+        3 * 208 + 3 * 32 + 8 + 3 * 8 + 8 + 8 + 8 + 8 + 3 * 16 + 8 + 8
     );
 }
 

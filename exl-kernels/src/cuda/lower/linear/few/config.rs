@@ -20,7 +20,7 @@ const X_ROW: usize = 2 * X_BLOCK;
 /// Bytes of a chunk of x that is rounded in place (input.cuh: ROW_CHUNK).
 const ROW_CHUNK: usize = 4 * X_CHUNK;
 /// Bytes of zeros beside one row of x (row.cu: ZEROS).
-const ZEROS: usize = 4 * X_ROW;
+const ZEROS: usize = 16 * X_ROW;
 /// Blocks of x in a slot of a warp's ring (walk.cuh).
 const X_UNIT: usize = 2;
 const ALIGN: usize = 256;

@@ -9,8 +9,8 @@ use std::path::Path;
 
 /// Of the manifest. The reader refuses every other.
 const VERSION: u32 = 2;
-/// As small as it gets in reasonable time.
-const LEVEL: u8 = 9;
+/// The highest one saves four percent more and takes six times as long.
+const LEVEL: u8 = 6;
 
 /// A compiled unit.
 pub(super) struct Image<'a> {

@@ -39,12 +39,10 @@ pub enum Error {
         /// The position asked for.
         position: usize,
     },
-    /// A pool without a usable page, or larger than page ids reach.
-    #[error(
-        "a cache of {pages} pages cannot work: 2 is the least (one is reserved), {max} the most"
-    )]
+    /// A pool without a page, or larger than page ids reach.
+    #[error("a cache of {pages} pages cannot work: 1 is the least, {max} the most")]
     PoolSize {
-        /// Pages asked for, the reserved one included.
+        /// Pages asked for.
         pages: usize,
         /// The largest pool.
         max: usize,

@@ -8,8 +8,7 @@ use crate::{Error, PAGE_TOKENS, Result};
 #[cfg(test)]
 mod tests;
 
-/// A page of [`PAGE_TOKENS`] tokens in the pool. Page 0 exists but is never given to a sequence:
-/// pad rows of a step write there.
+/// A page of [`PAGE_TOKENS`] tokens in the pool.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PageId(pub u32);
 
@@ -50,7 +49,7 @@ pub fn pages_for(tokens: usize) -> usize {
 /// returns an error and changes nothing.
 #[derive(Debug)]
 pub struct PageTable {
-    /// References per page; the reserved page holds one for good.
+    /// References per page.
     refs: Vec<u32>,
     /// Free pages, the next to be used last.
     free: Vec<u32>,
@@ -62,28 +61,26 @@ impl PageTable {
     /// Most pages of a pool: slots (`page * 256 + offset`) are 32-bit signed on devices.
     pub const MAX_PAGES: usize = (i32::MAX as usize + 1) / PAGE_TOKENS;
 
-    /// A table for a pool of `pages` pages, the reserved page 0 included.
+    /// A table for a pool of `pages` pages.
     ///
     /// # Errors
-    /// [`Error::PoolSize`] for fewer than two pages or more than [`Self::MAX_PAGES`].
+    /// [`Error::PoolSize`] for no page or more than [`Self::MAX_PAGES`].
     pub fn new(pages: usize) -> Result<Self> {
         let max = Self::MAX_PAGES;
-        if !(2..=max).contains(&pages) {
+        if !(1..=max).contains(&pages) {
             return Err(Error::PoolSize { pages, max });
         }
-        let mut refs = vec![0; pages];
-        refs[0] = 1;
         Ok(Self {
-            refs,
-            free: (1..pages as u32).rev().collect(),
+            refs: vec![0; pages],
+            free: (0..pages as u32).rev().collect(),
             sequences: HashMap::new(),
             next: 0,
         })
     }
 
-    /// Pages sequences can own: the pool without the reserved page.
+    /// Pages of the pool.
     pub fn capacity(&self) -> usize {
-        self.refs.len() - 1
+        self.refs.len()
     }
 
     /// Pages nobody owns.
@@ -101,7 +98,7 @@ impl PageTable {
         self.sequences.len()
     }
 
-    /// Sequences that own `page`; 0 for an unknown page, 1 for the reserved one.
+    /// Sequences that own `page`; 0 for an unknown page.
     pub fn references(&self, page: PageId) -> u32 {
         self.refs.get(page.0 as usize).copied().unwrap_or(0)
     }

@@ -279,7 +279,8 @@ pub(crate) struct ChatArgs {
 const INFO_EXAMPLES: &str = "\
 Examples:
   exl info ./model
-  exl info ./model --context 32768 --cache f16 --json";
+  exl info ./model --context 32768 --cache f16 --json
+  exl info ./model --gpu rtx-4090";
 
 /// What a model is made of and what memory it needs
 #[derive(Debug, Args)]
@@ -297,6 +298,9 @@ pub(crate) struct InfoArgs {
     /// KV cache storage to plan memory for
     #[arg(long, value_enum, value_name = "MODE", default_value_t = CacheMode::F16)]
     pub(crate) cache: CacheMode,
+    /// GPU to plan memory for, present or not: h200, rtx-4090, ... [default: the first one here]
+    #[arg(long, value_name = "NAME")]
+    pub(crate) gpu: Option<String>,
     /// One JSON object on stdout
     #[arg(long)]
     pub(crate) json: bool,

@@ -6,6 +6,7 @@ mod cmd;
 mod failure;
 mod hub;
 mod machine;
+mod memory;
 mod sampling;
 mod session;
 mod signal;

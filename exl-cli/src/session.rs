@@ -3,12 +3,13 @@
 use crate::args::{ActivationMode, CacheMode, ComputeArgs, Device, DeviceArgs, LoadArgs};
 use crate::failure::Interrupted;
 use crate::machine;
+use crate::memory::{self, Taken};
 use crate::signal::StopFlag;
 use crate::ui::{self, Ui};
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use exl_gen::{Engine, EngineHandle, EngineOptions, RunnerBackend, Tokenizer};
 use exl_models::rope::RopeOptions;
-use exl_models::{Backend, LoadOptions, MemoryRequest, Model, ModelSource, Runner, RunnerOptions};
+use exl_models::{Backend, LoadOptions, Model, ModelSource, Runner, RunnerOptions};
 use exl_tensor::{Activations, CudaOptions, DType, Gpu, PAGE_TOKENS};
 use std::ops::ControlFlow;
 use std::path::Path;
@@ -18,7 +19,7 @@ use std::time::Instant;
 /// Prompt tokens of one step on the CPU.
 pub(crate) const PREFILL_ROWS: usize = 512;
 /// Prompt tokens of one step on a GPU.
-const GPU_PREFILL_ROWS: usize = 2048;
+pub(crate) const GPU_PREFILL_ROWS: usize = 2048;
 
 /// A model in memory.
 #[derive(Debug)]
@@ -209,30 +210,6 @@ pub(crate) fn remark_context(source: &ModelSource, flag: &str, tokens: usize, ui
     }
 }
 
-/// Refuses work that cannot fit into the memory of the machine or the GPU, before anything is
-/// loaded; `what` is the work and `less` the flags that make it smaller.
-pub(crate) fn check_memory(need: u64, what: &str, less: &str, gpu: Option<&Gpu>) -> Result<()> {
-    if let Some(gpu) = gpu {
-        let (free, _) = gpu.memory()?;
-        if need > free {
-            bail!(
-                "{what} needs {} of device memory, the GPU has {} free (use a smaller {less}, a model with fewer bits, or --device cpu)",
-                ui::bytes(need),
-                ui::bytes(free),
-            );
-        }
-        return Ok(());
-    }
-    match machine::memory() {
-        Some((total, _)) if need > total => bail!(
-            "{what} needs {} of memory, this machine has {} (use a smaller {less}, or a model with fewer bits)",
-            ui::bytes(need),
-            ui::bytes(total),
-        ),
-        _ => Ok(()),
-    }
-}
-
 /// What an engine must hold.
 #[derive(Debug)]
 pub(crate) struct Room {
@@ -266,21 +243,16 @@ pub(crate) fn engine(
     let prefill_rows = prefill_rows(gpu);
     let longest = room.lengths.iter().copied().max().unwrap_or(1);
     let mut options = runner_options(compute, room.cache, gpu);
-    options.pages = room.pages() + 1;
+    options.pages = room.pages();
     options.max_seqs = room.seqs;
     options.max_rows = prefill_rows.min(longest) + room.seqs;
-    let request = MemoryRequest {
-        context: room.pages() * PAGE_TOKENS,
-        seqs: 1,
-        kv_dtype: options.kv_dtype,
-        rows: options.max_rows,
-    };
     let what = format!(
         "{} with {} tokens of context",
         source.files().dir().display(),
-        request.context
+        room.pages() * PAGE_TOKENS
     );
-    check_memory(source.memory_for(&request).total(), &what, "--context", gpu)?;
+    let need = memory::needed(&source, &options.memory_request(), gpu)?;
+    memory::check(&need, &what, "--context", gpu)?;
     let loaded = load(&source, gpu, stop, ui)?;
     // The files that were repacked need not stay mapped.
     drop(source);
@@ -291,6 +263,10 @@ pub(crate) fn engine(
         options.max_rows
     );
     let runner = Runner::new(loaded.model, options)?;
+    if let Some(gpu) = gpu {
+        let taken = Taken::now(gpu, &need)?;
+        tracing::info!("device memory: {}", taken.text());
+    }
     let options = EngineOptions {
         chunk_rows: prefill_rows,
         // Every sequence that there is room for may wait.

@@ -38,6 +38,19 @@ impl Group {
     }
 }
 
+/// What a matrix is made of but for its numbers, checked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Exl2Shape {
+    /// Input features `K`.
+    pub inputs: usize,
+    /// Output features `N`, padded to a multiple of 32.
+    pub outputs: usize,
+    /// The groups in packed order; bit widths never increase.
+    pub groups: Vec<Group>,
+    /// `[K]` packed row of each input feature.
+    pub q_invperm: Vec<u32>,
+}
+
 /// An EXL2 matrix in file layout. Values made by [`Exl2Linear::read`],
 /// [`Exl2Linear::from_parts`] or [`Exl2Builder`] obey every rule of the format.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -14,6 +14,19 @@ pub struct GptqFormat {
     pub group_size: Option<usize>,
 }
 
+/// What a layer is made of but for its numbers, checked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GptqShape {
+    /// Input features.
+    pub inputs: usize,
+    /// Output features.
+    pub outputs: usize,
+    /// Features per group, a power of two.
+    pub group_size: usize,
+    /// `[inputs]` group of each feature; `None` when groups are consecutive.
+    pub g_idx: Option<Vec<u32>>,
+}
+
 /// A 4-bit GPTQ matrix in file layout, checked.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct GptqLinear {
@@ -73,6 +86,46 @@ impl GptqFormat {
     }
 }
 
+impl GptqShape {
+    /// Reads and checks sizes and groups of the layer `key`; codes, zero points and scales are not
+    /// looked at.
+    ///
+    /// # Errors
+    /// As [`GptqLinear::read_as`].
+    pub fn read(
+        source: &(impl TensorSource + ?Sized),
+        key: &str,
+        format: GptqFormat,
+    ) -> Result<Self> {
+        let view = |suffix: &str| source.tensor(&format!("{key}.{suffix}"));
+        let (weight, zeros) = (view("qweight")?, view("qzeros")?);
+        let [word_rows, outputs] = weight.expect(Dtype::I32)?;
+        let [groups, zero_columns] = zeros.expect(Dtype::I32)?;
+        let inputs = word_rows.checked_mul(8);
+        let Some(inputs) = inputs.filter(|&k| k > 0 && outputs > 0 && outputs.is_multiple_of(8))
+        else {
+            let found = format!("{:?}", weight.shape);
+            return Err(weight.error("[inputs / 8, a multiple of 8 outputs]", found));
+        };
+        if groups == 0 || zero_columns != outputs / 8 {
+            let expected = format!("shape [groups, {}]", outputs / 8);
+            return Err(zeros.error(expected, format!("{:?}", zeros.shape)));
+        }
+        let group_size = group_size(&zeros, inputs, groups, format)?;
+        let g_idx = match view("g_idx") {
+            Ok(view) => read_g_idx(&view, inputs, groups, group_size)?,
+            Err(Error::MissingTensor { .. }) => None,
+            Err(other) => return Err(other),
+        };
+        Ok(Self {
+            inputs,
+            outputs,
+            group_size,
+            g_idx,
+        })
+    }
+}
+
 impl GptqLinear {
     /// Reads and checks the layer `key` of a model, by what its configuration declares.
     ///
@@ -98,28 +151,17 @@ impl GptqLinear {
     ) -> Result<Self> {
         let view = |suffix: &str| source.tensor(&format!("{key}.{suffix}"));
         let (weight, zeros, scales) = (view("qweight")?, view("qzeros")?, view("scales")?);
-        let [word_rows, outputs] = weight.expect(Dtype::I32)?;
-        let [groups, zero_columns] = zeros.expect(Dtype::I32)?;
-        let inputs = word_rows.checked_mul(8);
-        let Some(inputs) = inputs.filter(|&k| k > 0 && outputs > 0 && outputs.is_multiple_of(8))
-        else {
-            let found = format!("{:?}", weight.shape);
-            return Err(weight.error("[inputs / 8, a multiple of 8 outputs]", found));
-        };
-        if groups == 0 || zero_columns != outputs / 8 {
-            let expected = format!("shape [groups, {}]", outputs / 8);
-            return Err(zeros.error(expected, format!("{:?}", zeros.shape)));
-        }
+        let GptqShape {
+            inputs,
+            outputs,
+            group_size,
+            g_idx,
+        } = GptqShape::read(source, key, format)?;
+        let groups = inputs.div_ceil(group_size);
         if scales.shape != [groups, outputs] {
             let expected = format!("shape {:?}", [groups, outputs]);
             return Err(scales.error(expected, format!("{:?}", scales.shape)));
         }
-        let group_size = group_size(&zeros, inputs, groups, format)?;
-        let g_idx = match view("g_idx") {
-            Ok(view) => read_g_idx(&view, inputs, groups, group_size)?,
-            Err(Error::MissingTensor { .. }) => None,
-            Err(other) => return Err(other),
-        };
         Ok(Self {
             qweight: weight.to_u32(),
             qzeros: zeros.to_u32(),

@@ -15,7 +15,7 @@ pub trait Backend: Send {
     /// Rows of the head: logits per token.
     fn vocab_size(&self) -> usize;
 
-    /// Pages of the cache, the reserved page 0 included.
+    /// Pages of the cache.
     fn pages(&self) -> usize;
 
     /// Most tokens of one step.

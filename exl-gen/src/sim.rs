@@ -38,7 +38,7 @@ impl fmt::Debug for SimBackend {
 }
 
 impl SimBackend {
-    /// A backend with `pages` cache pages (the reserved one included), 512 rows and 64 sequences
+    /// A backend with `pages` cache pages, 512 rows and 64 sequences
     /// a step. `script` is given the context and a row of zeros.
     pub fn new(
         vocab: usize,
@@ -87,10 +87,9 @@ impl SimBackend {
     }
 
     fn slot(&self, seq: &SeqSlice<'_>, position: usize) -> Result<usize, BackendError> {
-        let page = seq.pages.get(position / PAGE_TOKENS).copied().unwrap_or(0) as usize;
-        if page == 0 || page >= self.pages() {
-            return Err(BackendError(format!("no page for position {position}")));
-        }
+        let page = seq.pages.get(position / PAGE_TOKENS).map(|&p| p as usize);
+        let page = page.filter(|&page| page < self.pages());
+        let page = page.ok_or_else(|| BackendError(format!("no page for position {position}")))?;
         Ok(page * PAGE_TOKENS + position % PAGE_TOKENS)
     }
 

@@ -32,6 +32,6 @@ pub struct Load {
     pub waiting: usize,
     /// Cache pages nobody owns.
     pub free_pages: usize,
-    /// Cache pages in all, without the reserved one.
+    /// Cache pages in all.
     pub pages: usize,
 }

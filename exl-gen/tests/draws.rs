@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
 
 use std::ops::ControlFlow;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use exl_gen::{
@@ -32,11 +32,10 @@ fn tokenizer() -> Arc<Tokenizer> {
 }
 
 fn runner(device: Device) -> RunnerBackend {
-    let dir = concat!(
-        env!("CARGO_MANIFEST_DIR"),
-        "/../exl-models/tests/golden/qwen3-tiny"
-    );
-    let source = ModelSource::open(Path::new(dir), &LoadOptions::default()).unwrap();
+    let root = std::env::var_os("EXL_TEST_ROOT").map(PathBuf::from);
+    let root = root.unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join(".."));
+    let dir = root.join("exl-models/tests/golden/qwen3-tiny");
+    let source = ModelSource::open(&dir, &LoadOptions::default()).unwrap();
     let gpu = match &device {
         Device::Cuda(gpu, _) => Some(gpu),
         _ => None,

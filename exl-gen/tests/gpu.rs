@@ -17,21 +17,23 @@ use exl_models::{
 use exl_tensor::{CudaOptions, DType, Gpu, probe};
 
 /// A quantized copy of the bundled model, and the model itself.
-const MODELS: [&str; 2] = [
-    "../../shared/golden/demo-4m-exl2-4.0bpw",
-    "../testdata/demo-4m",
-];
-const TOKENIZER: &str = "../testdata/demo-4m";
+const MODELS: [&str; 2] = ["../shared/golden/demo-4m-exl2-4.0bpw", TOKENIZER];
+const TOKENIZER: &str = "testdata/demo-4m";
 /// Logits closer than this may change places between a CPU and a GPU.
 const GAP: f32 = 1e-3;
+
+/// The repository, or the folder that stands in for it where there is none.
+fn root() -> PathBuf {
+    let named = std::env::var_os("EXL_TEST_ROOT").map(PathBuf::from);
+    named.unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join(".."))
+}
 
 fn gpu() -> Option<(Gpu, PathBuf)> {
     if let Err(error) = probe() {
         println!("skipped: {error}");
         return None;
     }
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let dirs = MODELS.map(|dir| root.join(dir));
+    let dirs = MODELS.map(|dir| root().join(dir));
     let found = dirs
         .into_iter()
         .find(|dir| dir.join("config.json").is_file());
@@ -45,8 +47,7 @@ fn gpu() -> Option<(Gpu, PathBuf)> {
 }
 
 fn tokenizer() -> Arc<Tokenizer> {
-    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join(TOKENIZER);
-    Arc::new(Tokenizer::open(&dir).unwrap())
+    Arc::new(Tokenizer::open(&root().join(TOKENIZER)).unwrap())
 }
 
 fn runner(dir: &Path, gpu: Option<&Gpu>, deterministic: bool) -> Runner {

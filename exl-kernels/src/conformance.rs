@@ -67,6 +67,14 @@ impl Case {
         }
     }
 
+    /// Shows the case's ops to `look`, which need not run them.
+    ///
+    /// # Errors
+    /// Whatever `look` returns.
+    pub fn visit(&self, look: Run<'_>) -> Result<()> {
+        (self.evaluate)(look).map(drop)
+    }
+
     /// Runs the case on an implementation and on the reference.
     ///
     /// # Errors

@@ -26,7 +26,7 @@ pub enum Error {
     },
     /// The driver is older than what the kernels were built for.
     #[error(
-        "the NVIDIA driver supports CUDA {}.{} and {}.{} is needed; install driver R525 or newer",
+        "the NVIDIA driver supports CUDA {}.{} and {}.{} is needed; install driver R{release} or newer",
         found.0, found.1, needed.0, needed.1
     )]
     DriverTooOld {
@@ -34,6 +34,24 @@ pub enum Error {
         found: (u32, u32),
         /// Oldest version that works.
         needed: (u32, u32),
+        /// The driver's release that brought it.
+        release: u32,
+    },
+    /// The kernels of this program run on other GPUs only.
+    #[error(
+        "GPU {ordinal} ({name}) has compute capability {}.{}, for which this program has no kernels; \
+         it has those for {architectures}",
+        capability.0, capability.1
+    )]
+    NoKernels {
+        /// The GPU.
+        ordinal: u32,
+        /// Its name.
+        name: String,
+        /// Its compute capability, major and minor.
+        capability: (u32, u32),
+        /// What the kernels were compiled for.
+        architectures: String,
     },
     /// The driver works and sees no GPU.
     #[error("the NVIDIA driver sees no GPU; look at nvidia-smi and CUDA_VISIBLE_DEVICES")]
@@ -72,6 +90,27 @@ pub enum Error {
         free: u64,
         /// Bytes of the GPU.
         total: u64,
+    },
+    /// Device memory does not suffice for something whose size only the driver knows.
+    #[error(
+        "GPU {ordinal}: {what} needs more device memory than the {} of {} MiB that are free",
+        free >> 20, total >> 20
+    )]
+    OutOfDriverMemory {
+        /// The GPU.
+        ordinal: u32,
+        /// What the memory is for.
+        what: String,
+        /// Bytes free at that time.
+        free: u64,
+        /// Bytes of the GPU.
+        total: u64,
+    },
+    /// The system lets no more host memory be pinned for copies to and from a GPU.
+    #[error("{} MiB of host memory could not be pinned for copies to and from the GPU", bytes.div_ceil(1 << 20))]
+    OutOfPinnedMemory {
+        /// Bytes asked for.
+        bytes: u64,
     },
     /// A GPU kernel could not be loaded or launched.
     #[error("kernel {kernel}: {problem}")]

@@ -4,7 +4,7 @@ mod decode;
 mod pack;
 
 pub use pack::QuantMatrix;
-pub(crate) use pack::{BLOCK, MAX_GROUP_ROWS, PANEL, PackedGroup, Scales, VECTORS};
+pub(crate) use pack::{BLOCK, MAX_GROUP_ROWS, PANEL, PackedGroup, Scales, VECTORS, cut};
 
 /// A run of packed rows that share a bit width and a maximum scale.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

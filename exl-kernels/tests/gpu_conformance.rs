@@ -1,17 +1,17 @@
 //! The conformance cases on a GPU, and the driver wrapper beneath them. Every test skips, saying
-//! why, on a machine without a GPU. `EXL_GPU_QUICK=1` leaves out the larger cases (for use under
-//! compute-sanitizer).
+//! why, on a machine without a GPU. For use under compute-sanitizer, `EXL_GPU_QUICK=1` runs only the
+//! smallest cases that together launch every kernel, each once, and `EXL_GPU_OPS` those of some ops.
 #![allow(clippy::unwrap_used)] // helpers of tests count as no tests for the lint
 
 use std::cell::Cell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 
-use exl_kernels::conformance::cases;
+use exl_kernels::conformance::{Case, cases};
 use exl_kernels::cpu::{Cpu, CpuOptions};
 use exl_kernels::cuda::{
-    CudaOps, Device, DevicePool, DeviceRegion, Event, Kernel, PinnedMemory, RunOptions, Stream,
-    probe,
+    CudaOps, Device, DevicePool, DeviceProps, DeviceRegion, Event, Kernel, Pack, PinnedMemory,
+    RunOptions, Stream, covering, kernels, probe,
 };
 use exl_kernels::ops::{
     Activation, GateUp, GatherRows, Linear, LinearPart, Matrix, Op, RmsNorm, ScaleLogits,
@@ -31,6 +31,30 @@ fn device() -> Option<Arc<Device>> {
 
 fn quick() -> bool {
     std::env::var("EXL_GPU_QUICK").is_ok_and(|v| v == "1")
+}
+
+/// Those to run, of which the environment may leave out some.
+fn chosen(props: &DeviceProps, deterministic: bool) -> Vec<Case> {
+    let mut list = cases(false);
+    if quick() {
+        let few = covering(list, &[(props, deterministic)]).unwrap();
+        list = few.into_iter().map(|(case, _)| case).collect();
+    }
+    if let Ok(ops) = std::env::var("EXL_GPU_OPS") {
+        let ops: Vec<&str> = ops.split(',').collect();
+        list.retain(|case| {
+            case.name
+                .split("::")
+                .next()
+                .is_some_and(|op| ops.contains(&op))
+        });
+        assert!(
+            !list.is_empty(),
+            "EXL_GPU_OPS: no case of {}",
+            ops.join(", ")
+        );
+    }
+    list
 }
 
 /// Ways to run the same launches: all have to give the same bits.
@@ -107,12 +131,15 @@ fn conformance(deterministic: bool) {
     let mut ops = CudaOps::new(device).unwrap();
     let mut failed = Vec::new();
     let mut worst = BTreeMap::<String, (f32, usize)>::new();
-    for case in cases(quick()) {
+    let list = chosen(ops.device().props(), deterministic);
+    // Under a sanitizer every launch counts, and one way to launch says all.
+    let modes = &modes(deterministic)[..if quick() { 1 } else { 5 }];
+    for case in list {
         let mut differ = Vec::new();
         let outcome = case.check(&mut |op| {
             let before = snapshot(op);
             let mut first: Option<Vec<Vec<u8>>> = None;
-            for (mode, options) in modes(deterministic) {
+            for &(mode, options) in modes {
                 restore(op, &before);
                 ops.set_options(options);
                 ops.run(op)?;
@@ -574,10 +601,39 @@ fn gpu_devices_move_between_threads() {
     .unwrap();
 }
 
+/// A kernel of this GPU that no case runs could be wrong for long.
+#[test]
+fn gpu_quick_cases_touch_every_kernel() {
+    let Some(device) = device() else { return };
+    let props = device.props();
+    let others = DeviceProps::samples().into_iter();
+    let others = others.filter(|other| other.capability != props.capability);
+    let all: Vec<DeviceProps> = std::iter::once(props.clone()).chain(others).collect();
+    let places = all.iter().flat_map(|props| [(props, false), (props, true)]);
+    let cover = covering(cases(false), &places.collect::<Vec<_>>()).unwrap();
+    let reached = |range: std::ops::Range<usize>| -> HashSet<Kernel> {
+        let kernels = cover
+            .iter()
+            .flat_map(|(_, by_place)| &by_place[range.clone()]);
+        kernels.flatten().copied().collect()
+    };
+    let (here, elsewhere) = (reached(0..2), reached(2..2 * all.len()));
+    let pack = Pack::load().unwrap();
+    let pack: HashSet<(&str, &str)> = pack.kernels(props.capability).collect();
+    let compiled = kernels().filter(|k| pack.contains(&(k.module, k.entry)));
+    let (left, missing): (Vec<Kernel>, Vec<Kernel>) = compiled
+        // Every matrix that comes to the GPU goes through it.
+        .filter(|kernel| !here.contains(kernel) && kernel.module != "qgemm/repack")
+        .partition(|kernel| elsewhere.contains(kernel));
+    eprintln!("{} kernels have cases here, of {}", here.len(), pack.len());
+    eprintln!("only chosen on other GPUs: {left:?}");
+    assert!(missing.is_empty(), "no case runs {missing:?}");
+}
+
 #[test]
 fn gpu_every_kernel_loads() {
     let Some(device) = device() else { return };
-    for kernel in exl_kernels::cuda::kernels() {
+    for kernel in kernels() {
         let info = device.function_info(kernel).unwrap();
         assert!(info.registers > 0, "{kernel:?}");
     }

@@ -8,6 +8,7 @@ mod finite;
 mod probe;
 mod quantized;
 mod read;
+mod sketch;
 
 pub use finite::check_finite;
 pub use probe::Storage;
@@ -19,11 +20,11 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use exl_format::{GptqFormat, ModelFiles};
-use exl_tensor::{Gpu, Weight, Weights};
+use exl_tensor::{DeviceProps, Gpu, GpuSketch, Weight, Weights};
 
 use read::Reader;
 
-use crate::model::{MemoryRequest, MemoryUse, Model, memory_for};
+use crate::model::{MemoryRequest, MemoryUse, Model, gpu_memory_for, memory_for};
 use crate::rope::RopeOptions;
 use crate::{Module, Result, Spec, WeightKey, layout, parse};
 
@@ -194,6 +195,27 @@ impl ModelSource {
         memory_for(&self.spec, self.total_bytes(), request)
     }
 
+    /// Memory needed to run the model on a GPU: the sizes that loading and lowering use, from the
+    /// headers, group tables and permutations of the files.
+    ///
+    /// # Errors
+    /// A damaged tensor.
+    pub fn gpu_memory_for(
+        &self,
+        props: &DeviceProps,
+        request: &MemoryRequest,
+    ) -> Result<MemoryUse> {
+        gpu_memory_for(&self.spec, &self.sketch()?, props, request)
+    }
+
+    /// What every weight takes on a GPU.
+    ///
+    /// # Errors
+    /// A damaged tensor.
+    pub fn sketch(&self) -> Result<GpuSketch> {
+        sketch::sketch(self)
+    }
+
     /// Bytes of all weights in the files.
     pub fn total_bytes(&self) -> u64 {
         self.layout.iter().map(|k| self.file_bytes(k)).sum()
@@ -245,12 +267,14 @@ impl ModelSource {
             return Ok(None);
         }
         if let Some(gpu) = gpu {
-            // On a GPU weights take about as much as in the files.
-            gpu.reserve(total)?;
+            gpu.reserve(self.sketch()?.weight_bytes())?;
         }
         let parts: Option<Vec<Weights>> = self.for_each_key(|key| {
             let mut loaded = Weights::new();
-            self.load_key(key, &mut loaded)?;
+            // A head that is the embedding shares its memory below.
+            if self.storage(key) != Storage::Tied {
+                self.load_key(key, &mut loaded)?;
+            }
             let mut part = Weights::new();
             for (name, weight) in loaded.iter() {
                 part.insert_shared(name, place(name, weight)?);
@@ -274,7 +298,7 @@ impl ModelSource {
         }
         self.share_tied_head(&mut weights);
         if let Some(gpu) = gpu {
-            gpu.finish_loading();
+            gpu.finish_loading()?;
         }
         Ok(Some(Model::from_parts(self.spec.clone(), weights)))
     }

@@ -4,7 +4,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use exl_tensor::{
-    CostReport, DType, KvShape, Phase, Plan, PlanBuilder, PlanKey, StepBlock, Weights,
+    CostReport, DType, DeviceProps, GpuSketch, KvShape, PAGE_TOKENS, Phase, Plan, PlanBuilder,
+    PlanKey, PlanMemory, SampleShape, StepBlock, Weights,
 };
 
 use crate::load::{LoadOptions, ModelSource, Progress};
@@ -41,6 +42,8 @@ pub struct MemoryUse {
     pub cache: u64,
     /// Activations of the largest step.
     pub arena: u64,
+    /// Scratch memory of a GPU's kernels; the CPU's are small and not counted here.
+    pub scratch: u64,
     /// The step's own arrays: tokens, positions, block tables.
     pub step: u64,
 }
@@ -48,14 +51,52 @@ pub struct MemoryUse {
 /// The setting for which memory is computed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MemoryRequest {
-    /// Tokens per sequence.
+    /// Tokens of the longest sequence.
     pub context: usize,
-    /// Sequences at once, each with its own cache.
+    /// Sequences at once.
     pub seqs: usize,
+    /// Pages of the cache.
+    pub pages: usize,
     /// Storage of the cache.
     pub kv_dtype: DType,
-    /// Token rows of the largest prefill step.
+    /// Token rows of the largest step.
     pub rows: usize,
+}
+
+impl MemoryRequest {
+    /// For `seqs` sequences of `context` tokens, each with its own cache, in steps of up to `rows`
+    /// tokens.
+    pub fn new((seqs, context): (usize, usize), kv_dtype: DType, rows: usize) -> Self {
+        let pages = context.div_ceil(PAGE_TOKENS).max(1);
+        Self {
+            context,
+            seqs: seqs.max(1),
+            pages: seqs.max(1).saturating_mul(pages),
+            kv_dtype,
+            rows,
+        }
+    }
+
+    /// The largest steps: a part of a prompt beside the other sequences, and one token of each. With
+    /// tokens, they are drawn.
+    pub fn steps(&self, tokens: Option<usize>) -> [PlanKey; 2] {
+        let pages_per_seq = self.context.div_ceil(PAGE_TOKENS).max(1);
+        let (rows, seqs) = (self.rows.max(1), self.seqs.max(1));
+        let sample = tokens.map(|tokens| SampleShape {
+            tokens,
+            window: 0,
+            blocked: 0,
+        });
+        let step = |phase, rows: usize| PlanKey {
+            phase,
+            rows,
+            seqs: seqs.min(rows),
+            pages_per_seq: pages_per_seq.next_power_of_two(),
+            out_rows: seqs.min(rows),
+            sample,
+        };
+        [step(Phase::Prefill, rows), step(Phase::Decode, seqs)]
+    }
 }
 
 impl Model {
@@ -159,39 +200,73 @@ pub fn block_plan(spec: &Spec, part: BlockPart, key: &PlanKey) -> Plan {
 }
 
 impl MemoryUse {
+    /// Both at once.
+    #[must_use]
+    pub fn plus(&self, other: &Self) -> Self {
+        Self {
+            weights: self.weights.saturating_add(other.weights),
+            cache: self.cache.saturating_add(other.cache),
+            arena: self.arena.saturating_add(other.arena),
+            scratch: self.scratch.saturating_add(other.scratch),
+            step: self.step.saturating_add(other.step),
+        }
+    }
+
     /// The sum.
     pub fn total(&self) -> u64 {
-        let parts = [self.weights, self.cache, self.arena, self.step];
+        let parts = [
+            self.weights,
+            self.cache,
+            self.arena,
+            self.scratch,
+            self.step,
+        ];
         parts.into_iter().fold(0, u64::saturating_add)
     }
 }
 
 /// Memory of a model that need not be loaded; `weights` is the size of its weights.
 pub fn memory_for(spec: &Spec, weights: u64, request: &MemoryRequest) -> MemoryUse {
-    let pages_per_seq = request.context.div_ceil(exl_tensor::PAGE_TOKENS).max(1);
-    let prefill = PlanKey {
-        phase: Phase::Prefill,
-        rows: request.rows.max(1),
-        seqs: 1,
-        pages_per_seq: pages_per_seq.next_power_of_two(),
-        out_rows: 1,
-        sample: None,
-    };
-    let seqs = request.seqs.max(1);
-    let decode = PlanKey {
-        phase: Phase::Decode,
-        rows: seqs,
-        seqs,
-        out_rows: seqs,
-        ..prefill.clone()
-    };
-    let arena = |key| plan(spec, key).arena().bytes() as u64;
-    // One page more: page 0 takes the writes of padding rows.
-    let pages = seqs.saturating_mul(pages_per_seq).saturating_add(1);
+    let steps = request.steps(None);
+    let arena = steps.each_ref().map(|key| plan(spec, key).arena().bytes());
+    let step = steps.each_ref().map(StepBlock::bytes_for);
     MemoryUse {
         weights,
-        cache: spec.kv_shape(request.kv_dtype).bytes(pages) as u64,
-        arena: arena(&prefill).max(arena(&decode)),
-        step: StepBlock::bytes_for(&prefill).max(StepBlock::bytes_for(&decode)) as u64,
+        cache: cache_bytes(spec, request),
+        arena: arena[0].max(arena[1]) as u64,
+        scratch: 0,
+        step: step[0].max(step[1]) as u64,
     }
 }
+
+/// Memory of a model on a GPU, loaded or not.
+///
+/// # Errors
+/// [`crate::Error::Exec`] when the sketch is not of this model.
+pub(crate) fn gpu_memory_for(
+    spec: &Spec,
+    sketch: &GpuSketch,
+    props: &DeviceProps,
+    request: &MemoryRequest,
+) -> Result<MemoryUse> {
+    let shape = spec.kv_shape(request.kv_dtype);
+    let mut most = PlanMemory::default();
+    for key in request.steps(Some(spec.vocab)) {
+        let plan = Arc::new(plan(spec, &key));
+        most = most.max(sketch.plan(&plan, &shape, props)?);
+    }
+    Ok(MemoryUse {
+        weights: sketch.weight_bytes(),
+        cache: cache_bytes(spec, request),
+        arena: most.arena,
+        scratch: most.scratch,
+        step: most.step,
+    })
+}
+
+fn cache_bytes(spec: &Spec, request: &MemoryRequest) -> u64 {
+    spec.kv_shape(request.kv_dtype).bytes(request.pages) as u64
+}
+
+#[cfg(test)]
+mod tests;

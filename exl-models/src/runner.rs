@@ -7,11 +7,11 @@ mod plans;
 use std::sync::Arc;
 
 use exl_tensor::{
-    Activations, Cpu, CpuOptions, CudaExecutor, CudaOptions, DType, Executor, Gpu, HostExecutor,
-    Isa, KvBuffers, PAGE_TOKENS, PartTime, Phase, PlanKey, SampleShape, StepSeq,
+    Activations, Bound, Cpu, CpuOptions, CudaExecutor, CudaOptions, DType, Executor, Gpu,
+    HostExecutor, Isa, KvBuffers, PAGE_TOKENS, PartTime, Phase, PlanKey, SampleShape, StepSeq,
 };
 
-use crate::model::{MemoryUse, Model};
+use crate::model::{MemoryRequest, MemoryUse, Model};
 use crate::{Error, Result};
 use pages::PageUses;
 use plans::PlanCache;
@@ -36,7 +36,7 @@ pub struct SeqSlice<'a> {
     pub tokens: &'a [u32],
     /// Position of the first of them; everything before it is in the cache.
     pub start: usize,
-    /// Pages of the sequence in order, enough for `start + tokens.len()`; never page 0. Sequences
+    /// Pages of the sequence in order, enough for `start + tokens.len()`. Sequences
     /// may share pages that the step only reads.
     pub pages: &'a [u32],
     /// Rows that get logits.
@@ -58,7 +58,7 @@ pub enum Backend {
 /// Settings of a [`Runner`].
 #[derive(Clone, Debug)]
 pub struct RunnerOptions {
-    /// Pages of [`PAGE_TOKENS`] tokens in the cache, the reserved page 0 included.
+    /// Pages of [`PAGE_TOKENS`] tokens in the cache.
     pub pages: usize,
     /// Storage of the cache: F16 or F32.
     pub kv_dtype: DType,
@@ -82,7 +82,7 @@ impl Default for RunnerOptions {
     /// One sequence of 2048 tokens in an F16 cache, all threads.
     fn default() -> Self {
         Self {
-            pages: 2048 / PAGE_TOKENS + 1,
+            pages: 2048 / PAGE_TOKENS,
             kv_dtype: DType::F16,
             max_rows: 512,
             max_seqs: 64,
@@ -91,6 +91,19 @@ impl Default for RunnerOptions {
             activations: Activations::Exact16,
             backend: Backend::Cpu,
             plans: 32,
+        }
+    }
+}
+
+impl RunnerOptions {
+    /// What memory is computed for: one sequence may have the whole cache.
+    pub fn memory_request(&self) -> MemoryRequest {
+        MemoryRequest {
+            context: self.pages.saturating_mul(PAGE_TOKENS),
+            seqs: self.max_seqs,
+            pages: self.pages,
+            kv_dtype: self.kv_dtype,
+            rows: self.max_rows,
         }
     }
 }
@@ -109,17 +122,23 @@ pub struct Runner {
 }
 
 impl Runner {
-    /// Allocates the cache and starts the threads.
+    /// Allocates the cache and starts the threads; on a GPU it takes all memory that the largest steps
+    /// need, so that a lack of it shows here.
     ///
     /// # Errors
     /// [`Error::Step`] on impossible options, out of memory.
     pub fn new(model: Arc<Model>, options: RunnerOptions) -> Result<Self> {
-        if options.pages < 2 || options.max_rows == 0 || options.max_seqs == 0 {
+        if options.pages == 0 || options.max_rows == 0 || options.max_seqs == 0 {
             return Err(Error::Step(format!(
-                "{} pages, {} rows and {} sequences; at least 2, 1 and 1 are needed",
+                "{} pages, {} rows and {} sequences; at least one of each is needed",
                 options.pages, options.max_rows, options.max_seqs
             )));
         }
+        let shape = model.kv_shape(options.kv_dtype);
+        let mut kv = match &options.backend {
+            Backend::Cuda(gpu, _) => KvBuffers::on_gpu(gpu, shape, options.pages)?,
+            Backend::Cpu | Backend::Reference => KvBuffers::new(shape, options.pages)?,
+        };
         let executor: Box<dyn Executor> = match &options.backend {
             Backend::Reference => Box::new(HostExecutor::reference()?),
             Backend::Cpu => Box::new(HostExecutor::cpu(Cpu::new(CpuOptions {
@@ -127,12 +146,7 @@ impl Runner {
                 isa: options.isa,
                 activations: options.activations,
             }))?),
-            Backend::Cuda(gpu, how) => Box::new(CudaExecutor::new(gpu, *how)?),
-        };
-        let shape = model.kv_shape(options.kv_dtype);
-        let kv = match &options.backend {
-            Backend::Cuda(gpu, _) => KvBuffers::on_gpu(gpu, shape, options.pages)?,
-            Backend::Cpu | Backend::Reference => KvBuffers::new(shape, options.pages)?,
+            Backend::Cuda(gpu, how) => Box::new(on_gpu((gpu, *how), &model, &options, &mut kv)?),
         };
         let plans = PlanCache::new(options.plans);
         let uses = PageUses::new(options.pages);
@@ -177,12 +191,13 @@ impl Runner {
         self.times.as_deref().unwrap_or(&[])
     }
 
-    /// Memory held: weights, cache, and the largest arena used so far.
+    /// Memory held: weights, cache, and what the largest steps so far needed.
     pub fn memory(&self) -> MemoryUse {
         MemoryUse {
             weights: self.model.weights().bytes() as u64,
             cache: self.kv.bytes() as u64,
             arena: self.executor.arena_bytes() as u64,
+            scratch: self.executor.scratch_bytes() as u64,
             step: self.plans.step_bytes() as u64,
         }
     }
@@ -287,17 +302,29 @@ impl Runner {
         let Some(pages) = slice.pages.get(..needed) else {
             return refuse(format!("needs {needed} pages, has {}", slice.pages.len()));
         };
-        if let Some(page) = pages
-            .iter()
-            .find(|&&p| p == 0 || p as usize >= self.options.pages)
-        {
+        if let Some(page) = pages.iter().find(|&&p| p as usize >= self.options.pages) {
             return refuse(format!(
-                "page {page}, the cache has 1 to {}",
+                "page {page}, the cache has 0 to {}",
                 self.options.pages - 1
             ));
         }
         Ok(())
     }
+}
+
+/// An executor with memory for the largest steps.
+fn on_gpu(
+    (gpu, how): (&Gpu, CudaOptions),
+    model: &Model,
+    options: &RunnerOptions,
+    kv: &mut KvBuffers,
+) -> Result<CudaExecutor> {
+    let mut executor = CudaExecutor::new(gpu, how)?;
+    for key in options.memory_request().steps(Some(model.spec().vocab)) {
+        let plan = Arc::new(model.plan(&key));
+        executor.reserve(&Bound::new(plan, model.weights())?, kv)?;
+    }
+    Ok(executor)
 }
 
 fn pages_needed(slice: &SeqSlice<'_>) -> usize {

@@ -1,5 +1,4 @@
 //! The bundled model converted on the CPU and on a GPU. Skips, saying why, without a GPU.
-#![cfg(feature = "pipeline")]
 #![allow(clippy::unwrap_used)]
 
 use std::path::{Path, PathBuf};
@@ -26,11 +25,12 @@ fn folder(name: &str) -> PathBuf {
 }
 
 fn options(out: &Path, gpu: Option<&Gpu>) -> ConvertOptions {
-    let demo = concat!(env!("CARGO_MANIFEST_DIR"), "/../testdata/demo-4m");
+    let root = std::env::var_os("EXL_TEST_ROOT").map(PathBuf::from);
+    let root = root.unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join(".."));
     ConvertOptions {
         measure_rows: 8,
         gpu: gpu.cloned(),
-        ..ConvertOptions::new(demo, out, vec![2.5, 4.0])
+        ..ConvertOptions::new(root.join("testdata/demo-4m"), out, vec![2.5, 4.0])
     }
 }
 

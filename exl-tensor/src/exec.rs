@@ -4,10 +4,12 @@ mod check;
 mod cuda;
 mod host;
 mod regions;
+mod sketch;
 
 pub use check::{CheckReport, Side, SlotDiff, check};
 pub use cuda::{CudaExecutor, CudaOptions};
 pub use host::HostExecutor;
+pub use sketch::{GpuSketch, PlanMemory};
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -133,6 +135,9 @@ pub trait Executor: std::fmt::Debug + Send {
 
     /// Bytes of the arena at present.
     fn arena_bytes(&self) -> usize;
+
+    /// Bytes of the kernels' scratch memory at present.
+    fn scratch_bytes(&self) -> usize;
 
     /// Fills a slot from the host.
     ///

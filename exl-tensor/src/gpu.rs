@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use exl_kernels::QuantMatrix;
 use exl_kernels::cuda::{
-    CudaMatrix, Device, DevicePool, DeviceProps, DeviceRegion, Event, MatrixUploader, Pack,
+    CudaMatrix, Device, DevicePool, DeviceProps, DeviceRegion, Event, MatrixUploader, Pack, kernels,
 };
 
 use crate::weight::Upload;
@@ -31,6 +31,55 @@ pub struct Gpu(Arc<Shared>);
 struct Shared {
     device: Arc<Device>,
     loader: Mutex<Loader>,
+    /// Taken once the GPU was open, by whomever.
+    context: i64,
+    /// By [`GpuPart`].
+    taken: Mutex<[i64; PARTS]>,
+}
+
+/// What device memory is taken for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GpuPart {
+    /// Weights, and the memory that holds one while it is repacked.
+    Weights,
+    /// The KV cache.
+    Cache,
+    /// The arena.
+    Activations,
+    /// Scratch memory of kernels.
+    Scratch,
+    /// The step block and counters.
+    Step,
+    /// Captured decode steps.
+    Graphs,
+}
+
+const PARTS: usize = 6;
+
+/// Device memory that was taken, in bytes: how far the driver's figure of free memory fell while each
+/// part was allocated. It gives memory out in pages of 2 MiB; programs that take or free some
+/// meanwhile are counted as well.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct GpuTaken {
+    /// The driver's context, with all that other programs and the driver had taken before.
+    pub context: i64,
+    /// Code of the kernels that were used.
+    pub kernels: i64,
+    /// See [`GpuPart`].
+    pub weights: i64,
+    /// See [`GpuPart`].
+    pub cache: i64,
+    /// See [`GpuPart`].
+    pub activations: i64,
+    /// See [`GpuPart`].
+    pub scratch: i64,
+    /// See [`GpuPart`].
+    pub step: i64,
+    /// See [`GpuPart`].
+    pub graphs: i64,
+    /// All that is not free now, less the parts above: allocations that the driver made by itself
+    /// while work ran.
+    pub rest: i64,
 }
 
 /// Where weights go.
@@ -47,7 +96,10 @@ impl Gpu {
     /// [`Error::Gpu`]: no driver, one that is too old, no such GPU.
     pub fn open(ordinal: u32) -> Result<Self> {
         let device = Device::open(ordinal).map_err(Error::Gpu)?;
+        let (free, total) = device.memory().map_err(Error::Gpu)?;
         Ok(Self(Arc::new(Shared {
+            context: (total - free).cast_signed() - device.kernel_bytes(),
+            taken: Mutex::new([0; PARTS]),
             device,
             loader: Mutex::new(Loader {
                 pool: DevicePool::new("weights"),
@@ -72,6 +124,58 @@ impl Gpu {
     /// [`Error::Gpu`].
     pub fn memory(&self) -> Result<(u64, u64)> {
         self.0.device.memory().map_err(Error::Gpu)
+    }
+
+    /// What its memory is taken for.
+    ///
+    /// # Errors
+    /// [`Error::Gpu`].
+    pub fn taken(&self) -> Result<GpuTaken> {
+        let (free, total) = self.memory()?;
+        let taken = *self.0.taken.lock().unwrap_or_else(PoisonError::into_inner);
+        let part = |part: GpuPart| taken[part as usize];
+        let (context, kernels) = (self.0.context, self.0.device.kernel_bytes());
+        let known = context + kernels + taken.iter().sum::<i64>();
+        Ok(GpuTaken {
+            context,
+            kernels,
+            weights: part(GpuPart::Weights),
+            cache: part(GpuPart::Cache),
+            activations: part(GpuPart::Activations),
+            scratch: part(GpuPart::Scratch),
+            step: part(GpuPart::Step),
+            graphs: part(GpuPart::Graphs),
+            rest: (total - free).cast_signed() - known,
+        })
+    }
+
+    /// Bytes taken for weights that stay, and bytes of those that hold some.
+    pub fn weight_memory(&self) -> (u64, u64) {
+        let loader = self.0.loader.lock().unwrap_or_else(PoisonError::into_inner);
+        (loader.pool.allocated() as u64, loader.pool.used() as u64)
+    }
+
+    /// Loads every kernel, also those that nothing uses yet.
+    ///
+    /// # Errors
+    /// [`Error::Gpu`].
+    pub fn load_kernels(&self) -> Result<()> {
+        let mut all = kernels().map(|kernel| self.0.device.function_info(kernel));
+        all.try_for_each(|info| info.map(drop)).map_err(Error::Gpu)
+    }
+
+    /// Runs what takes or frees device memory for a part; kernels loaded meanwhile are not its.
+    pub(crate) fn metered<T>(&self, part: GpuPart, run: impl FnOnce() -> Result<T>) -> Result<T> {
+        let device = &self.0.device;
+        let now = || -> Result<i64> {
+            let (free, _) = self.memory()?;
+            Ok(free.cast_signed() + device.kernel_bytes())
+        };
+        let before = now()?;
+        let done = run()?;
+        let taken = before - now()?;
+        self.0.taken.lock().unwrap_or_else(PoisonError::into_inner)[part as usize] += taken;
+        Ok(done)
     }
 
     /// Bytes per second that a copy within the device's memory reads and writes together.
@@ -108,8 +212,10 @@ impl Gpu {
     /// [`Error::Gpu`]: out of device memory.
     pub fn reserve(&self, bytes: u64) -> Result<()> {
         let mut loader = self.0.loader.lock().unwrap_or_else(PoisonError::into_inner);
-        let reserved = loader.pool.reserve(&self.0.device, bytes as usize);
-        reserved.map_err(Error::Gpu)
+        self.metered(GpuPart::Weights, || {
+            let reserved = loader.pool.reserve(&self.0.device, bytes as usize);
+            reserved.map_err(Error::Gpu)
+        })
     }
 
     /// Copies a weight to the GPU.
@@ -118,10 +224,12 @@ impl Gpu {
     /// [`Error::Weight`] naming it: out of device memory, what the driver reports.
     pub fn upload(&self, name: &str, weight: &Weight) -> Result<Weight> {
         let mut loader = self.0.loader.lock().unwrap_or_else(PoisonError::into_inner);
-        weight.copied(&mut Named {
-            name,
-            device: &self.0.device,
-            loader: &mut loader,
+        self.metered(GpuPart::Weights, || {
+            weight.copied(&mut Named {
+                name,
+                device: &self.0.device,
+                loader: &mut loader,
+            })
         })
     }
 
@@ -142,9 +250,15 @@ impl Gpu {
     }
 
     /// Frees what only loading needs.
-    pub fn finish_loading(&self) {
+    ///
+    /// # Errors
+    /// [`Error::Gpu`].
+    pub fn finish_loading(&self) -> Result<()> {
         let mut loader = self.0.loader.lock().unwrap_or_else(PoisonError::into_inner);
-        loader.uploader.finish();
+        self.metered(GpuPart::Weights, || {
+            loader.uploader.finish();
+            Ok(())
+        })
     }
 }
 

@@ -4,7 +4,7 @@ use exl_kernels::cuda::DeviceRegion;
 use exl_kernels::ops::PAGE_TOKENS;
 use exl_kernels::{DType, Mem, MemMut};
 
-use crate::{Error, Gpu, HostMemory, Result};
+use crate::{Error, Gpu, GpuPart, HostMemory, Result};
 
 /// Shape of a model's KV cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,8 +48,7 @@ enum Half {
     Gpu(DeviceRegion),
 }
 
-/// K and V of every layer: `[pages, PAGE_TOKENS, kv_heads, head_dim]` each. Page 0 takes the
-/// writes of pad rows.
+/// K and V of every layer: `[pages, PAGE_TOKENS, kv_heads, head_dim]` each.
 #[derive(Debug)]
 pub struct KvBuffers {
     shape: KvShape,
@@ -59,7 +58,7 @@ pub struct KvBuffers {
 }
 
 impl KvBuffers {
-    /// Allocates `pages` pages in host memory, the reserved page 0 included.
+    /// Allocates `pages` pages in host memory.
     ///
     /// # Errors
     /// Out of memory.
@@ -77,14 +76,16 @@ impl KvBuffers {
         })
     }
 
-    /// Allocates `pages` pages on a GPU, the reserved page 0 included.
+    /// Allocates `pages` pages on a GPU.
     ///
     /// # Errors
     /// [`Error::Gpu`] when its memory does not suffice.
     pub fn on_gpu(gpu: &Gpu, shape: KvShape, pages: usize) -> Result<Self> {
         let half = pages * shape.page_bytes();
-        let all = DeviceRegion::zeroed(gpu.device(), shape.bytes(pages), "the KV cache")
-            .map_err(Error::Gpu)?;
+        let bytes = shape.bytes(pages);
+        let all = gpu.metered(GpuPart::Cache, || {
+            DeviceRegion::zeroed(gpu.device(), bytes, "the KV cache").map_err(Error::Gpu)
+        })?;
         let part = |i: usize| all.part(i * half, half).map(Half::Gpu).map_err(Error::Gpu);
         let layers = (0..shape.layers)
             .map(|l| Ok((part(2 * l)?, part(2 * l + 1)?)))
@@ -102,7 +103,7 @@ impl KvBuffers {
         self.shape
     }
 
-    /// Pages, the reserved one included.
+    /// Pages.
     pub fn pages(&self) -> usize {
         self.pages
     }

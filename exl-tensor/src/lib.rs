@@ -16,8 +16,8 @@ pub use buffer::{Buffer, HostMemory};
 pub use cost::{Cost, CostReport, OpCost};
 pub use error::{Error, Result};
 pub use exec::{
-    Bound, CheckReport, CudaExecutor, CudaOptions, Executor, HostExecutor, PartTime, Side,
-    SlotDiff, check,
+    Bound, CheckReport, CudaExecutor, CudaOptions, Executor, GpuSketch, HostExecutor, PartTime,
+    PlanMemory, Side, SlotDiff, check,
 };
 /// The cases every implementation of the ops must pass, for self-tests.
 pub use exl_kernels::conformance;
@@ -26,7 +26,7 @@ pub use exl_kernels::cpu::{Activations, Cpu, CpuOptions, Isa};
 pub use exl_kernels::cuda::{DeviceInfo, DeviceProps, probe};
 pub use exl_kernels::ops::{Activation, PAGE_TOKENS, RopeStyle, SAMPLE_WORDS, SampleParams};
 pub use exl_kernels::{DType, Exl2Parts, GptqParts, Group};
-pub use gpu::{Gpu, gpu_kernels};
+pub use gpu::{Gpu, GpuPart, GpuTaken, gpu_kernels};
 pub use kv::{KvBuffers, KvShape};
 pub use plan::{
     AttnArgs, GateUpArgs, Part, Phase, Plan, PlanBuilder, PlanKey, PlanOp, RopeArgs, SampleShape,

@@ -18,7 +18,7 @@ pub enum StepField {
     QStart,
     /// `[seqs]` tokens in the cache after this step.
     KvLen,
-    /// `[seqs, pages_per_seq]` pages of each sequence.
+    /// `[seqs, pages_per_seq]` pages of each sequence; 0 behind its last one, which nothing reads.
     BlockTable,
     /// `[out_rows]` rows whose logits are wanted.
     OutRows,
@@ -86,18 +86,18 @@ impl StepBlock {
         &self.key
     }
 
-    /// Fills the block. Rows and sequences beyond the given ones become padding: they read token
-    /// 0 and write to the reserved page 0. Pages that sequences share must not be written: kernels
-    /// refuse two rows for one slot.
+    /// Fills the block. The sequences have as many rows and outputs as the key says: a plan computes
+    /// every row it was recorded for. Pages that sequences share must not be written: kernels refuse
+    /// two rows for one slot.
     ///
     /// # Errors
-    /// [`Error::Step`] when the sequences exceed the key, or pages are missing.
+    /// [`Error::Step`] when the sequences are not those of the key, or pages are missing.
     pub fn fill(&mut self, seqs: &[StepSeq<'_>]) -> Result<()> {
         self.fill_drawn(seqs, &[])
     }
 
     /// As [`StepBlock::fill`], for a key with a [`crate::SampleShape`]: one draw for each row that
-    /// gets logits, in their order. Padding rows take the likeliest token of theirs.
+    /// gets logits, in their order.
     ///
     /// # Errors
     /// As [`StepBlock::fill`]; also [`Error::Step`] when draws are missing or too many, or when one
@@ -135,20 +135,14 @@ impl StepBlock {
                 row += 1;
             }
         }
-        self.pad(seqs.len(), row, out);
+        self.field_mut(StepField::QStart)[seqs.len()] = row as i32;
     }
 
     fn set_draws(&mut self, draws: &[StepDraw<'_>]) {
-        let (Some(shape), rows) = (self.key.sample, self.key.out_rows) else {
+        let Some(shape) = self.key.sample else {
             return;
         };
-        let padding = StepDraw {
-            params: SampleParams::default(),
-            recent: &[],
-            blocked: &[],
-        };
-        let draws = draws.iter().copied().chain(std::iter::repeat(padding));
-        for (row, draw) in draws.take(rows).enumerate() {
+        for (row, draw) in draws.iter().enumerate() {
             let words = &mut self.field_mut(StepField::SampleParams)[row * SAMPLE_WORDS..];
             words[..SAMPLE_WORDS].copy_from_slice(&draw.params.to_words());
             let recent = &mut self.field_mut(StepField::Recent)[row * shape.window..];
@@ -167,25 +161,6 @@ impl StepBlock {
         self.field_mut(StepField::Slots)[row] = slot;
     }
 
-    fn pad(&mut self, seqs: usize, rows: usize, outs: usize) {
-        let key = self.key.clone();
-        // Distinct slots of the reserved page, so that no two rows write the same place.
-        for row in rows..key.rows {
-            self.set_row(row, 0, 0, ((row - rows) % PAGE_TOKENS) as i32);
-        }
-        let spare = key.rows - rows;
-        for s in seqs..key.seqs {
-            let first = rows + (s - seqs).min(spare);
-            self.field_mut(StepField::QStart)[s] = first as i32;
-            self.field_mut(StepField::KvLen)[s] = i32::from(s - seqs < spare);
-            let width = key.pages_per_seq;
-            self.field_mut(StepField::BlockTable)[s * width..][..width].fill(0);
-        }
-        let end = rows + key.seqs.saturating_sub(seqs).min(spare);
-        self.field_mut(StepField::QStart)[key.seqs] = end as i32;
-        self.field_mut(StepField::OutRows)[outs..].fill(0);
-    }
-
     fn check(&self, seqs: &[StepSeq<'_>]) -> Result<()> {
         let key = &self.key;
         let rows: usize = seqs.iter().map(|s| s.tokens.len()).sum();
@@ -193,10 +168,9 @@ impl StepBlock {
             .iter()
             .map(|s| s.logits.1.saturating_sub(s.logits.0))
             .sum();
-        let spare = key.rows.checked_sub(rows);
-        if seqs.len() > key.seqs || outs > key.out_rows || spare.is_none_or(|s| s > PAGE_TOKENS) {
+        if (seqs.len(), rows, outs) != (key.seqs, key.rows, key.out_rows) {
             return Err(Error::Step(format!(
-                "{} sequences, {rows} rows, {outs} outputs do not fit a plan for {key}",
+                "{} sequences, {rows} rows, {outs} outputs are not those of a plan for {key}",
                 seqs.len()
             )));
         }

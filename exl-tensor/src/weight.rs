@@ -135,6 +135,23 @@ impl Weight {
         }))
     }
 
+    /// A dense weight in device memory.
+    pub(crate) fn dense_on_gpu(dtype: DType, shape: &[usize], region: DeviceRegion) -> Self {
+        Weight::Dense(DenseWeight {
+            dtype,
+            shape: shape.to_vec(),
+            data: Storage::Gpu(region),
+        })
+    }
+
+    /// A quantized matrix in device memory.
+    pub(crate) fn on_gpu(kind: QuantKind, matrix: CudaMatrix) -> Self {
+        Weight::Quant(QuantWeight {
+            kind,
+            matrix: QuantStorage::Gpu(matrix),
+        })
+    }
+
     /// Bytes this weight occupies in memory (mapped bytes count).
     pub fn bytes(&self) -> usize {
         match self {
@@ -200,10 +217,7 @@ impl Weight {
                 let QuantStorage::Host(m) = &q.matrix else {
                     return Err(Error::Step("a weight is on a GPU already".to_owned()));
                 };
-                Ok(Weight::Quant(QuantWeight {
-                    kind: q.kind,
-                    matrix: QuantStorage::Gpu(to.matrix(m)?),
-                }))
+                Ok(Weight::on_gpu(q.kind, to.matrix(m)?))
             }
         }
     }

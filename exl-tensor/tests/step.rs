@@ -1,4 +1,4 @@
-//! The step block: offsets, padding, and what it refuses.
+//! The step block: offsets, and what it refuses.
 
 use exl_tensor::{
     PAGE_TOKENS, Phase, PlanKey, SAMPLE_WORDS, SampleParams, SampleShape, StepBlock, StepDraw,
@@ -40,8 +40,8 @@ fn penalised(range: u32, decay: u32) -> SampleParams {
 }
 
 #[test]
-fn two_sequences_and_padding() {
-    let mut step = StepBlock::new(&key(6, 3, 2, 2)).unwrap();
+fn two_sequences() {
+    let mut step = StepBlock::new(&key(4, 2, 2, 2)).unwrap();
     let a = StepSeq {
         tokens: &[7, 8, 9],
         start: 255,
@@ -51,55 +51,54 @@ fn two_sequences_and_padding() {
     let b = StepSeq {
         tokens: &[5],
         start: 3,
-        pages: &[1],
+        pages: &[0],
         logits: (0, 1),
     };
     step.fill(&[a, b]).unwrap();
-    assert_eq!(step.field(StepField::Tokens), [7, 8, 9, 5, 0, 0]);
-    assert_eq!(step.field(StepField::Positions), [255, 256, 257, 3, 0, 0]);
+    assert_eq!(step.field(StepField::Tokens), [7, 8, 9, 5]);
+    assert_eq!(step.field(StepField::Positions), [255, 256, 257, 3]);
     let page = PAGE_TOKENS as i32;
-    let slots = [4 * page + 255, 2 * page, 2 * page + 1, page + 3, 0, 1];
+    let slots = [4 * page + 255, 2 * page, 2 * page + 1, 3];
     assert_eq!(step.field(StepField::Slots), slots);
-    assert_eq!(step.field(StepField::QStart), [0, 3, 4, 5]);
-    assert_eq!(step.field(StepField::KvLen), [258, 4, 1]);
-    assert_eq!(step.field(StepField::BlockTable), [4, 2, 1, 0, 0, 0]);
+    assert_eq!(step.field(StepField::QStart), [0, 3, 4]);
+    assert_eq!(step.field(StepField::KvLen), [258, 4]);
+    assert_eq!(step.field(StepField::BlockTable), [4, 2, 0, 0]);
     assert_eq!(step.field(StepField::OutRows), [2, 3]);
 }
 
 #[test]
 fn refuses_what_does_not_fit() {
     let mut step = StepBlock::new(&key(2, 1, 1, 1)).unwrap();
-    let long = StepSeq {
-        tokens: &[1, 2, 3],
-        start: 0,
-        pages: &[1],
-        logits: (0, 0),
-    };
-    assert!(step.fill(&[long]).is_err());
-    let no_page = StepSeq {
-        tokens: &[1],
-        start: 256,
-        pages: &[1],
-        logits: (0, 0),
-    };
-    assert!(step.fill(&[no_page]).is_err());
-    let no_end = StepSeq {
-        start: usize::MAX,
-        ..no_page
-    };
-    assert!(step.fill(&[no_end]).is_err());
-    let outputs = StepSeq {
+    let fits = StepSeq {
         tokens: &[1, 2],
         start: 0,
         pages: &[1],
-        logits: (0, 2),
+        logits: (1, 2),
     };
-    assert!(step.fill(&[outputs]).is_err());
+    assert!(step.fill(&[fits]).is_ok());
+    let mut refused = |seqs: &[StepSeq<'_>]| step.fill(seqs).unwrap_err().to_string();
+    // More and fewer rows, outputs and sequences than the plan computes.
+    for tokens in [&[1u32, 2, 3][..], &[1]] {
+        let logits = (tokens.len() - 1, tokens.len());
+        let message = refused(&[StepSeq {
+            tokens,
+            logits,
+            ..fits
+        }]);
+        assert!(message.contains("are not those of a plan"), "{message}");
+    }
+    for logits in [(0, 2), (0, 0)] {
+        let message = refused(&[StepSeq { logits, ..fits }]);
+        assert!(message.contains("outputs are not those"), "{message}");
+    }
+    assert!(refused(&[]).starts_with("step: 0 sequences"));
+    let mut far = |start| refused(&[StepSeq { start, ..fits }]);
+    assert!(far(255).contains("needs 2 pages, has 1"));
 }
 
 #[test]
 fn draws_lie_beside_their_rows() {
-    let mut step = StepBlock::new(&drawn(key(3, 2, 1, 3), 4, 2)).unwrap();
+    let mut step = StepBlock::new(&drawn(key(3, 2, 1, 2), 4, 2)).unwrap();
     let seq = |tokens, page, logits| StepSeq {
         tokens,
         start: 0,
@@ -128,16 +127,16 @@ fn draws_lie_beside_their_rows() {
     step.fill_drawn(&seqs, &draws).unwrap();
     let (params, _) = step.field(StepField::SampleParams).as_chunks();
     let params: Vec<_> = params.iter().map(SampleParams::from_words).collect();
-    let greedy = SampleParams::default();
-    assert_eq!(params, [hot, greedy, greedy]);
-    let recent = [5, 4, 3, 2, 7, 6, -1, -1, -1, -1, -1, -1];
+    assert_eq!(params, [hot, SampleParams::default()]);
+    let recent = [5, 4, 3, 2, 7, 6, -1, -1];
     assert_eq!(step.field(StepField::Recent), recent);
-    assert_eq!(step.field(StepField::Blocked), [9, -1, -1, -1, -1, -1]);
-    assert_eq!(step.field(StepField::OutRows), [0, 2, 0]);
+    assert_eq!(step.field(StepField::Blocked), [9, -1, -1, -1]);
+    assert_eq!(step.field(StepField::OutRows), [0, 2]);
     // Nothing of a step stays for the next.
-    step.fill_drawn(&seqs[..1], &draws[1..]).unwrap();
-    assert_eq!(step.field(StepField::Recent)[..5], [7, 6, -1, -1, -1]);
-    assert_eq!(step.field(StepField::Blocked), [-1; 6]);
+    step.fill_drawn(&seqs, &[draws[1], draws[1]]).unwrap();
+    let recent = [7, 6, -1, -1, 7, 6, -1, -1];
+    assert_eq!(step.field(StepField::Recent), recent);
+    assert_eq!(step.field(StepField::Blocked), [-1; 4]);
 }
 
 #[test]
@@ -202,13 +201,12 @@ proptest! {
     fn every_draw_finds_its_history(
         histories in prop::collection::vec(prop::collection::vec(0u32..100, 0..40), 1..6),
         blocked in prop::collection::vec(prop::collection::vec(0u32..100, 0..5), 6),
-        spare in 0usize..3,
         (range, decay) in (0u32..20, 0u32..20),
     ) {
         let n = histories.len();
         let reach = |h: &Vec<u32>| penalised(range, decay).reach(h.len());
         let window = histories.iter().map(reach).max().unwrap();
-        let plain = key(n + spare, n + spare, 1, n + spare);
+        let plain = key(n, n, 1, n);
         let with = drawn(plain.clone(), window, 4);
         let pages: Vec<[u32; 1]> = (1..=n as u32).map(|p| [p]).collect();
         let seqs: Vec<StepSeq<'_>> = pages
@@ -235,10 +233,8 @@ proptest! {
             prop_assert_eq!(a.field(field), b.field(field));
         }
         let (params, rest) = b.field(StepField::SampleParams).as_chunks();
-        prop_assert_eq!((params.len(), rest.len()), (n + spare, 0));
-        for (row, words) in params.iter().enumerate() {
-            let padding = StepDraw { params: SampleParams::default(), recent: &[], blocked: &[] };
-            let draw = draws.get(row).unwrap_or(&padding);
+        prop_assert_eq!((params.len(), rest.len()), (n, 0));
+        for (row, (words, draw)) in params.iter().zip(&draws).enumerate() {
             prop_assert_eq!(SampleParams::from_words(words), draw.params);
             let ids = |ids: &mut dyn Iterator<Item = u32>, width: usize| -> Vec<i32> {
                 let ids = ids.map(|id| id as i32).chain(std::iter::repeat(-1));
@@ -257,13 +253,11 @@ proptest! {
     #[test]
     fn every_row_has_its_own_slot(
         lens in prop::collection::vec(1usize..40, 1..5),
-        spare_rows in 0usize..20,
-        spare_seqs in 0usize..4,
     ) {
-        let rows: usize = lens.iter().sum::<usize>() + spare_rows;
-        let mut step = StepBlock::new(&key(rows, lens.len() + spare_seqs, 2, 0)).unwrap();
+        let rows: usize = lens.iter().sum();
+        let mut step = StepBlock::new(&key(rows, lens.len(), 2, 0)).unwrap();
         let tokens: Vec<u32> = (0..40).collect();
-        let pages: Vec<[u32; 2]> = (0..lens.len() as u32).map(|i| [2 * i + 1, 2 * i + 2]).collect();
+        let pages: Vec<[u32; 2]> = (0..lens.len() as u32).map(|i| [2 * i, 2 * i + 1]).collect();
         let seqs: Vec<StepSeq<'_>> = lens
             .iter()
             .zip(&pages)
@@ -277,6 +271,6 @@ proptest! {
         prop_assert_eq!(slots.len(), rows);
         let starts = step.field(StepField::QStart);
         prop_assert!(starts.windows(2).all(|w| w[0] <= w[1]));
-        prop_assert!(*starts.last().unwrap() as usize <= rows);
+        prop_assert_eq!(*starts.last().unwrap() as usize, rows);
     }
 }

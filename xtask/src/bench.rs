@@ -9,7 +9,11 @@ use xshell::{Shell, cmd};
 
 const DEFAULT_OUT: &str = "target/bench";
 /// Packages and their benches.
-const BENCHES: [(&str, &str); 2] = [("exl-kernels", "qgemm"), ("exl-quant", "quantizer")];
+const BENCHES: [(&str, &str); 3] = [
+    ("exl-kernels", "qgemm"),
+    ("exl-quant", "quantizer"),
+    ("exl-quant", "gpu_quantizer"),
+];
 const DEFAULT_MODELS: &str = "tinyllama-1.1b:4.0";
 const PROMPTS: &str = "512,2048";
 const BATCHES: &str = "1,8";

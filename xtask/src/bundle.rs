@@ -7,10 +7,11 @@ use xshell::{Shell, cmd};
 
 const DEFAULT_OUT: &str = "target/bundle";
 const SCRIPT: &str = include_str!("bundle/run.sh");
-/// Package and test binary: the conformance cases.
-const TEST: (&str, &str) = ("exl-kernels", "gpu_conformance");
-const MODEL: &str = "testdata/demo-4m";
-const TEXT: &str = "testdata/demo-eval.txt";
+/// Package, test binary and its name in the bundle: the GPU tests of all crates.
+const TEST: (&str, &str, &str) = ("exl-cli", "gpu", "gpu_tests");
+/// What the tests look for, where they look for it.
+const FILES: [&str; 2] = ["testdata/demo-4m", "testdata/demo-eval.txt"];
+const GOLDEN: &str = "exl-models/tests/golden";
 /// What goes through a slow line to a rented machine without a thought.
 const MOST_BYTES: u64 = 60_000_000;
 
@@ -24,7 +25,7 @@ pub(crate) fn run(sh: &Shell, flags: &crate::flags::Bundle) -> Result<()> {
     kernels::run_all(sh)?;
     println!("Building exl and its GPU tests (the first time takes minutes)");
     cmd!(sh, "cargo build --release --locked --package exl-cli").run()?;
-    let (package, test) = TEST;
+    let (package, test, name) = TEST;
     let messages = cmd!(sh, "cargo test --release --locked --package {package}")
         .args(["--test", test, "--no-run", "--message-format=json"])
         .read()?;
@@ -37,13 +38,20 @@ pub(crate) fn run(sh: &Shell, flags: &crate::flags::Bundle) -> Result<()> {
     let new = out.with_extension("new");
     sh.remove_path(&new)?;
     sh.create_dir(&new)?;
-    for (file, name) in [(target.join("release/exl"), "exl"), (test, TEST.1)] {
+    for (file, name) in [(target.join("release/exl"), "exl"), (test, name)] {
         let to = new.join(name);
         cmd!(sh, "strip -o {to} {file}")
             .run()
             .context("`strip` comes with the C compiler's package (binutils)")?;
     }
-    cmd!(sh, "cp -r {MODEL} {TEXT} {new}").run()?;
+    for file in FILES {
+        copy(sh, file.as_ref(), &new)?;
+    }
+    // Models alone, without what makes them.
+    for model in sh.read_dir(GOLDEN)?.iter().filter(|path| path.is_dir()) {
+        let name = model.file_name().unwrap_or_default();
+        copy(sh, &Path::new(GOLDEN).join(name), &new)?;
+    }
     let script = new.join("run.sh");
     sh.write_file(&script, SCRIPT)?;
     cmd!(sh, "chmod +x {script}").run()?;
@@ -56,6 +64,13 @@ pub(crate) fn run(sh: &Shell, flags: &crate::flags::Bundle) -> Result<()> {
         bytes as f64 / 1e6
     );
     Ok(())
+}
+
+/// Copies a file or folder to the same place below another root.
+fn copy(sh: &Shell, path: &Path, root: &Path) -> Result<()> {
+    let folder = root.join(path.parent().unwrap_or(Path::new("")));
+    sh.create_dir(&folder)?;
+    Ok(cmd!(sh, "cp -r {path} {folder}").run()?)
 }
 
 /// Where cargo's messages say that a test binary lies.
@@ -128,6 +143,28 @@ mod tests {
         let large = [("a".into(), 10), ("b".into(), MOST_BYTES)];
         let error = check_size(&large).unwrap_err().to_string();
         assert!(error.contains("is b with"), "{error}");
+    }
+
+    /// What no family of the sanitizer names is not looked at.
+    #[test]
+    fn the_script_names_every_op() {
+        let ops = Path::new(env!("CARGO_MANIFEST_DIR")).join("../exl-kernels/src/ops.rs");
+        let source = std::fs::read_to_string(ops).unwrap();
+        let names: Vec<&str> = source
+            .lines()
+            .filter_map(|line| line.trim().strip_prefix("Op::")?.split_once("=> \""))
+            .filter_map(|(_, rest)| Some(rest.split_once('"')?.0))
+            .collect();
+        assert!(names.len() > 10, "{names:?}");
+        let (_, families) = SCRIPT.split_once("<<FAMILIES\n").unwrap();
+        let (families, _) = families.split_once("\nFAMILIES").unwrap();
+        let listed: Vec<&str> = families
+            .lines()
+            .flat_map(|line| line.split_once(' ').unwrap().1.split(','))
+            .collect();
+        for name in names {
+            assert!(listed.contains(&name), "{name} is in no family");
+        }
     }
 
     #[test]

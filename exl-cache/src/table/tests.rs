@@ -5,14 +5,12 @@ use super::*;
 /// Checks everything that must hold between two calls.
 fn audit(table: &PageTable) {
     let mut owners = vec![0u32; table.refs.len()];
-    owners[0] = 1;
     for pages in table.sequences.values() {
         let mut seen = pages.clone();
         seen.sort_unstable();
         seen.dedup();
         assert_eq!(seen.len(), pages.len(), "a sequence owns a page twice");
         for &page in pages {
-            assert_ne!(page, 0, "the reserved page was given away");
             owners[page as usize] += 1;
         }
     }
@@ -20,7 +18,7 @@ fn audit(table: &PageTable) {
     for &page in &table.free {
         assert_eq!(owners[page as usize], 0, "a free page has an owner");
     }
-    let owned = owners.iter().skip(1).filter(|&&n| n > 0).count();
+    let owned = owners.iter().filter(|&&n| n > 0).count();
     assert_eq!(owned + table.free.len(), table.capacity(), "a page leaked");
 }
 
@@ -37,21 +35,21 @@ fn page_arithmetic_is_exact() {
     ] {
         assert_eq!(pages_for(tokens), pages, "{tokens} tokens");
     }
-    let mut table = PageTable::new(4).unwrap();
+    let mut table = PageTable::new(3).unwrap();
     let seq = table.admit(256).unwrap();
     assert_eq!(table.reserved_tokens(seq).unwrap(), 256);
     table.extend(seq, 257).unwrap();
     assert_eq!(table.reserved_tokens(seq).unwrap(), 512);
     table.extend(seq, 3).unwrap();
     assert_eq!(table.reserved_tokens(seq).unwrap(), 512);
-    assert_eq!(table.block_table(seq).unwrap(), [1, 2]);
+    assert_eq!(table.block_table(seq).unwrap(), [0, 1]);
     assert_eq!(table.release(seq).unwrap(), 2);
     audit(&table);
 }
 
 #[test]
 fn full_pool_waits_and_too_large_never_fits() {
-    let mut table = PageTable::new(3).unwrap();
+    let mut table = PageTable::new(2).unwrap();
     let first = table.admit(300).unwrap();
     assert_eq!(
         table.admit(1),
@@ -90,18 +88,18 @@ fn stale_ids_are_errors() {
 
 #[test]
 fn pool_sizes_are_checked() {
-    for pages in [0, 1, PageTable::MAX_PAGES + 1] {
+    for pages in [0, PageTable::MAX_PAGES + 1] {
         assert!(matches!(PageTable::new(pages), Err(Error::PoolSize { .. })));
     }
 }
 
 #[test]
 fn writing_into_a_shared_page_copies_it_once() {
-    let mut table = PageTable::new(6).unwrap();
+    let mut table = PageTable::new(5).unwrap();
     let parent = table.admit(600).unwrap();
     let child = table.fork(parent, 400).unwrap();
-    assert_eq!(table.block_table(child).unwrap(), [1, 2]);
-    assert_eq!(table.references(PageId(2)), 2);
+    assert_eq!(table.block_table(child).unwrap(), [0, 1]);
+    assert_eq!(table.references(PageId(1)), 2);
     assert!(table.is_shared(child, 399).unwrap());
     assert!(!table.is_shared(parent, 599).unwrap());
 
@@ -109,12 +107,12 @@ fn writing_into_a_shared_page_copies_it_once() {
     assert_eq!(
         copies,
         [PageCopy {
-            from: PageId(2),
-            to: PageId(4)
+            from: PageId(1),
+            to: PageId(3)
         }]
     );
-    assert_eq!(table.block_table(child).unwrap(), [1, 4]);
-    assert_eq!(table.block_table(parent).unwrap(), [1, 2, 3]);
+    assert_eq!(table.block_table(child).unwrap(), [0, 3]);
+    assert_eq!(table.block_table(parent).unwrap(), [0, 1, 2]);
     assert!(table.prepare_write(child, 400, 500).unwrap().is_empty());
     assert!(table.prepare_write(parent, 400, 600).unwrap().is_empty());
     audit(&table);
@@ -127,7 +125,7 @@ fn writing_into_a_shared_page_copies_it_once() {
 
 #[test]
 fn failed_writes_change_nothing() {
-    let mut table = PageTable::new(3).unwrap();
+    let mut table = PageTable::new(2).unwrap();
     let parent = table.admit(512).unwrap();
     let child = table.fork(parent, 512).unwrap();
     let before = table.block_table(child).unwrap().to_vec();
@@ -220,7 +218,7 @@ fn apply(table: &mut PageTable, alive: &mut Vec<(SeqId, usize)>, step: &Step) {
 proptest! {
     #[test]
     fn no_page_leaks_and_none_is_used_twice(
-        pages in 2usize..40,
+        pages in 1usize..39,
         steps in prop::collection::vec(step(), 1..120),
     ) {
         let mut table = PageTable::new(pages).unwrap();

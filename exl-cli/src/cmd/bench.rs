@@ -8,6 +8,7 @@ mod report;
 use crate::args::BenchArgs;
 use crate::failure::Usage;
 use crate::machine;
+use crate::memory::Taken;
 use crate::session;
 use crate::signal::{self, StopFlag};
 use crate::synth::{self, Recipe, Shape};
@@ -42,9 +43,9 @@ struct Report {
     /// Most resident bytes since loading began.
     memory_peak_bytes: u64,
     cache_bytes: u64,
-    /// Bytes of the GPU's memory that are taken after the measurements, by whomever.
+    /// The GPU's memory after the measurements.
     #[serde(skip_serializing_if = "Option::is_none")]
-    gpu_memory_bytes: Option<u64>,
+    gpu_memory: Option<Taken>,
 }
 
 pub(crate) fn run(args: &BenchArgs, ui: &Ui) -> Result<()> {

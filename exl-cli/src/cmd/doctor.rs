@@ -76,6 +76,16 @@ impl Gpu {
     }
 }
 
+impl Gpu {
+    /// A line for each GPU, or why there is none.
+    fn lines(&self) -> Vec<String> {
+        match &self.problem {
+            Some(problem) => vec![format!("none: {problem}")],
+            None => self.devices.iter().map(GpuDevice::line).collect(),
+        }
+    }
+}
+
 impl GpuDevice {
     fn new(info: &exl_tensor::DeviceInfo) -> Self {
         let measured = exl_tensor::Gpu::open(info.ordinal).and_then(|gpu| gpu.memory_bandwidth());
@@ -190,10 +200,7 @@ fn text(o: &Output) -> Result<String> {
             library.as_deref().unwrap_or("not found")
         ),
     };
-    let gpus = match &o.gpu.problem {
-        Some(problem) => vec![format!("none: {problem}")],
-        None => o.gpu.devices.iter().map(GpuDevice::line).collect(),
-    };
+    let gpus = o.gpu.lines();
     let memory = match (o.memory_bytes, o.available_bytes) {
         (Some(total), Some(free)) => format!("{}, {} free", ui::bytes(total), ui::bytes(free)),
         _ => "unknown".to_owned(),
@@ -247,4 +254,56 @@ fn others(o: &Output) -> String {
         .filter(|name| *name != o.isa)
         .collect();
     or_none(&others)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use exl_kernels::Error;
+
+    fn gpu(devices: Vec<GpuDevice>, problem: Option<Error>) -> Gpu {
+        Gpu {
+            devices,
+            kernels: String::new(),
+            problem: problem.map(|error| error.to_string()),
+            driver_version: None,
+            driver_library: None,
+        }
+    }
+
+    #[test]
+    fn an_old_driver_is_named_with_the_one_to_install() {
+        let old = Error::DriverTooOld {
+            found: (11, 8),
+            needed: (12, 0),
+            release: 525,
+        };
+        let lines = gpu(Vec::new(), Some(old)).lines();
+        assert_eq!(lines.len(), 1);
+        assert!(lines[0].starts_with("none: the NVIDIA driver supports CUDA 11.8"));
+        assert!(lines[0].ends_with("install driver R525 or newer"));
+    }
+
+    #[test]
+    fn a_gpu_that_no_kernel_fits_is_not_usable() {
+        let error = Error::NoKernels {
+            ordinal: 0,
+            name: "Tesla T4".to_owned(),
+            capability: (7, 5),
+            architectures: "sm_80 compute_80".to_owned(),
+        };
+        let device = GpuDevice {
+            ordinal: 0,
+            name: "Tesla T4".to_owned(),
+            capability: "7.5".to_owned(),
+            memory_bytes: 16 << 30,
+            usable: false,
+            problem: Some(error.to_string()),
+            bandwidth_gb_s: None,
+        };
+        let lines = gpu(vec![device], None).lines();
+        assert!(lines[0].starts_with("cuda:0 Tesla T4, compute capability 7.5"));
+        assert!(lines[0].contains("not usable: "), "{}", lines[0]);
+        assert!(lines[0].contains("it has those for sm_80 compute_80"));
+    }
 }

@@ -5,11 +5,12 @@ mod rows;
 use crate::args::{CacheMode, EvalArgs};
 use crate::cmd::info::bits;
 use crate::failure::Interrupted;
+use crate::memory;
 use crate::session;
 use crate::signal::{self, StopFlag};
 use crate::ui::{self, Align, Table, Ui};
 use anyhow::{Result, bail};
-use exl_models::{LogitRows, MemoryRequest, ModelSource, Runner, SeqSlice};
+use exl_models::{LogitRows, MemoryRequest, MemoryUse, ModelSource, Runner, SeqSlice};
 use exl_quant::KlScore;
 use exl_tensor::{Gpu, PAGE_TOKENS};
 use serde::Serialize;
@@ -145,13 +146,13 @@ impl Evaluation<'_> {
             1
         };
         let mode = self.args.cache.unwrap_or(CacheMode::F32);
-        let mut need = self.memory(source, mode, side_by_side);
+        let mut need = self.memory(source, mode, side_by_side)?;
         if let Some(reference) = reference {
-            need = need.saturating_add(self.memory(reference, CacheMode::F32, 1));
+            need = need.plus(&self.memory(reference, CacheMode::F32, 1)?);
         }
         let name = self.args.model.display();
         let what = format!("evaluating {name} in rows of {} tokens", self.length());
-        session::check_memory(need, &what, "--length", self.gpu)?;
+        memory::check(&need, &what, "--length", self.gpu)?;
         // The reference is always exact: whole rows, cache in 32 bits.
         let mut right = match reference {
             Some(source) => Some(self.runner(source, CacheMode::F32, 1)?),
@@ -181,7 +182,7 @@ impl Evaluation<'_> {
     fn runner(&self, source: &ModelSource, cache: CacheMode, seqs: usize) -> Result<Runner> {
         let loaded = session::load(source, self.gpu, self.stop, self.ui)?;
         let mut options = session::runner_options(&self.args.compute, cache, self.gpu);
-        options.pages = seqs * self.length().div_ceil(PAGE_TOKENS) + 1;
+        options.pages = seqs * self.length().div_ceil(PAGE_TOKENS);
         options.max_rows = CHUNK_ROWS;
         options.max_seqs = seqs;
         Ok(Runner::new(loaded.model, options)?)
@@ -192,15 +193,11 @@ impl Evaluation<'_> {
         self.rows.iter().map(Vec::len).max().unwrap_or(1)
     }
 
-    /// Bytes that a model with room for `seqs` rows takes.
-    fn memory(&self, source: &ModelSource, cache: CacheMode, seqs: usize) -> u64 {
-        let request = MemoryRequest {
-            context: self.length(),
-            seqs,
-            kv_dtype: session::kv_dtype(cache),
-            rows: CHUNK_ROWS,
-        };
-        source.memory_for(&request).total()
+    /// What a model with room for `seqs` rows takes.
+    fn memory(&self, source: &ModelSource, cache: CacheMode, seqs: usize) -> Result<MemoryUse> {
+        let shape = (seqs, self.length());
+        let request = MemoryRequest::new(shape, session::kv_dtype(cache), CHUNK_ROWS);
+        memory::needed(source, &request, self.gpu)
     }
 
     /// Rows whose logits are kept at once when they go side by side.
@@ -315,8 +312,8 @@ fn check_finite(
     )
 }
 
-/// Pages of the `index`-th row of a step; page 0 is reserved.
+/// Pages of the `index`-th row of a step.
 fn pages(index: usize, length: usize) -> Vec<u32> {
     let n = length.div_ceil(PAGE_TOKENS);
-    (0..n).map(|p| (1 + index * n + p) as u32).collect()
+    (0..n).map(|p| (index * n + p) as u32).collect()
 }

@@ -1,6 +1,7 @@
 //! `exl info`: what a model is made of and what it needs.
 
 mod bits;
+mod gpu;
 
 pub(super) use bits::{Bits, bits};
 
@@ -11,13 +12,12 @@ use crate::session;
 use crate::ui::{self, Align, Table, Ui};
 use anyhow::Result;
 use exl_models::{LoadOptions, MemoryRequest, MemoryUse, ModelSource};
+use gpu::GpuNeeds;
 use serde::Serialize;
 use std::fmt::Write;
 
 /// Context planned for when the user names none.
 const DEFAULT_CONTEXT: usize = 4096;
-/// Rows of a prefill step that memory is planned for.
-const PREFILL_ROWS: usize = 512;
 /// Width of the bars in characters.
 const BAR_WIDTH: usize = 32;
 
@@ -39,6 +39,9 @@ struct Output<'a> {
     machine: Machine,
     /// Whether the memory that is free now suffices; absent where the system does not tell.
     fits: Option<bool>,
+    /// On the GPU that is here or was named.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    gpu: Option<GpuNeeds>,
 }
 
 #[derive(Serialize)]
@@ -71,7 +74,13 @@ pub(crate) fn run(args: &InfoArgs, ui: &Ui) -> Result<()> {
     };
     let source = session::open(dir, &options, ui)?;
     let bits = bits(&source);
+    // A GPU that does not exist is told before the rest.
+    let place = gpu::place(args.gpu.as_deref())?;
     let memory = memory(&source, context, args.cache);
+    let gpu = match &place {
+        Some(place) => Some(GpuNeeds::new(&source, place, memory.context, args.cache)?),
+        None => None,
+    };
     session::remark_context(&source, "--context", memory.context, ui);
     let found = machine::memory();
     let spec = source.spec();
@@ -94,6 +103,7 @@ pub(crate) fn run(args: &InfoArgs, ui: &Ui) -> Result<()> {
             memory_bytes: found.map(|(total, _)| total),
             available_bytes: found.map(|(_, available)| available),
         },
+        gpu,
     };
     if args.json {
         return ui::print_json(&output);
@@ -104,12 +114,9 @@ pub(crate) fn run(args: &InfoArgs, ui: &Ui) -> Result<()> {
 
 fn memory(source: &ModelSource, context: Option<usize>, cache: CacheMode) -> Memory {
     let context = context.unwrap_or(DEFAULT_CONTEXT.min(source.spec().max_context));
-    let used: MemoryUse = source.memory_for(&MemoryRequest {
-        context,
-        seqs: 1,
-        kv_dtype: session::kv_dtype(cache),
-        rows: PREFILL_ROWS.min(context),
-    });
+    let rows = session::PREFILL_ROWS.min(context);
+    let request = MemoryRequest::new((1, context), session::kv_dtype(cache), rows);
+    let used: MemoryUse = source.memory_for(&request);
     Memory {
         context,
         cache: cache.name(),
@@ -154,6 +161,9 @@ fn text(o: &Output<'_>) -> Result<String> {
         )?;
     }
     write!(out, "\n{}", needs(o))?;
+    if let Some(gpu) = &o.gpu {
+        write!(out, "\n{}", gpu.text())?;
+    }
     Ok(out)
 }
 
@@ -182,7 +192,7 @@ fn tensors(bits: &Bits) -> Table {
 fn needs(o: &Output<'_>) -> String {
     let m = &o.memory;
     let mut text = format!(
-        "memory at {} tokens, cache {}: {} (weights {}, cache {}, activations {})\n",
+        "on the CPU, memory at {} tokens, cache {}: {} (weights {}, cache {}, activations {})\n",
         m.context,
         m.cache,
         ui::bytes(m.total_bytes),

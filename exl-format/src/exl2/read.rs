@@ -2,8 +2,49 @@
 
 use std::path::Path;
 
-use super::{BLOCK, Exl2Linear, Group, MAX_INPUTS, WIDTHS};
+use super::{BLOCK, Exl2Linear, Exl2Shape, Group, MAX_INPUTS, WIDTHS};
 use crate::{Dtype, Error, Result, TensorSource, TensorView};
+
+impl Exl2Shape {
+    /// Reads and checks the group table and the permutation of the layer `key`; codes and scales are
+    /// not looked at.
+    ///
+    /// # Errors
+    /// As [`Exl2Linear::read`].
+    pub fn read(source: &(impl TensorSource + ?Sized), key: &str) -> Result<Self> {
+        let view = |suffix: &str| source.tensor(&format!("{key}.{suffix}"));
+        let (weight, table, invperm) = (view("q_weight")?, view("q_groups")?, view("q_invperm")?);
+        let [q_rows, outputs] = weight.expect(Dtype::I32)?;
+        let [inputs] = invperm.expect(Dtype::I32)?;
+        let [table_len] = table.expect(Dtype::I16)?;
+        check_outputs(&weight, outputs)?;
+        check_inputs(&invperm, inputs)?;
+        if table_len == 0 || !table_len.is_multiple_of(2) {
+            return Err(table.error(
+                "pairs of bits and first row",
+                format!("{table_len} numbers"),
+            ));
+        }
+        let max = view("q_scale_max")?;
+        let ([max_len], count) = (max.expect(Dtype::F16)?, table_len / 2);
+        if max_len != count {
+            return Err(max.error(
+                format!("one for each of {count} groups"),
+                max_len.to_string(),
+            ));
+        }
+        let groups = read_groups(&table, q_rows)?;
+        check_rows(&table, &groups, inputs)?;
+        let q_invperm = invperm.to_u32();
+        check_permutation(&invperm, &q_invperm)?;
+        Ok(Self {
+            inputs,
+            outputs,
+            groups,
+            q_invperm,
+        })
+    }
+}
 
 impl Exl2Linear {
     /// Reads the layer `key` and checks types, shapes, group table, scales and permutation.
@@ -13,39 +54,22 @@ impl Exl2Linear {
     pub fn read(source: &(impl TensorSource + ?Sized), key: &str) -> Result<Self> {
         let view = |suffix: &str| source.tensor(&format!("{key}.{suffix}"));
         let (weight, scale, max) = (view("q_weight")?, view("q_scale")?, view("q_scale_max")?);
-        let (table, invperm) = (view("q_groups")?, view("q_invperm")?);
-        let [q_rows, outputs] = weight.expect(Dtype::I32)?;
-        let [inputs] = invperm.expect(Dtype::I32)?;
-        let [table_len] = table.expect(Dtype::I16)?;
-        let [max_len] = max.expect(Dtype::F16)?;
+        let Exl2Shape {
+            inputs,
+            outputs,
+            groups,
+            q_invperm,
+        } = Exl2Shape::read(source, key)?;
         let [scale_rows, scale_columns] = scale.expect(Dtype::I32)?;
-        check_outputs(&weight, outputs)?;
-        check_inputs(&invperm, inputs)?;
-        if table_len == 0 || !table_len.is_multiple_of(2) {
-            return Err(table.error(
-                "pairs of bits and first row",
-                format!("{table_len} numbers"),
-            ));
-        }
-        let count = table_len / 2;
-        if max_len != count {
-            return Err(max.error(
-                format!("one for each of {count} groups"),
-                max_len.to_string(),
-            ));
-        }
+        let count = groups.len();
         if scale_rows != count || Some(outputs) != scale_columns.checked_mul(8) {
             return Err(scale.error(
                 format!("shape {:?}", [count, outputs / 8]),
                 format!("{:?}", scale.shape),
             ));
         }
-        let groups = read_groups(&table, q_rows)?;
-        check_rows(&table, &groups, inputs)?;
         let q_scale_max = max.to_u16();
         check_scales(&max, &q_scale_max)?;
-        let q_invperm = invperm.to_u32();
-        check_permutation(&invperm, &q_invperm)?;
         Ok(Self {
             q_weight: weight.to_u32(),
             q_scale: scale.to_u32(),

@@ -276,7 +276,7 @@ fn cancel_in_prefill() {
 #[test]
 fn cancel_in_decode_and_in_the_queue() {
     let (gate, hook) = Gate::hook();
-    let backend = SimBackend::new(VOCAB, 3, noise).with_hook(hook);
+    let backend = SimBackend::new(VOCAB, 2, noise).with_hook(hook);
     let engine = start(backend);
     let request = Request {
         max_new_tokens: 400,
@@ -425,7 +425,7 @@ fn jobs_outlive_the_last_handle() {
 #[test]
 fn jobs_wait_for_pages_and_all_get_through() {
     // Two usable pages; each job needs both.
-    let engine = start(SimBackend::new(VOCAB, 3, noise));
+    let engine = start(SimBackend::new(VOCAB, 2, noise));
     let requests: Vec<Request> = (0..5).map(|n| noisy(vec![n; 200], 1, 100)).collect();
     let streams: Vec<JobStream> = requests
         .iter()
@@ -439,7 +439,7 @@ fn jobs_wait_for_pages_and_all_get_through() {
 
 #[test]
 fn impossible_requests_are_refused_at_once() {
-    let engine = start(SimBackend::new(VOCAB, 3, noise));
+    let engine = start(SimBackend::new(VOCAB, 2, noise));
     let error = engine.submit(noisy(vec![1; 500], 1, 13)).unwrap_err();
     assert!(matches!(
         error,
@@ -474,19 +474,19 @@ fn impossible_requests_are_refused_at_once() {
         Err(Error::PromptTooLong { .. })
     ));
     assert_all_free(&engine);
-    let none = SimBackend::new(VOCAB, 3, noise).with_limits(0, 4);
+    let none = SimBackend::new(VOCAB, 2, noise).with_limits(0, 4);
     assert!(matches!(
         Engine::start(Box::new(none), tokenizer(), EngineOptions::default()),
         Err(Error::Backend { .. })
     ));
-    let none = SimBackend::new(VOCAB, 1, noise);
+    let none = SimBackend::new(VOCAB, 0, noise);
     assert!(Engine::start(Box::new(none), tokenizer(), EngineOptions::default()).is_err());
 }
 
 #[test]
 fn a_full_queue_refuses() {
     let (gate, hook) = Gate::hook();
-    let backend = SimBackend::new(VOCAB, 3, noise).with_hook(hook);
+    let backend = SimBackend::new(VOCAB, 2, noise).with_hook(hook);
     let options = EngineOptions {
         max_waiting: 2,
         ..EngineOptions::default()
@@ -624,7 +624,7 @@ proptest! {
     #[test]
     fn any_interleaving_leaks_nothing_and_mixes_nothing(
         acts in prop::collection::vec(act(), 1..24),
-        pages in 4usize..12,
+        pages in 3usize..11,
         rows in 2usize..200,
         chunk in 1usize..200,
     ) {

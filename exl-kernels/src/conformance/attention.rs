@@ -65,6 +65,15 @@ pub(super) fn cases(quick: bool) -> Vec<Case> {
             list.push(attention("many", cache, heads(32, 32, 128), &MANY));
         }
     }
+    // Heads that tensor cores do not take, by the next larger size that kernels are made for.
+    if !quick {
+        for cache in [DType::F32, DType::F16] {
+            for head_dim in [20, 44, 100, 196, 300] {
+                let seqs = &[(1, 1), (3, 40), (1, 300)];
+                list.push(attention("odd", cache, heads(2, 1, head_dim), seqs));
+            }
+        }
+    }
     // Rows and heads enough for the large tiles of a GPU.
     if !quick {
         for head_dim in [64, 80, 128, 256] {

@@ -41,8 +41,12 @@ pub(super) fn cases(quick: bool) -> Vec<Case> {
         list.push(exl2("padded", LAYOUTS[8].1, rows, 75));
         list.push(gptq(rows, true));
         list.push(gptq(rows, false));
-        for act in [Activation::Silu, Activation::GeluTanh, Activation::Gelu] {
-            list.push(gate_up_dense(act, rows));
+        for (act, dtype) in [
+            (Activation::Silu, DType::Bf16),
+            (Activation::GeluTanh, DType::F16),
+            (Activation::Gelu, DType::F32),
+        ] {
+            list.push(gate_up_dense(act, dtype, rows));
         }
         list.push(gate_up_exl2(rows));
     }
@@ -51,6 +55,11 @@ pub(super) fn cases(quick: bool) -> Vec<Case> {
     for &rows in rows {
         list.push(qkv(rows));
         list.push(gate_up_same_order(rows));
+    }
+    if !quick {
+        // More rows than the smaller products of clusters take, and outputs for large tiles.
+        list.push(gptq(30, true));
+        list.push(exl2("wide", &[(4, 64)], 200, 8576));
     }
     list
 }
@@ -168,14 +177,15 @@ fn gptq(rows: usize, act_order: bool) -> Case {
     })
 }
 
-fn gate_up_dense(act: Activation, rows: usize) -> Case {
+fn gate_up_dense(act: Activation, dtype: DType, rows: usize) -> Case {
     // Measured up to 9e-7.
-    Case::new(format!("gate_up::{act:?}/rows={rows}"), 5e-6, move |run| {
+    let name = format!("gate_up::{act:?}/{dtype:?}/rows={rows}");
+    Case::new(name, 5e-6, move |run| {
         let mut rng = Rng::new(14);
         let (inputs, outputs) = (64, 72);
         let x: Vec<f32> = rng.floats(rows * inputs).iter().map(|v| v / 8.0).collect();
-        let gate = Stored::new(&rng.floats(inputs * outputs), DType::Bf16);
-        let up = Stored::new(&rng.floats(inputs * outputs), DType::Bf16);
+        let gate = Stored::new(&rng.floats(inputs * outputs), dtype);
+        let up = Stored::new(&rng.floats(inputs * outputs), dtype);
         let bias = rng.floats(outputs);
         let mut out = vec![f32::NAN; rows * outputs];
         run(&mut Op::GateUp(GateUp {

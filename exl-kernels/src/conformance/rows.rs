@@ -1,9 +1,9 @@
 //! Ops that work row by row.
 
-use super::Case;
 use super::data::{Exl2, Rng, STORAGE, Stored};
+use super::{Case, Run};
 use crate::ops::{Dequant, Embed, GatherRows, HessianSyrk, Matrix, Op, RmsNorm, ScaleLogits};
-use crate::{DType, Mem, MemMut, QuantMatrix};
+use crate::{DType, GptqParts, Mem, MemMut, QuantMatrix, Result};
 
 pub(super) fn cases() -> Vec<Case> {
     let mut list = Vec::new();
@@ -35,6 +35,7 @@ pub(super) fn cases() -> Vec<Case> {
         list.push(hessian(rows, dim));
     }
     list.push(dequant());
+    list.push(dequant_gptq());
     list
 }
 
@@ -164,12 +165,39 @@ fn dequant() -> Case {
     Case::new("dequant::mixed".to_owned(), 0.0, move |run| {
         let mut rng = Rng::new(6);
         let exl2 = Exl2::random(&[(8, 32), (5, 96), (3, 64), (2, 32)], 64, &mut rng);
-        let matrix = QuantMatrix::from_exl2(&exl2.parts())?;
-        let mut out = vec![f32::NAN; matrix.inputs() * matrix.outputs()];
-        run(&mut Op::Dequant(Dequant {
-            matrix: Matrix::Quant(&matrix),
-            out: MemMut::host(&mut out),
-        }))?;
-        Ok(vec![out])
+        dequantized(run, &QuantMatrix::from_exl2(&exl2.parts())?)
     })
+}
+
+fn dequant_gptq() -> Case {
+    Case::new("dequant::gptq".to_owned(), 0.0, move |run| {
+        let mut rng = Rng::new(7);
+        let (inputs, outputs, size) = (128, 40, 64);
+        let mut words = |n: usize| -> Vec<u32> { (0..n).map(|_| rng.next()).collect() };
+        let qweight = words(inputs / 8 * outputs);
+        let qzeros = words(inputs / size * outputs / 8);
+        let scale = |_| 0x2000 + rng.below(0x800) as u16;
+        let matrix = QuantMatrix::from_gptq(&GptqParts {
+            qweight: &qweight,
+            qzeros: &qzeros,
+            scales: &(0..inputs / size * outputs)
+                .map(scale)
+                .collect::<Vec<u16>>(),
+            g_idx: None,
+            group_size: size,
+            zero_offset: 1,
+            inputs,
+            outputs,
+        })?;
+        dequantized(run, &matrix)
+    })
+}
+
+fn dequantized(run: Run<'_>, matrix: &QuantMatrix) -> Result<Vec<Vec<f32>>> {
+    let mut out = vec![f32::NAN; matrix.inputs() * matrix.outputs()];
+    run(&mut Op::Dequant(Dequant {
+        matrix: Matrix::Quant(matrix),
+        out: MemMut::host(&mut out),
+    }))?;
+    Ok(vec![out])
 }

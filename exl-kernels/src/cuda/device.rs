@@ -4,12 +4,13 @@ use std::collections::HashMap;
 use std::ffi::{CString, c_void};
 use std::fmt;
 use std::ptr::null_mut;
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::driver::sys;
 use cudarc::driver::sys::CUfunction_attribute_enum as Attribute;
 
-use super::driver::{self, Api, DeviceInfo};
+use super::driver::{self, Api, DeviceInfo, OUT_OF_MEMORY};
 use super::lower::{CLUSTER, CLUSTER_ARCHITECTURES, CLUSTER_KERNEL};
 use super::memory::DeviceRegion;
 use super::pack::Pack;
@@ -90,6 +91,22 @@ impl Context {
         Ok((free as u64, total as u64))
     }
 
+    /// Says what the driver found no memory for; other errors stay as they are.
+    pub(super) fn explain(&self, error: Error, what: impl FnOnce() -> String) -> Error {
+        if !matches!(error, Error::Driver { code, .. } if code == OUT_OF_MEMORY) {
+            return error;
+        }
+        let Ok((free, total)) = self.memory() else {
+            return error;
+        };
+        Error::OutOfDriverMemory {
+            ordinal: self.ordinal,
+            what: what(),
+            free,
+            total,
+        }
+    }
+
     /// The module of that name, loaded from `image` at the first call.
     fn module(
         &self,
@@ -100,7 +117,8 @@ impl Context {
         if let Some(module) = modules.get(name) {
             return Ok(module.0);
         }
-        let handle = load_module(self.bind()?, name, image()?)?;
+        let loaded = load_module(self.bind()?, name, image()?);
+        let handle = loaded.map_err(|e| self.explain(e, || format!("the kernels of {name}")))?;
         modules.insert(name, Module(handle));
         Ok(handle)
     }
@@ -159,6 +177,9 @@ fn load_module(api: &Api, name: &str, mut image: Vec<u8>) -> Result<sys::CUmodul
         )
     };
     loaded.map(|()| module).map_err(|e| {
+        if matches!(e, Error::Driver { code, .. } if code == OUT_OF_MEMORY) {
+            return e;
+        }
         let end = log.iter().position(|&b| b == 0).unwrap_or(log.len());
         let log = String::from_utf8_lossy(&log[..end]);
         let first = log.lines().map(str::trim).find(|l| !l.is_empty());
@@ -203,6 +224,8 @@ unsafe impl Send for Function {}
 /// what others queued there: give each thread its own GPU or its own [`Stream`].
 pub struct Device {
     functions: Mutex<HashMap<Kernel, Function>>,
+    /// Device memory that loading them took.
+    kernel_bytes: AtomicI64,
     stream: Stream,
     pack: Pack,
     info: DeviceInfo,
@@ -219,14 +242,18 @@ impl Device {
     /// Opens a GPU: makes its primary context, or joins it when it exists.
     ///
     /// # Errors
-    /// As [`super::probe`]; [`Error::NoSuchDevice`]; a kernel pack that cannot be read.
+    /// As [`super::probe`]; [`Error::NoSuchDevice`], [`Error::NoKernels`]; a kernel pack that cannot
+    /// be read.
     pub fn open(ordinal: u32) -> Result<Arc<Self>> {
         let info = driver::describe(driver::driver()?, ordinal)?;
+        let pack = Pack::load()?;
+        pack.check(&info)?;
         let context = Arc::new(Context::new(ordinal)?);
         let mut device = Self {
             functions: Mutex::default(),
+            kernel_bytes: AtomicI64::new(0),
             stream: Stream::on(context.clone())?,
-            pack: Pack::load()?,
+            pack,
             info,
             context,
         };
@@ -310,6 +337,11 @@ impl Device {
     /// What the driver reports.
     pub fn memory(&self) -> Result<(u64, u64)> {
         self.context.memory()
+    }
+
+    /// Bytes by which the free device memory shrank while kernels were loaded.
+    pub fn kernel_bytes(&self) -> i64 {
+        self.kernel_bytes.load(Ordering::Relaxed)
     }
 
     /// Waits for all work of [`Device::stream`].
@@ -396,7 +428,14 @@ impl Device {
             .unwrap_or_else(PoisonError::into_inner);
         let function = match functions.entry(kernel) {
             std::collections::hash_map::Entry::Occupied(entry) => entry.into_mut(),
-            std::collections::hash_map::Entry::Vacant(entry) => entry.insert(self.load(kernel)?),
+            std::collections::hash_map::Entry::Vacant(entry) => {
+                let (before, _) = self.context.memory()?;
+                let function = self.load(kernel)?;
+                let (after, _) = self.context.memory()?;
+                let taken = before.cast_signed() - after.cast_signed();
+                self.kernel_bytes.fetch_add(taken, Ordering::Relaxed);
+                entry.insert(function)
+            }
         };
         if shared_bytes > function.shared_limit {
             self.raise_shared(kernel, function, shared_bytes)?;

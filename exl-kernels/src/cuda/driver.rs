@@ -16,8 +16,36 @@ use super::DeviceProps;
 use super::device::Context;
 use crate::{Error, Result};
 
-/// Oldest CUDA version whose driver (R525) has every function of the table.
-const NEEDED: (u32, u32) = (12, 0);
+/// The release of the driver that has every function of the table.
+const OLDEST: u32 = 525;
+/// Releases of the driver and the CUDA version that each of them brought.
+const RELEASES: [(u32, (u32, u32)); 11] = [
+    (525, (12, 0)),
+    (530, (12, 1)),
+    (535, (12, 2)),
+    (545, (12, 3)),
+    (550, (12, 4)),
+    (555, (12, 5)),
+    (560, (12, 6)),
+    (565, (12, 7)),
+    (570, (12, 8)),
+    (575, (12, 9)),
+    (580, (13, 0)),
+];
+
+/// Refuses a driver of a CUDA version that is older than a release's.
+pub(super) fn supports(found: (u32, u32), release: u32) -> Result<()> {
+    let known = RELEASES.iter().find(|(known, _)| *known >= release);
+    let needed = known.map_or(RELEASES[RELEASES.len() - 1].1, |(_, cuda)| *cuda);
+    if found >= needed {
+        return Ok(());
+    }
+    Err(Error::DriverTooOld {
+        found,
+        needed,
+        release,
+    })
+}
 
 pub(super) const OUT_OF_MEMORY: u32 = 2;
 const STUB_LIBRARY: u32 = 34;
@@ -168,12 +196,7 @@ pub(super) fn driver() -> Result<&'static Driver> {
     // SAFETY: the pointer is to a local.
     unsafe { api.driver_get_version(&mut version) }.map_err(no_driver)?;
     let version = decode_version(version);
-    if version < NEEDED {
-        return Err(Error::DriverTooOld {
-            found: version,
-            needed: NEEDED,
-        });
-    }
+    supports(version, OLDEST)?;
     // SAFETY: takes no pointers.
     unsafe { api.init(0) }.map_err(no_driver)?;
     Ok(DRIVER.get_or_init(|| Driver { api, version }))
@@ -359,6 +382,22 @@ mod tests {
             no_driver(check(STUB_LIBRARY, "cuInit").unwrap_err()),
             Error::NoDriver { .. }
         ));
+    }
+
+    #[test]
+    fn old_drivers_are_told_what_is_needed() {
+        assert!(supports((12, 0), OLDEST).is_ok());
+        let error = supports((11, 8), OLDEST).unwrap_err().to_string();
+        assert_eq!(
+            error,
+            "the NVIDIA driver supports CUDA 11.8 and 12.0 is needed; install driver R525 or newer"
+        );
+        let error = supports((12, 8), 575).unwrap_err().to_string();
+        assert!(
+            error.contains("12.9 is needed; install driver R575"),
+            "{error}"
+        );
+        assert!(supports((13, 1), 580).is_ok() && supports((13, 0), 575).is_ok());
     }
 
     #[test]

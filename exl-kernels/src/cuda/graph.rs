@@ -103,13 +103,19 @@ impl Stream {
         unsafe { api.graph_get_nodes(template.handle, null_mut(), &mut nodes) }?;
         let mut exec = null_mut();
         // SAFETY: the pointer is to a local, the graph lives.
-        unsafe { api.graph_instantiate(&mut exec, template.handle, 0) }?;
+        unsafe { api.graph_instantiate(&mut exec, template.handle, 0) }
+            .map_err(|e| self.context.explain(e, || graph_of(nodes)))?;
         Ok(Graph {
             exec,
             nodes,
             context: self.context.clone(),
         })
     }
+}
+
+/// For errors.
+fn graph_of(nodes: usize) -> String {
+    format!("a graph of {nodes} launches")
 }
 
 impl Graph {
@@ -128,6 +134,7 @@ impl Graph {
             let api = self.context.bind()?;
             api.graph_upload(self.exec, stream.handle())
         }
+        .map_err(|e| self.context.explain(e, || graph_of(self.nodes)))
     }
 
     /// Queues all of it.

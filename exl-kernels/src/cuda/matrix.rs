@@ -1,5 +1,7 @@
 //! Quantized matrices in device memory.
 
+mod shape;
+
 use std::fmt;
 
 use super::memory::{DevicePool, DeviceRegion};
@@ -7,6 +9,9 @@ use super::{Device, Kernel, Launch};
 use crate::cuda::launch::Args;
 use crate::quant::{PANEL, Scales};
 use crate::{QuantMatrix, Result};
+
+pub use shape::MatrixShape;
+use shape::{column_bytes, side_offsets};
 
 /// Columns of a column tile.
 pub(crate) const TILE_COLUMNS: usize = 32;
@@ -86,6 +91,29 @@ struct Descriptor {
 }
 
 impl Descriptor {
+    /// Of a matrix with so many column tiles and pieces of these blocks and bits, not placed yet.
+    fn new(kind: ScaleKind, columns: usize, pieces: &[(usize, u8)]) -> Self {
+        let mut new = Self {
+            tiles: 0,
+            codes: 0,
+            bases: 0,
+            piece_of: 0,
+            perm: 0,
+            column_bytes: column_bytes(pieces) as u64,
+            blocks: pieces.iter().map(|p| p.0).sum::<usize>() as u32,
+            pieces: pieces.len() as u32,
+            columns: columns as u32,
+            kind: kind as u32,
+            runs: 0,
+            padding: 0,
+            run: [Run::default(); MAX_RUNS],
+            shares: [0; 20],
+        };
+        new.find_runs(pieces);
+        new.divide();
+        new
+    }
+
     /// Finds the runs of one width in pieces of these blocks and bits.
     fn find_runs(&mut self, pieces: &[(usize, u8)]) {
         let runs = pieces.chunk_by(|a, b| a.1 == b.1);
@@ -209,13 +237,6 @@ impl CudaMatrix {
         self.bytes
     }
 
-    /// Bytes that [`MatrixUploader::upload`] will take for a matrix, a shared permutation aside.
-    pub fn bytes_for(matrix: &QuantMatrix) -> usize {
-        let tiles = tile_bytes(matrix);
-        let layout = Layout::new(matrix);
-        tiles + layout.side_bytes() + 8 * matrix.inputs()
-    }
-
     pub(crate) fn kind(&self) -> ScaleKind {
         self.kind
     }
@@ -247,14 +268,10 @@ impl CudaMatrix {
     /// A matrix that exists in name only, for tests of lowering.
     #[cfg(test)]
     pub(crate) fn imaginary(inputs: usize, outputs: usize, address: u64) -> Self {
-        let mut descriptor = Descriptor {
-            perm: address + 512,
-            ..bytemuck::Zeroable::zeroed()
-        };
-        descriptor.blocks = (inputs / BLOCK_ROWS) as u32;
-        descriptor.find_runs(&[(inputs / BLOCK_ROWS, 4)]);
-        descriptor.divide();
-        descriptor.columns = outputs.div_ceil(TILE_COLUMNS) as u32;
+        let columns = outputs.div_ceil(TILE_COLUMNS);
+        let pieces = [(inputs / BLOCK_ROWS, 4)];
+        let mut descriptor = Descriptor::new(ScaleKind::Codes, columns, &pieces);
+        descriptor.perm = address + 512;
         Self {
             inputs,
             outputs,
@@ -400,42 +417,24 @@ fn kind(matrix: &QuantMatrix) -> ScaleKind {
     }
 }
 
-/// Bytes of one column tile: its blocks take 128 bytes per bit.
-fn column_bytes(matrix: &QuantMatrix) -> usize {
-    let group = |g: &crate::quant::PackedGroup| g.rows / BLOCK_ROWS * 128 * usize::from(g.bits);
-    matrix.groups().iter().map(group).sum()
+/// Blocks and bits of a matrix's groups.
+fn pieces(matrix: &QuantMatrix) -> Vec<(usize, u8)> {
+    let groups = matrix.groups().iter();
+    groups.map(|g| (g.rows / BLOCK_ROWS, g.bits)).collect()
 }
 
 fn tile_bytes(matrix: &QuantMatrix) -> usize {
-    column_bytes(matrix) * matrix.outputs().div_ceil(TILE_COLUMNS)
+    column_bytes(&pieces(matrix)) * matrix.outputs().div_ceil(TILE_COLUMNS)
 }
 
 impl Layout {
     fn new(matrix: &QuantMatrix) -> Self {
         let groups = matrix.groups();
         let columns = matrix.outputs().div_ceil(TILE_COLUMNS);
-        let mut descriptor = Descriptor {
-            tiles: 0,
-            codes: 0,
-            bases: 0,
-            piece_of: 0,
-            perm: 0,
-            column_bytes: column_bytes(matrix) as u64,
-            blocks: (matrix.inputs() / BLOCK_ROWS) as u32,
-            pieces: groups.len() as u32,
-            columns: columns as u32,
-            kind: kind(matrix) as u32,
-            runs: 0,
-            padding: 0,
-            run: [Run::default(); MAX_RUNS],
-            shares: [0; 20],
-        };
-        let blocks = |g: &crate::quant::PackedGroup| (g.rows / BLOCK_ROWS, g.bits);
-        let pieces: Vec<(usize, u8)> = groups.iter().map(blocks).collect();
+        let pieces = pieces(matrix);
         let piece = |(i, p): (usize, &(usize, u8))| std::iter::repeat_n(i as u16, p.0);
         let piece_of = pieces.iter().enumerate().flat_map(piece).collect();
-        descriptor.find_runs(&pieces);
-        descriptor.divide();
+        let descriptor = Descriptor::new(kind(matrix), columns, &pieces);
         let (codes, bases) = match matrix.scales() {
             Scales::Codes { codes, tables } => (
                 scale_codes(codes, columns, groups.len()),
@@ -465,16 +464,7 @@ impl Layout {
 
     /// Offsets of codes, bases and pieces behind the descriptor, and the whole size.
     fn offsets(&self) -> [usize; 4] {
-        // Kernels copy in units of 16 bytes, so every array is padded to them.
-        let codes = size_of::<Descriptor>().next_multiple_of(256);
-        let bases = (codes + 2 * self.codes.len()).next_multiple_of(16);
-        let pieces = (bases + 2 * self.bases.len()).next_multiple_of(16);
-        [
-            codes,
-            bases,
-            pieces,
-            (pieces + 2 * self.piece_of.len()).next_multiple_of(16),
-        ]
+        side_offsets([self.codes.len(), self.bases.len(), self.piece_of.len()])
     }
 
     fn side_bytes(&self) -> usize {

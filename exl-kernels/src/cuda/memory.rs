@@ -14,6 +14,8 @@ use crate::{DType, Error, Mem, MemMut, Place, Result};
 
 /// Bytes that a pool asks the driver for when it has no room for a small region.
 const CHUNK_BYTES: usize = 16 << 20;
+/// Address of regions without memory.
+const UNBACKED: u64 = 1 << 12;
 
 /// One allocation of the driver, freed when dropped. Freeing waits for work that is under way.
 pub struct DeviceMemory {
@@ -88,7 +90,7 @@ pub struct DeviceRegion {
     address: u64,
     bytes: usize,
     place: Place,
-    /// `None` in tests that have no GPU.
+    /// `None` without memory.
     _owner: Option<Arc<DeviceMemory>>,
 }
 
@@ -132,7 +134,21 @@ impl DeviceRegion {
         }
     }
 
-    /// A region that exists in name only, for tests of lowering.
+    /// A region that exists in name only, to work out what ops over it need.
+    ///
+    /// # Safety
+    /// There is no memory behind it: no kernel and no copy may run with it.
+    pub unsafe fn unbacked(bytes: usize) -> Self {
+        Self {
+            // Aligned as regions are, and none of the driver's.
+            address: UNBACKED,
+            bytes,
+            place: Place::Device(0),
+            _owner: None,
+        }
+    }
+
+    /// As [`DeviceRegion::unbacked`], for tests of lowering.
     #[cfg(test)]
     pub(crate) fn imaginary(address: u64, bytes: usize) -> Self {
         Self {
@@ -275,6 +291,11 @@ impl DevicePool {
         Ok(DeviceRegion::of(memory, offset, bytes))
     }
 
+    /// Bytes that a region of a pool takes.
+    pub fn padded(bytes: usize) -> usize {
+        bytes.max(1).next_multiple_of(bump::ALIGN)
+    }
+
     /// Bytes taken from the GPU.
     pub fn allocated(&self) -> usize {
         self.bump.allocated()
@@ -309,16 +330,22 @@ impl PinnedMemory {
     /// Zeros.
     ///
     /// # Errors
-    /// What the driver reports: out of memory when the system lets no more be pinned.
+    /// [`Error::OutOfPinnedMemory`]; what the driver reports.
     pub fn new(device: &Device, bytes: usize) -> Result<Self> {
         let context = device.context().clone();
         let mut pointer = null_mut();
         // SAFETY: the pointer is to a local.
-        unsafe {
+        let allocated = unsafe {
             context
                 .bind()?
                 .mem_host_alloc(&mut pointer, bytes.max(1), 0)
-        }?;
+        };
+        allocated.map_err(|error| match error {
+            Error::Driver { code, .. } if code == OUT_OF_MEMORY => Error::OutOfPinnedMemory {
+                bytes: bytes as u64,
+            },
+            other => other,
+        })?;
         let pointer = pointer.cast::<u8>();
         // SAFETY: the driver gave that many bytes.
         unsafe { pointer.write_bytes(0, bytes) };

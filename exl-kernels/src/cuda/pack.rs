@@ -1,7 +1,7 @@
 //! The kernel pack: compiled kernels for every supported GPU.
 //!
 //! A safetensors file whose tensors, named as in `sm_90a/qgemm/decode.cubin`, are images compressed
-//! with LZ4 behind their size: machine code for `sm_` architectures, PTX for `compute_` ones. The
+//! with zlib: machine code for `sm_` architectures, PTX for `compute_` ones. The
 //! metadata hold a manifest in JSON. `cargo xtask kernels` writes it and `build.rs` embeds it.
 
 mod architecture;
@@ -16,18 +16,17 @@ use std::ops::Range;
 use safetensors::SafeTensors;
 use serde::Deserialize;
 
+use super::driver::{DeviceInfo, supports};
+use super::props::DeviceProps;
 use crate::{Error, Result};
 use architecture::Architecture;
 
 include!(concat!(env!("OUT_DIR"), "/pack.rs"));
 
 /// The only version of the manifest that is known.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// No image is larger than this when it is unpacked.
 const MAX_IMAGE_BYTES: usize = 64 << 20;
-/// Bytes that one byte of LZ4 can become: the longest match per byte of its length.
-const MAX_EXPANSION: usize = 255;
-
 /// A kernel pack. Images are unpacked when they are asked for.
 pub struct Pack {
     data: Cow<'static, [u8]>,
@@ -171,18 +170,13 @@ impl Pack {
 
     fn unpack(&self, image: &Image) -> Result<Vec<u8>> {
         let Image { name, about, .. } = image;
-        let (size, packed) = self
-            .data
-            .get(image.place.clone())
-            .and_then(<[u8]>::split_first_chunk)
-            .ok_or_else(|| damaged(format!("{name} is cut short")))?;
-        let size = u32::from_le_bytes(*size) as usize;
-        // Before the memory for it is asked for.
-        let most = MAX_IMAGE_BYTES.min(packed.len().saturating_mul(MAX_EXPANSION));
-        if size != about.bytes || size > most {
+        let packed = self.data.get(image.place.clone()).unwrap_or_default();
+        let size = about.bytes;
+        if size > MAX_IMAGE_BYTES {
             return Err(damaged(format!("{name} cannot unpack to {size} bytes")));
         }
-        let image = lz4_flex::block::decompress(packed, size)
+        // Takes memory as it goes, up to that size.
+        let image = miniz_oxide::inflate::decompress_to_vec_zlib_with_limit(packed, size)
             .map_err(|e| damaged(format!("{name}: {e}")))?;
         if image.len() != size {
             let found = image.len();
@@ -210,20 +204,46 @@ impl Pack {
         drivers.max_by_key(|version| numbers(version))
     }
 
-    /// Compiler, architectures and size, for people.
-    pub fn describe(&self) -> String {
-        let all = || self.images.values().flatten();
-        let mut architectures: Vec<Architecture> = all().map(|i| i.architecture).collect();
+    /// Whether a GPU with this driver can load kernels of the pack.
+    ///
+    /// # Errors
+    /// [`Error::NoKernels`], [`Error::DriverTooOld`].
+    pub(super) fn check(&self, info: &DeviceInfo) -> Result<()> {
+        let DeviceProps {
+            name, capability, ..
+        } = &info.props;
+        let Some(driver) = self.driver(*capability) else {
+            return Err(Error::NoKernels {
+                ordinal: info.ordinal,
+                name: name.clone(),
+                capability: *capability,
+                architectures: self.architectures(),
+            });
+        };
+        let release = numbers(driver).first().copied();
+        supports(info.driver, release.unwrap_or(0))
+    }
+
+    /// What the images were compiled for.
+    fn architectures(&self) -> String {
+        let all = self.images.values().flatten();
+        let mut architectures: Vec<Architecture> = all.map(|i| i.architecture).collect();
         architectures.sort_by_key(|a| a.order());
         architectures.dedup();
         let names: Vec<String> = architectures.iter().map(ToString::to_string).collect();
+        names.join(" ")
+    }
+
+    /// Compiler, architectures and size, for people.
+    pub fn describe(&self) -> String {
+        let all = || self.images.values().flatten();
         let kernels: BTreeSet<&str> = all()
             .flat_map(|i| i.about.kernels.iter().map(|k| k.name.as_str()))
             .collect();
         format!(
             "{} kernels for {}; {}, {:.1} MB",
             kernels.len(),
-            names.join(" "),
+            self.architectures(),
             self.compiler,
             self.data.len() as f64 / 1e6
         )

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use super::lower::quant::factor_scratch;
 use super::lower::{COUNTERS, Scratch, Target, lower, scratch_bytes};
-use super::{Device, DeviceRegion};
+use super::{Device, DeviceRegion, Event, Kernel, ReadyLaunch};
 use crate::ops::{GatherRows, Gptq, GptqGroup, HessianFactor, HessianLoss, HessianSyrk, Op};
 use crate::{DType, Error, Result};
 
@@ -75,6 +75,8 @@ pub struct CudaQuantizer {
     device: Arc<Device>,
     scratch: Option<DeviceRegion>,
     counters: DeviceRegion,
+    /// Of the last op, while kernels are timed.
+    times: Option<Vec<(Kernel, f64)>>,
 }
 
 impl CudaQuantizer {
@@ -86,8 +88,19 @@ impl CudaQuantizer {
         Ok(Self {
             counters: DeviceRegion::zeroed(&device, 4 * COUNTERS, "counters")?,
             scratch: None,
+            times: None,
             device,
         })
+    }
+
+    /// Times the kernels of every further op, one after the other: for looking closely, not for speed.
+    pub fn time_kernels(&mut self, on: bool) {
+        self.times = on.then(Vec::new);
+    }
+
+    /// Seconds of each kernel of the last op, in their order; none unless they are timed.
+    pub fn kernel_times(&self) -> &[(Kernel, f64)] {
+        self.times.as_deref().unwrap_or(&[])
     }
 
     /// Bytes of device memory that Hessians of `dim` features take at most: two sums, two factors,
@@ -342,16 +355,42 @@ impl CudaQuantizer {
         };
         let mut launches = Vec::new();
         lower(op, &target, &mut launches)?;
+        // SAFETY: the op borrows its regions, scratch and counters are held here, and this function
+        // waits for the launches.
+        let ready = launches.iter().map(|l| unsafe { self.device.ready(l) });
+        let ready = ready.collect::<Result<Vec<ReadyLaunch>>>()?;
+        if let Some(times) = &mut self.times {
+            *times = time_each(&self.device, &ready)?;
+            return Ok(());
+        }
         let overlap = self.device.overlaps_launches();
-        for (i, launch) in launches.iter().enumerate() {
-            // SAFETY: the op borrows its regions, scratch and counters are held here, and this
-            // function waits for the launches.
-            let ready = unsafe { self.device.ready(launch) }?;
+        for (i, launch) in ready.iter().enumerate() {
             // What came before the first one may be a copy, which is no kernel.
-            self.device.stream().launch(&ready, overlap && i > 0)?;
+            self.device.stream().launch(launch, overlap && i > 0)?;
         }
         self.device.synchronize()
     }
+}
+
+/// Runs launches one after the other, each between two events.
+fn time_each(device: &Device, launches: &[ReadyLaunch]) -> Result<Vec<(Kernel, f64)>> {
+    let mut events = vec![Event::new(device)?];
+    let stream = device.stream();
+    stream.record(&events[0])?;
+    for launch in launches {
+        stream.launch(launch, false)?;
+        let event = Event::new(device)?;
+        stream.record(&event)?;
+        events.push(event);
+    }
+    stream.synchronize()?;
+    let pairs = launches.iter().zip(events.windows(2));
+    pairs
+        .map(|(launch, pair)| {
+            let seconds = f64::from(pair[1].elapsed_ms(&pair[0])?) / 1e3;
+            Ok((launch.kernel(), seconds))
+        })
+        .collect()
 }
 
 fn check_order(order: &[u32], dim: usize) -> Result<()> {

@@ -4,6 +4,7 @@
 //! begin as NaN, guards between the buffers and buffers that are only read must not change, and
 //! the counters of [`Scratch`] must be zero again.
 
+mod cover;
 mod spans;
 #[cfg(test)]
 mod tests;
@@ -12,6 +13,7 @@ mod translate;
 use std::collections::HashSet;
 use std::sync::Arc;
 
+pub use self::cover::{Place as CoverPlace, covering};
 use self::spans::{Access, POISON, Spans, written};
 use self::translate::{Translate, translate};
 use super::lower::{COUNTERS, Scratch, Target, link, lower, scratch_bytes};
@@ -65,6 +67,11 @@ impl CudaOps {
     /// Runs what follows in another way.
     pub fn set_options(&mut self, options: RunOptions) {
         self.options = options;
+    }
+
+    /// The GPU.
+    pub fn device(&self) -> &Arc<Device> {
+        &self.device
     }
 
     /// Every kernel that was launched so far.

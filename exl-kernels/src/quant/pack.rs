@@ -339,20 +339,29 @@ struct Piece {
 }
 
 /// Cuts groups so that none is longer than [`MAX_GROUP_ROWS`].
+pub(crate) fn cut(groups: impl Iterator<Item = Group>) -> impl Iterator<Item = Group> {
+    groups.flat_map(|Group { bits, rows }| {
+        let firsts = (0..rows).step_by(MAX_GROUP_ROWS);
+        firsts.map(move |first| Group {
+            bits,
+            rows: (rows - first).min(MAX_GROUP_ROWS as u32),
+        })
+    })
+}
+
+/// As [`cut`], with where each piece comes from.
 fn pieces(groups: impl Iterator<Item = Group>) -> Vec<Piece> {
     let (mut list, mut words) = (Vec::new(), 0);
     for (index, group) in groups.enumerate() {
-        let mut left = group.rows as usize;
-        while left > 0 {
-            let rows = left.min(MAX_GROUP_ROWS);
+        for Group { bits, rows } in cut(std::iter::once(group)) {
+            let rows = rows as usize;
             list.push(Piece {
                 group: index,
-                bits: group.bits,
+                bits,
                 rows,
                 words,
             });
-            words += rows / 32 * usize::from(group.bits);
-            left -= rows;
+            words += rows / 32 * usize::from(bits);
         }
     }
     list

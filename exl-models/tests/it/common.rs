@@ -25,10 +25,24 @@ pub(crate) const CASES: [&str; 14] = [
     "qwen3",
 ];
 
+/// The repository, or the folder that stands in for it where there is none (`cargo xtask bundle`).
+pub(crate) fn root() -> PathBuf {
+    let named = std::env::var_os("EXL_TEST_ROOT").map(PathBuf::from);
+    named.unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join(".."))
+}
+
 pub(crate) fn dir(case: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("tests/golden")
+    root()
+        .join("exl-models/tests/golden")
         .join(format!("{case}-tiny"))
+}
+
+/// Where tests may write.
+fn scratch() -> PathBuf {
+    match std::env::var_os("EXL_TEST_ROOT") {
+        Some(_) => std::env::temp_dir().join("exl-tests"),
+        None => PathBuf::from(env!("CARGO_TARGET_TMPDIR")),
+    }
 }
 
 /// A fixture's model and what transformers computed with it.
@@ -151,7 +165,7 @@ impl Parts {
     }
 
     pub(crate) fn write(&self, name: &str) -> PathBuf {
-        let dir = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(name);
+        let dir = scratch().join(name);
         std::fs::create_dir_all(&dir).unwrap();
         let (mut header, mut data) = (serde_json::Map::new(), Vec::new());
         for (name, (dtype, shape, bytes)) in &self.tensors {

@@ -5,13 +5,15 @@ use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::Arc;
 
-use exl_models::{Backend, LoadOptions, LogitRows, Model, ModelSource, Runner, SeqSlice};
+use exl_models::{
+    Backend, LoadOptions, LogitRows, Model, ModelSource, Runner, RunnerOptions, SeqSlice,
+};
 use exl_tensor::{
     Bound, Cpu, CpuOptions, CudaExecutor, CudaOptions, DType, Gpu, HostExecutor, KvBuffers, Phase,
     PlanKey, Side, StepBlock, StepSeq, check, probe,
 };
 
-use crate::common::{CASES, dir, golden, runner};
+use crate::common::{CASES, dir, golden, root, runner};
 use crate::golden::in_pieces;
 use crate::quantized::written;
 
@@ -145,6 +147,57 @@ fn gpu_ops_of_whole_plans_agree_with_the_cpus() {
     }
 }
 
+/// What is worked out from files and shapes is what is taken, and no later step takes more.
+#[test]
+fn gpu_memory_is_what_was_announced() {
+    if gpu().is_none() {
+        return;
+    }
+    let exl2 = written("qwen3", "exl2", "gpu-memory-exl2");
+    let gptq = written("qwen3", "gptq", "gpu-memory-gptq");
+    for dir in [exl2, gptq, dir("llama-tied"), dir("qwen2")] {
+        // One of its own, with no other test's weights.
+        let gpu = Gpu::open(0).unwrap();
+        let source = ModelSource::open(&dir, &LoadOptions::default()).unwrap();
+        let options = RunnerOptions {
+            pages: 5,
+            max_rows: 100,
+            max_seqs: 1,
+            backend: cuda(&gpu, true),
+            ..RunnerOptions::default()
+        };
+        let request = options.memory_request();
+        let announced = source.gpu_memory_for(gpu.props(), &request).unwrap();
+        let model = on_gpu(&dir, &gpu);
+        assert_eq!(
+            gpu.weight_memory(),
+            (announced.weights, announced.weights),
+            "{}",
+            dir.display()
+        );
+        let mut runner = Runner::new(model, options).unwrap();
+        let sizes = |runner: &Runner| {
+            let used = runner.memory();
+            (used.cache, used.arena, used.scratch)
+        };
+        let expected = (announced.cache, announced.arena, announced.scratch);
+        assert_eq!(sizes(&runner), expected, "{}", dir.display());
+        let tokens: Vec<u32> = (0..100).collect();
+        for (n, start) in [(100, 0), (1, 100), (1, 101), (1, 102)] {
+            let slice = SeqSlice {
+                tokens: &tokens[..n],
+                start,
+                pages: &[2],
+                logits: LogitRows::Last,
+            };
+            runner.step(&[slice]).unwrap();
+        }
+        assert_eq!(sizes(&runner), expected, "{} after steps", dir.display());
+        // The driver's own figures, for reading: other tests take memory at the same time.
+        println!("{}: {:?}", dir.display(), gpu.taken().unwrap());
+    }
+}
+
 #[test]
 fn gpu_graphs_give_the_bits_of_the_launches() {
     let Some(gpu) = gpu() else { return };
@@ -185,11 +238,10 @@ fn compare(a: &[f32], b: &[f32], vocab: usize) -> (f64, f64) {
 /// The logits gate: a trained model, quantized where there is such a copy of it, on text.
 #[test]
 fn gpu_distributions_are_the_cpus() {
-    const QUANTIZED: &str = "../../shared/golden/demo-4m-exl2-4.0bpw";
-    const PLAIN: &str = "../testdata/demo-4m";
+    const QUANTIZED: &str = "../shared/golden/demo-4m-exl2-4.0bpw";
+    const PLAIN: &str = "testdata/demo-4m";
     let Some(gpu) = gpu() else { return };
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let found = [QUANTIZED, PLAIN].map(|dir| root.join(dir));
+    let found = [QUANTIZED, PLAIN].map(|dir| root().join(dir));
     let Some(dir) = found.iter().find(|dir| dir.join("config.json").is_file()) else {
         eprintln!("skipped: no model in {QUANTIZED} or {PLAIN}");
         return;

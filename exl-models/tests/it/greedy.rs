@@ -1,6 +1,5 @@
 //! Greedy decoding against transformers in fp32 on the demo model.
 
-use std::path::Path;
 use std::sync::Arc;
 
 use exl_models::{Backend, LoadOptions, LogitRows, Model, SeqSlice};
@@ -12,7 +11,7 @@ fn argmax(logits: &[f32]) -> u32 {
 
 #[test]
 fn two_hundred_greedy_tokens_equal_transformers() {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let root = crate::common::root();
     let text = std::fs::read_to_string(root.join("testdata/demo-4m-greedy.json")).unwrap();
     let fixture: serde_json::Value = serde_json::from_str(&text).unwrap();
     let list = |key: &str| -> Vec<u32> {

@@ -1,6 +1,6 @@
 //! EXL2 and GPTQ checkpoints through the same forward code.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use exl_models::{
@@ -12,7 +12,7 @@ use exl_tensor::{
 };
 use serde_json::json;
 
-use crate::common::{Parts, golden, runner};
+use crate::common::{Parts, golden, root, runner};
 
 /// Deterministic noise.
 struct Noise(u64);
@@ -357,7 +357,7 @@ fn gptq_of_another_width_is_refused() {
 /// Checkpoints written by ExLlamaV2 against its own logits (its attention ran in 16 bits).
 #[test]
 fn published_checkpoints_give_the_published_logits() {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared/golden");
+    let folder = root().join("../shared/golden");
     if !folder.exists() {
         println!("skipped: no EXL2 checkpoints beside the repository");
         return;

@@ -310,8 +310,8 @@ impl DeviceNeed {
         // The machine for rows and the one for logits live together.
         let row = arena.unwrap_or(0)
             + Head::plan(spec, length).arena().bytes()
-            + kv.bytes(key.pages_per_seq + 1)
-            + kv.bytes(2);
+            + kv.bytes(key.pages_per_seq)
+            + kv.bytes(1);
         Self {
             // The weights of a plan leave when those of the next one are there.
             weights: 2 * layers.unwrap_or(0) + ends,

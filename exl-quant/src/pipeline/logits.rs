@@ -27,7 +27,7 @@ impl Head {
         Ok(Self {
             // The original's head and another one take turns.
             engine: device.engine(2)?,
-            kv: device.kv(spec.block_kv_shape(DType::F32), 2)?,
+            kv: device.kv(spec.block_kv_shape(DType::F32), 1)?,
             device: device.clone(),
             rows: Self::rows(spec, length),
             spec: spec.clone(),

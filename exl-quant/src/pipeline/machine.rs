@@ -61,7 +61,7 @@ impl Machine {
             spec: spec.clone(),
             // Plans run one after the other, each over all rows.
             engine: device.engine(1)?,
-            kv: device.kv(shape, key.pages_per_seq + 1)?,
+            kv: device.kv(shape, key.pages_per_seq)?,
             device: device.clone(),
             step: StepBlock::new(&key)?,
             key,
@@ -143,7 +143,7 @@ impl Machine {
 
     /// Embeds a row: `[length, hidden]`.
     pub(super) fn embed(&mut self, bound: &Bound, tokens: &[u32]) -> Result<Vec<f32>> {
-        let pages: Vec<u32> = (1..=self.key.pages_per_seq as u32).collect();
+        let pages: Vec<u32> = (0..self.key.pages_per_seq as u32).collect();
         self.step.fill(&[StepSeq {
             tokens,
             start: 0,
@@ -178,7 +178,7 @@ impl Machine {
     /// Fills the step block for a row whose tokens do not matter.
     pub(super) fn positions(&mut self) -> Result<()> {
         let tokens = vec![0u32; self.key.rows];
-        let pages: Vec<u32> = (1..=self.key.pages_per_seq as u32).collect();
+        let pages: Vec<u32> = (0..self.key.pages_per_seq as u32).collect();
         self.step.fill(&[StepSeq {
             tokens: &tokens,
             start: 0,

@@ -4,14 +4,14 @@ use std::collections::HashMap;
 use std::ops::Range;
 
 use exl_kernels::cuda::{
-    COUNTERS, Device, DeviceRegion, Event, Graph, PinnedMemory, ReadyLaunch, Scratch, Target, link,
-    lower, scratch_bytes,
+    COUNTERS, Device, DeviceProps, DeviceRegion, Event, Graph, PinnedMemory, ReadyLaunch, Scratch,
+    Stream, Target, link, lower, scratch_bytes,
 };
 use exl_kernels::{DType, Mem, MemMut};
 
 use super::regions::{Arena, Regions};
 use super::{Bound, Executor, PartTime, check_dtype};
-use crate::{Error, Gpu, KvBuffers, Phase, Result, Slot, StepBlock, StepField};
+use crate::{Error, Gpu, GpuPart, KvBuffers, Phase, Result, Slot, StepBlock, StepField};
 
 /// Plans whose launches are kept unless somebody says otherwise; more than a runner keeps ready.
 const KEPT_PLANS: usize = 64;
@@ -80,7 +80,11 @@ impl CudaExecutor {
     /// [`Error::Gpu`].
     pub fn new(gpu: &Gpu, options: CudaOptions) -> Result<Self> {
         let device = gpu.device();
-        let region = |bytes, what| DeviceRegion::zeroed(device, bytes, what).map_err(Error::Gpu);
+        let region = |bytes, what| {
+            gpu.metered(GpuPart::Step, || {
+                DeviceRegion::zeroed(device, bytes, what).map_err(Error::Gpu)
+            })
+        };
         let pinned = |bytes| PinnedMemory::new(device, bytes).map_err(Error::Gpu);
         Ok(Self {
             plans: HashMap::new(),
@@ -121,9 +125,16 @@ impl CudaExecutor {
         part.map_err(Error::Gpu)
     }
 
-    /// Bytes of scratch memory at present.
-    pub fn scratch_bytes(&self) -> usize {
-        self.scratch.bytes()
+    /// Takes all device memory that a plan needs with a cache, so that no step has to: later ones that
+    /// need no more find it there.
+    ///
+    /// # Errors
+    /// [`Error::Gpu`]: out of device memory.
+    pub fn reserve(&mut self, bound: &Bound, kv: &mut KvBuffers) -> Result<()> {
+        self.prepare(bound)?;
+        let step = StepBlock::new(bound.plan().key())?;
+        let bytes = scratch_for(bound, &step, kv, &self.space(), self.gpu.props());
+        self.grow(Growing::Scratch, bytes)
     }
 
     /// Kernel launches of a plan that has run.
@@ -141,26 +152,37 @@ impl CudaExecutor {
 
     /// A region of at least `bytes`. Launches that were made with the old one are dropped.
     fn grow(&mut self, which: Growing, bytes: usize) -> Result<()> {
-        let (region, what) = match which {
-            Growing::Arena => (&self.arena, "activations"),
-            Growing::Scratch => (&self.scratch, "scratch memory"),
-            Growing::Step => (&self.step, "the step block"),
+        let (region, part, what) = match which {
+            Growing::Arena => (&self.arena, GpuPart::Activations, "activations"),
+            Growing::Scratch => (&self.scratch, GpuPart::Scratch, "scratch memory of kernels"),
+            Growing::Step => (&self.step, GpuPart::Step, "the step block"),
         };
         if region.bytes() >= bytes {
             return Ok(());
         }
         self.wait()?;
-        self.plans.clear();
+        self.forget(|_| true)?;
         let device = self.gpu.device().clone();
         let region = match which {
             Growing::Arena => &mut self.arena,
             Growing::Scratch => &mut self.scratch,
             Growing::Step => &mut self.step,
         };
-        // The old memory goes first: both together may not fit.
-        *region = DeviceRegion::zeroed(&device, 256, what).map_err(Error::Gpu)?;
-        *region = DeviceRegion::zeroed(&device, bytes, what).map_err(Error::Gpu)?;
-        Ok(())
+        self.gpu.metered(part, || {
+            // The old memory goes first: both together may not fit.
+            *region = DeviceRegion::zeroed(&device, 256, what).map_err(Error::Gpu)?;
+            *region = DeviceRegion::zeroed(&device, bytes, what).map_err(Error::Gpu)?;
+            Ok(())
+        })
+    }
+
+    /// Drops the launches and graphs of these plans.
+    fn forget(&mut self, which: impl Fn(&u64) -> bool) -> Result<()> {
+        let plans = &mut self.plans;
+        self.gpu.metered(GpuPart::Graphs, || {
+            plans.retain(|id, _| !which(id));
+            Ok(())
+        })
     }
 
     /// Makes the launches of a plan unless they are there.
@@ -173,12 +195,9 @@ impl CudaExecutor {
             lowered.used = self.clock;
             return Ok(());
         }
-        let bytes = self.scratch_for(bound, step, kv)?;
+        let bytes = scratch_for(bound, step, kv, &self.space(), self.gpu.props());
         self.grow(Growing::Scratch, bytes)?;
-        let space = Space {
-            arena: &self.arena,
-            step: &self.step,
-        };
+        let space = self.space();
         let target = Target {
             props: self.gpu.props(),
             scratch: Scratch {
@@ -208,7 +227,7 @@ impl CudaExecutor {
         let launches = ready
             .collect::<std::result::Result<_, _>>()
             .map_err(Error::Gpu)?;
-        self.make_room();
+        self.make_room()?;
         let lowered = Lowered {
             bound: bound.clone(),
             kv: identity,
@@ -222,27 +241,22 @@ impl CudaExecutor {
         Ok(())
     }
 
-    fn scratch_for(&self, bound: &Bound, step: &StepBlock, kv: &mut KvBuffers) -> Result<usize> {
-        let space = Space {
+    fn space(&self) -> Space<'_> {
+        Space {
             arena: &self.arena,
             step: &self.step,
-        };
-        let mut most = 0;
-        for plan_op in bound.plan().ops() {
-            let op = Regions::new(bound, &space).op(plan_op, step, kv);
-            most = most.max(scratch_bytes(&op, self.gpu.props()));
         }
-        Ok(most as usize)
     }
 
-    fn make_room(&mut self) {
+    fn make_room(&mut self) -> Result<()> {
         while self.plans.len() >= self.kept {
             let oldest = self.plans.iter().min_by_key(|(_, l)| l.used);
-            let Some(id) = oldest.map(|(&id, _)| id) else {
-                return;
+            let Some(oldest) = oldest.map(|(&id, _)| id) else {
+                return Ok(());
             };
-            self.plans.remove(&id);
+            self.forget(|id| *id == oldest)?;
         }
+        Ok(())
     }
 
     /// Queues the copy of a step to the GPU.
@@ -291,15 +305,11 @@ impl CudaExecutor {
         let decode = lowered.bound.plan().key().phase == Phase::Decode;
         // The first run loads kernels, which cannot be captured.
         if lowered.graph.is_none() && lowered.runs > 0 && decode && self.options.graphs {
-            let graph = stream.capture(|stream| {
-                let all = lowered.launches.iter();
-                all.enumerate()
-                    // The first one has the copy of the step before it, which is no kernel.
-                    .try_for_each(|(i, launch)| stream.launch(launch, overlap && i > 0))
-            });
-            let graph = graph.map_err(Error::Gpu)?;
-            graph.upload(stream).map_err(Error::Gpu)?;
-            lowered.graph = Some(graph);
+            let launches = &lowered.launches;
+            let graph = self
+                .gpu
+                .metered(GpuPart::Graphs, || capture(stream, launches, overlap));
+            lowered.graph = Some(graph?);
         }
         lowered.runs += 1;
         match &lowered.graph {
@@ -319,6 +329,35 @@ impl Drop for CudaExecutor {
         // An error here means that the GPU is gone, and its memory with it.
         let _ = self.wait();
     }
+}
+
+/// The launches as a graph that is on the GPU.
+fn capture(stream: &Stream, launches: &[ReadyLaunch], overlap: bool) -> Result<Graph> {
+    let record = |stream: &Stream| {
+        let all = launches.iter();
+        all.enumerate()
+            // The first one has the copy of the step before it, which is no kernel.
+            .try_for_each(|(i, launch)| stream.launch(launch, overlap && i > 0))
+    };
+    let graph = stream.capture(record).map_err(Error::Gpu)?;
+    graph.upload(stream).map_err(Error::Gpu)?;
+    Ok(graph)
+}
+
+/// Scratch bytes of the plan's most demanding op, wherever its operands are.
+pub(super) fn scratch_for(
+    bound: &Bound,
+    step: &StepBlock,
+    kv: &mut KvBuffers,
+    space: &Space<'_>,
+    props: &DeviceProps,
+) -> usize {
+    let mut most = 0;
+    for plan_op in bound.plan().ops() {
+        let op = Regions::new(bound, space).op(plan_op, step, kv);
+        most = most.max(scratch_bytes(&op, props));
+    }
+    most as usize
 }
 
 #[derive(Clone, Copy)]
@@ -364,6 +403,10 @@ impl Executor for CudaExecutor {
 
     fn arena_bytes(&self) -> usize {
         self.arena.bytes()
+    }
+
+    fn scratch_bytes(&self) -> usize {
+        self.scratch.bytes()
     }
 
     fn write(&mut self, bound: &Bound, slot: Slot, values: &[f32]) -> Result<()> {
@@ -428,9 +471,9 @@ fn time_each(device: &Device, launches: &[ReadyLaunch]) -> exl_kernels::Result<V
 }
 
 /// The memory of one plan's operands.
-struct Space<'a> {
-    arena: &'a DeviceRegion,
-    step: &'a DeviceRegion,
+pub(super) struct Space<'a> {
+    pub(super) arena: &'a DeviceRegion,
+    pub(super) step: &'a DeviceRegion,
 }
 
 impl Arena for Space<'_> {

@@ -24,6 +24,8 @@ enum Kernels {
 pub struct HostExecutor {
     kernels: Kernels,
     arena: HostMemory,
+    /// Bytes of scratch memory that were reserved.
+    scratch: usize,
     /// [`Bound::id`]s whose scratch memory is reserved, the newest first.
     prepared: VecDeque<u64>,
 }
@@ -49,6 +51,7 @@ impl HostExecutor {
         Ok(Self {
             kernels,
             arena: HostMemory::zeroed(0, "the arena")?,
+            scratch: 0,
             prepared: VecDeque::new(),
         })
     }
@@ -129,7 +132,9 @@ impl Executor for HostExecutor {
         if let Kernels::Cpu(cpu) = &self.kernels
             && !self.prepared.contains(&bound.id())
         {
-            cpu.reserve(self.workspace_bytes(cpu, bound)?);
+            let bytes = self.workspace_bytes(cpu, bound)?;
+            cpu.reserve(bytes);
+            self.scratch = self.scratch.max(bytes);
             self.prepared.truncate(PREPARED - 1);
             self.prepared.push_front(bound.id());
         }
@@ -172,6 +177,10 @@ impl Executor for HostExecutor {
 
     fn arena_bytes(&self) -> usize {
         self.arena.bytes()
+    }
+
+    fn scratch_bytes(&self) -> usize {
+        self.scratch
     }
 
     fn write(&mut self, bound: &Bound, slot: Slot, values: &[f32]) -> Result<()> {

@@ -20,6 +20,8 @@ results=$(cd "$results" && pwd)
 work=$(mktemp -d) || exit 1
 trap 'rm -rf "$work"' EXIT
 exl="$here/exl"
+export EXL_TEST_ROOT="$here" TMPDIR="$work"
+model="$here/testdata/demo-4m"
 failed=0
 summary=
 
@@ -62,10 +64,25 @@ if ! grep -q '"problem":null' "$results/doctor.out"; then
     finish
 fi
 step selftest 300 "$exl" doctor --selftest --json
-step conformance 600 "$here/gpu_conformance" --test-threads 2
-step convert-cpu 300 "$exl" convert "$here/demo-4m" --out "$work/quantized" --bits 4.0 --rows 16 \
+# tests NAME SECONDS FILTER...: tests of the one program that holds them all; none at all is a failure.
+tests() {
+    name=$1 limit=$2
+    shift 2
+    step "$name" "$limit" "$here/gpu_tests" --test-threads 1 --nocapture "$@" || return
+    if ! grep -q '^test result: ok. [1-9]' "$results/$name.out"; then
+        echo "$name: no test ran" >&2
+        failed=$((failed + 1))
+    fi
+}
+
+tests conformance 900 conformance::
+tests models 300 models::
+tests draws 300 draws::
+tests engine 600 engine::
+tests convert 600 convert::
+step convert-cpu 300 "$exl" convert "$model" --out "$work/quantized" --bits 4.0 --rows 16 \
     --length 512 --device cpu -q
-step convert-cuda 300 "$exl" convert "$here/demo-4m" --out "$work/on-gpu" --bits 4.0 --rows 16 \
+step convert-cuda 300 "$exl" convert "$model" --out "$work/on-gpu" --bits 4.0 --rows 16 \
     --length 512 --device cuda -q
 for device in cpu cuda; do
     step "speak-$device" 120 "$exl" generate -q -m "$work/quantized" -p "It was a dark night" \
@@ -73,8 +90,8 @@ for device in cpu cuda; do
 done
 step same-text 10 cmp "$results/speak-cpu.out" "$results/speak-cuda.out"
 for device in cpu cuda; do
-    step "eval-$device" 300 "$exl" eval -q -m "$work/quantized" --reference "$here/demo-4m" \
-        --text "$here/demo-eval.txt" --rows 8 --length 512 --device $device --json
+    step "eval-$device" 300 "$exl" eval -q -m "$work/quantized" --reference "$model" \
+        --text "$here/testdata/demo-eval.txt" --rows 8 --length 512 --device $device --json
 done
 a=$(number kl "$results/eval-cpu.out") b=$(number kl "$results/eval-cuda.out")
 step same-kl 10 awk -v a="$a" -v b="$b" \
@@ -85,9 +102,21 @@ for shape in tinyllama-1.1b llama2-7b; do
 done
 if [ "${2:-}" = --sanitize ]; then
     export EXL_GPU_QUICK=1
-    for tool in memcheck racecheck initcheck; do
-        step "$tool" 1800 compute-sanitizer --tool $tool --error-exitcode 1 --launch-timeout 100 \
-            "$here/gpu_conformance" --test-threads 1 --exact gpu_conformance
-    done
+    while read -r family ops; do
+        for tool in memcheck racecheck initcheck; do
+            export EXL_GPU_OPS="$ops"
+            step "$tool-$family" 300 compute-sanitizer --tool $tool --error-exitcode 1 \
+                --launch-timeout 100 "$here/gpu_tests" --test-threads 1 --nocapture \
+                --exact conformance::gpu_conformance </dev/null
+            # The kernels that it looked at.
+            sed -n 's/^\([0-9]* kernels ran\)/  \1/p' "$results/$tool-$family.err" | cut -c 1-100
+        done
+    done <<FAMILIES
+rows embed,rms_norm,gather_rows,scale_logits
+linear linear,gate_up,dequant
+attention rope_append,paged_attn
+sample sample
+quantizer hessian_syrk,hessian_factor,hessian_loss,gptq
+FAMILIES
 fi
 finish

@@ -5,12 +5,13 @@ use super::profile::Profile;
 use crate::args::{CacheMode, ComputeArgs, LoadArgs};
 use crate::failure::Interrupted;
 use crate::machine;
+use crate::memory::{self, Taken};
 use crate::session;
 use crate::signal::StopFlag;
 use crate::ui::Ui;
 use anyhow::{Result, anyhow};
 use exl_models::{
-    Backend, Draw, LogitRows, MemoryRequest, ModelSource, Runner, SampleParams, SeqSlice,
+    Backend, Draw, LogitRows, MemoryUse, ModelSource, Runner, RunnerOptions, SampleParams, SeqSlice,
 };
 use exl_tensor::{Gpu, PAGE_TOKENS, Phase, PlanKey, SampleShape};
 use serde::Serialize;
@@ -67,15 +68,12 @@ pub(super) fn measure(
     let start = Instant::now();
     let options = session::load_options(settings.load, &settings.compute, None);
     let source = session::open(dir, &options, ui)?;
-    check_sizes(&source, (settings, gpu), ui)?;
+    let options = runner_options(settings, gpu);
+    let need = memory::needed(&source, &options.memory_request(), gpu)?;
+    check_sizes(&source, (settings, gpu), &need, ui)?;
     let loaded = session::load(&source, gpu, stop, ui)?;
     drop(source);
     let load_seconds = start.elapsed().as_secs_f64();
-    let mut options = session::runner_options(&settings.compute, settings.cache, gpu);
-    let batch = settings.batch.iter().copied().max().unwrap_or(1);
-    options.pages = pages(settings) + 1;
-    options.max_rows = session::prefill_rows(gpu).max(batch);
-    options.max_seqs = batch;
     let mut runner = Runner::new(loaded.model, options)?;
     let Speeds {
         prefill,
@@ -102,14 +100,20 @@ pub(super) fn measure(
         memory_bytes: resident.map_or(0, |r| r.now),
         memory_peak_bytes: resident.map_or(0, |r| r.peak),
         cache_bytes: runner.memory().cache,
-        gpu_memory_bytes: gpu.map(taken).transpose()?,
+        gpu_memory: gpu.map(|gpu| Taken::now(gpu, &need)).transpose()?,
     })
 }
 
-/// Bytes of a GPU's memory that are not free.
-fn taken(gpu: &Gpu) -> Result<u64> {
-    let (free, all) = gpu.memory()?;
-    Ok(all - free)
+/// Room for the hungriest measurement.
+fn runner_options(settings: &Settings, gpu: Option<&Gpu>) -> RunnerOptions {
+    let batch = settings.batch.iter().copied().max().unwrap_or(1);
+    let prompt = settings.prefill.iter().copied().max().unwrap_or(1);
+    RunnerOptions {
+        pages: pages(settings),
+        max_rows: session::prefill_rows(gpu).min(prompt).max(batch),
+        max_seqs: batch,
+        ..session::runner_options(&settings.compute, settings.cache, gpu)
+    }
 }
 
 /// Refuses measurements that do not fit into memory, and remarks on those that the model was not
@@ -117,26 +121,15 @@ fn taken(gpu: &Gpu) -> Result<u64> {
 fn check_sizes(
     source: &ModelSource,
     (settings, gpu): (&Settings, Option<&Gpu>),
+    need: &MemoryUse,
     ui: &Ui,
 ) -> Result<()> {
-    let chunk_rows = session::prefill_rows(gpu);
-    let kv_dtype = session::kv_dtype(settings.cache);
     let most = |values: &[usize]| values.iter().copied().max().unwrap_or(0);
     let (tokens, batch) = (most(&settings.prefill), most(&settings.batch));
     let context = most(&settings.context) + decode_tokens(settings);
-    let need = |context, seqs, rows| {
-        let request = MemoryRequest {
-            context,
-            seqs,
-            kv_dtype,
-            rows,
-        };
-        source.memory_for(&request).total()
-    };
-    let need = need(tokens, 1, chunk_rows).max(need(context, batch, chunk_rows.max(batch)));
     let name = source.files().dir().display();
     let what = format!("{name} with prompts of {tokens} tokens and {batch} sequences of {context}");
-    session::check_memory(need, &what, "--prefill, --batch or --context", gpu)?;
+    memory::check(need, &what, "--prefill, --batch or --context", gpu)?;
     session::remark_context(source, "--prefill", tokens, ui);
     session::remark_context(source, "--context", context, ui);
     Ok(())
@@ -238,7 +231,7 @@ fn time_prefill(
     repeats: usize,
     stop: &StopFlag,
 ) -> Result<Prefill> {
-    let pages: Vec<u32> = (1..=tokens.div_ceil(PAGE_TOKENS) as u32).collect();
+    let pages: Vec<u32> = (0..tokens.div_ceil(PAGE_TOKENS) as u32).collect();
     let text = some_tokens(runner, tokens);
     let chunk_rows = runner.options().max_rows;
     let mut times = Vec::new();
@@ -284,7 +277,7 @@ fn time_decode(
 ) -> Result<Decode> {
     let per_seq = (context + decode_tokens(settings)).div_ceil(PAGE_TOKENS) as u32;
     let pages: Vec<Vec<u32>> = (0..batch as u32)
-        .map(|seq| (1 + seq * per_seq..1 + (seq + 1) * per_seq).collect())
+        .map(|seq| (seq * per_seq..(seq + 1) * per_seq).collect())
         .collect();
     let tokens = some_tokens(runner, batch);
     let mut times = Vec::new();

@@ -46,10 +46,10 @@ fn facts(report: &Report) -> Vec<(&'static str, String)> {
         ui::bytes(report.memory_peak_bytes)
     );
     let cache = ui::bytes(report.cache_bytes);
-    let memory = match report.gpu_memory_bytes {
+    let memory = match &report.gpu_memory {
         Some(gpu) => format!(
             "{} on the GPU, {cache} of it cache; {resident}",
-            ui::bytes(gpu)
+            ui::bytes(gpu.taken_bytes)
         ),
         None => format!("{resident}, {cache} of it cache"),
     };
@@ -60,7 +60,7 @@ fn facts(report: &Report) -> Vec<(&'static str, String)> {
     if report.deterministic {
         settings.push_str(", deterministic");
     }
-    vec![
+    let mut facts = vec![
         ("model", report.model.clone()),
         (
             "device",
@@ -78,7 +78,11 @@ fn facts(report: &Report) -> Vec<(&'static str, String)> {
         ),
         ("loading", format!("{:.1} s", report.load_seconds)),
         ("memory", memory),
-    ]
+    ];
+    if let Some(gpu) = &report.gpu_memory {
+        facts.push(("device memory", gpu.text()));
+    }
+    facts
 }
 
 fn prefill(report: &Report) -> Option<Table> {

@@ -1,0 +1,21 @@
+//! The tests of all crates that want a GPU, in one program with one copy of the kernels, which
+//! `cargo xtask bundle` takes to machines without cargo. `EXL_TEST_ROOT` names the folder that holds
+//! the models there.
+#![allow(clippy::unwrap_used, clippy::print_stdout, dead_code)]
+
+#[path = "../../../exl-models/tests/it/common.rs"]
+mod common;
+#[path = "../../../exl-kernels/tests/gpu_conformance.rs"]
+mod conformance;
+#[path = "../../../exl-quant/tests/gpu_convert.rs"]
+mod convert;
+#[path = "../../../exl-gen/tests/draws.rs"]
+mod draws;
+#[path = "../../../exl-gen/tests/gpu.rs"]
+mod engine;
+#[path = "../../../exl-models/tests/it/golden.rs"]
+mod golden;
+#[path = "../../../exl-models/tests/it/gpu.rs"]
+mod models;
+#[path = "../../../exl-models/tests/it/quantized.rs"]
+mod quantized;

@@ -1,0 +1,86 @@
+use std::path::Path;
+
+use exl_format::ConfigFile;
+use exl_tensor::Group;
+use serde_json::json;
+
+use super::*;
+use crate::rope::RopeOptions;
+use crate::{WeightKind, layout, parse};
+
+fn llama2_7b() -> Spec {
+    let config = json!({
+        "architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "intermediate_size": 11008,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 32000,
+        "rms_norm_eps": 1e-5, "max_position_embeddings": 16384
+    });
+    let file = ConfigFile::from_value(Path::new("config.json"), config).unwrap();
+    parse(&file, &RopeOptions::default(), false).unwrap()
+}
+
+/// The weights of a model at 4 bits with a permutation for each input of a layer.
+fn sketch(spec: &Spec) -> GpuSketch {
+    let mut sketch = GpuSketch::new();
+    for (i, rope) in spec.ropes.iter().enumerate() {
+        sketch.dense(&Spec::rope_weight(i), DType::F32, &[rope.inv_freq.len()]);
+    }
+    for key in layout(spec) {
+        if !key.is_linear() || matches!(key.kind, WeightKind::Head { .. }) {
+            sketch.dense(&key.name, DType::F16, &key.shape);
+            continue;
+        }
+        let (outputs, inputs) = (key.shape[0], key.shape[1]);
+        let groups = vec![Group { bits: 4, rows: 128 }; inputs / 128];
+        let layer = key.name.split('.').nth(2).unwrap().parse::<u32>().unwrap();
+        let turn = |i: u32| (i + 1 + layer) % inputs as u32;
+        let invperm: Vec<u32> = (0..inputs as u32).map(turn).collect();
+        sketch.exl2(&key.name, (inputs, outputs), groups, &invperm);
+    }
+    sketch
+}
+
+#[test]
+fn a_prompt_of_a_7b_takes_known_memory() {
+    let spec = llama2_7b();
+    let sketch = sketch(&spec);
+    let request = MemoryRequest::new((1, 8192), DType::F16, 2048);
+    let row = 2048 * 4096 * 4;
+    for props in DeviceProps::samples() {
+        let used = gpu_memory_for(&spec, &sketch, &props, &request).unwrap();
+        println!("{}: {used:?}", props.name);
+        assert_eq!(used.cache, 2 * 32 * 8192 * 4096 * 2);
+        // The residual, its norm, q, k and v.
+        assert_eq!(used.arena, 5 * row);
+        // Inputs of 16 bits for down, and weights of 16 bits for a part of it.
+        let inputs = 2048 * 11008 * 2;
+        let weights = if props.has_warpgroup_products() {
+            4096 * 11008 * 2
+        } else {
+            192 << 20
+        };
+        assert!(used.scratch > inputs, "{}", props.name);
+        assert!(used.scratch <= inputs + weights + 4 * 2048 * 11008);
+    }
+}
+
+#[test]
+fn equal_permutations_are_counted_once() {
+    let groups = vec![Group { bits: 4, rows: 64 }];
+    let orders: [Vec<u32>; 3] = [
+        (0..64).collect(),
+        (0..64).rev().collect(),
+        (0..64).map(|i| (i + 1) % 64).collect(),
+    ];
+    let bytes = |list: &[usize]| {
+        let mut sketch = GpuSketch::new();
+        for (i, &order) in list.iter().enumerate() {
+            let (name, groups) = (i.to_string(), groups.clone());
+            sketch.exl2(&name, (64, 32), groups, &orders[order]);
+        }
+        sketch.weight_bytes()
+    };
+    let (one, perm) = (bytes(&[0]), 8 * 64);
+    assert_eq!(bytes(&[0, 0]), 2 * one);
+    assert_eq!(bytes(&[1, 1]), 2 * one + perm);
+    assert_eq!(bytes(&[0, 1, 2, 1]), 4 * one + 2 * perm);
+}

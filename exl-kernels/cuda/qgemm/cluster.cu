@@ -15,7 +15,7 @@
 // Expected bound: memory, K N bits / 8 bytes; about 3 instructions per 32 weights and row.
 #include "common/bulk.cuh"
 #include "qgemm/half_walk.cuh"
-#include "qgemm/task.cuh"
+#include "qgemm/turn.cuh"
 
 namespace {
 
@@ -27,45 +27,51 @@ __device__ __forceinline__ u32 at_rank(u32 address, u32 rank) {
     asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
     return remote;
 }
-__device__ __forceinline__ float load_remote(u32 address) {
-    float v;
-    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(address));
+__device__ __forceinline__ float4 load_remote(u32 address) {
+    float4 v;
+    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                 : "r"(address));
     return v;
 }
 
-// Sums of one place in all blocks of the cluster. Loading and adding are apart so that loads overlap.
+// Sums of four columns in all blocks of the cluster. Loading and adding are apart so that loads overlap.
 struct Cells {
-    float v[CLUSTER];
+    float4 v[CLUSTER];
 
     __device__ __forceinline__ explicit Cells(const float* at) {
         const u32 own = smem_address(at);
 #pragma unroll
         for (int i = 0; i < CLUSTER; ++i) v[i] = load_remote(at_rank(own, i));
     }
-    __device__ __forceinline__ float sum() const {
-        float s = v[0];
+    __device__ __forceinline__ float4 sum() const {
+        float4 s = v[0];
 #pragma unroll
-        for (int i = 1; i < CLUSTER; ++i) s += v[i];
+        for (int i = 1; i < CLUSTER; ++i) {
+            s.x += v[i].x;
+            s.y += v[i].y;
+            s.z += v[i].z;
+            s.w += v[i].w;
+        }
         return s;
     }
 };
 
-// Adds up and stores row r of a column tile from the cluster's sums at `sums`; gate and up: those of up
-// at `up`.
-__device__ __forceinline__ void finish(const Task& task, int index, int r, const float* sums,
-                                       const float* up) {
-    const int lane = threadIdx.x % WARP, at = sum_at(r, lane);
+// Adds up and stores four columns of row r of a column tile, from `column` on, from the cluster's sums
+// at `sums`; gate and up: those of up at `up`.
+__device__ __forceinline__ void finish(const Task& task, int index, int r, int column,
+                                       const float* sums, const float* up) {
+    const int at = sum_at(r, column);
     if (task.gated) {
-        const Cells a(sums + at), b(up + at);
-        finish_gated(task.epilogue[0], task.epilogue[1], task.act, r, index * 32 + lane, a.sum(),
-                     b.sum());
+        const float4 a = Cells(sums + at).sum(), b = Cells(up + at).sum();
+        finish_gated(task.epilogue[0], task.epilogue[1], task.act, r, index * 32 + column, a, b);
         return;
     }
     int part = 0;
     while (part < PARTS - 1 && index >= task.matrix[part].columns) {
         index -= task.matrix[part++].columns;
     }
-    finish_linear(task.epilogue[part], r, index * 32 + lane, Cells(sums + at).sum());
+    finish_linear(task.epilogue[part], r, index * 32 + column, Cells(sums + at).sum());
 }
 
 // x of a block: blocks [first, end) of the packed rows.
@@ -90,7 +96,8 @@ __device__ __forceinline__ void qgemm(const Task& task) {
     extern __shared__ __align__(1024) char shared[];
     pdl_launch();
     const int rows = task.rows;
-    const int warp = threadIdx.x / WARP;
+    // The same in all lanes, and known to be.
+    const int warp = __shfl_sync(FULL_MASK, threadIdx.x / WARP, 0);
     const int rank = cluster_rank(), cluster = blockIdx.x / CLUSTER;
     const int clusters = gridDim.x / CLUSTER;
     const Slice slice(task, rank);
@@ -114,7 +121,8 @@ __device__ __forceinline__ void qgemm(const Task& task) {
     }
 
     const int parts = task.gated ? 2 : PARTS;
-    const int mine = cluster * task.tiles / clusters, mine_end = (cluster + 1) * task.tiles / clusters;
+    const Turn whole = Turn::of(cluster, task.tiles, task.each, clusters);
+    const int mine = whole.from, mine_end = whole.to;
     const auto stage = [&] {
         pdl_wait();
 #pragma unroll 1
@@ -175,11 +183,15 @@ __device__ __forceinline__ void qgemm(const Task& task) {
         }
         cluster_sync();
 
-        // Each block adds up one tile in CLUSTER.
-        for (int i = rank; i < end - from; i += CLUSTER) {
-            const float* at = sums + i * cell;
-            for (int r = warp; r < rows; r += HALF_WARPS) {
-                finish(task, from + i, r, at, at + (end - from) * cell);
+        if (end == mine_end && warp == HALF_WARPS - 1) prefetch_next(task);
+        // Each block adds up one tile in CLUSTER, a warp four rows at a time.
+        const int quads = (rows + 3) / 4;
+        for (int i = rank, q = warp; i < end - from; q -= quads, i += CLUSTER) {
+            for (; q < quads; q += HALF_WARPS) {
+                const int r = 4 * q + walk.lane / 8;
+                const float* at = sums + i * cell;
+                if (r >= rows) continue;
+                finish(task, from + i, r, walk.lane % 8 * 4, at, at + (end - from) * cell);
             }
         }
         cluster_meet();   // nobody reads the sums any more

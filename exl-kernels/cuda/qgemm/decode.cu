@@ -36,7 +36,8 @@ __device__ __forceinline__ void qgemm(const Task& task) {
     pdl_launch();
     const int rows = task.rows;
     constexpr int warps = WARPS<NT>, each = SHARES / warps;
-    const int warp = threadIdx.x / WARP;
+    // The same in all lanes, and known to be.
+    const int warp = __shfl_sync(FULL_MASK, threadIdx.x / WARP, 0);
     const XBytes x_bytes(rows, task.inputs);
     // Shared memory: sums [slots][warps][rows][32]; rings of the warps; x of each order, or its scales
     // and sums and then rings.
@@ -66,7 +67,7 @@ __device__ __forceinline__ void qgemm(const Task& task) {
 
     const int parts = task.gated ? 2 : PARTS;
     // The thread block's tiles are consecutive, so that most belong to one matrix.
-    const Turn mine = Turn::of_block(task.tiles, task.each, gridDim.x);
+    const Turn mine = Turn::of(blockIdx.x, task.tiles, task.each, gridDim.x);
     const auto stage = [&] {
         pdl_wait();
 #pragma unroll 1
@@ -133,8 +134,8 @@ __device__ __forceinline__ void qgemm(const Task& task) {
             if (!more) break;
             walk.template run<KIND>(feed, tiles, fold.fold, left);
         }
-        if (turn.to == mine.to && threadIdx.x < WARP) prefetch_next(task);
         __syncthreads();
+        if (turn.to == mine.to && warp == warps - 1) prefetch_next(task);
 
         const int stride = rows * 32;   // between the sums of warps
         for (int i = warp; i < (turn.to - turn.from) * rows; i += warps) {

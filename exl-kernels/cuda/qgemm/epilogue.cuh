@@ -52,3 +52,36 @@ __device__ __forceinline__ void finish_gated(const Epilogue& e, const Epilogue& 
     up += bias_at(other.bias, other.bias_type, column);
     e.out[(long long)row * e.n + column] = activate(gate, act) * up;
 }
+
+// Four columns from `column` on, a multiple of four. Where a row of the output has a multiple of four
+// columns they go out together.
+__device__ __forceinline__ void finish_linear(const Epilogue& e, int row, int column, float4 s) {
+    const long long at = (long long)row * e.n + column;
+    if (column >= e.n) return;
+    if (e.n % 4 != 0 || e.bias) {
+        finish_linear(e, row, column, s.x);
+        finish_linear(e, row, column + 1, s.y);
+        finish_linear(e, row, column + 2, s.z);
+        finish_linear(e, row, column + 3, s.w);
+        return;
+    }
+    if (e.add) {
+        const float4 a = *reinterpret_cast<const float4*>(e.add + at);
+        s = make_float4(s.x + a.x, s.y + a.y, s.z + a.z, s.w + a.w);
+    }
+    *reinterpret_cast<float4*>(e.out + at) = s;
+}
+__device__ __forceinline__ void finish_gated(const Epilogue& e, const Epilogue& other, int act,
+                                             int row, int column, float4 gate, float4 up) {
+    if (column >= e.n) return;
+    if (e.n % 4 != 0 || e.bias || other.bias) {
+        finish_gated(e, other, act, row, column, gate.x, up.x);
+        finish_gated(e, other, act, row, column + 1, gate.y, up.y);
+        finish_gated(e, other, act, row, column + 2, gate.z, up.z);
+        finish_gated(e, other, act, row, column + 3, gate.w, up.w);
+        return;
+    }
+    *reinterpret_cast<float4*>(e.out + (long long)row * e.n + column) =
+        make_float4(activate(gate.x, act) * up.x, activate(gate.y, act) * up.y,
+                    activate(gate.z, act) * up.z, activate(gate.w, act) * up.w);
+}

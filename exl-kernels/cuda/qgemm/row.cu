@@ -114,7 +114,7 @@ __device__ __forceinline__ void qgemm(const Task& task) {
     Supply supply(way);
 
     // The thread block's tiles are consecutive, so that most belong to one matrix.
-    const Turn mine = Turn::of_block(task.tiles, task.each, gridDim.x);
+    const Turn mine = Turn::of(blockIdx.x, task.tiles, task.each, gridDim.x);
     const int each = task.gated ? 2 : 1, at_once = task.slots / each;
 #pragma unroll 1
     for (int from = mine.from; from < mine.to; from += at_once) {

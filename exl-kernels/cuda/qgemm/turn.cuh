@@ -7,12 +7,11 @@
 struct Turn {
     int from, to;
 
-    // The share of a thread block: `each` tiles, and one more for the first of them until all are
-    // given away.
-    __device__ __forceinline__ static Turn of_block(int tiles, int each, int grid) {
-        const int block = blockIdx.x, more = tiles - each * grid;
-        const int from = block * each + min(block, more);
-        return {from, from + each + (block < more ? 1 : 0)};
+    // The share of worker `index`: `each` tiles, and one more for the first of them until all are given
+    // away.
+    __device__ __forceinline__ static Turn of(int index, int tiles, int each, int workers) {
+        const int more = tiles - each * workers, from = index * each + min(index, more);
+        return {from, from + each + (index < more ? 1 : 0)};
     }
     // Those among `count` tiles from `first` on, which are one matrix. Their sums are at slot
     // `step`.
@@ -28,7 +27,8 @@ __device__ __forceinline__ void prefetch_next(const Task& task) {
     if (int(blockIdx.x) >= task.next_grid) return;
     int all = task.next[0].columns;
     if (!task.next_gated) all += task.next[1].columns + task.next[2].columns;
-    const Turn mine = Turn::of_block(all, all / task.next_grid, task.next_grid);
+    const Turn mine =
+        Turn::of(int(blockIdx.x), all, all / task.next_grid, task.next_grid);
     for (int part = 0, first = 0; part < PARTS; ++part) {
         const NextPart& n = task.next[part];
         const Tiles tiles = mine.tiles(first, n.columns);

@@ -87,11 +87,16 @@ fn prepare(list: &mut Vec<Launch>, x: u64, m: &CudaMatrix, rows: usize, out: u64
     gemm::prepare_x(list, &args);
 }
 
+/// Thread blocks of eight warps, each for four blocks of a column tile (cuda/qgemm/dequant.cu).
+pub(super) fn dequant_grid(m: &CudaMatrix, columns: usize) -> [u32; 3] {
+    [m.blocks().div_ceil(8 * 4) as u32, columns as u32, 1]
+}
+
 /// Expands column tiles of a matrix.
 fn dequant(m: &CudaMatrix, columns: usize, args: Args) -> Launch {
     Launch {
         kernel: DEQUANT[instance(m.kind())],
-        grid: [(m.blocks() * columns).div_ceil(8) as u32, 1, 1],
+        grid: dequant_grid(m, columns),
         block: [256, 1, 1],
         shared_bytes: 0,
         args,
@@ -116,8 +121,7 @@ fn product(
         let args = Args::new()
             .block(m.words())
             .ptr(product.b)
-            .int(first)
-            .int(columns);
+            .int(first);
         // Row by row, not in blocks.
         let args = [0; 4].into_iter().fold(args, Args::int);
         list.push(dequant(m, columns, args));

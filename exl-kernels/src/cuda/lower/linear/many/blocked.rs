@@ -229,7 +229,6 @@ impl Range {
                 .block(m.words())
                 .ptr(b)
                 .int(first)
-                .int(columns)
                 .int(wgmma::blocks(m.inputs()))
                 .int(self.place * cut.tile.columns() + turn * cut.width)
                 .int(cut.width)

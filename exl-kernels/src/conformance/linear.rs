@@ -57,6 +57,12 @@ pub(super) fn cases(quick: bool) -> Vec<Case> {
         list.push(gate_up_same_order(rows));
     }
     if !quick {
+        for bits in [2, 3, 4, 5, 6, 8] {
+            for group in [32, 64, 128] {
+                list.push(deep(bits, group, false, 1));
+                list.push(deep(bits, group, true, if bits < 8 { 1 } else { 3 }));
+            }
+        }
         // More rows than the smaller products of clusters take, and outputs for large tiles.
         list.push(gptq(30, true));
         list.push(exl2("wide", &[(4, 64)], 200, 8576));
@@ -138,13 +144,24 @@ fn quantized(
     Ok(vec![out])
 }
 
-fn exl2(what: &str, layout: &'static [(u8, u32)], rows: usize, outputs: usize) -> Case {
+fn exl2(what: &str, layout: &[(u8, u32)], rows: usize, outputs: usize) -> Case {
     let name = format!("linear::exl2/{what}/rows={rows}/n={outputs}");
+    let layout = layout.to_vec();
     // Measured up to 3.2e-4: the reference rounds each weight to 16 bits once more.
     Case::new(name, 1e-3, move |run| {
-        let exl2 = Exl2::random(layout, outputs.next_multiple_of(32), &mut Rng::new(12));
+        let exl2 = Exl2::random(&layout, outputs.next_multiple_of(32), &mut Rng::new(12));
         quantized(run, &QuantMatrix::from_exl2(&exl2.parts())?, rows, outputs)
     })
+}
+
+/// As many rows of weights as a layer has: every way of a GPU through the blocks of a width, also behind
+/// an odd number of blocks of another one, and with a short last group.
+fn deep(bits: u8, group: u32, odd: bool, rows: usize) -> Case {
+    let mut layout = if odd { vec![(8, 32); 5] } else { vec![] };
+    layout.extend(vec![(bits, group); (11_264 / group) as usize]);
+    layout.push((bits, 32));
+    let place = if odd { "behind 5 blocks" } else { "alone" };
+    exl2(&format!("{bits}b g{group} {place}"), &layout, rows, 40)
 }
 
 fn gptq(rows: usize, act_order: bool) -> Case {

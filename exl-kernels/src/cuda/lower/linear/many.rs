@@ -118,10 +118,7 @@ fn product(
         if column >= product.n_out {
             break;
         }
-        let args = Args::new()
-            .block(m.words())
-            .ptr(product.b)
-            .int(first);
+        let args = Args::new().block(m.words()).ptr(product.b).int(first);
         // Row by row, not in blocks.
         let args = [0; 4].into_iter().fold(args, Args::int);
         list.push(dequant(m, columns, args));

@@ -119,7 +119,7 @@ fn deterministic_products_are_exact_whatever_the_rows() {
             deterministic: true,
             ..target(&props)
         };
-        for rows in [9, 33, 70, 300] {
+        for rows in [1, 2, 9, 33, 70, 300] {
             for launch in launches_for(rows, (4096, 4096), &target) {
                 let name = launch.kernel.entry;
                 let exact = name == "exl_block_x" || name.starts_with("exl_qgemm_rows");

@@ -475,6 +475,50 @@ fn gpu_rows_do_not_depend_on_their_number() {
     }
 }
 
+/// One row so long that shared memory has room for the sums of one column tile on the largest GPUs: their
+/// thread blocks take several turns, and must find what the exact products of several rows find.
+#[test]
+fn gpu_products_of_several_turns_are_the_same() {
+    const INPUTS: usize = 31_232;
+    const OUTPUTS: usize = 8_448;
+    let Some(device) = device() else { return };
+    let mut ops = CudaOps::new(device).unwrap();
+    let mut rng = Rng(9);
+    let matrix = rng.gptq(INPUTS, OUTPUTS);
+    let x = rng.floats(INPUTS, 1.0);
+    let mut product = |deterministic: bool| {
+        ops.set_options(RunOptions {
+            deterministic,
+            ..RunOptions::default()
+        });
+        let mut out = vec![f32::NAN; OUTPUTS];
+        let part = LinearPart {
+            matrix: Matrix::Quant(&matrix),
+            bias: None,
+            residual: None,
+            out: MemMut::host(&mut out),
+            outputs: OUTPUTS,
+        };
+        let mut op = Op::Linear(Linear {
+            x: Mem::host(&x),
+            rows: 1,
+            inputs: INPUTS,
+            parts: vec![part],
+        });
+        ops.run(&mut op).unwrap();
+        drop(op);
+        out
+    };
+    let (exact, fast) = (product(true), product(false));
+    assert!(fast.iter().all(|v| v.is_finite()));
+    let most = exact.iter().fold(0f32, |m, v| m.max(v.abs()));
+    let off = exact.iter().zip(&fast).map(|(a, b)| (a - b).abs());
+    let error = off.fold(0f32, f32::max) / most;
+    eprintln!("several turns: {error:e} of the largest output");
+    // Sums of 32-bit floats in two orders.
+    assert!(error < 1e-5, "{error}");
+}
+
 #[test]
 fn gpu_memory_keeps_what_is_copied() {
     let Some(device) = device() else { return };

@@ -25,7 +25,8 @@ struct RowInput {
     const Task& task;
     char* base;
     XBytes bytes;
-    RowStage<KIND == KIND_GPTQ ? 2 : 4> row;   // the other one has registers for two
+    // Others have registers for two.
+    RowStage<KIND == KIND_EXL2 && LARGE ? 4 : 2> row;
 
     __device__ __forceinline__ RowInput(const Task& task, char* base)
         : task(task), base(base),

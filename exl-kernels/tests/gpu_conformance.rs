@@ -33,28 +33,25 @@ fn quick() -> bool {
     std::env::var("EXL_GPU_QUICK").is_ok_and(|v| v == "1")
 }
 
-/// Those to run, of which the environment may leave out some.
-fn chosen(props: &DeviceProps, deterministic: bool) -> Vec<Case> {
-    let mut list = cases(false);
-    if quick() {
-        let few = covering(list, &[(props, deterministic)]).unwrap();
-        list = few.into_iter().map(|(case, _)| case).collect();
-    }
+/// The cases to run, of which the environment may leave out some, and the kernels they must launch where
+/// that is worked out.
+fn chosen(props: &DeviceProps, deterministic: bool) -> (Vec<Case>, HashSet<Kernel>) {
+    let mut list: Vec<(Case, Vec<HashSet<Kernel>>)> = match quick() {
+        true => covering(cases(false), &[(props, deterministic)]).unwrap(),
+        false => cases(false).into_iter().map(|c| (c, Vec::new())).collect(),
+    };
     if let Ok(ops) = std::env::var("EXL_GPU_OPS") {
         let ops: Vec<&str> = ops.split(',').collect();
-        list.retain(|case| {
-            case.name
-                .split("::")
-                .next()
-                .is_some_and(|op| ops.contains(&op))
-        });
+        let op = |case: &Case| case.name.split("::").next().map(str::to_owned);
+        list.retain(|(case, _)| op(case).is_some_and(|op| ops.contains(&op.as_str())));
         assert!(
             !list.is_empty(),
             "EXL_GPU_OPS: no case of {}",
             ops.join(", ")
         );
     }
-    list
+    let (cases, kernels): (Vec<Case>, Vec<_>) = list.into_iter().unzip();
+    (cases, kernels.into_iter().flatten().flatten().collect())
 }
 
 /// Ways to run the same launches: all have to give the same bits.
@@ -131,7 +128,7 @@ fn conformance(deterministic: bool) {
     let mut ops = CudaOps::new(device).unwrap();
     let mut failed = Vec::new();
     let mut worst = BTreeMap::<String, (f32, usize)>::new();
-    let list = chosen(ops.device().props(), deterministic);
+    let (list, kernels) = chosen(ops.device().props(), deterministic);
     // Under a sanitizer every launch counts, and one way to launch says all.
     let modes = &modes(deterministic)[..if quick() { 1 } else { 5 }];
     for case in list {
@@ -183,9 +180,13 @@ fn conformance(deterministic: bool) {
     for (kind, (error, count)) in &worst {
         eprintln!("{kind}: worst error {error:e} in {count} cases");
     }
-    let mut kernels: Vec<String> = ops.kernels().iter().map(|k| format!("{k:?}")).collect();
-    kernels.sort();
-    eprintln!("{} kernels ran: {}", kernels.len(), kernels.join(", "));
+    let mut ran: Vec<String> = ops.kernels().iter().map(|k| format!("{k:?}")).collect();
+    ran.sort();
+    eprintln!("{} kernels ran: {}", ran.len(), ran.join(", "));
+    let idle: Vec<&Kernel> = kernels.difference(ops.kernels()).collect();
+    if !idle.is_empty() {
+        failed.push(format!("the rules promised launches of {idle:?}"));
+    }
     assert!(
         failed.is_empty(),
         "{} failures:\n{}",

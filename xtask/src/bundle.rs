@@ -7,7 +7,7 @@ use xshell::{Shell, cmd};
 
 const DEFAULT_OUT: &str = "target/bundle";
 const SCRIPT: &str = include_str!("bundle/run.sh");
-/// Package, test binary and its name in the bundle: the GPU tests of all crates.
+/// Package, test binary and its name in the bundle: the GPU tests of kernels, models and engine.
 const TEST: (&str, &str, &str) = ("exl-cli", "gpu", "gpu_tests");
 /// What the tests look for, where they look for it.
 const FILES: [&str; 2] = ["testdata/demo-4m", "testdata/demo-eval.txt"];

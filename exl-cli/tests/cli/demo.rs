@@ -36,6 +36,33 @@ fn info_tells_sizes_and_memory() {
 }
 
 #[test]
+fn info_works_out_the_memory_of_a_gpu_that_is_not_here() {
+    let info = |gpu: &str, context: &str| {
+        let args = ["info", demo(), "--gpu", gpu, "--context", context, "--json"];
+        run(&mut exl(args)).success().json()["gpu"].clone()
+    };
+    let gpu = info("h200", "1024");
+    assert_eq!(
+        (&gpu["name"], &gpu["present"], &gpu["driver_measured"]),
+        (&"H200".into(), &false.into(), &false.into())
+    );
+    assert_eq!(gpu["cache_bytes"], 4 * 256 * 4 * 2 * 2 * 64 * 2);
+    // The weights in the file, and the table of the rotation.
+    let weights = gpu["weight_bytes"].as_u64().unwrap();
+    assert!((8_000_000..8_010_000).contains(&weights), "{weights}");
+    let parts = ["weight", "cache", "activation", "scratch", "step", "driver"];
+    let parts = parts.map(|part| gpu[format!("{part}_bytes")].as_u64().unwrap());
+    assert!(parts.iter().all(|&bytes| bytes > 0), "{parts:?}");
+    assert_eq!(gpu["total_bytes"].as_u64(), Some(parts.iter().sum()));
+    // A longer context takes more cache; a step of it more activations.
+    let longer = info("RTX 3060", "2048");
+    assert!(longer["activation_bytes"].as_u64() > gpu["activation_bytes"].as_u64());
+
+    let args = ["info", demo(), "--gpu", "voodoo2"];
+    run(&mut exl(args)).failure(2, &["--gpu voodoo2", "H200"]);
+}
+
+#[test]
 fn info_draws_a_table_and_a_bar_per_layer() {
     let text = run(&mut exl(["info", demo()])).success().stdout;
     for word in [

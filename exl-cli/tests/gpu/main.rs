@@ -1,5 +1,6 @@
-//! The tests of all crates that want a GPU, in one program with one copy of the kernels, which
-//! `cargo xtask bundle` takes to machines without cargo. `EXL_TEST_ROOT` names the folder that holds
+//! The tests of kernels, models and the engine that want a GPU, in one program with one copy of the
+//! kernels, which `cargo xtask bundle` takes to machines without cargo. (There `exl convert` runs on both
+//! devices instead of the quantizer's tests, whose libraries would make the bundle too large.) `EXL_TEST_ROOT` names the folder that holds
 //! the models there.
 #![allow(clippy::unwrap_used, clippy::print_stdout, dead_code)]
 
@@ -7,8 +8,6 @@
 mod common;
 #[path = "../../../exl-kernels/tests/gpu_conformance.rs"]
 mod conformance;
-#[path = "../../../exl-quant/tests/gpu_convert.rs"]
-mod convert;
 #[path = "../../../exl-gen/tests/draws.rs"]
 mod draws;
 #[path = "../../../exl-gen/tests/gpu.rs"]

@@ -79,7 +79,6 @@ tests conformance 900 conformance::
 tests models 300 models::
 tests draws 300 draws::
 tests engine 600 engine::
-tests convert 600 convert::
 step convert-cpu 300 "$exl" convert "$model" --out "$work/quantized" --bits 4.0 --rows 16 \
     --length 512 --device cpu -q
 step convert-cuda 300 "$exl" convert "$model" --out "$work/on-gpu" --bits 4.0 --rows 16 \

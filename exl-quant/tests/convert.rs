@@ -134,3 +134,30 @@ fn the_journal_lies_beside_the_result() {
     let beside = format!("{}.work", here.display());
     assert_eq!(work("."), Path::new(&beside));
 }
+
+fn converted(out: &Path, threads: usize) -> Vec<exl_quant::ConvertReport> {
+    let options = ConvertOptions {
+        threads,
+        ..options(out, 3.0)
+    };
+    convert(
+        &options,
+        &calibration(),
+        &mut |_| {},
+        &AtomicBool::new(false),
+    )
+    .unwrap()
+}
+
+#[test]
+fn the_same_bytes_for_any_number_of_threads() {
+    let temp = TempDir::new();
+    let (one, three) = (temp.0.join("one"), temp.0.join("three"));
+    converted(&one, 1);
+    converted(&three, 3);
+    assert_eq!(names(&one), names(&three));
+    for name in names(&one) {
+        let read = |dir: &Path| std::fs::read(dir.join(&name)).unwrap();
+        assert!(read(&one) == read(&three), "{name}");
+    }
+}

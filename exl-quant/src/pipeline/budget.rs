@@ -14,7 +14,7 @@ use super::quantize::Layouts;
 use super::solver::gpu_bytes;
 use super::{ConvertOptions, Job, Target};
 use crate::calib::Calibration;
-use crate::{Choice, Error, HessianAccumulator, Layout, Result, allocate, candidates, head_recipe};
+use crate::{Choice, Error, HessianAccumulator, Layout, Result, allocate, head_recipe, smallest};
 
 /// Head size whose bytes the budget counts on when the allocation may choose.
 const NOMINAL_HEAD: u32 = 6;
@@ -77,8 +77,7 @@ pub(super) fn check_bits(job: &Job<'_>) -> Result<()> {
     for key in job.source.layout().iter().filter(|k| k.is_linear()) {
         if free_head || key.kind == WeightKind::Linear {
             let outputs = key.shape[0].next_multiple_of(32);
-            let sizes = candidates(key.shape[1])?;
-            least += sizes.iter().map(|l| l.bits(outputs)).min().unwrap_or(0);
+            least += smallest(key.shape[1])?.bits(outputs);
         }
     }
     for &bits in &job.options.bits {
@@ -214,8 +213,9 @@ pub(super) fn check_memory(
     // Accumulator, three means, the f64 matrix and its inverse, the f32 factor.
     let hessian =
         HessianAccumulator::bytes(widest as usize) as u64 + widest * widest * (4 + 8 + 8 + 4);
-    // The matrix as floats, its working copy, codes, the decoded values and their transpose.
-    let matrix = largest.unwrap_or(0) * (4 * 5 + 1);
+    // The matrix as floats, its working copy, codes, the decoded values and their transpose; while
+    // codes are bettered, both kinds of codes and of decoded values.
+    let matrix = largest.unwrap_or(0) * (4 * 5 + 2);
     let logits = 3 * (32 << 20) + tokens.min(1 << 16) * spec.vocab as u64 / 64;
     // Measuring holds the weights of the probed layers at three bits (four with scales), first
     // beside the rows measured, then beside the hidden states at those layers and the end.

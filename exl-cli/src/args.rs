@@ -4,7 +4,7 @@ mod convert;
 mod rewrite;
 mod sampling;
 
-pub(crate) use convert::ConvertArgs;
+pub(crate) use convert::{ConvertArgs, Fit};
 pub(crate) use rewrite::exllama_short_flags;
 pub(crate) use sampling::SamplingArgs;
 

@@ -18,7 +18,7 @@ use std::time::Instant;
 /// Prompt tokens of one step on the CPU.
 pub(crate) const PREFILL_ROWS: usize = 512;
 /// Prompt tokens of one step on a GPU.
-const GPU_PREFILL_ROWS: usize = 2048;
+pub(crate) const GPU_PREFILL_ROWS: usize = 2048;
 
 /// A model in memory.
 #[derive(Debug)]

@@ -40,8 +40,8 @@ pub use scales::scale_value;
 
 #[cfg(feature = "pipeline")]
 pub use pipeline::{
-    ConvertOptions, Event, LayoutPoint, LinearMeasurement, MEASUREMENT_VERSION, Measurement, Stage,
-    convert,
+    ConvertOptions, Event, LayoutPoint, LinearMeasurement, MEASUREMENT_VERSION, Measurement,
+    PlanPoint, Stage, bits_within, convert, plan,
 };
 #[cfg(feature = "pipeline")]
 pub use report::ConvertReport;

@@ -6,7 +6,7 @@ use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
-use exl_quant::{Calibration, ConvertOptions, Error, Event, Stage, convert};
+use exl_quant::{Calibration, ConvertOptions, Error, Event, Stage, convert, plan};
 
 struct TempDir(PathBuf);
 
@@ -160,4 +160,35 @@ fn the_same_bytes_for_any_number_of_threads() {
         let read = |dir: &Path| std::fs::read(dir.join(&name)).unwrap();
         assert!(read(&one) == read(&three), "{name}");
     }
+}
+
+#[test]
+fn a_plan_says_what_a_conversion_makes() {
+    let temp = TempDir::new();
+    let out = temp.0.join("out");
+    let measurement = temp.0.join("m.json");
+    let planning = ConvertOptions {
+        bits: Vec::new(),
+        measure_only: true,
+        save_measurement: Some(measurement.clone()),
+        ..options(&out, 3.0)
+    };
+    let stop = AtomicBool::new(false);
+    let points = plan(&planning, &calibration(), &mut |_| {}, &stop).unwrap();
+    assert!(!out.exists());
+    for pair in points.windows(2) {
+        assert!(pair[0].bits < pair[1].bits && pair[0].bytes < pair[1].bytes);
+        assert!(pair[0].predicted_kl > pair[1].predicted_kl);
+    }
+    let three = points.iter().find(|p| p.bits == 3.0).unwrap();
+    let converting = ConvertOptions {
+        measurement: Some(measurement),
+        ..options(&out, 3.0)
+    };
+    let made = convert(&converting, &calibration(), &mut |_| {}, &stop).unwrap();
+    let totals = &made[0].quality.totals;
+    assert_eq!(three.bytes, totals.bytes);
+    assert_eq!(three.predicted_kl, made[0].predicted_kl);
+    assert!((three.bits_per_weight - totals.bits_per_weight).abs() < 1e-9);
+    assert!((three.head_bits_per_weight - totals.head_bits_per_weight).abs() < 1e-9);
 }

@@ -304,3 +304,44 @@ fn one_measurement_serves_several_bitrates() {
         "a saved measurement gives the same"
     );
 }
+
+#[test]
+fn a_plan_quantizes_nothing_and_what_fits_is_converted() {
+    let temp = TempDir::new();
+    let file = temp.join("measured.json");
+    let base = ["-r", "6", "-l", "128", "-mr", "2", "-c", demo_text()];
+    let plan = ["convert", demo(), "--plan", "--json", "-om", text(&file)];
+    let plan = run(&mut exl([&plan[..], &base].concat())).success().json();
+    let points = plan["points"].as_array().unwrap();
+    assert!(points.len() > 20, "{}", points.len());
+    let at = |bits: f64| points.iter().find(|p| p["bits"] == bits).unwrap();
+    let kl = |bits: f64| at(bits)["predicted_kl"].as_f64().unwrap();
+    assert!(kl(3.0) > 2.0 * kl(4.0) && kl(4.0) > 2.0 * kl(6.0));
+
+    // Cache, activations and weights together stay within what was named.
+    let out = temp.join("out");
+    let fit = ["--fit", "6.5MB,ctx=256,cache=fp32", "-m", text(&file)];
+    let convert = ["convert", demo(), "--out", text(&out), "--json"];
+    let report = run(&mut exl([&convert[..], &fit, &base].concat()))
+        .success()
+        .json();
+    let bits = report["results"][0]["bits"].as_f64().unwrap();
+    assert!((4.0..6.0).contains(&bits), "{bits}");
+    let info = [
+        "info",
+        text(&out),
+        "--context",
+        "256",
+        "--cache",
+        "f32",
+        "--json",
+    ];
+    let info = run(&mut exl(info)).success().json();
+    let total = info["memory"]["total_bytes"].as_u64().unwrap();
+    assert!(total <= 6_500_000, "{total}");
+
+    let small = ["--fit", "1MB,ctx=256", "-m", text(&file)];
+    run(&mut exl([&convert[..], &small, &base].concat())).failure(1, &["--fit"]);
+    let unknown = ["--fit", "1GB,cache=q4"];
+    run(&mut exl([&convert[..], &unknown, &base].concat())).failure(2, &["fp16 or fp32"]);
+}

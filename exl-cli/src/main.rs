@@ -7,6 +7,7 @@ mod cmd;
 mod failure;
 mod hub;
 mod machine;
+mod rows;
 mod sampling;
 mod session;
 mod signal;

@@ -40,8 +40,9 @@ pub use scales::scale_value;
 
 #[cfg(feature = "pipeline")]
 pub use pipeline::{
-    ConvertOptions, Event, LayoutPoint, LinearMeasurement, MEASUREMENT_VERSION, Measurement,
-    PlanPoint, Stage, bits_within, convert, plan,
+    Check, CompareOptions, ComparedPosition, Comparison, ConvertOptions, Event, LayoutPoint,
+    Likeliest, LinearMeasurement, MEASUREMENT_VERSION, Measurement, PlanPoint, Stage,
+    VerifyOptions, bits_within, compare, convert, plan, stated_quality, verify_quality,
 };
 #[cfg(feature = "pipeline")]
 pub use report::ConvertReport;

@@ -5,6 +5,7 @@
 //! packed weights of up to twelve layers.
 
 mod budget;
+mod compare;
 mod device;
 mod identity;
 mod logits;
@@ -16,6 +17,7 @@ mod probe;
 mod quantize;
 mod sites;
 mod solver;
+mod verify;
 mod write;
 
 use std::path::{Path, PathBuf};
@@ -24,8 +26,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use exl_models::{LoadOptions, ModelSource, Storage};
 use exl_tensor::Gpu;
 
+pub use compare::{CompareOptions, ComparedPosition, Comparison, Likeliest, compare};
 pub use measurement::{LayoutPoint, LinearMeasurement, MEASUREMENT_VERSION, Measurement};
 pub use plan::{PlanPoint, bits_within, plan};
+pub use verify::{Check, VerifyOptions, stated_quality, verify_quality};
 
 pub(crate) use quantize::LinearStats;
 

@@ -345,3 +345,49 @@ fn a_plan_quantizes_nothing_and_what_fits_is_converted() {
     let unknown = ["--fit", "1GB,cache=q4"];
     run(&mut exl([&convert[..], &unknown, &base].concat())).failure(2, &["fp16 or fp32"]);
 }
+
+#[test]
+fn a_conversion_is_verified_and_compared() {
+    let temp = TempDir::new();
+    let out = temp.join("quantized");
+    run(&mut small(&out, "3.0")).success();
+    let verify = [
+        "eval",
+        "--verify",
+        text(&out),
+        "--reference",
+        demo(),
+        "--json",
+    ];
+    let verify = [&verify[..], &["--cal", demo_text()]].concat();
+    let report = run(&mut exl(&verify)).success().json();
+    assert_eq!(report["holds"], true);
+
+    let path = out.join("quality.json");
+    let mut quality: Value =
+        serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
+    quality["evaluation"]["mean_kl"] = Value::from(1e-4);
+    std::fs::write(&path, quality.to_string()).unwrap();
+    let outcome = run(&mut exl(&verify)).failure(1, &["quality.json"]);
+    assert!(outcome.stdout.contains("mean_kl"), "{}", outcome.stdout);
+
+    let plot = temp.join("compare.svg");
+    let compare = ["compare", demo(), text(&out), "--text", demo_text()];
+    let rest = ["--rows", "2", "--length", "128", "--plot", text(&plot)];
+    let compare = [&compare[..], &rest].concat();
+    let table = run(&mut exl(&compare)).success().stdout;
+    for part in ["KL divergence", "layer 0", "A expects", "B expects"] {
+        assert!(table.contains(part), "{part}: {table}");
+    }
+    let picture = std::fs::read_to_string(&plot).unwrap();
+    assert!(picture.contains("<svg") && picture.contains("</svg>"));
+    let report = run(&mut exl(
+        [&compare[..], &["--json", "--worst", "2"]].concat()
+    ))
+    .success()
+    .json();
+    assert_eq!(report["worst"].as_array().unwrap().len(), 2);
+    assert_eq!(report["token_kl"][1].as_array().unwrap().len(), 128);
+    let kl = report["kl"].as_f64().unwrap();
+    assert!(kl > 0.0 && report["kl_max"].as_f64().unwrap() > kl);
+}

@@ -1,10 +1,12 @@
 //! The command line: every flag of every command, as clap sees it.
 
+mod compare;
 mod convert;
 mod rewrite;
 mod sampling;
 
-pub(crate) use convert::ConvertArgs;
+pub(crate) use compare::CompareArgs;
+pub(crate) use convert::{ConvertArgs, Fit};
 pub(crate) use rewrite::exllama_short_flags;
 pub(crate) use sampling::SamplingArgs;
 
@@ -45,6 +47,7 @@ pub(crate) struct Cli {
 pub(crate) enum Command {
     Convert(ConvertArgs),
     Eval(EvalArgs),
+    Compare(CompareArgs),
     Generate(GenerateArgs),
     Chat(ChatArgs),
     Info(InfoArgs),
@@ -144,16 +147,23 @@ impl CacheMode {
 const EVAL_EXAMPLES: &str = "\
 Examples:
   exl eval -m ./model --text book.txt --rows 20 --length 2048
-  exl eval -m ./quantized --reference ./model --tokens eval.safetensors --json";
+  exl eval -m ./quantized --reference ./model --tokens eval.safetensors --json
+  exl eval --verify ./quantized --reference ./model --cal text.parquet";
 
 /// Perplexity, and the distance to a reference model
 #[derive(Debug, Args)]
 #[command(after_help = EVAL_EXAMPLES,
-          group = ArgGroup::new("input").required(true).args(["tokens", "text"]))]
+          group = ArgGroup::new("input").required(true).args(["tokens", "text", "verify"]))]
 pub(crate) struct EvalArgs {
     /// Model directory (Hugging Face, EXL2 or GPTQ)
-    #[arg(short, long, value_name = "DIR")]
-    pub(crate) model: PathBuf,
+    #[arg(
+        short,
+        long,
+        value_name = "DIR",
+        required_unless_present = "verify",
+        conflicts_with = "verify"
+    )]
+    pub(crate) model: Option<PathBuf>,
     /// A .safetensors file with `input_ids` [rows, length]
     #[arg(long, value_name = "FILE")]
     pub(crate) tokens: Option<PathBuf>,
@@ -172,6 +182,14 @@ pub(crate) struct EvalArgs {
     /// Evaluate token by token through a KV cache of this kind, not each row in one piece
     #[arg(long, value_enum, value_name = "MODE")]
     pub(crate) cache: Option<CacheMode>,
+    /// A converted model: recompute what its quality.json states, from the text it was calibrated
+    /// with (--cal) and the original (--reference)
+    #[arg(long, value_name = "DIR", requires = "reference",
+          conflicts_with_all = ["rows", "length", "cache"])]
+    pub(crate) verify: Option<PathBuf>,
+    /// The calibration file of --verify [default: the built-in text]
+    #[arg(short, long, value_name = "FILE", requires = "verify")]
+    pub(crate) cal: Option<PathBuf>,
     /// One JSON object on stdout
     #[arg(long)]
     pub(crate) json: bool,

@@ -2,6 +2,7 @@
 
 mod bench;
 mod chat;
+mod compare;
 mod convert;
 mod doctor;
 mod eval;
@@ -24,6 +25,7 @@ pub(crate) fn run() -> Result<()> {
     match cli.command {
         Command::Convert(args) => convert::run(&args, &ui),
         Command::Eval(args) => eval::run(&args, &ui),
+        Command::Compare(args) => compare::run(&args, &ui),
         Command::Generate(args) => generate::run(&args, &ui),
         Command::Chat(args) => chat::run(&args, &ui),
         Command::Info(args) => info::run(&args, &ui),

@@ -2,11 +2,13 @@
 #![forbid(unsafe_code)]
 
 mod args;
+mod calibration;
 mod cmd;
 mod failure;
 mod hub;
 mod machine;
 mod memory;
+mod rows;
 mod sampling;
 mod session;
 mod signal;

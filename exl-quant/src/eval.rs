@@ -21,8 +21,8 @@ pub struct KlScore {
 
 /// One position.
 #[derive(Clone, Copy, Debug, Default)]
-struct Position {
-    kl: f64,
+pub(crate) struct Position {
+    pub(crate) kl: f64,
     agrees: bool,
     nll: Option<(f64, f64)>,
 }
@@ -108,7 +108,7 @@ impl KlScore {
     }
 }
 
-fn position(reference: &[f32], quantized: &[f32], next: Option<u32>) -> Position {
+pub(crate) fn position(reference: &[f32], quantized: &[f32], next: Option<u32>) -> Position {
     let (top_r, norm_r) = norm(reference);
     let (top_q, norm_q) = norm(quantized);
     // No comparison with NaN holds, so the sum below would leave every term out.
@@ -135,6 +135,24 @@ fn position(reference: &[f32], quantized: &[f32], next: Option<u32>) -> Position
         agrees: top_r == top_q,
         nll,
     }
+}
+
+/// The `count` likeliest tokens, the likeliest first, with their probabilities; ties go to the lower
+/// token.
+#[cfg(feature = "pipeline")]
+pub(crate) fn likeliest(logits: &[f32], count: usize) -> Vec<(u32, f32)> {
+    let (_, norm) = norm(logits);
+    let mut found: Vec<(u32, f32)> = Vec::with_capacity(count + 1);
+    for (token, &logit) in logits.iter().enumerate() {
+        if found.len() == count && found.last().is_some_and(|l| logit <= l.1) {
+            continue;
+        }
+        let at = found.partition_point(|f| f.1 >= logit);
+        found.insert(at, (token as u32, logit));
+        found.truncate(count);
+    }
+    let share = |(token, logit): (u32, f32)| (token, (f64::from(logit) - norm).exp() as f32);
+    found.into_iter().map(share).collect()
 }
 
 /// Index of the largest logit and the logarithm of the sum of exponentials.
@@ -196,6 +214,18 @@ mod tests {
         let mut score = KlScore::new();
         score.add(&[1.0, 2.0], &[2.0, 1.0], 2, &[1]);
         assert!(score.is_finite());
+    }
+
+    #[cfg(feature = "pipeline")]
+    #[test]
+    fn the_likeliest_come_first() {
+        let logits = [0.0, 2f32.ln(), 0.0, 4f32.ln()];
+        let found = likeliest(&logits, 3);
+        let tokens: Vec<u32> = found.iter().map(|f| f.0).collect();
+        assert_eq!(tokens, [3, 1, 0]);
+        close(f64::from(found[0].1), 0.5);
+        close(f64::from(found[2].1), 0.125);
+        assert_eq!(likeliest(&[1.0], 3).len(), 1);
     }
 
     #[test]

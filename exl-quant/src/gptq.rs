@@ -187,15 +187,14 @@ fn group_scales(
     bits: u8,
     factor: &Factor,
 ) -> GroupScales {
+    // Only ratios matter. Squares of the pivots themselves may lie beyond f32, where inputs are
+    // tiny; the largest weight is one, which keeps sums in range.
+    let least = (start..end)
+        .map(|r| factor.pivot(r))
+        .fold(f32::INFINITY, f32::min);
     let weights: Vec<f32> = (start..end)
-        .map(|r| {
-            let u = factor.pivot(r);
-            1.0 / (u * u)
-        })
+        .map(|r| (least / factor.pivot(r)).powi(2))
         .collect();
-    // Only ratios matter; keeping the largest at one keeps f32 sums in range.
-    let top = weights.iter().copied().fold(0.0f32, f32::max);
-    let weights: Vec<f32> = weights.iter().map(|w| w / top).collect();
     let views: Vec<GroupBlock<'_>> = blocks
         .iter()
         .map(|b| GroupBlock {

@@ -11,9 +11,12 @@ mod layout;
 mod linalg;
 mod matrix;
 mod measure;
+mod mix;
 #[cfg(feature = "pipeline")]
 mod pipeline;
 mod quantized;
+#[cfg(any(test, feature = "pipeline"))]
+mod refine;
 #[cfg(feature = "pipeline")]
 mod report;
 #[cfg(feature = "pipeline")]
@@ -31,14 +34,15 @@ pub use hessian::{Hessian, HessianAccumulator, HessianSet, Part};
 pub use layout::{GroupSpec, Layout, ROW_STEP, Recipe, Section, WIDTHS, head_recipe};
 pub use linalg::{Factor, activity_order, order_by};
 pub use matrix::Matrix;
-pub use measure::{Curve, Point, SAMPLE_COLUMNS, candidates, measure, measure_with};
+pub use measure::{Curve, Point, SAMPLE_COLUMNS, measure, measure_with, smallest};
 pub use quantized::{Quantized, Stats};
 pub use scales::scale_value;
 
 #[cfg(feature = "pipeline")]
 pub use pipeline::{
-    ConvertOptions, Event, LayoutPoint, LinearMeasurement, MEASUREMENT_VERSION, Measurement, Stage,
-    convert,
+    Check, CompareOptions, ComparedPosition, Comparison, ConvertOptions, Event, LayoutPoint,
+    Likeliest, LinearMeasurement, MEASUREMENT_VERSION, Measurement, PlanPoint, Stage,
+    VerifyOptions, bits_within, compare, convert, plan, stated_quality, verify_quality,
 };
 #[cfg(feature = "pipeline")]
 pub use report::ConvertReport;

@@ -8,7 +8,8 @@
 use rayon::prelude::*;
 
 use crate::gptq::{Gptq, Quantizer};
-use crate::layout::{Layout, Recipe};
+use crate::layout::Layout;
+use crate::mix::Probes;
 use crate::{Factor, HessianSet, Matrix, Result, activity_order};
 
 /// Columns that stand for all columns of a wide matrix.
@@ -38,57 +39,6 @@ pub struct Curve {
     pub points: Vec<Point>,
 }
 
-/// Recipes worth measuring from 2.1 to 8.1 bits per weight, in the text form of [`Recipe`].
-const RECIPES: [&str; 31] = [
-    "1:2b_128g",
-    "1:2b_64g",
-    "1:2b_32g",
-    "0.07:4b_64g/0.93:2b_64g",
-    "0.125:3b_64g/0.875:2b_64g",
-    "0.25:3b_64g/0.75:2b_64g",
-    "0.07:6b_32g/0.25:3b_64g/0.68:2b_64g",
-    "0.4:3b_64g/0.6:2b_64g",
-    "0.55:3b_64g/0.45:2b_64g",
-    "0.07:5b_64g/0.45:3b_64g/0.48:2b_64g",
-    "0.75:3b_64g/0.25:2b_64g",
-    "1:3b_128g",
-    "1:3b_64g",
-    "1:3b_32g",
-    "0.07:6b_32g/0.93:3b_128g",
-    "0.125:4b_128g/0.875:3b_128g",
-    "0.25:4b_128g/0.75:3b_128g",
-    "0.07:6b_32g/0.25:4b_128g/0.68:3b_128g",
-    "0.5:4b_128g/0.5:3b_128g",
-    "0.75:4b_128g/0.25:3b_128g",
-    "1:4b_128g",
-    "1:4b_32g",
-    "0.07:8b_32g/0.93:4b_128g",
-    "0.25:5b_128g/0.75:4b_128g",
-    "0.5:5b_128g/0.5:4b_128g",
-    "0.75:5b_128g/0.25:4b_128g",
-    "1:5b_128g",
-    "0.07:8b_32g/0.93:5b_128g",
-    "0.5:6b_128g/0.5:5b_128g",
-    "1:6b_128g",
-    "0.3:8b_128g/0.7:6b_128g",
-];
-
-/// The layouts that are measured for a matrix with `inputs` features: [`RECIPES`] and 8 bits,
-/// without repetitions (small matrices round several recipes to the same groups).
-///
-/// # Errors
-/// [`crate::Error::Layout`] when `inputs` is no multiple of 32.
-pub fn candidates(inputs: usize) -> Result<Vec<Layout>> {
-    let mut out: Vec<Layout> = Vec::new();
-    for text in RECIPES.into_iter().chain(["1:8b_128g"]) {
-        let layout = text.parse::<Recipe>()?.layout(inputs)?;
-        if !out.contains(&layout) {
-            out.push(layout);
-        }
-    }
-    Ok(out)
-}
-
 /// Measures every candidate layout of a matrix (`[inputs, outputs]`, padded).
 ///
 /// # Errors
@@ -104,25 +54,49 @@ pub fn measure(name: &str, weight: &Matrix, h: &HessianSet, damping: f64) -> Res
 /// As [`Quantizer::quantize`].
 pub fn measure_with(name: &str, weight: &Matrix, h: &HessianSet, factor: &Factor) -> Result<Curve> {
     let (sample, scale) = sample_columns(weight, SAMPLE_COLUMNS);
-    let layouts = candidates(weight.rows)?;
-    let points = layouts
-        .into_par_iter()
-        .map(|layout| {
-            let q = Gptq { factor }.quantize(name, &sample, &layout)?;
-            let loss = scale * h.hold_out.loss(&difference(&sample, &q.dequantize()))?;
-            Ok(Point {
-                bits: layout.bits(weight.cols),
-                layout,
-                loss,
+    let energy = scale * h.hold_out.loss(&sample)?;
+    curve_of((weight.rows, weight.cols), energy, |layouts| {
+        layouts
+            .par_iter()
+            .map(|layout| {
+                let q = Gptq { factor }.quantize(name, &sample, layout)?;
+                Ok(scale * h.hold_out.loss(&difference(&sample, &q.dequantize()))?)
             })
-        })
-        .collect::<Result<Vec<_>>>()?;
+            .collect()
+    })
+}
+
+/// The curve of a matrix whose layouts `run` measures.
+pub(crate) fn curve_of(
+    (inputs, outputs): (usize, usize),
+    energy: f64,
+    mut run: impl FnMut(&[Layout]) -> Result<Vec<f64>>,
+) -> Result<Curve> {
+    let probes = Probes::new(inputs)?;
+    let measured = run(probes.layouts())?;
+    let mixes = probes.losses(&measured).mixes(outputs)?;
+    let mut points: Vec<Point> = Vec::new();
+    let all = probes.layouts().iter().cloned().zip(measured);
+    for (layout, loss) in all.chain(mixes) {
+        if points.iter().all(|p| p.layout != layout) {
+            let bits = layout.bits(outputs);
+            points.push(Point { layout, bits, loss });
+        }
+    }
     Ok(Curve {
-        inputs: weight.rows,
-        outputs: weight.cols,
-        energy: scale * h.hold_out.loss(&sample)?,
+        inputs,
+        outputs,
+        energy,
         points,
     })
+}
+
+/// The smallest layout that is measured for a matrix with `inputs` features.
+///
+/// # Errors
+/// [`crate::Error::Layout`] when `inputs` is no positive multiple of 32.
+pub fn smallest(inputs: usize) -> Result<Layout> {
+    Layout::uniform(2, 128, inputs)
 }
 
 /// `a - b`.
@@ -177,7 +151,9 @@ mod tests {
             .iter()
             .map(|p| p.bits as f64 / (256.0 * 64.0))
             .collect();
-        assert!(bpw[0] < 2.8 && *bpw.last().unwrap() > 8.0, "{bpw:?}");
+        let least = bpw.iter().copied().fold(f64::INFINITY, f64::min);
+        let most = bpw.iter().copied().fold(0.0, f64::max);
+        assert!(least < 2.8 && most > 8.0, "{bpw:?}");
         let loss_at = |bits: u8| {
             let uniform = Layout::uniform(bits, 128, 256).unwrap();
             curve
@@ -204,10 +180,17 @@ mod tests {
     }
 
     #[test]
-    fn small_matrices_have_fewer_layouts() {
-        let small = candidates(32).unwrap();
-        assert!(small.len() < candidates(512).unwrap().len());
-        assert!(small.iter().all(|l| l.rows() == 32));
-        assert!(candidates(48).is_err());
+    fn any_number_of_rows_has_a_curve() {
+        assert!(smallest(48).is_err() && Probes::new(48).is_err() && Probes::new(0).is_err());
+        for rows in [32, 96, 160, 416] {
+            let weight = Matrix::new(rows, 32, normal(7, rows * 32, 0.05)).unwrap();
+            let curve = measure("t", &weight, &set(rows), 0.02).unwrap();
+            let least = curve.points.iter().map(|p| p.bits).min().unwrap();
+            assert_eq!(least, smallest(rows).unwrap().bits(32));
+            for p in &curve.points {
+                assert_eq!((p.layout.rows(), p.bits), (rows, p.layout.bits(32)));
+                assert!(p.loss.is_finite() && p.loss > 0.0, "{}", p.layout);
+            }
+        }
     }
 }

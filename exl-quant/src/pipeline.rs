@@ -5,16 +5,19 @@
 //! packed weights of up to twelve layers.
 
 mod budget;
+mod compare;
 mod device;
 mod identity;
 mod logits;
 mod machine;
 mod measurement;
 mod place;
+mod plan;
 mod probe;
 mod quantize;
 mod sites;
 mod solver;
+mod verify;
 mod write;
 
 use std::path::{Path, PathBuf};
@@ -23,7 +26,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use exl_models::{LoadOptions, ModelSource, Storage};
 use exl_tensor::Gpu;
 
+pub use compare::{CompareOptions, ComparedPosition, Comparison, Likeliest, compare};
 pub use measurement::{LayoutPoint, LinearMeasurement, MEASUREMENT_VERSION, Measurement};
+pub use plan::{PlanPoint, bits_within, plan};
+pub use verify::{Check, VerifyOptions, stated_quality, verify_quality};
+
 pub(crate) use quantize::LinearStats;
 
 use crate::calib::Calibration;
@@ -210,6 +217,33 @@ pub fn convert(
     events: &mut (dyn FnMut(Event) + Send),
     stop: &AtomicBool,
 ) -> Result<Vec<ConvertReport>> {
+    prepared(
+        options,
+        calibration,
+        events,
+        stop,
+        |job, measurement, work| {
+            let mut reports = Vec::new();
+            if !options.measure_only {
+                let mut judge: Option<Judge> = None;
+                for &bits in &options.bits {
+                    reports.push(one(job, bits, measurement, work, &mut judge)?);
+                }
+            }
+            Ok(reports)
+        },
+    )
+}
+
+/// Checks everything, measures or takes a measurement, and goes on with `then`; the journal is
+/// removed when that is done.
+fn prepared<T: Send>(
+    options: &ConvertOptions,
+    calibration: &Calibration,
+    events: &mut (dyn FnMut(Event) + Send),
+    stop: &AtomicBool,
+    then: impl FnOnce(&mut Job<'_>, &Measurement, &Work) -> Result<T> + Send,
+) -> Result<T> {
     let pool = rayon::ThreadPoolBuilder::new()
         .num_threads(options.threads)
         .build()
@@ -217,15 +251,16 @@ pub fn convert(
             option: "--threads",
             what: e.to_string(),
         })?;
-    pool.install(|| run(options, calibration, events, stop))
+    pool.install(|| run(options, calibration, events, stop, then))
 }
 
-fn run(
+fn run<T>(
     options: &ConvertOptions,
     calibration: &Calibration,
     events: &mut (dyn FnMut(Event) + Send),
     stop: &AtomicBool,
-) -> Result<Vec<ConvertReport>> {
+    then: impl FnOnce(&mut Job<'_>, &Measurement, &Work) -> Result<T>,
+) -> Result<T> {
     let source = ModelSource::open(&options.source, &options.load)?;
     check(options, calibration, &source)?;
     let model_hash = identity::model_hash(source.files())?;
@@ -259,15 +294,9 @@ fn run(
     if let Some(path) = &options.save_measurement {
         measurement.write(path)?;
     }
-    let mut reports = Vec::new();
-    if !options.measure_only {
-        let mut judge: Option<Judge> = None;
-        for &bits in &options.bits {
-            reports.push(one(&mut job, bits, &measurement, &work, &mut judge)?);
-        }
-    }
+    let done = then(&mut job, &measurement, &work)?;
     work.remove()?;
-    Ok(reports)
+    Ok(done)
 }
 
 /// One bitrate from allocation to the finished checkpoint.

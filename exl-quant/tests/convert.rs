@@ -6,7 +6,10 @@ use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
-use exl_quant::{Calibration, ConvertOptions, Error, Event, Stage, convert};
+use exl_quant::{
+    Calibration, CompareOptions, ConvertOptions, Error, Event, Stage, VerifyOptions, compare,
+    convert, plan, verify_quality,
+};
 
 struct TempDir(PathBuf);
 
@@ -133,4 +136,156 @@ fn the_journal_lies_beside_the_result() {
     let here = std::env::current_dir().unwrap();
     let beside = format!("{}.work", here.display());
     assert_eq!(work("."), Path::new(&beside));
+}
+
+fn converted(out: &Path, threads: usize) -> Vec<exl_quant::ConvertReport> {
+    let options = ConvertOptions {
+        threads,
+        ..options(out, 3.0)
+    };
+    convert(
+        &options,
+        &calibration(),
+        &mut |_| {},
+        &AtomicBool::new(false),
+    )
+    .unwrap()
+}
+
+#[test]
+fn the_same_bytes_for_any_number_of_threads() {
+    let temp = TempDir::new();
+    let (one, three) = (temp.0.join("one"), temp.0.join("three"));
+    converted(&one, 1);
+    converted(&three, 3);
+    assert_eq!(names(&one), names(&three));
+    for name in names(&one) {
+        let read = |dir: &Path| std::fs::read(dir.join(&name)).unwrap();
+        assert!(read(&one) == read(&three), "{name}");
+    }
+}
+
+#[test]
+fn what_quality_json_states_holds_until_it_is_changed() {
+    let temp = TempDir::new();
+    let out = temp.0.join("out");
+    converted(&out, 0);
+    let options = VerifyOptions {
+        dir: out.clone(),
+        original: options(&out, 3.0).source,
+        load: Default::default(),
+        threads: 0,
+        gpu: None,
+    };
+    let check = |calibration: &Calibration| {
+        let stop = AtomicBool::new(false);
+        verify_quality(&options, calibration, &mut |_| {}, &stop)
+    };
+    let checks = check(&calibration()).unwrap();
+    let broken: Vec<_> = checks.iter().filter(|c| !c.holds).collect();
+    assert!(broken.is_empty(), "{broken:?}");
+    for what in ["evaluation.mean_kl", "totals.bytes", "lm_head: train_loss"] {
+        assert!(checks.iter().any(|c| c.what == what), "{what}");
+    }
+
+    let path = out.join("quality.json");
+    let mut quality = exl_format::Quality::read(&path).unwrap().unwrap();
+    quality.tensors[0].holdout_loss *= 0.9;
+    if let Some(evaluation) = &mut quality.evaluation {
+        evaluation.mean_kl *= 0.9;
+    }
+    quality.write(&path).unwrap();
+    let checks = check(&calibration()).unwrap();
+    let broken: Vec<&str> = checks
+        .iter()
+        .filter(|c| !c.holds)
+        .map(|c| c.what.as_str())
+        .collect();
+    let tensor = format!("{}: holdout_loss", quality.tensors[0].name);
+    assert_eq!(broken, [tensor.as_str(), "evaluation.mean_kl"]);
+
+    let mut other = calibration();
+    other.rows[0][0] += 1;
+    let error = check(&other).unwrap_err().to_string();
+    assert!(error.contains("--cal"), "{error}");
+    std::fs::remove_file(&path).unwrap();
+    let error = check(&calibration()).unwrap_err().to_string();
+    assert!(error.contains("quality.json"), "{error}");
+}
+
+#[test]
+fn a_plan_says_what_a_conversion_makes() {
+    let temp = TempDir::new();
+    let out = temp.0.join("out");
+    let measurement = temp.0.join("m.json");
+    let planning = ConvertOptions {
+        bits: Vec::new(),
+        measure_only: true,
+        save_measurement: Some(measurement.clone()),
+        ..options(&out, 3.0)
+    };
+    let stop = AtomicBool::new(false);
+    let points = plan(&planning, &calibration(), &mut |_| {}, &stop).unwrap();
+    assert!(!out.exists());
+    for pair in points.windows(2) {
+        assert!(pair[0].bits < pair[1].bits && pair[0].bytes < pair[1].bytes);
+        assert!(pair[0].predicted_kl > pair[1].predicted_kl);
+    }
+    let three = points.iter().find(|p| p.bits == 3.0).unwrap();
+    let converting = ConvertOptions {
+        measurement: Some(measurement),
+        ..options(&out, 3.0)
+    };
+    let made = convert(&converting, &calibration(), &mut |_| {}, &stop).unwrap();
+    let totals = &made[0].quality.totals;
+    assert_eq!(three.bytes, totals.bytes);
+    assert_eq!(three.predicted_kl, made[0].predicted_kl);
+    assert!((three.bits_per_weight - totals.bits_per_weight).abs() < 1e-9);
+    assert!((three.head_bits_per_weight - totals.head_bits_per_weight).abs() < 1e-9);
+}
+
+#[test]
+fn a_model_differs_from_its_conversion_layer_by_layer_and_not_from_itself() {
+    let temp = TempDir::new();
+    let out = temp.0.join("out");
+    converted(&out, 0);
+    let compared = |b: &Path| {
+        let options = CompareOptions {
+            a: options(&out, 3.0).source,
+            b: b.to_owned(),
+            load: Default::default(),
+            threads: 0,
+            gpu: None,
+        };
+        let rows = &calibration().rows[..2];
+        compare(&options, rows, &mut |_, _| {}, &AtomicBool::new(false)).unwrap()
+    };
+    let same = compared(&options(&out, 3.0).source);
+    assert!(same.layers.iter().all(|&d| d == 0.0), "{:?}", same.layers);
+    assert!(same.score.mean_kl() < 1e-7 && same.score.top1() == 1.0);
+
+    let found = compared(&out);
+    assert_eq!((found.rows.len(), found.rows[0].len()), (2, 64));
+    // The embedding is stored as it was; errors then grow with the layers.
+    assert!(
+        found.layers[0] < 1e-3 && found.layers[1] > 0.01,
+        "{:?}",
+        found.layers
+    );
+    assert!(
+        found.layers.last() > found.layers.get(1),
+        "{:?}",
+        found.layers
+    );
+    let kl = found
+        .rows
+        .iter()
+        .flatten()
+        .map(|p| f64::from(p.kl))
+        .sum::<f64>()
+        / 128.0;
+    assert!((kl - found.score.mean_kl()).abs() < 1e-6 * kl, "{kl}");
+    for p in found.rows.iter().flatten() {
+        assert!(p.a.len() == 3 && p.a[0].1 >= p.a[1].1 && p.a[1].1 >= p.a[2].1);
+    }
 }

@@ -1,6 +1,6 @@
 //! Flags of `exl convert`.
 
-use super::{DeviceArgs, LoadArgs};
+use super::{CacheMode, DeviceArgs, LoadArgs};
 use clap::Args;
 use std::path::PathBuf;
 
@@ -17,7 +17,9 @@ A stopped conversion goes on where it was when the same command runs again.
 Examples:
   exl convert ./model --out ./model-4.0bpw --bits 4.0
   exl convert ./model --out ./quants --bits 2.5,4.0,6.0 --cal text.parquet
-  exl convert ./model --out ./q --save-measurement m.json --measure-only";
+  exl convert ./model --out ./q --save-measurement m.json --measure-only
+  exl convert ./model --plan --save-measurement m.json
+  exl convert ./model --out ./model-24gb --fit 24GB,ctx=32768,cache=fp16 --measurement m.json";
 
 /// Quantize a model to EXL2
 #[derive(Debug, Args)]
@@ -27,12 +29,15 @@ pub(crate) struct ConvertArgs {
     #[arg(value_name = "SRC")]
     pub(crate) source: PathBuf,
     /// Directory to write
-    #[arg(long, value_name = "DIR", required_unless_present = "measure_only")]
+    #[arg(long, value_name = "DIR", required_unless_present_any = ["measure_only", "plan"])]
     pub(crate) out: Option<PathBuf>,
     /// Bits per weight, 2.0 to 8.0, or a list: 2.5,4.0,6.0
     #[arg(short, long, value_name = "BITS", value_delimiter = ',', value_parser = parse_bits,
-          required_unless_present = "measure_only")]
+          required_unless_present_any = ["measure_only", "plan", "fit"])]
     pub(crate) bits: Vec<f64>,
+    /// The most bits with which the model runs in this much memory, as in 24GB,ctx=32768,cache=fp16
+    #[arg(long, value_name = "SPEC", conflicts_with = "bits")]
+    pub(crate) fit: Option<Fit>,
     /// Bits of the output head: 2, 3, 4, 5, 6, 8 or 16 (kept as it is) [-hb] [default: what is
     /// best within the size of a 6-bit head]
     #[arg(long, value_name = "BITS", value_parser = parse_head_bits)]
@@ -63,6 +68,9 @@ pub(crate) struct ConvertArgs {
     /// Use this measurement instead of measuring
     #[arg(short, long, value_name = "FILE", help_heading = "Measurement")]
     pub(crate) measurement: Option<PathBuf>,
+    /// Print sizes and the KL predicted for them, and stop: for --bits, or for all
+    #[arg(long, help_heading = "Measurement", conflicts_with = "measure_only")]
+    pub(crate) plan: bool,
     /// Measure, write the measurement, and stop
     #[arg(
         long,
@@ -107,6 +115,66 @@ pub(crate) struct ConvertArgs {
     pub(crate) device: DeviceArgs,
 }
 
+/// What a model is to run in.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Fit {
+    /// Bytes of memory.
+    pub(crate) memory: u64,
+    /// Tokens of context; the model's own number when it is not given.
+    pub(crate) context: Option<usize>,
+    pub(crate) cache: CacheMode,
+}
+
+impl std::str::FromStr for Fit {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mut parts = text.split(',');
+        let mut fit = Fit {
+            memory: parse_memory(parts.next().unwrap_or_default())?,
+            context: None,
+            cache: CacheMode::F16,
+        };
+        for part in parts {
+            match part.split_once('=') {
+                Some(("ctx", value)) => {
+                    let tokens = value.parse().ok().filter(|n| (1..=1 << 30).contains(n));
+                    let tokens =
+                        tokens.ok_or_else(|| format!("ctx={value} is no number of tokens"));
+                    fit.context = Some(tokens?);
+                }
+                Some(("cache", "fp16" | "f16")) => fit.cache = CacheMode::F16,
+                Some(("cache", "fp32" | "f32")) => fit.cache = CacheMode::F32,
+                Some(("cache", value)) => {
+                    return Err(format!("there is no cache={value}: use fp16 or fp32"));
+                }
+                _ => return Err(format!("{part:?} is neither ctx=TOKENS nor cache=MODE")),
+            }
+        }
+        Ok(fit)
+    }
+}
+
+/// `24GB`, `24GiB`, `900MB`.
+fn parse_memory(text: &str) -> Result<u64, String> {
+    let bad = || format!("{text:?} is no amount of memory: use a number with MB, MiB, GB or GiB");
+    let units = [
+        ("GiB", (1u64 << 30) as f64),
+        ("MiB", (1u64 << 20) as f64),
+        ("GB", 1e9),
+        ("MB", 1e6),
+    ];
+    let (number, unit) = units
+        .iter()
+        .find_map(|(name, unit)| Some((text.strip_suffix(name)?, unit)))
+        .ok_or_else(bad)?;
+    let bytes = parse_positive(number).map_err(|_| bad())? * unit;
+    if !(1.0..=1e18).contains(&bytes) {
+        return Err(bad());
+    }
+    Ok(bytes as u64)
+}
+
 fn parse_bits(text: &str) -> Result<f64, String> {
     match text.trim().parse::<f64>() {
         Ok(bits) if (MIN_BITS..=MAX_BITS).contains(&bits) => Ok(bits),
@@ -127,5 +195,39 @@ fn parse_positive(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {
         Ok(value) if value > 0.0 && value.is_finite() => Ok(value),
         _ => Err("must be a number above 0".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_context_and_cache_are_read() {
+        let fit = |text: &str| text.parse::<Fit>();
+        let full = fit("24GB,ctx=32768,cache=fp32").unwrap();
+        assert_eq!(full.memory, 24_000_000_000);
+        assert_eq!((full.context, full.cache), (Some(32768), CacheMode::F32));
+        let short = fit("1.5GiB").unwrap();
+        assert_eq!(short.memory, 3 << 29);
+        assert_eq!((short.context, short.cache), (None, CacheMode::F16));
+        assert_eq!(fit("900MB,cache=f16").unwrap().memory, 900_000_000);
+    }
+
+    #[test]
+    fn what_is_not_known_is_named_with_what_is() {
+        for (text, part) in [
+            ("24GB,cache=q4", "fp16 or fp32"),
+            ("24", "GiB"),
+            ("", "GiB"),
+            ("-1GB", "GiB"),
+            ("24GB,ctx=0", "ctx=0"),
+            ("24GB,ctx=-5", "ctx=-5"),
+            ("24GB,batch=2", "batch=2"),
+            ("24GB,", "ctx=TOKENS"),
+        ] {
+            let error = text.parse::<Fit>().unwrap_err();
+            assert!(error.contains(part), "{text}: {error}");
+        }
     }
 }

@@ -1,8 +1,9 @@
 //! `exl convert`: quantizes a model to EXL2.
 
-mod calibration;
+mod plan;
 
 use crate::args::ConvertArgs;
+use crate::calibration;
 use crate::failure::Interrupted;
 use crate::session;
 use crate::signal;
@@ -44,37 +45,32 @@ pub(crate) fn run(args: &ConvertArgs, ui: &Ui) -> Result<()> {
         None => {}
     }
     let source = session::open(&args.source, &options.load, ui)?;
-    let calibration = calibration::read(args, &source, ui)?;
+    let options = match &args.fit {
+        Some(fit) => ConvertOptions {
+            bits: vec![plan::fit(fit, &source, options.head_bits, ui)?],
+            ..options
+        },
+        None => options,
+    };
+    let length = args.length.map(|n| n as usize);
+    let length = length.unwrap_or_else(|| calibration::default_length(&source));
+    let shape = (args.rows as usize, length);
+    let calibration = calibration::read(args.cal.as_deref(), shape, &source, ui)?;
     drop(source);
     let mut display = Display {
         ui: *ui,
         progress: None,
     };
-    let done = convert(
-        &options,
-        &calibration,
-        &mut |event| display.show(event),
-        &stop.shared(),
-    );
+    let mut show = |event| display.show(event);
+    if args.plan {
+        let done = exl_quant::plan(&options, &calibration, &mut show, &stop.shared());
+        drop(display);
+        let points = done.or_else(|error| failed(args, &options, error))?;
+        return plan::print(args, &points);
+    }
+    let done = convert(&options, &calibration, &mut show, &stop.shared());
     drop(display);
-    let results = match done {
-        Ok(results) => results,
-        Err(Error::Interrupted) => {
-            let journal = options.work.display();
-            let how = format!("run the same command again to go on (the journal is in {journal})");
-            return Err(Interrupted(how).into());
-        }
-        Err(error) => {
-            let mut what = format!("cannot convert {}", args.source.display());
-            if matches!(error, Error::Io { .. } | Error::Format(_)) && options.work.is_dir() {
-                let work = options.work.display();
-                what.push_str(&format!(
-                    "; the same command goes on from what {work} holds"
-                ));
-            }
-            return Err(error).context(what);
-        }
-    };
+    let results = done.or_else(|error| failed(args, &options, error))?;
     if args.json {
         return ui::print_json(&Output {
             source: &args.source,
@@ -93,13 +89,29 @@ pub(crate) fn run(args: &ConvertArgs, ui: &Ui) -> Result<()> {
     Ok(())
 }
 
+/// What went wrong and how to go on.
+fn failed<T>(args: &ConvertArgs, options: &ConvertOptions, error: Error) -> Result<T> {
+    let journal = options.work.display();
+    if matches!(error, Error::Interrupted) {
+        let how = format!("run the same command again to go on (the journal is in {journal})");
+        return Err(Interrupted(how).into());
+    }
+    let mut what = format!("cannot convert {}", args.source.display());
+    if matches!(error, Error::Io { .. } | Error::Format(_)) && options.work.is_dir() {
+        what.push_str(&format!(
+            "; the same command goes on from what {journal} holds"
+        ));
+    }
+    Err(error).context(what)
+}
+
 fn options(args: &ConvertArgs) -> ConvertOptions {
-    // A pure measurement needs a place for its journal only.
+    // A pure measurement or a plan needs a place for its journal only.
     let beside = args
         .out
         .clone()
         .or_else(|| args.save_measurement.clone())
-        .unwrap_or_default();
+        .unwrap_or_else(|| PathBuf::from("exl-plan"));
     let base = ConvertOptions::new(&args.source, beside, args.bits.clone());
     ConvertOptions {
         head_bits: args.head_bits.map(u32::from),
@@ -109,7 +121,7 @@ fn options(args: &ConvertArgs) -> ConvertOptions {
             .map_or(base.measure_length, |n| n as usize),
         measurement: args.measurement.clone(),
         save_measurement: args.save_measurement.clone(),
-        measure_only: args.measure_only,
+        measure_only: args.measure_only || args.plan,
         work: args.work.clone().unwrap_or(base.work),
         restart: args.restart,
         shard_bytes: match args.shard_size {

@@ -1,11 +1,12 @@
 //! `exl eval`: perplexity, and the distance to a reference.
 
-mod rows;
+mod verify;
 
 use crate::args::{CacheMode, EvalArgs};
 use crate::cmd::info::bits;
-use crate::failure::Interrupted;
+use crate::failure::{Interrupted, Usage};
 use crate::memory;
+use crate::rows::{self, From};
 use crate::session;
 use crate::signal::{self, StopFlag};
 use crate::ui::{self, Align, Table, Ui};
@@ -40,10 +41,24 @@ struct Report {
 }
 
 pub(crate) fn run(args: &EvalArgs, ui: &Ui) -> Result<()> {
+    match (&args.model, &args.verify) {
+        (Some(model), _) => evaluate(args, model, ui),
+        (None, Some(dir)) => verify::run(args, dir, ui),
+        (None, None) => Err(Usage("name a model: --model or --verify".to_owned()).into()),
+    }
+}
+
+fn evaluate(args: &EvalArgs, model: &Path, ui: &Ui) -> Result<()> {
     let stop = signal::stop_flag()?;
     let options = session::load_options(args.load, &args.compute, None);
-    let source = session::open(&args.model, &options, ui)?;
-    let rows = rows::rows(args, &source, ui)?;
+    let source = session::open(model, &options, ui)?;
+    let from = From {
+        tokens: args.tokens.as_deref(),
+        text: args.text.as_deref(),
+        rows: args.rows,
+        length: args.length,
+    };
+    let rows = rows::rows(&from, &source, ui)?;
     let reference = match &args.reference {
         Some(dir) => Some(session::open(dir, &options, ui)?),
         None => None,
@@ -52,6 +67,7 @@ pub(crate) fn run(args: &EvalArgs, ui: &Ui) -> Result<()> {
     let gpu = session::gpu(args.compute.device.device, ui)?;
     let score = Evaluation {
         args,
+        model,
         gpu: gpu.as_ref(),
         rows: &rows,
         stop: &stop,
@@ -75,7 +91,7 @@ pub(crate) fn run(args: &EvalArgs, ui: &Ui) -> Result<()> {
     if args.json {
         return ui::print_json(&report);
     }
-    ui::print(&table(&args.model, &report).render())?;
+    ui::print(&table(model, &report).render())?;
     Ok(())
 }
 
@@ -119,6 +135,7 @@ impl Judged<'_> {
 }
 
 struct Evaluation<'a> {
+    model: &'a Path,
     gpu: Option<&'a Gpu>,
     args: &'a EvalArgs,
     rows: &'a [Vec<u32>],
@@ -136,7 +153,7 @@ impl Evaluation<'_> {
             bail!(
                 "--reference: its vocabulary has {} tokens, that of {} has {}: they cannot be compared",
                 other.vocab,
-                self.args.model.display(),
+                self.model.display(),
                 spec.vocab
             );
         }
@@ -150,7 +167,7 @@ impl Evaluation<'_> {
         if let Some(reference) = reference {
             need = need.plus(&self.memory(reference, CacheMode::F32, 1)?);
         }
-        let name = self.args.model.display();
+        let name = self.model.display();
         let what = format!("evaluating {name} in rows of {} tokens", self.length());
         memory::check(&need, &what, "--length", self.gpu)?;
         // The reference is always exact: whole rows, cache in 32 bits.
@@ -271,7 +288,7 @@ impl Evaluation<'_> {
                 // Perplexity needs no reference; the divergence is not reported then.
                 None => quantized,
             };
-            check_finite(&self.args.model, (number, start), quantized, vocab)?;
+            check_finite(self.model, (number, start), quantized, vocab)?;
             if let Some(dir) = &self.args.reference {
                 check_finite(dir, (number, start), reference, vocab)?;
             }

@@ -304,3 +304,90 @@ fn one_measurement_serves_several_bitrates() {
         "a saved measurement gives the same"
     );
 }
+
+#[test]
+fn a_plan_quantizes_nothing_and_what_fits_is_converted() {
+    let temp = TempDir::new();
+    let file = temp.join("measured.json");
+    let base = ["-r", "6", "-l", "128", "-mr", "2", "-c", demo_text()];
+    let plan = ["convert", demo(), "--plan", "--json", "-om", text(&file)];
+    let plan = run(&mut exl([&plan[..], &base].concat())).success().json();
+    let points = plan["points"].as_array().unwrap();
+    assert!(points.len() > 20, "{}", points.len());
+    let at = |bits: f64| points.iter().find(|p| p["bits"] == bits).unwrap();
+    let kl = |bits: f64| at(bits)["predicted_kl"].as_f64().unwrap();
+    assert!(kl(3.0) > 2.0 * kl(4.0) && kl(4.0) > 2.0 * kl(6.0));
+
+    // Cache, activations and weights together stay within what was named.
+    let out = temp.join("out");
+    let fit = ["--fit", "6.5MB,ctx=256,cache=fp32", "-m", text(&file)];
+    let convert = ["convert", demo(), "--out", text(&out), "--json"];
+    let report = run(&mut exl([&convert[..], &fit, &base].concat()))
+        .success()
+        .json();
+    let bits = report["results"][0]["bits"].as_f64().unwrap();
+    assert!((4.0..6.0).contains(&bits), "{bits}");
+    let info = [
+        "info",
+        text(&out),
+        "--context",
+        "256",
+        "--cache",
+        "f32",
+        "--json",
+    ];
+    let info = run(&mut exl(info)).success().json();
+    let total = info["memory"]["total_bytes"].as_u64().unwrap();
+    assert!(total <= 6_500_000, "{total}");
+
+    let small = ["--fit", "1MB,ctx=256", "-m", text(&file)];
+    run(&mut exl([&convert[..], &small, &base].concat())).failure(1, &["--fit"]);
+    let unknown = ["--fit", "1GB,cache=q4"];
+    run(&mut exl([&convert[..], &unknown, &base].concat())).failure(2, &["fp16 or fp32"]);
+}
+
+#[test]
+fn a_conversion_is_verified_and_compared() {
+    let temp = TempDir::new();
+    let out = temp.join("quantized");
+    run(&mut small(&out, "3.0")).success();
+    let verify = [
+        "eval",
+        "--verify",
+        text(&out),
+        "--reference",
+        demo(),
+        "--json",
+    ];
+    let verify = [&verify[..], &["--cal", demo_text()]].concat();
+    let report = run(&mut exl(&verify)).success().json();
+    assert_eq!(report["holds"], true);
+
+    let path = out.join("quality.json");
+    let mut quality: Value =
+        serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
+    quality["evaluation"]["mean_kl"] = Value::from(1e-4);
+    std::fs::write(&path, quality.to_string()).unwrap();
+    let outcome = run(&mut exl(&verify)).failure(1, &["quality.json"]);
+    assert!(outcome.stdout.contains("mean_kl"), "{}", outcome.stdout);
+
+    let plot = temp.join("compare.svg");
+    let compare = ["compare", demo(), text(&out), "--text", demo_text()];
+    let rest = ["--rows", "2", "--length", "128", "--plot", text(&plot)];
+    let compare = [&compare[..], &rest].concat();
+    let table = run(&mut exl(&compare)).success().stdout;
+    for part in ["KL divergence", "layer 0", "A expects", "B expects"] {
+        assert!(table.contains(part), "{part}: {table}");
+    }
+    let picture = std::fs::read_to_string(&plot).unwrap();
+    assert!(picture.contains("<svg") && picture.contains("</svg>"));
+    let report = run(&mut exl(
+        [&compare[..], &["--json", "--worst", "2"]].concat()
+    ))
+    .success()
+    .json();
+    assert_eq!(report["worst"].as_array().unwrap().len(), 2);
+    assert_eq!(report["token_kl"][1].as_array().unwrap().len(), 128);
+    let kl = report["kl"].as_f64().unwrap();
+    assert!(kl > 0.0 && report["kl_max"].as_f64().unwrap() > kl);
+}

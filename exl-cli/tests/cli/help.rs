@@ -22,6 +22,7 @@ snapshots! {
     overview "";
     convert "convert";
     eval "eval";
+    compare "compare";
     generate "generate";
     chat "chat";
     info "info";
@@ -50,7 +51,7 @@ fn the_manual_page_names_every_command_and_its_flags() {
     let page = run(&mut exl(["man"])).success().stdout;
     assert!(page.contains(".TH"));
     for command in [
-        "CONVERT", "EVAL", "GENERATE", "CHAT", "INFO", "BENCH", "DOCTOR", "PULL",
+        "CONVERT", "EVAL", "COMPARE", "GENERATE", "CHAT", "INFO", "BENCH", "DOCTOR", "PULL",
     ] {
         assert!(page.contains(&format!("EXL {command}")), "{command}");
         // There is this one page.

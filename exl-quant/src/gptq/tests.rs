@@ -50,11 +50,9 @@ fn textbook(weight: &Matrix, layout: &Layout, factor: &Factor) -> Vec<u8> {
             .iter()
             .map(|&x| x as f32)
             .collect();
-        let weights: Vec<f32> = (at..at + g.rows)
-            .map(|r| 1.0 / (factor.pivot(r) * factor.pivot(r)))
-            .collect();
-        let top = weights.iter().copied().fold(0.0, f32::max);
-        let weights: Vec<f32> = weights.iter().map(|x| x / top).collect();
+        let pivots = || (at..at + g.rows).map(|r| factor.pivot(r));
+        let least = pivots().fold(f32::INFINITY, f32::min);
+        let weights: Vec<f32> = pivots().map(|u| (least / u) * (least / u)).collect();
         let found = search(&[GroupBlock { w: &rows, cols: n }], g.bits, &weights);
         let (lo, hi) = code_range(g.bits);
         for r in at..at + g.rows {
@@ -192,4 +190,55 @@ fn bad_weights_and_shapes_are_named() {
     assert!(Rtn.quantize("t", &Matrix::zeros(64, 32), &layout).is_err());
     weight.row_mut(3)[7] = 1e9;
     assert!(Rtn.quantize("t", &weight, &layout).is_err());
+}
+
+#[test]
+fn codes_do_not_depend_on_the_scale_of_the_inputs() {
+    // Squares of the smallest are at the edge of f32, and 1 / U^2 beyond it.
+    let (k, n, tokens) = (64, 32, 300);
+    let weight = Matrix::new(k, n, normal(4, k * n, 0.05)).unwrap();
+    let layout: Layout = "1x5b_32g/1x3b_32g".parse().unwrap();
+    let codes = |power: i32| {
+        let scale = 2f32.powi(power);
+        let x: Vec<f32> = inputs(k, tokens, 9).iter().map(|x| x * scale).collect();
+        let mut acc = HessianAccumulator::new(k);
+        acc.add(&x, Part::Train).unwrap();
+        let h = acc.finish("t").unwrap().all;
+        let factor = Factor::new("t", &h, &activity_order(&h), 0.01).unwrap();
+        Gptq { factor: &factor }
+            .quantize("t", &weight, &layout)
+            .unwrap()
+            .codes
+    };
+    let plain = codes(0);
+    for power in [-60, -30, 30, 58] {
+        assert!(plain == codes(power), "2^{power}");
+    }
+}
+
+#[test]
+fn decoded_weights_stay_within_16_bits_or_are_refused() {
+    let (k, n) = (64, 32);
+    let h = hessian(k, 200, 3);
+    let factor = Factor::new("t", &h, &activity_order(&h), 0.003).unwrap();
+    for largest in [16_000.0f32, 40_000.0, 65_000.0] {
+        let mut data = normal(8, k * n, 0.25 * largest);
+        data.iter_mut()
+            .for_each(|w| *w = w.clamp(-largest, largest));
+        data[5] = largest;
+        let weight = Matrix::new(k, n, data).unwrap();
+        for bits in [2, 3, 8] {
+            let layout = Layout::uniform(bits, 32, k).unwrap();
+            match (Gptq { factor: &factor }).quantize("t", &weight, &layout) {
+                Ok(q) => {
+                    let finite = q.dequantize().data.iter().all(|w| w.is_finite());
+                    assert!(finite, "{largest} at {bits} bits");
+                }
+                Err(error) => {
+                    let text = error.to_string();
+                    assert!(largest > 16_384.0 && text.contains("16-bit"), "{text}");
+                }
+            }
+        }
+    }
 }

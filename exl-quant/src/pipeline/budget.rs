@@ -14,7 +14,7 @@ use super::quantize::Layouts;
 use super::solver::gpu_bytes;
 use super::{ConvertOptions, Job, Target};
 use crate::calib::Calibration;
-use crate::{Choice, Error, HessianAccumulator, Layout, Result, allocate, candidates, head_recipe};
+use crate::{Choice, Error, HessianAccumulator, Layout, Result, allocate, head_recipe, smallest};
 
 /// Head size whose bytes the budget counts on when the allocation may choose.
 const NOMINAL_HEAD: u32 = 6;
@@ -72,36 +72,52 @@ pub(super) fn target(job: &Job<'_>, bits: f64, measurement: &Measurement) -> Res
 
 /// Refuses bitrates that no layout can meet. The curves are not needed for it: sizes are known.
 pub(super) fn check_bits(job: &Job<'_>) -> Result<()> {
-    let free_head = job.options.head_bits.is_none();
-    let mut least = 0;
-    for key in job.source.layout().iter().filter(|k| k.is_linear()) {
-        if free_head || key.kind == WeightKind::Linear {
-            let outputs = key.shape[0].next_multiple_of(32);
-            let sizes = candidates(key.shape[1])?;
-            least += sizes.iter().map(|l| l.bits(outputs)).min().unwrap_or(0);
-        }
-    }
+    let least = smallest_sum(job)?;
     for &bits in &job.options.bits {
         room(job, bits, least)?;
     }
     Ok(())
 }
 
-/// Bits left for the linears that the allocation decides about, which take `least` or more.
-fn room(job: &Job<'_>, bits: f64, least: u64) -> Result<u64> {
+/// The least bits per weight that can be asked for, in hundredths.
+pub(super) fn least_bits(job: &Job<'_>) -> Result<f64> {
+    let needed = overhead(job)? + smallest_sum(job)?;
+    let over = needed as f64 - budget_bits(job, 0.0)? as f64;
+    let bits = (over / decoder_weights(&job.source) as f64 * 100.0).ceil() / 100.0;
+    Ok(bits.max(2.0))
+}
+
+/// Bits of the linears that the allocation decides about at their smallest.
+fn smallest_sum(job: &Job<'_>) -> Result<u64> {
+    let free_head = job.options.head_bits.is_none();
+    let mut least = 0;
+    for key in job.source.layout().iter().filter(|k| k.is_linear()) {
+        if free_head || key.kind == WeightKind::Linear {
+            let outputs = key.shape[0].next_multiple_of(32);
+            least += smallest(key.shape[1])?.bits(outputs);
+        }
+    }
+    Ok(least)
+}
+
+/// Bits of the header and of a head whose size was asked for.
+fn overhead(job: &Job<'_>) -> Result<u64> {
     let head = fixed_head(job)?;
     let free_head = job.options.head_bits.is_none();
     // The header is part of the files; its size depends on the number of digits in the offsets,
     // so the bound is taken over the widest ones.
     let header = 8 * header_bytes(job, head.is_some() || free_head);
     let fixed = head.map_or(0, |l| l.bits(job.source.spec().vocab.next_multiple_of(32)));
-    let (budget, needed) = (budget_bits(job, bits)?, header + fixed + least);
-    if needed <= budget {
-        return Ok(budget - header - fixed);
+    Ok(header + fixed)
+}
+
+/// Bits left for the linears that the allocation decides about, which take `least` or more.
+fn room(job: &Job<'_>, bits: f64, least: u64) -> Result<u64> {
+    let (budget, overhead) = (budget_bits(job, bits)?, overhead(job)?);
+    if overhead + least <= budget {
+        return Ok(budget - overhead);
     }
-    let weights = decoder_weights(job) as f64;
-    // Rounded up to what will do.
-    let possible = ((bits + (needed - budget) as f64 / weights) * 100.0).ceil() / 100.0;
+    let possible = least_bits(job)?;
     Err(Error::Option {
         option: "--bits",
         what: format!("{bits} is less than this model can be stored in; the least is {possible}"),
@@ -127,9 +143,8 @@ pub(super) fn out_dir(options: &ConvertOptions, bits: f64) -> PathBuf {
 }
 
 /// Weights of the decoder's linears, padding included.
-fn decoder_weights(job: &Job<'_>) -> u64 {
-    let linears = job
-        .source
+pub(super) fn decoder_weights(source: &ModelSource) -> u64 {
+    let linears = source
         .layout()
         .iter()
         .filter(|k| k.kind == WeightKind::Linear);
@@ -149,15 +164,20 @@ fn fixed_head(job: &Job<'_>) -> Result<Option<Layout>> {
 /// Bits that the linears and the header may take: the target over the decoder's weights, plus a
 /// head of the size asked for.
 fn budget_bits(job: &Job<'_>, bits: f64) -> Result<u64> {
-    let spec = job.source.spec();
-    let weights = decoder_weights(job);
-    let head = match job.options.head_bits.unwrap_or(NOMINAL_HEAD) {
-        16 => 0,
-        b => head_recipe(b)?
+    let weights = decoder_weights(&job.source) as f64;
+    let head = head_bits(&job.source, job.options.head_bits)?;
+    Ok((bits * weights).floor() as u64 + head)
+}
+
+/// Bits of a head of the size asked for, or of the nominal one; 0 when it stays unquantized.
+pub(super) fn head_bits(source: &ModelSource, asked: Option<u32>) -> Result<u64> {
+    let spec = source.spec();
+    match asked.unwrap_or(NOMINAL_HEAD) {
+        16 => Ok(0),
+        bits => Ok(head_recipe(bits)?
             .whole_groups(spec.hidden)?
-            .bits(spec.vocab.next_multiple_of(32)),
-    };
-    Ok((bits * weights as f64).floor() as u64 + head)
+            .bits(spec.vocab.next_multiple_of(32))),
+    }
 }
 
 /// At most this many bytes of safetensors header, in one file.
@@ -214,8 +234,9 @@ pub(super) fn check_memory(
     // Accumulator, three means, the f64 matrix and its inverse, the f32 factor.
     let hessian =
         HessianAccumulator::bytes(widest as usize) as u64 + widest * widest * (4 + 8 + 8 + 4);
-    // The matrix as floats, its working copy, codes, the decoded values and their transpose.
-    let matrix = largest.unwrap_or(0) * (4 * 5 + 1);
+    // The matrix as floats, its working copy, codes, the decoded values and their transpose; while
+    // codes are bettered, both kinds of codes and of decoded values.
+    let matrix = largest.unwrap_or(0) * (4 * 5 + 2);
     let logits = 3 * (32 << 20) + tokens.min(1 << 16) * spec.vocab as u64 / 64;
     // Measuring holds the weights of the probed layers at three bits (four with scales), first
     // beside the rows measured, then beside the hidden states at those layers and the end.

@@ -20,9 +20,14 @@ pub(super) enum Device {
 
 impl Device {
     pub(super) fn of(options: &ConvertOptions) -> Self {
-        match &options.gpu {
+        Self::new(options.threads, options.gpu.as_ref())
+    }
+
+    /// A GPU, or without one the CPU with `threads` threads, 0 for all.
+    pub(super) fn new(threads: usize, gpu: Option<&Gpu>) -> Self {
+        match gpu {
             Some(gpu) => Device::Gpu(gpu.clone()),
-            None => Device::Cpu(options.threads),
+            None => Device::Cpu(threads),
         }
     }
 

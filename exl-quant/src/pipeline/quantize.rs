@@ -117,7 +117,12 @@ pub(super) fn quantize(
 }
 
 /// Divergence on the hold-out rows, whose hidden states the pass has carried along.
-fn score(job: &mut Job<'_>, weights: &Weights, hidden: &Rows, judge: &Judge) -> Result<KlScore> {
+pub(super) fn score(
+    job: &mut Job<'_>,
+    weights: &Weights,
+    hidden: &Rows,
+    judge: &Judge,
+) -> Result<KlScore> {
     let spec = job.source.spec().clone();
     let mut head = Head::new(&spec, job.calibration.length(), &job.device)?;
     let original = job.source.load_module(Module::Head)?;

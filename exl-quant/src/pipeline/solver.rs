@@ -49,6 +49,15 @@ pub(super) trait Solver {
     /// Rate and distortion of every candidate layout of a matrix.
     fn curve(&mut self, name: &str, weight: &Matrix) -> Result<Curve>;
 
+    /// For each kind of rows asked for: squared output error of `decoded` in place of `weight`, and
+    /// squared output of `weight`.
+    fn judge(
+        &mut self,
+        weight: &Matrix,
+        decoded: &Matrix,
+        rows: &[Rows],
+    ) -> Result<Vec<(f64, f64)>>;
+
     /// Rounds a matrix and judges it.
     fn round(
         &mut self,

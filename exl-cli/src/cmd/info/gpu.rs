@@ -2,16 +2,13 @@
 
 use crate::args::CacheMode;
 use crate::failure::Usage;
+use crate::memory;
 use crate::session;
 use crate::ui;
 use anyhow::Result;
 use exl_models::{MemoryRequest, MemoryUse, ModelSource};
 use exl_tensor::{DeviceProps, Gpu, probe};
 use serde::Serialize;
-
-/// What the driver takes for itself where it cannot be measured: its context with the kernels' code on
-/// an H200 with driver 580. Other GPUs and drivers differ by some 100 MB.
-const DRIVER_BYTES: u64 = 290_000_000;
 
 /// The GPU that memory is worked out for.
 #[derive(Debug)]
@@ -108,7 +105,7 @@ impl GpuNeeds {
                 let taken = gpu.taken()?;
                 (taken.context + taken.kernels).max(0).unsigned_abs()
             }
-            Place::Described(_) => DRIVER_BYTES,
+            Place::Described(_) => memory::DRIVER_BYTES,
         };
         let total_bytes = used.total().saturating_add(driver_bytes);
         Ok(Self {

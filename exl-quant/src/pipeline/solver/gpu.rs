@@ -5,13 +5,15 @@
 use exl_kernels::cuda::{CudaQuantizer, DeviceCodes, DeviceFactor, DeviceMatrix, DeviceRegion};
 use exl_kernels::ops::GptqGroup;
 use exl_tensor::Gpu;
+use rayon::prelude::*;
 
 use super::{DAMPINGS, Rounded, Rows, Solver, gpu_error, open};
 use crate::gptq::check_weight;
 use crate::hessian::not_finite;
 use crate::linalg::damped;
-use crate::measure::{Curve, Point, candidates, sample_columns};
+use crate::measure::{Curve, curve_of, sample_columns};
 use crate::quantized::{Quantized, Stats};
+use crate::refine::{MOST_INPUTS, refine};
 use crate::{Layout, Matrix, Part, Result, SAMPLE_COLUMNS, order_by};
 
 const HESSIAN: &str = "the Hessian of a layer's inputs";
@@ -135,6 +137,15 @@ impl GpuSolver {
         self.factor.as_ref().expect("a damping was chosen")
     }
 
+    /// The mean over training rows, on the host.
+    fn mean(&self) -> Result<Vec<f32>> {
+        let sum = self.kernels.download(&self.sums[0].matrix);
+        let mut mean = sum.map_err(gpu_error)?;
+        let scale = 1.0 / self.sums[0].tokens as f32;
+        mean.par_iter_mut().for_each(|x| *x *= scale);
+        Ok(mean)
+    }
+
     fn upload(&self, matrix: &Matrix) -> Result<DeviceMatrix> {
         let shape = (matrix.rows, matrix.cols);
         let placed = self.kernels.upload(&matrix.data, shape, MATRIX);
@@ -153,6 +164,20 @@ impl GpuSolver {
         let factor = &self.factor.as_ref().expect("a damping was chosen").factor;
         let codes = self.kernels.round(weight, factor, &groups);
         codes.map_err(gpu_error)
+    }
+
+    fn judge_placed(
+        &mut self,
+        weight: &DeviceMatrix,
+        decoded: &DeviceMatrix,
+        rows: &[Rows],
+    ) -> Result<Vec<(f64, f64)>> {
+        let mut losses = Vec::with_capacity(rows.len());
+        for &rows in rows {
+            let loss = self.loss(rows, weight, Some(decoded))?;
+            losses.push((loss, self.loss(rows, weight, None)?));
+        }
+        Ok(losses)
     }
 
     /// Mean squared output error of `a - b`, or output of `a`.
@@ -211,23 +236,26 @@ impl Solver for GpuSolver {
     fn curve(&mut self, name: &str, weight: &Matrix) -> Result<Curve> {
         let (sample, scale) = sample_columns(weight, SAMPLE_COLUMNS);
         let placed = self.upload(&sample)?;
-        let mut points = Vec::new();
-        for layout in candidates(weight.rows)? {
-            check_weight(name, &sample, &layout)?;
-            let codes = self.rounded(&placed, &layout)?;
-            let loss = self.loss(Rows::HoldOut, &placed, Some(codes.decoded()))?;
-            points.push(Point {
-                bits: layout.bits(weight.cols),
-                layout,
-                loss: scale * loss,
-            });
-        }
-        Ok(Curve {
-            inputs: weight.rows,
-            outputs: weight.cols,
-            energy: scale * self.loss(Rows::HoldOut, &placed, None)?,
-            points,
+        let energy = scale * self.loss(Rows::HoldOut, &placed, None)?;
+        curve_of((weight.rows, weight.cols), energy, |layouts| {
+            let mut losses = Vec::with_capacity(layouts.len());
+            for layout in layouts {
+                check_weight(name, &sample, layout)?;
+                let codes = self.rounded(&placed, layout)?;
+                losses.push(scale * self.loss(Rows::HoldOut, &placed, Some(codes.decoded()))?);
+            }
+            Ok(losses)
         })
+    }
+
+    fn judge(
+        &mut self,
+        weight: &Matrix,
+        decoded: &Matrix,
+        rows: &[Rows],
+    ) -> Result<Vec<(f64, f64)>> {
+        let (weight, decoded) = (self.upload(weight)?, self.upload(decoded)?);
+        self.judge_placed(&weight, &decoded, rows)
     }
 
     fn round(
@@ -240,12 +268,6 @@ impl Solver for GpuSolver {
         check_weight(name, weight, layout)?;
         let placed = self.upload(weight)?;
         let codes = self.rounded(&placed, layout)?;
-        let mut losses = Vec::new();
-        for &rows in rows {
-            let loss = self.loss(rows, &placed, Some(codes.decoded()))?;
-            losses.push((loss, self.loss(rows, &placed, None)?));
-        }
-        let decoded = self.kernels.download(codes.decoded()).map_err(gpu_error)?;
         let host = self.kernels.codes(&codes).map_err(gpu_error)?;
         let (damping, damping_retries) = self.damping();
         let quantized = Quantized {
@@ -262,9 +284,27 @@ impl Solver for GpuSolver {
                 damping_retries,
             },
         };
+        let decoded = self.kernels.download(codes.decoded()).map_err(gpu_error)?;
+        let decoded = Matrix::new(weight.rows, weight.cols, decoded)?;
+        if weight.rows <= MOST_INPUTS {
+            let mut refined = quantized.clone();
+            refine(&mut refined, (weight, &decoded), &self.mean()?, damping);
+            let better = refined.dequantize();
+            let placed_better = self.upload(&better)?;
+            let before = self.loss(Rows::HoldOut, &placed, Some(codes.decoded()))?;
+            if self.loss(Rows::HoldOut, &placed, Some(&placed_better))? < before {
+                let losses = self.judge_placed(&placed, &placed_better, rows)?;
+                return Ok(Rounded {
+                    quantized: refined,
+                    decoded: better,
+                    losses,
+                });
+            }
+        }
+        let losses = self.judge_placed(&placed, codes.decoded(), rows)?;
         Ok(Rounded {
             quantized,
-            decoded: Matrix::new(weight.rows, weight.cols, decoded)?,
+            decoded,
             losses,
         })
     }

@@ -4,6 +4,7 @@ use rayon::prelude::*;
 
 use super::{DAMPINGS, Rounded, Rows, Solver};
 use crate::measure::{Curve, difference, measure_with, sample_columns};
+use crate::refine::{MOST_INPUTS, refine};
 use crate::{
     Factor, Gptq, Hessian, HessianSet, Layout, Matrix, Quantizer, Result, SAMPLE_COLUMNS,
     activity_order,
@@ -76,6 +77,20 @@ impl Solver for HostSolver {
         measure_with(name, weight, &self.hessians, self.factor())
     }
 
+    fn judge(
+        &mut self,
+        weight: &Matrix,
+        decoded: &Matrix,
+        rows: &[Rows],
+    ) -> Result<Vec<(f64, f64)>> {
+        let left = difference(weight, decoded);
+        let judge = |&rows: &Rows| {
+            let h = self.hessian(rows);
+            Ok((h.loss(&left)?, h.loss(weight)?))
+        };
+        rows.iter().map(judge).collect()
+    }
+
     fn round(
         &mut self,
         name: &str,
@@ -84,14 +99,20 @@ impl Solver for HostSolver {
         rows: &[Rows],
     ) -> Result<Rounded> {
         let factor = self.factor();
-        let quantized = Gptq { factor }.quantize(name, weight, layout)?;
-        let decoded = quantized.dequantize();
-        let left = difference(weight, &decoded);
-        let judge = |&rows: &Rows| {
-            let h = self.hessian(rows);
-            Ok((h.loss(&left)?, h.loss(weight)?))
-        };
-        let losses = rows.iter().map(judge).collect::<Result<_>>()?;
+        let mut quantized = Gptq { factor }.quantize(name, weight, layout)?;
+        let mut decoded = quantized.dequantize();
+        if weight.rows <= MOST_INPUTS {
+            let mut refined = quantized.clone();
+            let damping = factor.damping();
+            let h = self.hessians.train.data();
+            refine(&mut refined, (weight, &decoded), h, damping);
+            let better = refined.dequantize();
+            let left = |decoded| self.hessians.hold_out.loss(&difference(weight, decoded));
+            if left(&better)? < left(&decoded)? {
+                (quantized, decoded) = (refined, better);
+            }
+        }
+        let losses = self.judge(weight, &decoded, rows)?;
         Ok(Rounded {
             quantized,
             decoded,

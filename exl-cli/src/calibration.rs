@@ -1,12 +1,12 @@
 //! The tokens a conversion learns from.
 
-use crate::args::ConvertArgs;
 use crate::ui::Ui;
 use anyhow::Result;
 use exl_gen::{ChatInput, ChatTemplate, ChatTemplates, Encode, Tokenizer};
 use exl_models::ModelSource;
 use exl_quant::{Calibration, ChatTurn, builtin};
 use serde_json::{Value, json};
+use std::path::Path;
 
 /// Tokens per row when neither the user nor the model says less.
 const LENGTH: usize = 2048;
@@ -16,23 +16,30 @@ const PLAIN: Encode = Encode {
     add_special: false,
 };
 
-/// Reads the calibration that the flags name, or makes the built-in one.
-pub(super) fn read(args: &ConvertArgs, source: &ModelSource, ui: &Ui) -> Result<Calibration> {
-    let max = source.spec().max_context;
-    let length = args.length.map_or(LENGTH.min(max), |n| n as usize);
-    let rows = args.rows as usize;
-    let is_tokens = |path: &std::path::PathBuf| {
+/// Tokens per row when the user names no number.
+pub(crate) fn default_length(source: &ModelSource) -> usize {
+    LENGTH.min(source.spec().max_context)
+}
+
+/// Reads `rows` rows of `length` tokens of a file, or without one of the built-in text.
+pub(crate) fn read(
+    file: Option<&Path>,
+    (rows, length): (usize, usize),
+    source: &ModelSource,
+    ui: &Ui,
+) -> Result<Calibration> {
+    let is_tokens = |path: &&Path| {
         path.extension()
             .is_some_and(|e| e.eq_ignore_ascii_case("safetensors"))
     };
-    if let Some(path) = args.cal.as_ref().filter(|path| is_tokens(path)) {
+    if let Some(path) = file.filter(is_tokens) {
         // Token files need no tokenizer, and a model without one can be converted with them.
         let refuse = |_: &str| Err("a token file holds no text".to_owned());
         return Ok(Calibration::from_file(path, &refuse, rows, length)?);
     }
     let tokenizer = Tokenizer::open(source.files().dir())?;
     let encode = |text: &str| tokenizer.encode(text, PLAIN).map_err(|e| e.to_string());
-    if let Some(path) = &args.cal {
+    if let Some(path) = file {
         return Ok(Calibration::from_file(path, &encode, rows, length)?);
     }
     let template = template(source, ui);

@@ -1,6 +1,5 @@
-//! The tokens to evaluate.
+//! The tokens that models are evaluated on.
 
-use crate::args::EvalArgs;
 use crate::failure::Usage;
 use crate::ui::Ui;
 use anyhow::{Context, Result, bail};
@@ -15,23 +14,36 @@ const TEXT_ROWS: usize = 20;
 const TEXT_LENGTH: usize = 2048;
 
 /// Text as it stands: what looks like a special token is text, and nothing is added.
-const PLAIN: Encode = Encode {
+pub(crate) const PLAIN: Encode = Encode {
     parse_special: false,
     add_special: false,
 };
 
+/// Where rows come from, as the flags name it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct From<'a> {
+    /// `--tokens`.
+    pub(crate) tokens: Option<&'a Path>,
+    /// `--text`.
+    pub(crate) text: Option<&'a Path>,
+    /// `--rows`.
+    pub(crate) rows: Option<u32>,
+    /// `--length`.
+    pub(crate) length: Option<u32>,
+}
+
 /// The rows that the flags ask for, all of one length and within the vocabulary.
-pub(super) fn rows(args: &EvalArgs, source: &ModelSource, ui: &Ui) -> Result<Vec<Vec<u32>>> {
+pub(crate) fn rows(from: &From<'_>, source: &ModelSource, ui: &Ui) -> Result<Vec<Vec<u32>>> {
     let (asked, length) = (
-        args.rows.map(|n| n as usize),
-        args.length.map(|n| n as usize),
+        from.rows.map(|n| n as usize),
+        from.length.map(|n| n as usize),
     );
     let max = source.spec().max_context;
     if let Some(length) = length.filter(|n| *n > max) {
         let why = format!("--length {length}: the model takes at most {max} tokens");
         return Err(Usage(why).into());
     }
-    let (path, rows) = match (&args.tokens, &args.text) {
+    let (path, rows) = match (from.tokens, from.text) {
         (Some(path), _) => (path, token_rows(path, asked, length)?),
         (None, Some(path)) => {
             let length = length.unwrap_or(TEXT_LENGTH.min(max));

@@ -1,8 +1,8 @@
 // Quantized matrices as plain ones, with the format's own rounding of each weight to 16 bits.
 //
 // exl_dequant_f16_*: [columns, K] binary16 in packed row order, what the large products read: K N
-// bits / 8 bytes in, 2 K N bytes out, bound by memory. A lane writes 16 bytes of each of its
-// four columns of a block. Row-major, or in blocks (gemm/blocked.cuh).
+// bits / 8 bytes in, 2 K N bytes out, bound by memory. One warp per tile; a lane writes 16 bytes
+// of each of its four columns. Row-major, or in blocks (gemm/blocked.cuh).
 // exl_dequant_f32_*: [K, N] in original feature order, for checks.
 
 #include "gemm/blocked.cuh"
@@ -15,17 +15,11 @@ struct Place {
     u32 offset;   // of the block in its column tile
 };
 
-__device__ __forceinline__ Place place(const QMatrix& m, int block, int column) {
+__device__ __forceinline__ Place place(const QMatrix& m, int tile, int first_column) {
+    const int block = tile % m.blocks;
     const Run run = run_of(m, block);
-    return {block, column, run.bits, piece_of(m, run, block), offset_of(run, block)};
-}
-
-// Blocks of a column tile that a warp expands one after the other.
-constexpr int IN_TURN = 4;
-
-// A warp's first block, and its column tile among those of the launch: the grid's second dimension.
-__device__ __forceinline__ int first_block() {
-    return IN_TURN * (blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP);
+    return {block, first_column + tile / m.blocks, run.bits, piece_of(m, run, block),
+            offset_of(run, block)};
 }
 
 // The codes of the calling lane, centred: register q gives pairs 2q and 2q+1.
@@ -68,70 +62,69 @@ __device__ __forceinline__ uint4 column_of(const __half2 (&v)[16], int i) {
 }
 
 // Where columns of a matrix go in an output of several: `group` at a time to every `pitch` rows of the
-// output, from row `first` on, all of them multiples of 32. Row-major when `blocks_k` is 0.
+// output, from row `first` on. Row-major when `blocks_k` is 0.
 struct Blocked {
     int blocks_k, first, group, pitch;
 
-    // Of the first of 32 columns.
-    __device__ __forceinline__ int row(int column) const {
-        const int turn = column / group;
-        return first + turn * pitch + (column - turn * group);
+    __device__ __forceinline__ char* at(char* out, int column, int k) const {
+        const int row = first + column / group * pitch + column % group;
+        return out + blocked_at(row, k, blocks_k);
     }
 };
 
 template <int KIND>
 __device__ __forceinline__ void dequant_f16(const QMatrix& m, char* out, int first_column,
-                                            const Blocked& blocked) {
+                                            int columns, const Blocked& blocked) {
     pdl_launch();
-    const int lane = threadIdx.x % WARP, first = first_block();
-    if (first >= m.blocks) return pdl_wait();
-    // The lane's column g and rows 8t.. of the first block; columns g + 8 i lie `step` further.
-    const int column = 32 * blockIdx.y, g = lane >> 2, k = 32 * first + 8 * (lane & 3);
-    const bool plain = blocked.blocks_k == 0;
-    const long long row_bytes = 64ll * m.blocks, step = plain ? 8 * row_bytes : 8 * 128;
-    const int row = plain ? 0 : blocked.row(column) + g;
-#pragma unroll 1
-    for (int i = 0; i < IN_TURN && first + i < m.blocks; ++i) {
-        const Place p = place(m, first + i, first_column + blockIdx.y);
-        __half2 v[16];
+    int tile = blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP;
+    int lane = threadIdx.x % WARP;
+    bool any = tile < m.blocks * columns;
+    Place p;
+    __half2 v[16];
+    if (any) {
+        p = place(m, tile, first_column);
         weights<KIND>(m, p, lane, v);
-        if (i == 0) pdl_wait();
-        const int here = k + 32 * i;
-        char* to = out + (plain ? row_bytes * (column + g) + 2 * here
-                                : blocked_at(row, here, blocked.blocks_k));
+    }
+    pdl_wait();
+    if (!any) return;
+    const int k = 32 * p.block + 8 * (lane & 3);
 #pragma unroll
-        for (int n = 0; n < 4; ++n) *reinterpret_cast<uint4*>(to + n * step) = column_of(v, n);
-        if (plain || p.block + 1 < m.blocks || m.blocks % 2 == 0) continue;
-        // The other half of the last block of the output.
-        to = out + blocked_at(row, here + 32, blocked.blocks_k);
-#pragma unroll
-        for (int n = 0; n < 4; ++n) *reinterpret_cast<uint4*>(to + n * step) = uint4{};
+    for (int i = 0; i < 4; ++i) {
+        const int column = (p.column - first_column) * 32 + (lane >> 2) + 8 * i;
+        if (blocked.blocks_k == 0) {
+            const long long row_bytes = 64ll * m.blocks;
+            *reinterpret_cast<uint4*>(out + row_bytes * column + 2 * k) = column_of(v, i);
+            continue;
+        }
+        *reinterpret_cast<uint4*>(blocked.at(out, column, k)) = column_of(v, i);
+        if (p.block + 1 == m.blocks && m.blocks % 2) {   // the other half of the last block
+            *reinterpret_cast<uint4*>(blocked.at(out, column, k + 32)) = make_uint4(0, 0, 0, 0);
+        }
     }
 }
 
 template <int KIND>
 __device__ __forceinline__ void dequant_f32(const QMatrix& m, float* out, int outputs) {
     pdl_launch();
-    const int lane = threadIdx.x % WARP, first = first_block();
+    int tile = blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP;
+    int lane = threadIdx.x % WARP;
     pdl_wait();
-#pragma unroll 1
-    for (int block = first; block < min(first + IN_TURN, m.blocks); ++block) {
-        const Place p = place(m, block, blockIdx.y);
-        __half2 v[16];
-        weights<KIND>(m, p, lane, v);
+    if (tile >= m.blocks * m.columns) return;
+    Place p = place(m, tile, 0);
+    __half2 v[16];
+    weights<KIND>(m, p, lane, v);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const int column = p.column * 32 + (lane >> 2) + 8 * i;
-            const uint4 c = column_of(v, i);
-            const u32 words[4] = {c.x, c.y, c.z, c.w};
+    for (int i = 0; i < 4; ++i) {
+        int column = p.column * 32 + (lane >> 2) + 8 * i;
+        uint4 c = column_of(v, i);
+        u32 words[4] = {c.x, c.y, c.z, c.w};
 #pragma unroll
-            for (int e = 0; e < 8; ++e) {
-                const int row = 32 * block + 8 * (lane & 3) + e;
-                const u32 feature = m.perm ? m.perm[row] : u32(row);
-                const __half2 pair = as_half2(words[e / 2]);
-                const float value = __half2float(e % 2 ? __high2half(pair) : __low2half(pair));
-                if (column < outputs) out[(long long)feature * outputs + column] = value;
-            }
+        for (int e = 0; e < 8; ++e) {
+            int row = 32 * p.block + 8 * (lane & 3) + e;
+            u32 feature = m.perm ? m.perm[row] : u32(row);
+            __half2 pair = as_half2(words[e / 2]);
+            float value = __half2float(e % 2 ? __high2half(pair) : __low2half(pair));
+            if (column < outputs) out[(long long)feature * outputs + column] = value;
         }
     }
 }
@@ -140,13 +133,13 @@ __device__ __forceinline__ void dequant_f32(const QMatrix& m, float* out, int ou
 
 extern "C" __global__ void __launch_bounds__(256, 3)
     exl_dequant_f16_exl2(const __grid_constant__ QMatrix m, char* out, int first_column,
-                         int blocks_k, int first, int group, int pitch) {
-    dequant_f16<KIND_EXL2>(m, out, first_column, {blocks_k, first, group, pitch});
+                         int columns, int blocks_k, int first, int group, int pitch) {
+    dequant_f16<KIND_EXL2>(m, out, first_column, columns, {blocks_k, first, group, pitch});
 }
 extern "C" __global__ void __launch_bounds__(256, 3)
     exl_dequant_f16_gptq(const __grid_constant__ QMatrix m, char* out, int first_column,
-                         int blocks_k, int first, int group, int pitch) {
-    dequant_f16<KIND_GPTQ>(m, out, first_column, {blocks_k, first, group, pitch});
+                         int columns, int blocks_k, int first, int group, int pitch) {
+    dequant_f16<KIND_GPTQ>(m, out, first_column, columns, {blocks_k, first, group, pitch});
 }
 extern "C" __global__ void __launch_bounds__(256, 3)
     exl_dequant_f32_exl2(const __grid_constant__ QMatrix m, float* out, int outputs) {

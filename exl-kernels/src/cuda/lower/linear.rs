@@ -204,7 +204,7 @@ pub(super) fn dequant(
     };
     list.push(Launch {
         kernel: DEQUANT_F32[instance(m.kind())],
-        grid: many::dequant_grid(m, m.columns()),
+        grid: [(m.blocks() * m.columns()).div_ceil(8) as u32, 1, 1],
         block: [256, 1, 1],
         shared_bytes: 0,
         args: Args::new()

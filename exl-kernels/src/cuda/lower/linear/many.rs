@@ -87,16 +87,11 @@ fn prepare(list: &mut Vec<Launch>, x: u64, m: &CudaMatrix, rows: usize, out: u64
     gemm::prepare_x(list, &args);
 }
 
-/// Thread blocks of eight warps, each for four blocks of a column tile (cuda/qgemm/dequant.cu).
-pub(super) fn dequant_grid(m: &CudaMatrix, columns: usize) -> [u32; 3] {
-    [m.blocks().div_ceil(8 * 4) as u32, columns as u32, 1]
-}
-
 /// Expands column tiles of a matrix.
 fn dequant(m: &CudaMatrix, columns: usize, args: Args) -> Launch {
     Launch {
         kernel: DEQUANT[instance(m.kind())],
-        grid: dequant_grid(m, columns),
+        grid: [(m.blocks() * columns).div_ceil(8) as u32, 1, 1],
         block: [256, 1, 1],
         shared_bytes: 0,
         args,
@@ -118,7 +113,11 @@ fn product(
         if column >= product.n_out {
             break;
         }
-        let args = Args::new().block(m.words()).ptr(product.b).int(first);
+        let args = Args::new()
+            .block(m.words())
+            .ptr(product.b)
+            .int(first)
+            .int(columns);
         // Row by row, not in blocks.
         let args = [0; 4].into_iter().fold(args, Args::int);
         list.push(dequant(m, columns, args));

@@ -229,6 +229,7 @@ impl Range {
                 .block(m.words())
                 .ptr(b)
                 .int(first)
+                .int(columns)
                 .int(wgmma::blocks(m.inputs()))
                 .int(self.place * cut.tile.columns() + turn * cut.width)
                 .int(cut.width)

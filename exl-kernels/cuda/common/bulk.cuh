@@ -1,4 +1,4 @@
-// Hopper's copy engine and the barriers it reports to. sm_90a only.
+// The copy engine of compute capability 9.0 and up, and the barriers it reports to.
 #pragma once
 
 #include "common/common.cuh"

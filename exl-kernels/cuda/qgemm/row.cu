@@ -63,7 +63,7 @@ struct RowInput {
     }
 };
 
-// Sum of a column over the warps. Two shares first: as when one warp has both.
+// Sum of a column over the warps, two at a time.
 __device__ __forceinline__ float add_up(const float* at) {
     float s = 0.0f;
 #pragma unroll 4

@@ -31,7 +31,7 @@
 
 #include "common/common.cuh"
 
-// Words of a lane before the section that holds word w, and the width of that section.
+// How many sections of each width a block has, and its bytes.
 template <int B>
 struct Sections {
     static constexpr int QUADS = B / 4;         // sections of four words

@@ -21,7 +21,8 @@ struct Turn {
     }
 };
 
-// Asks for the first weights that the thread block of this number will want in the product that follows:
+// Asks for weights of the product that follows, the first that the thread block of this number will want
+// (of a product by clusters, some that its cluster will want):
 // the memory would rest while sums are added, other kernels run, and the next input is prepared.
 __device__ __forceinline__ void prefetch_next(const Task& task) {
     if (int(blockIdx.x) >= task.next_grid) return;

@@ -53,7 +53,8 @@ pub(super) fn cases(quick: bool) -> Vec<Case> {
     // Wide enough for every way in which GPUs divide the work.
     let rows: &[usize] = if quick { &[3] } else { &[1, 4, 30, 200] };
     for &rows in rows {
-        list.push(qkv(rows));
+        list.push(qkv(rows, Qkv::Biased));
+        list.push(qkv(rows, Qkv::Plain));
         list.push(gate_up_same_order(rows));
     }
     if !quick {
@@ -221,29 +222,43 @@ fn gate_up_dense(act: Activation, dtype: DType, rows: usize) -> Case {
     })
 }
 
-/// Three matrices in one order of the input, with biases, one with an in-place residual.
-fn qkv(rows: usize) -> Case {
-    const WIDTHS: [usize; 3] = [1440, 75, 320];
+/// How the three matrices of [`qkv`] come.
+#[derive(Clone, Copy)]
+enum Qkv {
+    /// One order of the input, biases, outputs of odd number.
+    Biased,
+    /// An order each, no biases.
+    Plain,
+}
+
+/// Three matrices, one with an in-place residual.
+fn qkv(rows: usize, how: Qkv) -> Case {
+    let (what, widths): (_, [usize; 3]) = match how {
+        Qkv::Biased => ("qkv", [1440, 75, 320]),
+        Qkv::Plain => ("qkv in three orders", [1440, 76, 320]),
+    };
     const MIXES: [&[(u8, u32)]; 3] = [
         &[(6, 32), (4, 128), (4, 128), (4, 128), (4, 128)],
         &[(5, 64), (3, 224), (2, 256)],
         &[(8, 32), (2, 512)],
     ];
     // Measured up to 3e-4, as for one matrix.
-    Case::new(format!("linear::qkv/rows={rows}"), 1e-3, move |run| {
+    Case::new(format!("linear::{what}/rows={rows}"), 1e-3, move |run| {
         let mut rng = Rng::new(16);
         let order = rng.permutation(544);
         let matrix = |i: usize, rng: &mut Rng| {
-            let mut exl2 = Exl2::random(MIXES[i], WIDTHS[i].next_multiple_of(32), rng);
-            exl2.q_invperm.clone_from(&order);
+            let mut exl2 = Exl2::random(MIXES[i], widths[i].next_multiple_of(32), rng);
+            if let Qkv::Biased = how {
+                exl2.q_invperm.clone_from(&order);
+            }
             QuantMatrix::from_exl2(&exl2.parts())
         };
         let matrices = [0, 1, 2].map(|i| matrix(i, &mut rng));
         let matrices: Vec<QuantMatrix> = matrices.into_iter().collect::<Result<_>>()?;
         let x = rng.floats(rows * 544);
-        let bias = WIDTHS.map(|n| rng.floats(n));
-        let mut out = WIDTHS.map(|n| vec![f32::NAN; rows * n]);
-        out[1] = rng.floats(rows * WIDTHS[1]);
+        let bias = widths.map(|n| rng.floats(n));
+        let mut out = widths.map(|n| vec![f32::NAN; rows * n]);
+        out[1] = rng.floats(rows * widths[1]);
         let mut parts = Vec::new();
         for (i, (matrix, out)) in matrices.iter().zip(&mut out).enumerate() {
             // SAFETY: a residual may be the output itself (ops.rs).
@@ -257,10 +272,10 @@ fn qkv(rows: usize) -> Case {
             });
             parts.push(LinearPart {
                 matrix: Matrix::Quant(matrix),
-                bias: Some(Mem::host(&bias[i])),
+                bias: matches!(how, Qkv::Biased).then(|| Mem::host(&bias[i])),
                 residual,
                 out: MemMut::host(out),
-                outputs: WIDTHS[i],
+                outputs: widths[i],
             });
         }
         run(&mut Op::Linear(Linear {

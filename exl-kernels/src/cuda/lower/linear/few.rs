@@ -161,7 +161,7 @@ impl Product<'_> {
         }
     }
 
-    /// The kernel's argument, word by word: `Task` of decode.cu.
+    /// The kernel's argument, word by word: `Task` of task.cuh.
     fn task(&self, (first, rows): (usize, usize), x: u64, blocks: [u64; MAX_PARTS]) -> Vec<u64> {
         let c = self.config;
         let mut words = Vec::with_capacity(crate::cuda::launch::MAX_WORDS);

@@ -6,10 +6,10 @@ use crate::machine;
 use crate::memory::{self, Taken};
 use crate::signal::StopFlag;
 use crate::ui::{self, Ui};
-use anyhow::{Context, Result};
+use anyhow::{Result, bail};
 use exl_gen::{Engine, EngineHandle, EngineOptions, RunnerBackend, Tokenizer};
 use exl_models::rope::RopeOptions;
-use exl_models::{Backend, LoadOptions, Model, ModelSource, Runner, RunnerOptions};
+use exl_models::{Backend, LoadOptions, MemoryRequest, Model, ModelSource, Runner, RunnerOptions};
 use exl_tensor::{Activations, CudaOptions, DType, Gpu, PAGE_TOKENS};
 use std::ops::ControlFlow;
 use std::path::Path;
@@ -52,9 +52,15 @@ pub(crate) fn gpu(device: Device, ui: &Ui) -> Result<Option<Gpu>> {
             ui.note(&format!("{error}: using the CPU"));
             Ok(None)
         }
-        (Err(error), _) => Err(error).context(format!(
-            "--device cuda:{ordinal} (use --device cpu, or leave the flag out)"
-        )),
+        (Err(error), _) => {
+            let reason = match error {
+                exl_tensor::Error::Gpu(reason) => reason.to_string(),
+                other => other.to_string(),
+            };
+            bail!(
+                "--device cuda:{ordinal} cannot be used: {reason} (use --device cpu, or leave the flag out)"
+            )
+        }
     }
 }
 
@@ -221,6 +227,36 @@ pub(crate) struct Room {
 }
 
 impl Room {
+    /// For one sequence.
+    pub(crate) fn one(tokens: usize, cache: CacheMode) -> Self {
+        Self {
+            seqs: 1,
+            lengths: vec![tokens],
+            cache,
+        }
+    }
+
+    /// What memory is computed for when prompts go in steps of `prefill_rows` tokens.
+    pub(crate) fn memory_request(&self, prefill_rows: usize) -> MemoryRequest {
+        let options = RunnerOptions {
+            kv_dtype: kv_dtype(self.cache),
+            ..RunnerOptions::default()
+        };
+        self.sized(options, prefill_rows).memory_request()
+    }
+
+    /// A runner's settings with its sizes: the largest step is a part of a prompt beside one token of
+    /// every sequence.
+    fn sized(&self, options: RunnerOptions, prefill_rows: usize) -> RunnerOptions {
+        let longest = self.lengths.iter().copied().max().unwrap_or(1);
+        RunnerOptions {
+            pages: self.pages(),
+            max_seqs: self.seqs,
+            max_rows: prefill_rows.min(longest) + self.seqs,
+            ..options
+        }
+    }
+
     fn pages(&self) -> usize {
         self.lengths
             .iter()
@@ -241,11 +277,7 @@ pub(crate) fn engine(
     let gpu = gpu(compute.device.device, ui)?;
     let gpu = gpu.as_ref();
     let prefill_rows = prefill_rows(gpu);
-    let longest = room.lengths.iter().copied().max().unwrap_or(1);
-    let mut options = runner_options(compute, room.cache, gpu);
-    options.pages = room.pages();
-    options.max_seqs = room.seqs;
-    options.max_rows = prefill_rows.min(longest) + room.seqs;
+    let options = room.sized(runner_options(compute, room.cache, gpu), prefill_rows);
     let what = format!(
         "{} with {} tokens of context",
         source.files().dir().display(),
@@ -278,4 +310,22 @@ pub(crate) fn engine(
         Arc::clone(tokenizer),
         options,
     )?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What `exl info` predicts for a context is what an engine for one sequence of it takes.
+    #[test]
+    fn info_and_the_engine_compute_the_same_memory() {
+        let room = Room::one(5000, CacheMode::F16);
+        let request = room.memory_request(GPU_PREFILL_ROWS);
+        assert_eq!((request.rows, request.pages), (GPU_PREFILL_ROWS + 1, 20));
+        assert_eq!(request.kv_dtype, DType::F16);
+        let short = Room::one(100, CacheMode::F32).memory_request(GPU_PREFILL_ROWS);
+        assert_eq!((short.rows, short.pages), (101, 1));
+        let options = room.sized(RunnerOptions::default(), GPU_PREFILL_ROWS);
+        assert_eq!(options.memory_request(), request);
+    }
 }

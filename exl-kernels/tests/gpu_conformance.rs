@@ -10,8 +10,8 @@ use std::sync::Arc;
 use exl_kernels::conformance::{Case, cases};
 use exl_kernels::cpu::{Cpu, CpuOptions};
 use exl_kernels::cuda::{
-    CudaOps, Device, DevicePool, DeviceProps, DeviceRegion, Event, Kernel, Pack, PinnedMemory,
-    RunOptions, Stream, covering, kernels, probe,
+    CudaOps, Device, DevicePool, DeviceProps, DeviceRegion, Event, Kernel, PinnedMemory,
+    RunOptions, Stream, covering, probe,
 };
 use exl_kernels::ops::{
     Activation, GateUp, GatherRows, Linear, LinearPart, Matrix, Op, RmsNorm, ScaleLogits,
@@ -663,14 +663,13 @@ fn gpu_quick_cases_touch_every_kernel() {
         kernels.flatten().copied().collect()
     };
     let (here, elsewhere) = (reached(0..2), reached(2..2 * all.len()));
-    let pack = Pack::load().unwrap();
-    let pack: HashSet<(&str, &str)> = pack.kernels(props.capability).collect();
-    let compiled = kernels().filter(|k| pack.contains(&(k.module, k.entry)));
-    let (left, missing): (Vec<Kernel>, Vec<Kernel>) = compiled
+    let (left, missing): (Vec<Kernel>, Vec<Kernel>) = device
+        .kernels()
         // Every matrix that comes to the GPU goes through it.
         .filter(|kernel| !here.contains(kernel) && kernel.module != "qgemm/repack")
         .partition(|kernel| elsewhere.contains(kernel));
-    eprintln!("{} kernels have cases here, of {}", here.len(), pack.len());
+    let all = device.kernels().count();
+    eprintln!("{} kernels have cases here, of {all}", here.len());
     eprintln!("only chosen on other GPUs: {left:?}");
     assert!(missing.is_empty(), "no case runs {missing:?}");
 }
@@ -678,7 +677,7 @@ fn gpu_quick_cases_touch_every_kernel() {
 #[test]
 fn gpu_every_kernel_loads() {
     let Some(device) = device() else { return };
-    for kernel in kernels() {
+    for kernel in device.kernels() {
         let info = device.function_info(kernel).unwrap();
         assert!(info.registers > 0, "{kernel:?}");
     }

@@ -61,11 +61,13 @@ pub struct MemoryRequest {
     pub kv_dtype: DType,
     /// Token rows of the largest step.
     pub rows: usize,
+    /// Rows of the largest step that get logits, where they are more than one of each sequence.
+    pub out_rows: usize,
 }
 
 impl MemoryRequest {
     /// For `seqs` sequences of `context` tokens, each with its own cache, in steps of up to `rows`
-    /// tokens.
+    /// tokens, with logits of one row for each.
     pub fn new((seqs, context): (usize, usize), kv_dtype: DType, rows: usize) -> Self {
         let pages = context.div_ceil(PAGE_TOKENS).max(1);
         Self {
@@ -74,11 +76,14 @@ impl MemoryRequest {
             pages: seqs.max(1).saturating_mul(pages),
             kv_dtype,
             rows,
+            out_rows: 0,
         }
     }
 
     /// The largest steps: a part of a prompt beside the other sequences, and one token of each. With
-    /// tokens, they are drawn.
+    /// tokens, one is drawn for each sequence, without penalties and blocked ids: those make the step
+    /// block larger by 4 bytes for each token that a row looks back at and each id. Logits of more
+    /// rows are not drawn from.
     pub fn steps(&self, tokens: Option<usize>) -> [PlanKey; 2] {
         let pages_per_seq = self.context.div_ceil(PAGE_TOKENS).max(1);
         let (rows, seqs) = (self.rows.max(1), self.seqs.max(1));
@@ -87,15 +92,18 @@ impl MemoryRequest {
             window: 0,
             blocked: 0,
         });
-        let step = |phase, rows: usize| PlanKey {
+        let step = |phase, rows: usize, out_rows: usize| PlanKey {
             phase,
             rows,
             seqs: seqs.min(rows),
             pages_per_seq: pages_per_seq.next_power_of_two(),
-            out_rows: seqs.min(rows),
-            sample,
+            out_rows: out_rows.min(rows),
+            sample: sample.filter(|_| out_rows <= seqs),
         };
-        [step(Phase::Prefill, rows), step(Phase::Decode, seqs)]
+        [
+            step(Phase::Prefill, rows, self.out_rows.max(seqs)),
+            step(Phase::Decode, seqs, seqs),
+        ]
     }
 }
 

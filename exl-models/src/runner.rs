@@ -66,6 +66,9 @@ pub struct RunnerOptions {
     pub max_rows: usize,
     /// Most sequences of one step.
     pub max_seqs: usize,
+    /// Rows with logits of one step that memory is computed for, where they are more than one of each
+    /// sequence. Still more take their memory when they are asked for.
+    pub out_rows: usize,
     /// CPU threads, 0 for all.
     pub threads: usize,
     /// Instruction set, the best one by default.
@@ -86,6 +89,7 @@ impl Default for RunnerOptions {
             kv_dtype: DType::F16,
             max_rows: 512,
             max_seqs: 64,
+            out_rows: 0,
             threads: 0,
             isa: None,
             activations: Activations::Exact16,
@@ -104,6 +108,7 @@ impl RunnerOptions {
             pages: self.pages,
             kv_dtype: self.kv_dtype,
             rows: self.max_rows,
+            out_rows: self.out_rows,
         }
     }
 }
@@ -122,8 +127,8 @@ pub struct Runner {
 }
 
 impl Runner {
-    /// Allocates the cache and starts the threads; on a GPU it takes all memory that the largest steps
-    /// need, so that a lack of it shows here.
+    /// Allocates the cache and starts the threads; on a GPU it takes the memory of the largest steps
+    /// ([`MemoryRequest::steps`]), so that a lack of it shows here.
     ///
     /// # Errors
     /// [`Error::Step`] on impossible options, out of memory.

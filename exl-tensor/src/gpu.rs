@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use exl_kernels::QuantMatrix;
 use exl_kernels::cuda::{
-    CudaMatrix, Device, DevicePool, DeviceProps, DeviceRegion, Event, MatrixUploader, Pack, kernels,
+    CudaMatrix, Device, DevicePool, DeviceProps, DeviceRegion, Event, MatrixUploader, Pack,
 };
 
 use crate::weight::Upload;
@@ -155,12 +155,13 @@ impl Gpu {
         (loader.pool.allocated() as u64, loader.pool.used() as u64)
     }
 
-    /// Loads every kernel, also those that nothing uses yet.
+    /// Loads every kernel that this GPU can run, also those that nothing uses yet.
     ///
     /// # Errors
     /// [`Error::Gpu`].
     pub fn load_kernels(&self) -> Result<()> {
-        let mut all = kernels().map(|kernel| self.0.device.function_info(kernel));
+        let device = &self.0.device;
+        let mut all = device.kernels().map(|kernel| device.function_info(kernel));
         all.try_for_each(|info| info.map(drop)).map_err(Error::Gpu)
     }
 

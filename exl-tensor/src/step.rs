@@ -87,8 +87,8 @@ impl StepBlock {
     }
 
     /// Fills the block. The sequences have as many rows and outputs as the key says: a plan computes
-    /// every row it was recorded for. Pages that sequences share must not be written: kernels refuse
-    /// two rows for one slot.
+    /// every row it was recorded for. Pages that sequences share must not be written: the CPU's
+    /// kernels refuse two rows for one slot, on a GPU it is not noticed.
     ///
     /// # Errors
     /// [`Error::Step`] when the sequences are not those of the key, or pages are missing.

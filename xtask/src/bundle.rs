@@ -167,6 +167,27 @@ mod tests {
         }
     }
 
+    /// A driver that works is not enough: this GPU is too old for every kernel.
+    #[test]
+    fn the_script_ends_where_no_gpu_is_usable() {
+        let sh = Shell::new().unwrap();
+        let dir = sh.create_temp_dir().unwrap();
+        let (script, exl) = (dir.path().join("run.sh"), dir.path().join("exl"));
+        let doctor = r#"{"gpu":{"devices":[{"name":"T4","usable":false}],"problem":null}}"#;
+        sh.write_file(&script, SCRIPT).unwrap();
+        sh.write_file(&exl, format!("#!/bin/sh\necho '{doctor}'\n"))
+            .unwrap();
+        let results = dir.path().join("results");
+        let run = cmd!(sh, "sh {script} {results}").quiet().ignore_status();
+        cmd!(sh, "chmod +x {exl}").quiet().run().unwrap();
+        let output = run.output().unwrap();
+        assert_eq!(output.status.code(), Some(1));
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert!(said.contains("no GPU that exl can use"), "{said}");
+        let summary = sh.read_file(results.join("summary.json")).unwrap();
+        assert_eq!(summary.matches("\"step\"").count(), 1, "{summary}");
+    }
+
     #[test]
     fn the_script_is_one_that_sh_reads() {
         let sh = Shell::new().unwrap();

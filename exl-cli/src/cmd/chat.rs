@@ -38,11 +38,7 @@ pub(crate) fn run(args: &ChatArgs, ui: &Ui) -> Result<()> {
         StopFlag::default()
     };
     let context = context.unwrap_or(DEFAULT_CONTEXT.min(source.spec().max_context));
-    let room = Room {
-        seqs: 1,
-        lengths: vec![context],
-        cache: args.cache.mode,
-    };
+    let room = Room::one(context, args.cache.mode);
     let engine = session::engine(source, &tokenizer, &room, &args.compute, &stop, ui)?;
     let voice = Voice::new(
         engine,

@@ -11,7 +11,7 @@ use crate::session;
 use crate::signal::{self, StopFlag};
 use crate::ui::{self, Align, Table, Ui};
 use anyhow::{Result, bail};
-use exl_models::{LogitRows, MemoryRequest, MemoryUse, ModelSource, Runner, SeqSlice};
+use exl_models::{LogitRows, MemoryUse, ModelSource, Runner, RunnerOptions, SeqSlice};
 use exl_quant::KlScore;
 use exl_tensor::{Gpu, PAGE_TOKENS};
 use serde::Serialize;
@@ -134,6 +134,16 @@ impl Judged<'_> {
     }
 }
 
+/// Steps of a model, in which every row gets logits.
+#[derive(Clone, Copy)]
+struct Steps {
+    cache: CacheMode,
+    /// Texts side by side.
+    seqs: usize,
+    /// Tokens of all of them together.
+    rows: usize,
+}
+
 struct Evaluation<'a> {
     model: &'a Path,
     gpu: Option<&'a Gpu>,
@@ -157,29 +167,36 @@ impl Evaluation<'_> {
                 spec.vocab
             );
         }
-        let side_by_side = if self.args.cache.is_some() {
-            self.batch(spec.vocab)
-        } else {
-            1
+        // The reference is always exact: whole rows, cache in 32 bits.
+        let whole = Steps {
+            cache: CacheMode::F32,
+            seqs: 1,
+            rows: chunk_rows(spec.vocab).min(self.length()),
         };
-        let mode = self.args.cache.unwrap_or(CacheMode::F32);
-        let mut need = self.memory(source, mode, side_by_side)?;
+        let steps = match self.args.cache {
+            Some(cache) => {
+                let seqs = self.batch(spec.vocab);
+                let rows = seqs;
+                Steps { cache, seqs, rows }
+            }
+            None => whole,
+        };
+        let mut need = self.memory(source, &steps)?;
         if let Some(reference) = reference {
-            need = need.plus(&self.memory(reference, CacheMode::F32, 1)?);
+            need = need.plus(&self.memory(reference, &whole)?);
         }
         let name = self.model.display();
         let what = format!("evaluating {name} in rows of {} tokens", self.length());
         memory::check(&need, &what, "--length", self.gpu)?;
-        // The reference is always exact: whole rows, cache in 32 bits.
         let mut right = match reference {
-            Some(source) => Some(self.runner(source, CacheMode::F32, 1)?),
+            Some(source) => Some(self.runner(source, &whole)?),
             None => None,
         };
-        let mut judged = self.runner(source, mode, side_by_side)?;
+        let mut judged = self.runner(source, &steps)?;
         let mut progress = self.ui.steps("evaluating", self.rows.len() as u64);
         let mut score = KlScore::new();
-        for (step, rows) in self.rows.chunks(side_by_side).enumerate() {
-            let first = step * side_by_side;
+        for (step, rows) in self.rows.chunks(steps.seqs).enumerate() {
+            let first = step * steps.seqs;
             if self.args.cache.is_some() {
                 self.token_by_token((first, rows), &mut judged, right.as_mut(), &mut score)?;
             } else {
@@ -195,14 +212,20 @@ impl Evaluation<'_> {
         Ok(score)
     }
 
-    /// A loaded model with room for `seqs` rows in its cache.
-    fn runner(&self, source: &ModelSource, cache: CacheMode, seqs: usize) -> Result<Runner> {
+    /// A loaded model that can take these steps.
+    fn runner(&self, source: &ModelSource, steps: &Steps) -> Result<Runner> {
         let loaded = session::load(source, self.gpu, self.stop, self.ui)?;
-        let mut options = session::runner_options(&self.args.compute, cache, self.gpu);
-        options.pages = seqs * self.length().div_ceil(PAGE_TOKENS);
-        options.max_rows = CHUNK_ROWS;
-        options.max_seqs = seqs;
-        Ok(Runner::new(loaded.model, options)?)
+        Ok(Runner::new(loaded.model, self.options(steps))?)
+    }
+
+    fn options(&self, steps: &Steps) -> RunnerOptions {
+        RunnerOptions {
+            pages: steps.seqs * self.length().div_ceil(PAGE_TOKENS),
+            max_rows: steps.rows,
+            max_seqs: steps.seqs,
+            out_rows: steps.rows,
+            ..session::runner_options(&self.args.compute, steps.cache, self.gpu)
+        }
     }
 
     /// Tokens of a row.
@@ -210,11 +233,9 @@ impl Evaluation<'_> {
         self.rows.iter().map(Vec::len).max().unwrap_or(1)
     }
 
-    /// What a model with room for `seqs` rows takes.
-    fn memory(&self, source: &ModelSource, cache: CacheMode, seqs: usize) -> Result<MemoryUse> {
-        let shape = (seqs, self.length());
-        let request = MemoryRequest::new(shape, session::kv_dtype(cache), CHUNK_ROWS);
-        memory::needed(source, &request, self.gpu)
+    /// What a model takes for these steps.
+    fn memory(&self, source: &ModelSource, steps: &Steps) -> Result<MemoryUse> {
+        memory::needed(source, &self.options(steps).memory_request(), self.gpu)
     }
 
     /// Rows whose logits are kept at once when they go side by side.
@@ -268,7 +289,7 @@ impl Evaluation<'_> {
         score: &mut KlScore,
     ) -> Result<()> {
         let vocab = judged.vocab(row.len());
-        let chunk = (LOGITS_BYTES / (4 * vocab)).clamp(1, CHUNK_ROWS);
+        let chunk = chunk_rows(vocab);
         let pages = pages(0, row.len());
         for start in (0..row.len()).step_by(chunk) {
             self.check()?;
@@ -308,6 +329,11 @@ impl Evaluation<'_> {
         }
         Ok(())
     }
+}
+
+/// Tokens of a row that one step takes, all with logits.
+fn chunk_rows(vocab: usize) -> usize {
+    (LOGITS_BYTES / (4 * vocab)).clamp(1, CHUNK_ROWS)
 }
 
 /// A score of NaN says nothing. `logits` are those of a row from position `start` on.

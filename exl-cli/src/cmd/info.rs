@@ -8,10 +8,10 @@ pub(super) use bits::{Bits, bits};
 use crate::args::{CacheMode, InfoArgs};
 use crate::failure::Usage;
 use crate::machine;
-use crate::session;
+use crate::session::{self, Room};
 use crate::ui::{self, Align, Table, Ui};
 use anyhow::Result;
-use exl_models::{LoadOptions, MemoryRequest, MemoryUse, ModelSource};
+use exl_models::{LoadOptions, MemoryUse, ModelSource};
 use gpu::GpuNeeds;
 use serde::Serialize;
 use std::fmt::Write;
@@ -114,8 +114,7 @@ pub(crate) fn run(args: &InfoArgs, ui: &Ui) -> Result<()> {
 
 fn memory(source: &ModelSource, context: Option<usize>, cache: CacheMode) -> Memory {
     let context = context.unwrap_or(DEFAULT_CONTEXT.min(source.spec().max_context));
-    let rows = session::PREFILL_ROWS.min(context);
-    let request = MemoryRequest::new((1, context), session::kv_dtype(cache), rows);
+    let request = Room::one(context, cache).memory_request(session::PREFILL_ROWS);
     let used: MemoryUse = source.memory_for(&request);
     Memory {
         context,

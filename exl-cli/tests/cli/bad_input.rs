@@ -347,3 +347,20 @@ fn a_directory_without_read_rights_is_named() {
     rights(&dir, 0o755);
     run(&mut as_nobody(&temp, &["info", text(&dir)])).success();
 }
+
+/// Whether the driver is missing or just this GPU: the first line says why.
+#[test]
+fn a_gpu_that_cannot_be_used_is_told_with_the_reason() {
+    let args = ["generate", "-m", demo(), "-p", "x", "--device", "cuda:99"];
+    let line = run(&mut exl(args)).failure(1, &[]).error_line();
+    let reason = line.strip_prefix("error: --device cuda:99 cannot be used: ");
+    let reason = reason.unwrap_or_else(|| panic!("{line}"));
+    assert!(
+        reason.contains("NVIDIA driver") || reason.starts_with("GPU 99 does not exist"),
+        "{line}"
+    );
+    assert!(
+        reason.ends_with("(use --device cpu, or leave the flag out)"),
+        "{line}"
+    );
+}

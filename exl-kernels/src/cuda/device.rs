@@ -417,6 +417,11 @@ impl Device {
         Ok(self.function(kernel, 0)?.1)
     }
 
+    /// The kernels that this GPU can run.
+    pub fn kernels(&self) -> impl Iterator<Item = Kernel> {
+        self.pack.launchable(self.info.props.capability)
+    }
+
     fn function(
         &self,
         kernel: Kernel,

@@ -13,7 +13,6 @@ use cudarc::driver::sys;
 use cudarc::driver::sys::CUdevice_attribute_enum as Attribute;
 
 use super::DeviceProps;
-use super::device::Context;
 use crate::{Error, Result};
 
 /// The release of the driver that has every function of the table.
@@ -83,7 +82,6 @@ macro_rules! functions {
 }
 
 functions! {
-    driver_get_version = cuDriverGetVersion(version: *mut c_int);
     init = cuInit(flags: c_uint);
     device_get_count = cuDeviceGetCount(count: *mut c_int);
     device_get = cuDeviceGet(device: *mut sys::CUdevice, ordinal: c_int);
@@ -191,15 +189,32 @@ pub(super) fn driver() -> Result<&'static Driver> {
             reason: "libcuda was not found in the library path".to_owned(),
         });
     }
-    let api = Api::load()?;
-    let mut version = 0;
-    // SAFETY: the pointer is to a local.
-    unsafe { api.driver_get_version(&mut version) }.map_err(no_driver)?;
-    let version = decode_version(version);
-    supports(version, OLDEST)?;
+    let (api, version) = supported(version, Api::load)?;
     // SAFETY: takes no pointers.
     unsafe { api.init(0) }.map_err(no_driver)?;
     Ok(DRIVER.get_or_init(|| Driver { api, version }))
+}
+
+/// The functions of a driver that is new enough to have them all; an older one is told what is needed,
+/// not which function it lacks.
+fn supported<T>(
+    version: impl FnOnce() -> Result<c_int>,
+    load: impl FnOnce() -> Result<T>,
+) -> Result<(T, (u32, u32))> {
+    let version = decode_version(version()?);
+    supports(version, OLDEST)?;
+    Ok((load()?, version))
+}
+
+/// The driver's version, by the one function that every driver has.
+fn version() -> Result<c_int> {
+    type Function = unsafe extern "C" fn(*mut c_int) -> u32;
+    // SAFETY: cuda.h declares the symbol so; CUresult is an unsigned 32-bit enum of C.
+    let get = unsafe { symbol::<Function>("cuDriverGetVersion\0") }?;
+    let mut version = 0;
+    // SAFETY: the pointer is to a local.
+    check(unsafe { get(&mut version) }, "cuDriverGetVersion").map_err(no_driver)?;
+    Ok(version)
 }
 
 /// 12080 is CUDA 12.8.
@@ -231,17 +246,6 @@ pub struct DeviceInfo {
     pub uuid: String,
     /// `domain:bus:device.function`.
     pub pci: String,
-}
-
-impl DeviceInfo {
-    /// Bytes of device memory that are free now. Makes a context on the GPU for that: some hundred
-    /// MiB of its memory (no longer counted as free) and tenths of a second when none exists.
-    ///
-    /// # Errors
-    /// What the driver reports.
-    pub fn free_memory(&self) -> Result<u64> {
-        Ok(Context::new(self.ordinal)?.memory()?.0)
-    }
 }
 
 /// The GPUs of this machine. Makes no context, so it costs no device memory.
@@ -398,6 +402,24 @@ mod tests {
             "{error}"
         );
         assert!(supports((13, 1), 580).is_ok() && supports((13, 0), 575).is_ok());
+    }
+
+    /// CUDA 11.4 has no cuLaunchKernelEx: its functions are not even looked for.
+    #[test]
+    fn functions_are_looked_for_in_new_drivers_only() {
+        let lacking = || -> Result<()> {
+            Err(Error::NoDriver {
+                reason: "libcuda lacks cuLaunchKernelEx".to_owned(),
+            })
+        };
+        let error = supported(|| Ok(11040), lacking).unwrap_err();
+        assert!(
+            matches!(error, Error::DriverTooOld { found: (11, 4), .. }),
+            "{error}"
+        );
+        let error = supported(|| Ok(12080), lacking).unwrap_err();
+        assert!(matches!(error, Error::NoDriver { .. }), "{error}");
+        assert_eq!(supported(|| Ok(12080), || Ok(7)).unwrap(), (7, (12, 8)));
     }
 
     #[test]

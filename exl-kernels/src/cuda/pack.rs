@@ -12,11 +12,14 @@ use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::ops::Range;
+use std::path::Path;
 
 use safetensors::SafeTensors;
 use serde::Deserialize;
 
+use super::Kernel;
 use super::driver::{DeviceInfo, supports};
+use super::lower::kernels;
 use super::props::DeviceProps;
 use crate::{Error, Result};
 use architecture::Architecture;
@@ -87,12 +90,18 @@ impl Pack {
     /// [`Error::Kernel`] when the file cannot be read or is damaged; those of [`Pack::embedded`].
     pub fn load() -> Result<Self> {
         match std::env::var_os("EXL_KERNEL_PACK") {
-            Some(path) => {
-                let data = std::fs::read(&path);
-                Self::parse(data.map_err(|e| damaged(format!("{}: {e}", path.display())))?)
-            }
+            Some(path) => Self::open(Path::new(&path)),
             None => Self::embedded(),
         }
+    }
+
+    /// The pack in a file, which errors name.
+    fn open(path: &Path) -> Result<Self> {
+        let data = std::fs::read(path).map_err(|e| damaged(format!("{}: {e}", path.display())))?;
+        Self::parse(data).map_err(|error| match error {
+            Error::Kernel { problem, .. } => damaged(format!("{}: {problem}", path.display())),
+            other => other,
+        })
     }
 
     /// The pack inside this program.
@@ -193,6 +202,13 @@ impl Pack {
             let kernels = image.about.kernels.iter();
             kernels.map(move |k| (unit, k.name.as_str()))
         })
+    }
+
+    /// The kernels that launches may name and a GPU of a compute capability can run: some are compiled
+    /// for one architecture alone.
+    pub fn launchable(&self, capability: (u32, u32)) -> impl Iterator<Item = Kernel> {
+        let compiled: BTreeSet<(&str, &str)> = self.kernels(capability).collect();
+        kernels().filter(move |kernel| compiled.contains(&(kernel.module, kernel.entry)))
     }
 
     /// The oldest driver for Linux that loads all that a GPU of a compute capability needs. `None`

@@ -238,4 +238,14 @@ fn memory_is_what_was_announced() {
     );
     assert_eq!(used.arena, announced.arena);
     assert!(used.total() - used.scratch <= announced.total());
+    // Logits of every row take more; the step block of the same rows is larger as well.
+    let logits = LogitRows::All;
+    runner.step(&[SeqSlice { logits, ..slice }]).unwrap();
+    let every = MemoryRequest {
+        out_rows: 40,
+        ..request
+    };
+    let announced = golden.model.memory_for(&every);
+    assert!(announced.arena > used.arena);
+    assert_eq!(runner.memory().arena, announced.arena);
 }

@@ -23,8 +23,8 @@ pub struct CudaOptions {
     pub graphs: bool,
     /// Lets kernels overlap where the GPU and the driver can.
     pub overlap: bool,
-    /// Fixed order of all sums, whatever else is in the batch; with quantized weights as long as a
-    /// step has at most 64 rows (docs/kernels.md).
+    /// Fixed order of all sums, whatever else is in the batch: quantized weights are read once for
+    /// every 32 rows of a step, and one row alone takes the kernel of several (docs/kernels.md).
     pub deterministic: bool,
 }
 

@@ -18,8 +18,6 @@ pub struct GpuSketch {
     weights: Weights,
     /// Of all regions.
     bytes: u64,
-    /// Of the largest matrix while it is repacked.
-    staging: u64,
     /// Permutations by their contents, as the loader shares them.
     perms: HashMap<Vec<u32>, u64>,
 }
@@ -115,7 +113,6 @@ impl GpuSketch {
 
     fn quantized(&mut self, name: &str, kind: QuantKind, shape: &MatrixShape, perm: Vec<u32>) {
         self.bytes += DevicePool::padded(shape.bytes()) as u64;
-        self.staging = self.staging.max(shape.staging_bytes() as u64);
         let in_order = perm.iter().enumerate().all(|(i, &p)| i == p as usize);
         let perm = match (in_order, self.perms.get(&perm)) {
             (true, _) => 0,
@@ -142,11 +139,6 @@ impl GpuSketch {
     /// Bytes of all weights on the GPU.
     pub fn weight_bytes(&self) -> u64 {
         self.bytes
-    }
-
-    /// Bytes that loading takes beside the weights, until it has ended.
-    pub fn staging_bytes(&self) -> u64 {
-        self.staging
     }
 
     /// What a plan takes with a cache of this shape on a GPU.

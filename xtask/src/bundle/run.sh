@@ -57,7 +57,7 @@ number() {
 }
 
 step doctor 60 "$exl" doctor --json
-if ! grep -q '"problem":null' "$results/doctor.out"; then
+if ! grep -q '"usable":true' "$results/doctor.out"; then
     cat "$results/doctor.out" >&2
     echo "no GPU that exl can use: nothing to test" >&2
     failed=$((failed + 1))

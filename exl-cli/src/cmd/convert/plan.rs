@@ -2,10 +2,10 @@
 
 use crate::args::{ConvertArgs, Fit};
 use crate::memory;
-use crate::session;
+use crate::session::{self, Room};
 use crate::ui::{self, Align, Table, Ui};
 use anyhow::{Context, Result, bail};
-use exl_models::{MemoryRequest, ModelSource, memory_for};
+use exl_models::{ModelSource, memory_for};
 use exl_quant::{PlanPoint, bits_within};
 use serde::Serialize;
 use std::path::Path;
@@ -48,8 +48,7 @@ pub(super) fn fit(fit: &Fit, source: &ModelSource, head_bits: Option<u32>, ui: &
     let spec = source.spec();
     let context = fit.context.unwrap_or(spec.max_context);
     session::remark_context(source, "--fit ctx", context, ui);
-    let rows = session::GPU_PREFILL_ROWS.min(context);
-    let request = MemoryRequest::new((1, context), session::kv_dtype(fit.cache), rows);
+    let request = Room::one(context, fit.cache).memory_request(session::GPU_PREFILL_ROWS);
     let beside = memory_for(spec, 0, &request);
     let rest = beside.total() + memory::DRIVER_BYTES + EXPANDED_BYTES;
     let (memory, cache) = (ui::bytes(fit.memory), ui::bytes(beside.cache));

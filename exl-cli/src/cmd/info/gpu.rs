@@ -3,10 +3,10 @@
 use crate::args::CacheMode;
 use crate::failure::Usage;
 use crate::memory;
-use crate::session;
+use crate::session::{self, Room};
 use crate::ui;
 use anyhow::Result;
-use exl_models::{MemoryRequest, MemoryUse, ModelSource};
+use exl_models::{MemoryUse, ModelSource};
 use exl_tensor::{DeviceProps, Gpu, probe};
 use serde::Serialize;
 
@@ -96,7 +96,7 @@ impl GpuNeeds {
         cache: CacheMode,
     ) -> Result<Self> {
         let rows = session::GPU_PREFILL_ROWS.min(context);
-        let request = MemoryRequest::new((1, context), session::kv_dtype(cache), rows);
+        let request = Room::one(context, cache).memory_request(session::GPU_PREFILL_ROWS);
         let props = place.props();
         let used: MemoryUse = source.gpu_memory_for(props, &request)?;
         let driver_bytes = match place {

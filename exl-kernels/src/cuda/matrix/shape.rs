@@ -70,12 +70,6 @@ impl MatrixShape {
         8 * self.inputs
     }
 
-    /// Bytes of the memory that holds the matrix while it is repacked.
-    pub fn staging_bytes(&self) -> usize {
-        let panels = self.outputs.div_ceil(crate::quant::PANEL);
-        column_bytes(&self.pieces()) / 2 * panels
-    }
-
     /// The matrix as ops name it, to work out what they need. `perm` tells permutations apart, 0 is
     /// none.
     ///
@@ -122,7 +116,6 @@ mod tests {
     fn check(matrix: &QuantMatrix, shape: &MatrixShape) {
         let layout = Layout::new(matrix);
         assert_eq!(shape.bytes(), tile_bytes(matrix) + layout.side_bytes());
-        assert_eq!(shape.staging_bytes(), matrix.packed_bytes().len());
         // SAFETY: nothing runs.
         let planned = unsafe { shape.unbacked(7) };
         assert_eq!(

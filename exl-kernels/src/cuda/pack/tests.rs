@@ -135,6 +135,30 @@ fn a_unit_for_one_architecture_is_nowhere_else() {
     assert_eq!(pack.kernels((8, 9)).collect::<Vec<_>>(), [("u/b", "exl_k")]);
 }
 
+/// What [`super::super::Device::kernels`] loads on each of the GPUs, tensor-core kernels of one architecture
+/// being in no other's images.
+#[test]
+fn every_launchable_kernel_of_the_embedded_pack_has_an_image() {
+    if PACK.is_empty() {
+        eprintln!("skipped: built without a kernel pack (cargo xtask kernels)");
+        return;
+    }
+    let pack = Pack::embedded().unwrap();
+    for props in DeviceProps::samples() {
+        let launchable: Vec<Kernel> = pack.launchable(props.capability).collect();
+        for kernel in &launchable {
+            let image = pack.image(kernel.module, props.capability);
+            assert!(image.is_ok(), "{}: {kernel:?}: {image:?}", props.name);
+        }
+        let all = pack.kernels(props.capability).count();
+        println!("{}: {} kernels of {all}", props.name, launchable.len());
+        // Kernels that no launch names would be dead code in the pack.
+        assert_eq!(launchable.len(), all, "{}", props.name);
+        let warpgroups = launchable.iter().any(|k| k.module == "gemm/wgmma");
+        assert_eq!(warpgroups, props.has_warpgroup_products(), "{}", props.name);
+    }
+}
+
 #[test]
 fn a_plain_minor_gives_way_to_a_special_one() {
     let pack = Pack::parse(bytes(&["sm_90/u/v.cubin", "sm_90a/u/v.cubin"])).unwrap();
@@ -161,6 +185,13 @@ fn damaged_files_are_named() {
     assert!(Pack::parse(&b"nothing of the kind"[..]).is_err());
     let good = bytes(&NAMES);
     assert!(Pack::parse(good[..good.len() - 1].to_vec()).is_err());
+    let path = std::env::temp_dir().join(format!("exl-damaged-{}.pack", std::process::id()));
+    let opened = || Pack::open(&path).unwrap_err().to_string();
+    std::fs::write(&path, &good[..good.len() - 1]).unwrap();
+    let name = path.display().to_string();
+    assert!(opened().contains(&name), "{}", opened());
+    std::fs::remove_file(&path).unwrap();
+    assert!(opened().contains(&name), "{}", opened());
     let plain = safetensors::serialize(Vec::<(String, TensorView<'_>)>::new(), None).unwrap();
     assert!(problem(plain).contains("no manifest"));
     for name in [

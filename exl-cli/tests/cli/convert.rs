@@ -318,9 +318,10 @@ fn a_plan_quantizes_nothing_and_what_fits_is_converted() {
     let kl = |bits: f64| at(bits)["predicted_kl"].as_f64().unwrap();
     assert!(kl(3.0) > 2.0 * kl(4.0) && kl(4.0) > 2.0 * kl(6.0));
 
-    // Cache, activations and weights together stay within what was named.
+    // Cache, activations and weights together stay within what was named, less 290 MB for the driver
+    // and 192 MiB for kernels' scratch memory.
     let out = temp.join("out");
-    let fit = ["--fit", "6.5MB,ctx=256,cache=fp32", "-m", text(&file)];
+    let fit = ["--fit", "496.8MB,ctx=256,cache=fp32", "-m", text(&file)];
     let convert = ["convert", demo(), "--out", text(&out), "--json"];
     let report = run(&mut exl([&convert[..], &fit, &base].concat()))
         .success()
@@ -338,7 +339,7 @@ fn a_plan_quantizes_nothing_and_what_fits_is_converted() {
     ];
     let info = run(&mut exl(info)).success().json();
     let total = info["memory"]["total_bytes"].as_u64().unwrap();
-    assert!(total <= 6_500_000, "{total}");
+    assert!(total <= 5_500_000, "{total}");
 
     let small = ["--fit", "1MB,ctx=256", "-m", text(&file)];
     run(&mut exl([&convert[..], &small, &base].concat())).failure(1, &["--fit"]);

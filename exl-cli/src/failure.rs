@@ -35,6 +35,16 @@ impl fmt::Display for Interrupted {
 impl std::error::Error for Usage {}
 impl std::error::Error for Interrupted {}
 
+/// What the quantizer's crate found, unless the user stopped it; `what` is the work.
+pub(crate) fn finished<T>(found: Result<T, exl_quant::Error>, what: &str) -> anyhow::Result<T> {
+    match found {
+        Err(exl_quant::Error::Interrupted) => {
+            Err(Interrupted(format!("{what} was not finished")).into())
+        }
+        other => Ok(other?),
+    }
+}
+
 /// Runs a command, prints its error if any, and turns the outcome into an exit code.
 pub(crate) fn guard(run: fn() -> anyhow::Result<()>) -> ExitCode {
     match std::panic::catch_unwind(run) {

@@ -3,9 +3,10 @@
 use crate::failure::Usage;
 use crate::ui::Ui;
 use anyhow::{Context, Result, bail};
-use exl_format::{Dtype, SafetensorsFile, TensorSource};
+use exl_format::{SafetensorsFile, TensorSource};
 use exl_gen::{Encode, Tokenizer};
 use exl_models::ModelSource;
+use exl_quant::token_ids;
 use std::path::Path;
 
 /// Rows of `--text` when the user does not say.
@@ -93,7 +94,7 @@ fn token_rows(path: &Path, rows: Option<usize>, length: Option<usize>) -> Result
             path.display()
         );
     }
-    let tokens = integers(&ids.data, ids.dtype).with_context(|| {
+    let tokens = token_ids(&ids.data, ids.dtype).with_context(|| {
         format!(
             "{}: input_ids must be I32 or I64 and not negative",
             path.display()
@@ -104,25 +105,6 @@ fn token_rows(path: &Path, rows: Option<usize>, length: Option<usize>) -> Result
         .take(rows)
         .map(|row| row[..length].to_vec())
         .collect())
-}
-
-/// Little-endian integers as token ids.
-fn integers(data: &[u8], dtype: Dtype) -> Option<Vec<u32>> {
-    match dtype {
-        Dtype::I32 => data
-            .as_chunks()
-            .0
-            .iter()
-            .map(|b| u32::try_from(i32::from_le_bytes(*b)).ok())
-            .collect(),
-        Dtype::I64 => data
-            .as_chunks()
-            .0
-            .iter()
-            .map(|b| u32::try_from(i64::from_le_bytes(*b)).ok())
-            .collect(),
-        _ => None,
-    }
 }
 
 /// A text in consecutive rows, without special tokens: as many as asked for, else up to
@@ -158,22 +140,4 @@ fn text_rows(
         .take(rows)
         .map(<[u32]>::to_vec)
         .collect())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn ids_of_both_widths_are_read_and_negative_ones_refused() {
-        let narrow: Vec<u8> = [1i32, 70_000]
-            .iter()
-            .flat_map(|v| v.to_le_bytes())
-            .collect();
-        assert_eq!(integers(&narrow, Dtype::I32), Some(vec![1, 70_000]));
-        let wide: Vec<u8> = [1i64, 2].iter().flat_map(|v| v.to_le_bytes()).collect();
-        assert_eq!(integers(&wide, Dtype::I64), Some(vec![1, 2]));
-        assert_eq!(integers(&(-1i32).to_le_bytes(), Dtype::I32), None);
-        assert_eq!(integers(&narrow, Dtype::F32), None);
-    }
 }

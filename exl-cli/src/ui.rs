@@ -1,6 +1,7 @@
 //! What the user sees: remarks and progress on stderr, results on stdout.
 
 mod format;
+pub(crate) mod plot;
 mod progress;
 mod table;
 

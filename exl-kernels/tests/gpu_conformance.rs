@@ -426,6 +426,33 @@ fn gpu_chains_give_the_same_bits_in_every_mode() {
     }
 }
 
+/// All rows of x times a matrix of `(inputs, outputs)`, nothing added.
+fn product(
+    ops: &mut CudaOps,
+    matrix: Matrix<'_>,
+    x: &[f32],
+    (inputs, outputs): (usize, usize),
+) -> Vec<f32> {
+    let rows = x.len() / inputs;
+    let mut out = vec![f32::NAN; rows * outputs];
+    let part = LinearPart {
+        matrix,
+        bias: None,
+        residual: None,
+        out: MemMut::host(&mut out),
+        outputs,
+    };
+    let mut op = Op::Linear(Linear {
+        x: Mem::host(x),
+        rows,
+        inputs,
+        parts: vec![part],
+    });
+    ops.run(&mut op).unwrap();
+    drop(op);
+    out
+}
+
 #[test]
 fn gpu_rows_do_not_depend_on_their_number() {
     let Some(device) = device() else { return };
@@ -444,26 +471,7 @@ fn gpu_rows_do_not_depend_on_their_number() {
         .collect();
     let x = rng.floats(ROWS * DIM, 1.0);
     for matrix in [Matrix::Quant(&quant), Matrix::Dense(Mem::host(&dense))] {
-        let mut product = |x: &[f32]| {
-            let rows = x.len() / DIM;
-            let mut out = vec![f32::NAN; rows * WIDE];
-            let part = LinearPart {
-                matrix,
-                bias: None,
-                residual: None,
-                out: MemMut::host(&mut out),
-                outputs: WIDE,
-            };
-            let mut op = Op::Linear(Linear {
-                x: Mem::host(x),
-                rows,
-                inputs: DIM,
-                parts: vec![part],
-            });
-            ops.run(&mut op).unwrap();
-            drop(op);
-            out
-        };
+        let mut product = |x: &[f32]| product(&mut ops, matrix, x, (DIM, WIDE));
         let all = product(&x);
         for (row, one) in x.chunks(DIM).zip(all.chunks(WIDE)) {
             let alone = product(row);
@@ -492,23 +500,7 @@ fn gpu_products_of_several_turns_are_the_same() {
             deterministic,
             ..RunOptions::default()
         });
-        let mut out = vec![f32::NAN; OUTPUTS];
-        let part = LinearPart {
-            matrix: Matrix::Quant(&matrix),
-            bias: None,
-            residual: None,
-            out: MemMut::host(&mut out),
-            outputs: OUTPUTS,
-        };
-        let mut op = Op::Linear(Linear {
-            x: Mem::host(&x),
-            rows: 1,
-            inputs: INPUTS,
-            parts: vec![part],
-        });
-        ops.run(&mut op).unwrap();
-        drop(op);
-        out
+        product(&mut ops, Matrix::Quant(&matrix), &x, (INPUTS, OUTPUTS))
     };
     let (exact, fast) = (product(true), product(false));
     assert!(fast.iter().all(|v| v.is_finite()));

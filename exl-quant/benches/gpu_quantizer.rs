@@ -1,6 +1,9 @@
 //! The steps of quantizing one matrix on a GPU, as sums of their kernels' times: Hessian, factor, scale
 //! search, rounding with error compensation, loss. Without a GPU there is nothing to measure.
 
+#[path = "data/noise.rs"]
+mod data;
+
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -8,23 +11,13 @@ use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_m
 use exl_kernels::cuda::{CudaQuantizer, Device, DeviceRegion, Kernel, probe};
 use exl_kernels::ops::GptqGroup;
 
+use data::noise;
+
 /// Tokens of the calibration that go through a layer at a time.
 const TOKENS: usize = 2048;
 /// Inputs and outputs of a layer's matrices.
 const SHAPES: [(usize, usize); 3] = [(2048, 2048), (4096, 4096), (11008, 4096)];
 const DAMPING: f64 = 0.02;
-
-fn noise(n: usize, seed: u64) -> Vec<f32> {
-    let mut state = seed | 1;
-    (0..n)
-        .map(|_| {
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            (state >> 40) as f32 / (1 << 23) as f32 - 1.0
-        })
-        .collect()
-}
 
 fn device() -> Option<Arc<Device>> {
     let opened = probe().and_then(|_| Device::open(0));

@@ -1,25 +1,18 @@
 //! The steps of quantizing one matrix: Hessian, factor, rounding with scale search.
 
+#[path = "data/noise.rs"]
+mod data;
+
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use exl_quant::{
     Factor, Gptq, Hessian, HessianAccumulator, Layout, Matrix, Part, Quantizer, Rtn, activity_order,
 };
 
+use data::noise;
+
 /// Columns of the matrix, and tokens of the calibration.
 const OUTPUTS: usize = 1024;
 const TOKENS: usize = 2048;
-
-fn noise(n: usize, seed: u64) -> Vec<f32> {
-    let mut state = seed | 1;
-    (0..n)
-        .map(|_| {
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            (state >> 40) as f32 / (1 << 23) as f32 - 1.0
-        })
-        .collect()
-}
 
 fn hessian(inputs: usize, x: &[f32]) -> Hessian {
     let mut sums = HessianAccumulator::new(inputs);

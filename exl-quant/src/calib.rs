@@ -4,6 +4,7 @@ mod builtin;
 mod read;
 
 pub use builtin::{Chat, ChatTurn, builtin};
+pub use read::token_ids;
 
 use std::path::Path;
 

@@ -26,7 +26,7 @@ mod scales;
 mod testing;
 
 pub use allocate::{Choice, allocate};
-pub use calib::{Calibration, Chat, ChatTurn, Encode, builtin};
+pub use calib::{Calibration, Chat, ChatTurn, Encode, builtin, token_ids};
 pub use error::{Error, Result};
 pub use eval::KlScore;
 pub use gptq::{Gptq, Quantizer, Rtn};

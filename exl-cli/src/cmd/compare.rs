@@ -4,7 +4,7 @@ mod passages;
 mod plot;
 
 use crate::args::CompareArgs;
-use crate::failure::Interrupted;
+use crate::failure;
 use crate::rows::{self, From};
 use crate::session;
 use crate::signal;
@@ -12,7 +12,7 @@ use crate::ui::{self, Align, Table, Ui};
 use anyhow::{Context, Result};
 use exl_gen::Tokenizer;
 use exl_models::{LoadOptions, ModelSource};
-use exl_quant::{CompareOptions, Comparison, Error, builtin, compare};
+use exl_quant::{CompareOptions, Comparison, builtin, compare};
 use passages::Passage;
 use serde::Serialize;
 
@@ -63,19 +63,11 @@ pub(crate) fn run(args: &CompareArgs, ui: &Ui) -> Result<()> {
     let found = compare(
         &options,
         &rows,
-        &mut |done, total| {
-            progress.set_total(total as u64);
-            progress.set(done as u64);
-        },
+        &mut |done, total| progress.set_of(done, total),
         &stop.shared(),
     );
     drop(progress);
-    let found = match found {
-        Err(Error::Interrupted) => {
-            return Err(Interrupted("the comparison was not finished".to_owned()).into());
-        }
-        other => other?,
-    };
+    let found = failure::finished(found, "the comparison")?;
     let report = report(args, &source, (&rows, &found))?;
     if let Some(path) = &args.plot {
         let picture = plot::svg(&report)?;

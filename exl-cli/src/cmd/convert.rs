@@ -163,8 +163,7 @@ impl Display {
             }
             Event::Progress { done, total } => {
                 if let Some(progress) = &mut self.progress {
-                    progress.set_total(total as u64);
-                    progress.set(done as u64);
+                    progress.set_of(done, total);
                 }
             }
             Event::Linear {

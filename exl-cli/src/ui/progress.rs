@@ -70,13 +70,14 @@ impl Progress {
         self.set(self.done + more);
     }
 
-    /// Changes how much there is to do.
-    pub(crate) fn set_total(&mut self, total: u64) {
-        self.total = total;
+    /// Says how much is done, of how much there is to do.
+    pub(crate) fn set_of(&mut self, done: usize, total: usize) {
+        self.total = total as u64;
         if let Display::Bar(bar) = &self.display {
-            bar.set_length(total);
-            bar.set_style(style(total, self.unit));
+            bar.set_length(self.total);
+            bar.set_style(style(self.total, self.unit));
         }
+        self.set(done as u64);
     }
 
     /// Changes the text at the left.

@@ -1,8 +1,10 @@
 //! The tests of kernels, models and the engine that want a GPU, in one program with one copy of the
 //! kernels, which `cargo xtask bundle` takes to machines without cargo. (There `exl convert` runs on both
-//! devices instead of the quantizer's tests, whose libraries would make the bundle too large.) `EXL_TEST_ROOT` names the folder that holds
-//! the models there.
-#![allow(clippy::unwrap_used, clippy::print_stdout, dead_code)]
+//! devices instead of the quantizer's tests, whose libraries would make the bundle too large.)
+//! `EXL_TEST_ROOT` names the folder that holds the models there.
+#![allow(clippy::unwrap_used, clippy::print_stdout)]
+// The files have helpers that only the other tests of their crates use.
+#![allow(dead_code)]
 
 #[path = "../../../exl-models/tests/it/common.rs"]
 mod common;

@@ -1,6 +1,6 @@
 // A warp's ring in shared memory: what it will read next is copied there while it works on what came
-// before. The copy engine does it where there is one (compute capability 9.0 and up), else all lanes copy 16
-// bytes at a time.
+// before. The copy engine does it where there is one (compute capability 9.0 and up), else all lanes
+// copy 16 bytes at a time.
 #pragma once
 
 #include "common/common.cuh"

@@ -67,11 +67,8 @@ __device__ __forceinline__ void finish(const Task& task, int index, int r, int c
         finish_gated(task.epilogue[0], task.epilogue[1], task.act, r, index * 32 + column, a, b);
         return;
     }
-    int part = 0;
-    while (part < PARTS - 1 && index >= task.matrix[part].columns) {
-        index -= task.matrix[part++].columns;
-    }
-    finish_linear(task.epilogue[part], r, index * 32 + column, Cells(sums + at).sum());
+    const PartTile own = task.tile(index);
+    finish_linear(task.epilogue[own.part], r, own.index * 32 + column, Cells(sums + at).sum());
 }
 
 // x of a block: blocks [first, end) of the packed rows.

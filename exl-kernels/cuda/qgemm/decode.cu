@@ -140,7 +140,7 @@ __device__ __forceinline__ void qgemm(const Task& task) {
         const int stride = rows * 32;   // between the sums of warps
         for (int i = warp; i < (turn.to - turn.from) * rows; i += warps) {
             const int j = i / rows, r = i % rows;
-            int index = turn.from + j;
+            const int index = turn.from + j;
             const float* at = sums + j * (task.gated ? 2 : 1) * warps * stride + r * 32 + walk.lane;
             const float s = add_up<warps>(at, stride);
             if (task.gated) {
@@ -148,11 +148,8 @@ __device__ __forceinline__ void qgemm(const Task& task) {
                 finish_gated(task.epilogue[0], task.epilogue[1], task.act, r,
                              index * 32 + walk.lane, s, up);
             } else {
-                int part = 0;
-                while (part < PARTS - 1 && index >= task.matrix[part].columns) {
-                    index -= task.matrix[part++].columns;
-                }
-                finish_linear(task.epilogue[part], r, index * 32 + walk.lane, s);
+                const PartTile own = task.tile(index);
+                finish_linear(task.epilogue[own.part], r, own.index * 32 + walk.lane, s);
             }
         }
         if (turn.to < mine.to) __syncthreads();

@@ -76,7 +76,7 @@ __device__ __forceinline__ void finish(const Task& task, const Turn& turn, const
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     const int tile = ROW_WARPS * 32 * (task.gated ? 2 : 1);   // floats
     for (int j = warp; j < turn.to - turn.from; j += ROW_WARPS) {
-        int index = turn.from + j;
+        const int index = turn.from + j;
         const float* at = sums + j * tile + lane;
         const float s = add_up(at);
         if (task.gated) {
@@ -84,11 +84,8 @@ __device__ __forceinline__ void finish(const Task& task, const Turn& turn, const
             finish_gated(task.epilogue[0], task.epilogue[1], task.act, 0, index * 32 + lane, s, up);
             continue;
         }
-        int part = 0;
-        while (part < PARTS - 1 && index >= task.matrix[part].columns) {
-            index -= task.matrix[part++].columns;
-        }
-        finish_linear(task.epilogue[part], 0, index * 32 + lane, s);
+        const PartTile own = task.tile(index);
+        finish_linear(task.epilogue[own.part], 0, own.index * 32 + lane, s);
     }
 }
 

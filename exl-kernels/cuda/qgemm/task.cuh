@@ -13,6 +13,11 @@ struct NextPart {
     int columns;
 };
 
+// A column tile of one of the parts.
+struct PartTile {
+    int part, index;
+};
+
 // What one launch computes. The host fills this struct word by word: lower/linear/few.rs.
 struct Task {
     QMatrix matrix[PARTS];
@@ -30,4 +35,11 @@ struct Task {
     u32 next_bytes;             // of each part, at most
     int x_blocks;               // cluster.cu: blocks of x of a thread block, at most; whole chunks
     int each;                   // tiles of a thread block (of a cluster), or one more
+
+    // Whose tile it is that has this index among those of all parts.
+    __device__ __forceinline__ PartTile tile(int index) const {
+        int part = 0;
+        while (part < PARTS - 1 && index >= matrix[part].columns) index -= matrix[part++].columns;
+        return {part, index};
+    }
 };

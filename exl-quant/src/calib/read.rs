@@ -130,7 +130,7 @@ pub(super) fn token_rows(path: &Path, rows: usize, length: usize) -> Result<Vec<
              lower --rows or --length"
         )));
     }
-    let ids = integers(&ids.data, ids.dtype)
+    let ids = token_ids(&ids.data, ids.dtype)
         .ok_or_else(|| refuse("input_ids must be I32 or I64 and not negative".into()))?;
     Ok(ids
         .chunks_exact(width)
@@ -139,7 +139,8 @@ pub(super) fn token_rows(path: &Path, rows: usize, length: usize) -> Result<Vec<
         .collect())
 }
 
-fn integers(data: &[u8], dtype: Dtype) -> Option<Vec<u32>> {
+/// Little-endian integers of 32 or 64 bits as token ids; `None` for another type or a negative one.
+pub fn token_ids(data: &[u8], dtype: Dtype) -> Option<Vec<u32>> {
     match dtype {
         Dtype::I32 => data
             .as_chunks::<4>()
@@ -154,5 +155,23 @@ fn integers(data: &[u8], dtype: Dtype) -> Option<Vec<u32>> {
             .map(|b| u32::try_from(i64::from_le_bytes(*b)).ok())
             .collect(),
         _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_of_both_widths_are_read_and_negative_ones_refused() {
+        let narrow: Vec<u8> = [1i32, 70_000]
+            .iter()
+            .flat_map(|v| v.to_le_bytes())
+            .collect();
+        assert_eq!(token_ids(&narrow, Dtype::I32), Some(vec![1, 70_000]));
+        let wide: Vec<u8> = [1i64, 2].iter().flat_map(|v| v.to_le_bytes()).collect();
+        assert_eq!(token_ids(&wide, Dtype::I64), Some(vec![1, 2]));
+        assert_eq!(token_ids(&(-1i32).to_le_bytes(), Dtype::I32), None);
+        assert_eq!(token_ids(&narrow, Dtype::F32), None);
     }
 }

@@ -1,11 +1,9 @@
 //! The measurements as a picture: prefill at the left, decode at the right.
 
 use super::Report;
-use anyhow::{Result, anyhow};
-use plotters::coord::Shift;
+use crate::ui::plot::{Axes, Drawn, Panel, largest, two_panels, whole};
+use anyhow::Result;
 use plotters::prelude::*;
-
-const SIZE: (u32, u32) = (960, 420);
 
 /// One line of a chart.
 struct Series {
@@ -15,36 +13,23 @@ struct Series {
 
 /// An SVG file.
 pub(super) fn svg(report: &Report) -> Result<String> {
-    let mut text = String::new();
-    draw(report, &mut text).map_err(|e| anyhow!("cannot draw the plot: {e}"))?;
-    Ok(text)
-}
-
-fn draw<'a>(report: &Report, out: &'a mut String) -> Result<(), Box<dyn std::error::Error + 'a>> {
-    let area = SVGBackend::with_string(out, SIZE).into_drawing_area();
-    area.fill(&WHITE)?;
-    let area = area.titled(&report.model, ("sans-serif", 18))?;
-    let panels = area.split_evenly((1, 2));
-    let prefill = Series {
+    let prefill = [Series {
         name: "batch 1".to_owned(),
         points: report
             .prefill
             .iter()
             .map(|p| (p.tokens as f64, p.tok_s))
             .collect(),
-    };
-    chart(
-        &panels[0],
-        ("Prefill, tokens/s", "tokens in the prompt"),
-        &[prefill],
-    )?;
-    chart(
-        &panels[1],
-        ("Decode, tokens/s", "tokens in the cache"),
-        &decode(report),
-    )?;
-    area.present()?;
-    Ok(())
+    }];
+    let decode = decode(report);
+    two_panels(&report.model, |left, right| {
+        chart(
+            left,
+            ("Prefill, tokens/s", "tokens in the prompt"),
+            &prefill,
+        )?;
+        chart(right, ("Decode, tokens/s", "tokens in the cache"), &decode)
+    })
 }
 
 fn decode(report: &Report) -> Vec<Series> {
@@ -65,31 +50,18 @@ fn decode(report: &Report) -> Vec<Series> {
         .collect()
 }
 
-fn chart<'a>(
-    area: &DrawingArea<SVGBackend<'a>, Shift>,
-    (title, x_name): (&str, &str),
-    series: &[Series],
-) -> Result<(), Box<dyn std::error::Error + 'a>> {
+fn chart<'a>(area: &Panel<'a>, names: (&str, &str), series: &[Series]) -> Drawn<'a> {
     let points = || series.iter().flat_map(|s| s.points.iter());
-    let most = |values: &mut dyn Iterator<Item = f64>| values.fold(1.0, f64::max) * 1.1;
-    let (x_max, y_max) = (
-        most(&mut points().map(|p| p.0)),
-        most(&mut points().map(|p| p.1)),
-    );
-    let mut chart = ChartBuilder::on(area)
-        .caption(title, ("sans-serif", 15))
-        .margin(12)
-        .x_label_area_size(40)
-        .y_label_area_size(60)
-        .build_cartesian_2d(0.0..x_max, 0.0..y_max)?;
-    let whole = |v: &f64| format!("{v:.0}");
-    chart
-        .configure_mesh()
-        .x_desc(x_name)
-        .x_label_formatter(&whole)
-        .y_label_formatter(&whole)
-        .light_line_style(WHITE)
-        .draw()?;
+    let axes = Axes {
+        names,
+        ends: (
+            largest(points().map(|p| p.0), 1.0) * 1.1,
+            largest(points().map(|p| p.1), 1.0) * 1.1,
+        ),
+        left: 60,
+        number: whole,
+    };
+    let mut chart = axes.draw(area)?;
     for (at, line) in series.iter().enumerate() {
         let color = Palette99::pick(at).to_rgba();
         chart

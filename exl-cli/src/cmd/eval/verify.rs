@@ -2,12 +2,12 @@
 
 use crate::args::EvalArgs;
 use crate::calibration;
-use crate::failure::{Interrupted, Usage};
+use crate::failure::{self, Usage};
 use crate::session;
 use crate::signal;
 use crate::ui::{self, Align, Table, Ui};
 use anyhow::{Result, bail};
-use exl_quant::{Check, Error, Event, VerifyOptions, stated_quality, verify_quality};
+use exl_quant::{Check, Event, VerifyOptions, stated_quality, verify_quality};
 use serde::Serialize;
 use std::path::Path;
 
@@ -41,19 +41,13 @@ pub(super) fn run(args: &EvalArgs, dir: &Path, ui: &Ui) -> Result<()> {
         &calibration,
         &mut |event| {
             if let Event::Progress { done, total } = event {
-                progress.set_total(total as u64);
-                progress.set(done as u64);
+                progress.set_of(done, total);
             }
         },
         &stop.shared(),
     );
     drop(progress);
-    let checks = match found {
-        Err(Error::Interrupted) => {
-            return Err(Interrupted("the check was not finished".to_owned()).into());
-        }
-        other => other?,
-    };
+    let checks = failure::finished(found, "the check")?;
     let broken = checks.iter().filter(|c| !c.holds).count();
     if args.json {
         ui::print_json(&Report {

@@ -6,6 +6,7 @@ use super::{COMPILER, SOURCES};
 use anyhow::{Context, Result, bail};
 use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
+use std::process::Output;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant, SystemTime};
@@ -13,6 +14,8 @@ use xshell::{Shell, cmd};
 
 /// Shorter work says nothing of how far it is.
 const SILENT: Duration = Duration::from_secs(2);
+/// How often a compiler that dies is started for one image.
+const TRIES: usize = 3;
 /// What results of earlier sources may take on the disk.
 const KEPT_BYTES: u64 = 512 << 20;
 
@@ -149,19 +152,36 @@ impl Workshop<'_> {
         let source = job.unit.path.strip_prefix(&self.root)?;
         let (script, architecture) = (&self.script, job.architecture);
         let (image, log) = (&job.image, job.log());
-        let output = cmd!(
-            sh,
-            "python3 {script} {library} {architecture} {source} {image} {log} {SOURCES} {include}"
-        )
-        .quiet()
-        .ignore_status()
-        .output()
-        .context("python3 is needed to run the CUDA compiler")?;
-        if !output.status.success() {
-            bail!("{}", String::from_utf8_lossy(&output.stderr).trim_end());
-        }
-        Ok(())
+        run(|| {
+            cmd!(
+                sh,
+                "python3 {script} {library} {architecture} {source} {image} {log} {SOURCES} {include}"
+            )
+            .quiet()
+            .ignore_status()
+            .output()
+            .context("python3 is needed to run the CUDA compiler")
+        })
     }
+}
+
+/// Runs the compiler, and again when it dies of a signal: NVRTC 12.9 does so about once in eighty
+/// times for the same source (a segmentation fault within the library, wherever the system happened
+/// to load it), and writes the same image in all others. What it says of a source is final.
+fn run(compiler: impl Fn() -> Result<Output>) -> Result<()> {
+    let mut ends = Vec::new();
+    while ends.len() < TRIES {
+        let output = compiler()?;
+        if output.status.success() {
+            return Ok(());
+        }
+        let text = String::from_utf8_lossy(&output.stderr);
+        if output.status.code().is_some() {
+            bail!("{} ({})", text.trim_end(), output.status);
+        }
+        ends.push(format!("{} {}", output.status, text.trim_end()));
+    }
+    bail!("the compiler died {TRIES} times: {}", ends.join("; "))
 }
 
 /// Removes the oldest results that no job uses, when all of them take too much space.
@@ -193,4 +213,50 @@ pub(super) fn prune(cache: &Path, jobs: &[Job<'_>]) -> Result<()> {
         let _ = std::fs::remove_file(path);
     }
     Ok(())
+}
+
+#[cfg(all(test, unix))]
+mod tests {
+    use super::*;
+    use std::cell::Cell;
+    use std::process::Command;
+
+    /// Runs `sh -c script` with the number of the run as its argument; returns how many runs it took.
+    fn runs(script: &str) -> (usize, Result<()>) {
+        let count = Cell::new(0);
+        let result = run(|| {
+            count.set(count.get() + 1);
+            let number = count.get().to_string();
+            let mut command = Command::new("sh");
+            Ok(command.args(["-c", script, "sh", &number]).output()?)
+        });
+        (count.get(), result)
+    }
+
+    #[test]
+    fn a_compiler_that_dies_is_started_again() {
+        let (count, result) = runs("[ $1 -gt 1 ] || kill -SEGV $$");
+        assert_eq!(count, 2);
+        result.unwrap();
+    }
+
+    #[test]
+    fn a_compiler_that_always_dies_is_given_up() {
+        let (count, result) = runs("echo lost >&2; kill -KILL $$");
+        assert_eq!(count, TRIES);
+        let text = result.unwrap_err().to_string();
+        assert!(
+            text.contains("died 3 times") && text.contains("signal: 9"),
+            "{text}"
+        );
+        assert!(text.contains("lost"), "{text}");
+    }
+
+    #[test]
+    fn what_a_compiler_says_is_final() {
+        let (count, result) = runs("echo 'error: no such thing' >&2; exit 1");
+        assert_eq!(count, 1);
+        let text = result.unwrap_err().to_string();
+        assert!(text.starts_with("error: no such thing"), "{text}");
+    }
 }

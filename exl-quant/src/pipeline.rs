@@ -11,6 +11,7 @@ mod identity;
 mod logits;
 mod machine;
 mod measurement;
+mod perturb;
 mod place;
 mod plan;
 mod probe;

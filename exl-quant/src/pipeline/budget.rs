@@ -9,8 +9,10 @@ use exl_tensor::DType;
 use super::logits::Head;
 use super::machine::Machine;
 use super::measurement::{LinearMeasurement, Measurement};
+use super::perturb::side_by_side;
 use super::probe::{PROBE_LAYERS, PROBE_POSITIONS};
 use super::quantize::Layouts;
+use super::sites::linears_of;
 use super::solver::gpu_bytes;
 use super::{ConvertOptions, Job, Target};
 use crate::calib::Calibration;
@@ -251,7 +253,10 @@ pub(super) fn check_memory(
     let rows = options.measure_rows.min(calibration.rows.len());
     let measured = (rows * options.measure_length.min(calibration.length())) as u64;
     let measured = measured * (spec.hidden as u64 + widest) * 4;
-    let states = (probed + 2) * PROBE_POSITIONS as u64 * spec.hidden as u64 * 4;
+    // The model's own states, and those of as many exchanged ones as run side by side.
+    let exchanged = probed as usize * spec.layers.first().map_or(0, linears_of) + 1;
+    let streams = exchanged.min(side_by_side(spec, PROBE_POSITIONS)) as u64;
+    let states = (streams + 2) * PROBE_POSITIONS as u64 * spec.hidden as u64 * 4;
     let probe = packed + measured.max(states);
     let needed = hidden.max(probe) + hessian + matrix + logits;
     if needed <= allowed {

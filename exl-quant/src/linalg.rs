@@ -97,7 +97,8 @@ impl Factor {
         }
     }
 
-    pub(crate) fn upper(&self) -> &[f32] {
+    /// `U`, `[dim, dim]` in packed order; empty for the identity.
+    pub fn upper(&self) -> &[f32] {
         &self.upper
     }
 

@@ -18,34 +18,31 @@ const BLOCK: usize = 64;
 /// inputs, and the gain is least where they are many.
 pub(crate) const MOST_INPUTS: usize = 8192;
 
-/// A damped Hessian `[inputs, inputs]` in the order of the features.
-#[derive(Clone, Copy, Debug)]
-struct Damped<'a> {
-    h: &'a [f32],
-    /// Added to the diagonal.
-    lambda: f32,
-}
+/// Rows whose changes reach all others in one product.
+const STEP: usize = 32;
 
-/// A block of columns.
+/// A block of columns; rows in packed order.
 struct Block {
     first: usize,
     cols: usize,
-    /// `[inputs, cols]` in packed order.
+    /// `[inputs, cols]`.
     codes: Vec<u8>,
-    /// `[inputs, cols]` by feature: the original less what the codes decode to.
+    /// `[inputs, cols]`: the original less what the codes decode to.
     left: Vec<f32>,
     /// The damped Hessian times `left`.
     pull: Vec<f32>,
+    /// `[STEP, cols]`: what the rows of a step add to `left`.
+    change: Vec<f32>,
 }
 
-/// A row in packed order.
-struct Row<'a> {
-    /// Its place.
-    at: usize,
-    feature: usize,
-    bits: u8,
-    /// `[outputs]`.
-    scales: &'a [f32],
+/// What all blocks share.
+struct Problem<'a> {
+    weight: &'a Matrix,
+    /// The damped Hessian in packed order, `[inputs, inputs]`.
+    h: Vec<f32>,
+    order: &'a [u32],
+    /// Width and scales (`[outputs]`) of every row.
+    rows: Vec<(u8, &'a [f32])>,
 }
 
 /// Betters the codes of `q`, made of `weight` and decoding to `decoded`, against the Hessian `h` of
@@ -57,11 +54,6 @@ pub(crate) fn refine(
     damping: f64,
 ) {
     let (k, n) = (weight.rows, weight.cols);
-    let mean = (0..k).map(|i| f64::from(h[i * k + i])).sum::<f64>() / k as f64;
-    let h = Damped {
-        h,
-        lambda: (damping * mean) as f32,
-    };
     let scales: Vec<Vec<f32>> = (0..q.layout.groups().len())
         .map(|g| {
             let codes = &q.scale_codes[g * n..][..n];
@@ -71,26 +63,24 @@ pub(crate) fn refine(
                 .collect()
         })
         .collect();
-    let mut rows = Vec::with_capacity(k);
-    for (group, scales) in q.layout.groups().iter().zip(&scales) {
-        for _ in 0..group.rows {
-            rows.push(Row {
-                at: rows.len(),
-                feature: q.order[rows.len()] as usize,
-                bits: group.bits,
-                scales,
-            });
-        }
-    }
+    let groups = q.layout.groups().iter().zip(&scales);
+    let problem = Problem {
+        weight,
+        h: in_order(h, &q.order, damping),
+        order: &q.order,
+        rows: groups
+            .flat_map(|(group, scales)| std::iter::repeat_n((group.bits, &scales[..]), group.rows))
+            .collect(),
+    };
     let starts: Vec<usize> = (0..n).step_by(BLOCK).collect();
     // Of a finished block only the codes stay in memory.
     let blocks: Vec<(usize, Vec<u8>)> = starts
         .into_par_iter()
         .map(|first| {
-            let mut block = Block::new(q, (weight, decoded), first, h);
+            let mut block = Block::new(&problem, (q, decoded), first);
             for _ in 0..ROUNDS {
-                for row in &rows {
-                    block.settle(row, weight, h);
+                for step in (0..k).step_by(STEP) {
+                    block.settle(&problem, step);
                 }
             }
             (first, block.codes)
@@ -105,80 +95,126 @@ pub(crate) fn refine(
     }
 }
 
+/// The damped Hessian with rows and columns in packed order.
+fn in_order(h: &[f32], order: &[u32], damping: f64) -> Vec<f32> {
+    let k = order.len();
+    let mean = (0..k).map(|i| f64::from(h[i * k + i])).sum::<f64>() / k as f64;
+    let lambda = (damping * mean) as f32;
+    let mut out = vec![0.0; k * k];
+    out.par_chunks_exact_mut(k)
+        .enumerate()
+        .for_each(|(r, row)| {
+            let from = &h[order[r] as usize * k..][..k];
+            for (to, &feature) in row.iter_mut().zip(order) {
+                *to = from[feature as usize];
+            }
+            row[r] += lambda;
+        });
+    out
+}
+
 impl Block {
-    fn new(
-        q: &Quantized,
-        (weight, decoded): (&Matrix, &Matrix),
-        first: usize,
-        h: Damped<'_>,
-    ) -> Self {
-        let (k, n) = (weight.rows, weight.cols);
+    fn new(problem: &Problem<'_>, (q, decoded): (&Quantized, &Matrix), first: usize) -> Self {
+        let (k, n) = (problem.weight.rows, problem.weight.cols);
         let cols = BLOCK.min(n - first);
         let mut left = Vec::with_capacity(k * cols);
         let mut codes = Vec::with_capacity(k * cols);
-        for r in 0..k {
-            let pairs = weight.row(r)[first..].iter().zip(&decoded.row(r)[first..]);
-            left.extend(pairs.take(cols).map(|(w, d)| w - d));
+        for (r, &feature) in problem.order.iter().enumerate() {
+            let row = |m: &Matrix, c: usize| m.row(feature as usize)[first + c];
+            left.extend((0..cols).map(|c| row(problem.weight, c) - row(decoded, c)));
             codes.extend_from_slice(&q.codes[r * n + first..][..cols]);
         }
         let mut pull = vec![0.0f32; k * cols];
-        let whole = View::of(h.h, k, (0, 0), (k, k));
+        let whole = View::of(&problem.h, k, (0, 0), (k, k));
         let view = View::of(&left, cols, (0, 0), (k, cols));
         product(&mut pull, whole, view, 1.0, false);
-        for (p, l) in pull.iter_mut().zip(&left) {
-            *p += h.lambda * l;
-        }
         Self {
             first,
             cols,
             codes,
             left,
             pull,
+            change: vec![0.0; STEP * cols],
         }
     }
 
-    /// Sets the codes of a row to the best, all others given.
-    fn settle(&mut self, row: &Row<'_>, weight: &Matrix, h: Damped<'_>) {
-        let (k, cols) = (weight.rows, self.cols);
-        let curve = h.h[row.feature * k + row.feature] + h.lambda;
-        if curve <= 0.0 {
-            return;
-        }
-        let (lo, hi) = code_range(row.bits);
-        let mut change = [0.0f32; BLOCK];
+    /// Sets the codes of the rows from `step` on to the best, row after row, all others given.
+    fn settle(&mut self, problem: &Problem<'_>, step: usize) {
+        let (k, cols) = (problem.weight.rows, self.cols);
+        let end = (step + STEP).min(k);
+        self.change.fill(0.0);
         let mut changed = false;
-        let weights = &weight.row(row.feature)[self.first..][..cols];
-        let scales = &row.scales[self.first..][..cols];
-        let (at, by_feature) = (row.at * cols, row.feature * cols);
+        for r in step..end {
+            if !self.settle_row(problem, r, step) {
+                continue;
+            }
+            changed = true;
+            // The rest of the step waits for it.
+            let change = &self.change[(r - step) * cols..][..cols];
+            let factors = &problem.h[r * k..][r + 1..end];
+            let later = self.pull[(r + 1) * cols..].chunks_exact_mut(cols);
+            for (pull, &f) in later.zip(factors) {
+                for (p, &d) in pull.iter_mut().zip(change) {
+                    *p += f * d;
+                }
+            }
+        }
+        if changed {
+            self.pass_on(problem, (step, end));
+        }
+    }
+
+    /// Sets the codes of row `r`; false when they were the best already.
+    fn settle_row(&mut self, problem: &Problem<'_>, r: usize, step: usize) -> bool {
+        let (k, cols) = (problem.weight.rows, self.cols);
+        let curve = problem.h[r * k + r];
+        if curve <= 0.0 {
+            return false;
+        }
+        let (bits, scales) = problem.rows[r];
+        let (lo, hi) = code_range(bits);
+        let mut changed = false;
+        let weights = &problem.weight.row(problem.order[r] as usize)[self.first..][..cols];
+        let scales = &scales[self.first..][..cols];
         for c in 0..cols {
-            let scale = scales[c];
+            let (at, scale) = (r * cols + c, scales[c]);
             if scale <= 0.0 {
                 continue;
             }
-            let left = self.left[by_feature + c];
-            let best = weights[c] - left + self.pull[by_feature + c] / curve;
+            let best = weights[c] - self.left[at] + self.pull[at] / curve;
             let code = (best / scale).round_ties_even().clamp(lo, hi);
             let code_bits = (code - lo) as u8;
-            if code_bits != self.codes[at + c] {
-                let decoded = half::f16::from_f32(code * scale).to_f32();
-                change[c] = weights[c] - decoded - left;
-                self.codes[at + c] = code_bits;
-                self.left[by_feature + c] = weights[c] - decoded;
+            if code_bits != self.codes[at] {
+                let left = weights[c] - half::f16::from_f32(code * scale).to_f32();
+                self.change[(r - step) * cols + c] = left - self.left[at];
+                self.codes[at] = code_bits;
+                self.left[at] = left;
                 changed = true;
             }
         }
-        if !changed {
-            return;
-        }
-        let change = &change[..cols];
-        let of_row = &h.h[row.feature * k..][..k];
-        for (pull, &f) in self.pull.chunks_exact_mut(cols).zip(of_row) {
-            for (p, &d) in pull.iter_mut().zip(change) {
-                *p += f * d;
+        changed
+    }
+
+    /// Passes the changes of a step on to the rows that come later in a round: those after it, and
+    /// those up to its end for the next round.
+    fn pass_on(&mut self, problem: &Problem<'_>, (step, end): (usize, usize)) {
+        let (k, cols) = (problem.weight.rows, self.cols);
+        let rows = end - step;
+        let change = View::of(&self.change, cols, (0, 0), (rows, cols));
+        let h = View::of(&problem.h, k, (end, step), (k - end, rows));
+        product(&mut self.pull[end * cols..], h, change, 1.0, true);
+        let h = View::of(&problem.h, k, (0, step), (step, rows));
+        product(&mut self.pull[..step * cols], h, change, 1.0, true);
+        // Inside the step each row lacks its own change and those after it.
+        for r in step..end {
+            let factors = &problem.h[r * k..][r..end];
+            let pull = &mut self.pull[r * cols..][..cols];
+            let changes = self.change[(r - step) * cols..].chunks_exact(cols);
+            for (change, &f) in changes.zip(factors) {
+                for (p, &d) in pull.iter_mut().zip(change) {
+                    *p += f * d;
+                }
             }
-        }
-        for (p, &d) in self.pull[by_feature..][..cols].iter_mut().zip(change) {
-            *p += h.lambda * d;
         }
     }
 }

@@ -46,6 +46,9 @@ fn gated_any(act: Activation, gate: &[f32], up: &[f32], out: &mut [f32]) {
     }
 }
 
+/// Beside this a number below 2^22 is rounded to a whole one.
+const WHOLE: f32 = 12_582_912.0;
+
 /// `e^x` to about one unit in the last place: range reduction by powers of two and a polynomial
 /// of degree 6 (coefficients of Cephes' `expf`). Overflows to infinity, NaN stays NaN.
 #[inline(always)]
@@ -67,11 +70,10 @@ pub(super) fn exp(x: f32) -> f32 {
         p = p.mul_add(r, c);
     }
     let value = (p * r).mul_add(r, r) + 1.0;
-    // Two factors, since 2^128 is no float.
-    let half = (n * 0.5) as i32;
-    let rest = n as i32 - half;
-    let power = |k: i32| f32::from_bits(((k + 127) << 23) as u32);
-    let y = value * power(half) * power(rest);
+    // Two factors, since 2^128 is no float. The sum holds a small whole number in its lowest bits.
+    let power = |k: f32| f32::from_bits((k + (WHOLE + 127.0)).to_bits() << 23);
+    let half = (n * 0.5 + WHOLE) - WHOLE;
+    let y = value * power(half) * power(n - half);
     if x < -87.3 { 0.0 } else { y }
 }
 

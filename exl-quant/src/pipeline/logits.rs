@@ -93,25 +93,35 @@ impl Head {
         quantized: (&Bound, &[f32]),
         tokens: &[u32],
     ) -> Result<()> {
+        self.scores(std::slice::from_mut(score), reference, &[quantized], tokens)
+    }
+
+    /// As [`Head::score`] for several models with the same reference.
+    pub(super) fn scores(
+        &mut self,
+        scores: &mut [KlScore],
+        reference: (&Bound, &[f32]),
+        quantized: &[(&Bound, &[f32])],
+        tokens: &[u32],
+    ) -> Result<()> {
         let width = self.rows * self.spec.hidden;
         let vocab = self.spec.vocab;
         let rows = self.rows;
-        let pieces = reference
-            .1
-            .chunks_exact(width)
-            .zip(quantized.1.chunks_exact(width));
-        for (i, (r, q)) in pieces.enumerate() {
-            let mut right = Vec::with_capacity(rows * vocab);
+        let mut right = Vec::with_capacity(rows * vocab);
+        for (i, r) in reference.1.chunks_exact(width).enumerate() {
+            right.clear();
             self.logits(reference.0, r, |_, x| {
                 right.extend_from_slice(x);
                 Ok(())
             })?;
             let next =
                 &tokens[(i * rows + 1).min(tokens.len())..((i + 1) * rows + 1).min(tokens.len())];
-            self.logits(quantized.0, q, |_, x| {
-                score.add(&right, x, vocab, next);
-                Ok(())
-            })?;
+            for (score, (bound, hidden)) in scores.iter_mut().zip(quantized) {
+                self.logits(bound, &hidden[i * width..][..width], |_, x| {
+                    score.add(&right, x, vocab, next);
+                    Ok(())
+                })?;
+            }
         }
         Ok(())
     }

@@ -60,26 +60,36 @@ pub(super) fn scores(
     let right = head.bind(&original)?;
     for some in list.chunks(side_by_side(&spec, length * rows.len())) {
         let (base, streams) = side(job, &mut machine, some, rows)?;
-        for (p, hidden) in some.iter().zip(&streams) {
+        let mut heads: Vec<Option<Bound>> = Vec::with_capacity(some.len());
+        for p in some {
+            heads.push(match p.layer == spec.layers.len() {
+                true => {
+                    let mut weights = original.clone();
+                    p.put(&mut weights)?;
+                    Some(head.bind(&weights)?)
+                }
+                false => None,
+            });
+        }
+        let mut found = vec![KlScore::new(); some.len()];
+        for (r, tokens) in rows.iter().enumerate() {
             job.check()?;
-            let mut changed = None;
-            if p.layer == spec.layers.len() {
-                let mut weights = original.clone();
-                p.put(&mut weights)?;
-                changed = Some(head.bind(&weights)?);
-            }
-            let own = changed.as_ref().unwrap_or(&right);
-            // A changed head sees what the original does.
-            let hidden = if changed.is_some() { &base } else { hidden };
-            let mut score = KlScore::new();
-            for ((a, b), tokens) in base.iter().zip(hidden).zip(rows) {
-                head.score(&mut score, (&right, a), (own, b), tokens)?;
-            }
+            let changed = heads.iter().zip(&streams);
+            let changed: Vec<(&Bound, &[f32])> = changed
+                .map(|(head, hidden)| match head {
+                    // A changed head sees what the original does.
+                    Some(head) => (head, &base[r][..]),
+                    None => (&right, &hidden[r][..]),
+                })
+                .collect();
+            head.scores(&mut found, (&right, &base[r]), &changed, tokens)?;
+        }
+        for (p, score) in some.iter().zip(&found) {
             if !score.is_finite() {
                 let what = "with this weight at three bits the model computes NaN or infinity";
                 return Err(Error::numeric(&p.name, what));
             }
-            each(job, p, &score)?;
+            each(job, p, score)?;
         }
     }
     Ok(())

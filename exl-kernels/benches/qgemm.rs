@@ -4,6 +4,7 @@ use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_m
 use exl_kernels::cpu::{Activations, Cpu, CpuOptions};
 use exl_kernels::ops::{Linear, LinearPart, Matrix, Op};
 use exl_kernels::{Exl2Parts, Group, Mem, MemMut, QuantMatrix};
+use half::bf16;
 
 const INPUTS: usize = 2048;
 /// Wide enough that the matrix does not stay in a last-level cache.
@@ -59,28 +60,56 @@ fn linear(c: &mut Criterion) {
                 let mut out = vec![0f32; rows * OUTPUTS];
                 let name = format!("{bits}b_{group}g");
                 bench.bench_function(BenchmarkId::from_parameter(name), |b| {
-                    b.iter(|| {
-                        let part = LinearPart {
-                            matrix: Matrix::Quant(&matrix),
-                            bias: None,
-                            residual: None,
-                            out: MemMut::host(&mut out),
-                            outputs: OUTPUTS,
-                        };
-                        let (x, inputs) = (Mem::host(&x), INPUTS);
-                        cpu.run(&mut Op::Linear(Linear {
-                            x,
-                            rows,
-                            inputs,
-                            parts: vec![part],
-                        }))
-                        .expect("sizes agree");
-                    });
+                    b.iter(|| product(&cpu, Matrix::Quant(&matrix), (&x, rows), &mut out));
                 });
             }
         }
     }
 }
 
-criterion_group!(benches, linear);
+/// `out = x W` for `rows` rows of `x`.
+fn product(cpu: &Cpu, matrix: Matrix<'_>, (x, rows): (&[f32], usize), out: &mut [f32]) {
+    let part = LinearPart {
+        matrix,
+        bias: None,
+        residual: None,
+        out: MemMut::host(out),
+        outputs: OUTPUTS,
+    };
+    cpu.run(&mut Op::Linear(Linear {
+        x: Mem::host(x),
+        rows,
+        inputs: INPUTS,
+        parts: vec![part],
+    }))
+    .expect("sizes agree");
+}
+
+/// Products with unquantized matrices, for reference models and for what stays unquantized.
+fn dense(c: &mut Criterion) {
+    let cpu = Cpu::new(CpuOptions::default());
+    let values = |i: usize| ((i * 37 + 5) % 1000) as f32 / 500.0 - 1.0;
+    let wide: Vec<f32> = (0..INPUTS * OUTPUTS).map(values).collect();
+    let narrow: Vec<bf16> = wide.iter().map(|&w| bf16::from_f32(w)).collect();
+    for (name, matrix, size) in [
+        ("f32", Mem::host(&wide), 4),
+        ("bf16", Mem::host(&narrow), 2),
+    ] {
+        for rows in [1, 8, 256] {
+            let mut bench = c.benchmark_group(format!("linear/dense/rows={rows}"));
+            bench.sample_size(10);
+            bench.throughput(match rows {
+                1 => Throughput::Bytes((size * wide.len()) as u64),
+                _ => Throughput::Elements(2 * (rows * INPUTS * OUTPUTS) as u64),
+            });
+            let x: Vec<f32> = (0..rows * INPUTS).map(values).collect();
+            let mut out = vec![0f32; rows * OUTPUTS];
+            bench.bench_function(BenchmarkId::from_parameter(name), |b| {
+                b.iter(|| product(&cpu, Matrix::Dense(matrix), (&x, rows), &mut out));
+            });
+        }
+    }
+}
+
+criterion_group!(benches, linear, dense);
 criterion_main!(benches);

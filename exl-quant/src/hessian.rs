@@ -67,12 +67,6 @@ impl HessianAccumulator {
         }
     }
 
-    /// Bytes an accumulator for `dim` features and its two finished Hessians take.
-    pub fn bytes(dim: usize) -> usize {
-        let n = dim.div_ceil(TILE);
-        n * (n + 1) * TILE * TILE * 4 + 2 * dim * dim * 4
-    }
-
     /// Adds the token rows of `x` (`[tokens, dim]`).
     ///
     /// # Errors

@@ -56,14 +56,36 @@ pub fn measure_with(name: &str, weight: &Matrix, h: &HessianSet, factor: &Factor
     let (sample, scale) = sample_columns(weight, SAMPLE_COLUMNS);
     let energy = scale * h.hold_out.loss(&sample)?;
     curve_of((weight.rows, weight.cols), energy, |layouts| {
-        layouts
-            .par_iter()
-            .map(|layout| {
-                let q = Gptq { factor }.quantize(name, &sample, layout)?;
-                Ok(scale * h.hold_out.loss(&difference(&sample, &q.dequantize()))?)
-            })
-            .collect()
+        let lost = |layout: &Layout| {
+            let q = Gptq { factor }.quantize(name, &sample, layout)?;
+            Ok(scale * h.hold_out.loss(&difference(&sample, &q.dequantize()))?)
+        };
+        let mut losses = Vec::with_capacity(layouts.len());
+        // A thread that waits inside one layout would begin another one, and hold both.
+        for some in layouts.chunks(candidate_threads(weight.rows, rayon::current_num_threads())) {
+            losses.extend(some.par_iter().map(lost).collect::<Result<Vec<f64>>>()?);
+        }
+        Ok(losses)
     })
+}
+
+/// What candidates that are tried at the same time may take together, in bytes.
+const TOGETHER: usize = 1 << 30;
+
+/// How many of `count` candidates are tried at the same time when each takes `each` bytes.
+pub(crate) fn together(each: usize, count: usize) -> usize {
+    (TOGETHER / each.max(1)).clamp(1, count.max(1))
+}
+
+/// Bytes that a layout takes while it is tried on [`SAMPLE_COLUMNS`] columns of `inputs` rows: the
+/// working copy, codes by block and in order, decoded values, their difference, and products with it.
+pub(crate) fn candidate_bytes(inputs: usize) -> usize {
+    SAMPLE_COLUMNS * inputs * (4 + 1 + 1 + 4 + 4 + 4)
+}
+
+/// Layouts that are tried at the same time.
+pub(crate) fn candidate_threads(inputs: usize, threads: usize) -> usize {
+    together(candidate_bytes(inputs), threads)
 }
 
 /// The curve of a matrix whose layouts `run` measures.

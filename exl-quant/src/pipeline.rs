@@ -2,7 +2,7 @@
 //!
 //! One measurement serves every bitrate. The model streams through layer by layer: in memory are
 //! one layer, its Hessians, and the hidden states of the calibration rows; while measuring also the
-//! packed weights of up to twelve layers.
+//! packed weights of up to twelve layers and the hidden states of changed models.
 
 mod budget;
 mod compare;
@@ -11,6 +11,7 @@ mod identity;
 mod logits;
 mod machine;
 mod measurement;
+mod perturb;
 mod place;
 mod plan;
 mod probe;

@@ -6,6 +6,9 @@ use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
+use exl_format::{
+    CheckpointWriter, Dtype, SafetensorsFile, TensorSource, TensorSpec, WriterOptions,
+};
 use exl_quant::{
     Calibration, CompareOptions, ConvertOptions, Error, Event, Stage, VerifyOptions, compare,
     convert, plan, verify_quality,
@@ -288,4 +291,78 @@ fn a_model_differs_from_its_conversion_layer_by_layer_and_not_from_itself() {
     for p in found.rows.iter().flatten() {
         assert!(p.a.len() == 3 && p.a[0].1 >= p.a[1].1 && p.a[1].1 >= p.a[2].1);
     }
+}
+
+/// The bundled model with some weights multiplied: those whose names end as said.
+fn louder(dir: &Path, factors: &[(&str, f32)]) {
+    let demo = concat!(env!("CARGO_MANIFEST_DIR"), "/../testdata/demo-4m");
+    std::fs::create_dir_all(dir).unwrap();
+    let from = Path::new(demo);
+    std::fs::copy(from.join("config.json"), dir.join("config.json")).unwrap();
+    let file = SafetensorsFile::open(&from.join("model.safetensors")).unwrap();
+    let tensors: Vec<_> = file.names().map(|n| file.tensor(n).unwrap()).collect();
+    let specs = tensors.iter().map(|t| TensorSpec {
+        name: t.name.clone(),
+        dtype: Dtype::F32,
+        shape: t.shape.clone(),
+    });
+    let options = WriterOptions {
+        base: "model".to_owned(),
+        shard_bytes: u64::MAX,
+        replace: false,
+    };
+    let mut writer = CheckpointWriter::create(dir, specs.collect(), &options).unwrap();
+    for tensor in &tensors {
+        let found = factors.iter().find(|(end, _)| tensor.name.ends_with(end));
+        let scale = found.map_or(1.0, |f| f.1);
+        let values = tensor.to_f32().unwrap();
+        let bytes: Vec<u8> = values
+            .iter()
+            .flat_map(|v| (v * scale).to_le_bytes())
+            .collect();
+        writer.write(&tensor.name, &bytes).unwrap();
+    }
+    writer.finish().unwrap();
+}
+
+#[test]
+fn loud_activations_are_fitted_and_exploding_ones_named() {
+    let temp = TempDir::new();
+    let norm = ("layers.1.post_attention_layernorm.weight", 3e4);
+    // The input of down reaches billions: far beyond 16-bit floats, fine in 32.
+    let source = temp.0.join("loud");
+    louder(&source, &[norm]);
+    let out = temp.0.join("loud-4");
+    let options = ConvertOptions {
+        source,
+        ..options(&out, 4.0)
+    };
+    let stop = AtomicBool::new(false);
+    let report = convert(&options, &calibration(), &mut |_| {}, &stop).unwrap();
+    let kl = report[0].quality.evaluation.as_ref().unwrap().mean_kl;
+    assert!(kl.is_finite() && kl < 0.5, "{kl}");
+    let next = "model.layers.1.mlp.down_proj";
+    let mut linears = report[0].quality.tensors.iter();
+    let down = linears.find(|t| t.name == next).unwrap();
+    assert!(down.holdout_loss < 0.1, "{down:?}");
+
+    // The sums of its squares leave 32-bit floats.
+    let source = temp.0.join("exploding");
+    let wide = [
+        norm,
+        ("layers.1.mlp.gate_proj.weight", 1e5),
+        ("layers.1.mlp.up_proj.weight", 1e5),
+    ];
+    louder(&source, &wide);
+    let out = temp.0.join("exploding-4");
+    let options = ConvertOptions {
+        source,
+        work: temp.0.join("exploding-4.work"),
+        out: out.clone(),
+        ..options
+    };
+    let error = fails(&options, &mut |_| {}).to_string();
+    assert!(error.contains("layers.1.mlp.down_proj"), "{error}");
+    assert!(error.contains("overflow"), "{error}");
+    assert!(!out.join("config.json").exists());
 }

@@ -47,10 +47,10 @@ pub(crate) struct ConvertArgs {
     /// Calibration text: .parquet, .jsonl, .txt, or .safetensors with `input_ids` [default: built in]
     #[arg(short, long, value_name = "FILE", help_heading = "Calibration")]
     pub(crate) cal: Option<PathBuf>,
-    /// Calibration rows
-    #[arg(short, long, value_name = "N", default_value_t = 100, help_heading = "Calibration",
+    /// Calibration rows [default: 100, fewer for a small model]
+    #[arg(short, long, value_name = "N", help_heading = "Calibration",
           value_parser = clap::value_parser!(u32).range(1..))]
-    pub(crate) rows: u32,
+    pub(crate) rows: Option<u32>,
     /// Tokens per calibration row [default: 2048, or the model's maximum]
     #[arg(short, long, value_name = "N", help_heading = "Calibration",
           value_parser = clap::value_parser!(u32).range(2..))]

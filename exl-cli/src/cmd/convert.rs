@@ -54,7 +54,9 @@ pub(crate) fn run(args: &ConvertArgs, ui: &Ui) -> Result<()> {
     };
     let length = args.length.map(|n| n as usize);
     let length = length.unwrap_or_else(|| calibration::default_length(&source));
-    let shape = (args.rows as usize, length);
+    let rows = args.rows.map(|n| n as usize);
+    let rows = rows.unwrap_or_else(|| calibration::default_rows(&source, length));
+    let shape = (rows, length);
     let calibration = calibration::read(args.cal.as_deref(), shape, &source, ui)?;
     drop(source);
     let mut display = Display {

@@ -16,8 +16,6 @@ use crate::{Error, Mem, QuantMatrix, Result};
 const BLOCK_TILES: usize = 32;
 /// Rows up to which an op has more to gain from even shares than from wide ones.
 const FEW_ROWS: usize = 4;
-/// Activations that stay in L2 while the columns of a dense matrix go by, in elements.
-const X_BLOCK: usize = 1 << 17;
 /// Parts of a linear op that run in one parallel region: q, k and v, and one to spare.
 const FUSED: usize = 4;
 
@@ -128,16 +126,9 @@ impl<'m, 'a> Matrices<'m, 'a> {
         }
     }
 
-    /// Scratch words of one thread: an accumulator per matrix that a task computes, and for each
-    /// a column in f32 when a matrix is dense and meets more than one row.
+    /// Scratch words of one thread: an accumulator per matrix that a task computes.
     fn thread_words(&self, per_task: usize) -> usize {
-        let dense = |m: &Option<&Matrix<'_>>| matches!(m, Some(Matrix::Dense(_)));
-        let column = if self.list.iter().any(dense) && self.rows > 1 {
-            self.inputs
-        } else {
-            0
-        };
-        (per_task * (block_rows(self.rows) * CHUNK + column)).next_multiple_of(16)
+        (per_task * block_rows(self.rows) * CHUNK).next_multiple_of(16)
     }
 
     /// Scratch words of the op.
@@ -196,13 +187,7 @@ impl<'m, 'a> Matrices<'m, 'a> {
 
 impl Source<'_> {
     /// Rows `rows` of the columns from `first` on into `acc` (`[rows, CHUNK]`).
-    fn run(
-        &self,
-        (first, columns): (usize, usize),
-        rows: Range<usize>,
-        acc: &mut [f32],
-        (column, isa): (&mut [f32], Isa),
-    ) {
+    fn run(&self, (first, columns): (usize, usize), rows: Range<usize>, acc: &mut [f32], isa: Isa) {
         match self {
             Source::Quant(product) => {
                 let panels = (first / PANEL, columns.div_ceil(PANEL));
@@ -211,22 +196,8 @@ impl Source<'_> {
                 product.run(panels, tiles, acc);
             }
             Source::Dense { w, x, inputs } => {
-                let k = *inputs;
-                let x = &x[rows.start * k..rows.end * k];
-                if column.is_empty() {
-                    for (row, acc) in x.chunks_exact(k).zip(acc.chunks_exact_mut(CHUNK)) {
-                        dense::dots(w, first, row, &mut acc[..columns], isa);
-                    }
-                    return;
-                }
-                let column = &mut column[..k];
-                let some = (X_BLOCK / k).max(FEW_ROWS);
-                for (x, acc) in x.chunks(some * k).zip(acc.chunks_mut(some * CHUNK)) {
-                    for c in 0..columns {
-                        w.copy_to((first + c) * k, column, isa);
-                        dense::dots_with(column, x, (&mut acc[c..], CHUNK), isa);
-                    }
-                }
+                let x = &x[rows.start * inputs..rows.end * inputs];
+                dense::products(w, (first, columns), (x, *inputs), (acc, CHUNK), isa);
             }
         }
     }
@@ -265,14 +236,12 @@ fn sweep(
         let columns = chunk.min(outputs - first);
         // SAFETY: each thread index runs one task at a time and gets its own range.
         let mine = unsafe { scratch.of(thread) };
-        let (accs, wide) = mine.split_at_mut(sources.len() * block * CHUNK);
-        let wide_words = wide.len() / sources.len();
+        let accs = &mut mine[..sources.len() * block * CHUNK];
         for start in (0..rows).step_by(block) {
             let end = (start + block).min(rows);
             for (i, source) in sources.iter().flatten().enumerate() {
-                let column = &mut wide[i * wide_words..][..wide_words];
                 let acc = &mut accs[i * block * CHUNK..][..block * CHUNK];
-                source.run((first, columns), start..end, acc, (column, cpu.isa()));
+                source.run((first, columns), start..end, acc, cpu.isa());
             }
             finish(index, start..end, (first, columns), accs);
         }

@@ -338,14 +338,13 @@ fn softmax_row(
     if visible.is_empty() {
         return;
     }
-    let mut top = *max;
-    for s in visible.iter_mut() {
-        *s *= scale;
-        if cap > 0.0 {
-            *s = cap * (*s / cap).tanh();
-        }
-        top = if *s > top { *s } else { top };
+    visible.iter_mut().for_each(|s| *s *= scale);
+    if cap > 0.0 {
+        let capped = |s: &mut f32| *s = cap * (*s / cap).tanh();
+        visible.iter_mut().for_each(capped);
     }
+    let larger = |a: f32, b: f32| if b > a { b } else { a };
+    let mut top = by_lanes(visible, *max, larger);
     if top == f32::NEG_INFINITY {
         // Only infinities or NaN so far: show it instead of dividing by nothing.
         top = 0.0;
@@ -356,12 +355,23 @@ fn softmax_row(
         out.iter_mut().for_each(|v| *v *= shrink);
         *max = top;
     }
-    let mut total = 0.0;
-    for s in visible.iter_mut() {
-        *s = math::exp(*s - top);
-        total += *s;
+    visible.iter_mut().for_each(|s| *s = math::exp(*s - top));
+    *sum += by_lanes(visible, 0.0, |a, b| a + b);
+}
+
+/// Combines all values, sixteen side by side.
+#[inline(always)]
+fn by_lanes(values: &[f32], start: f32, with: impl Fn(f32, f32) -> f32) -> f32 {
+    let mut lanes = [start; 16];
+    let chunks = values.chunks_exact(lanes.len());
+    let rest = chunks.remainder();
+    for chunk in chunks {
+        for (lane, &v) in lanes.iter_mut().zip(chunk) {
+            *lane = with(*lane, v);
+        }
     }
-    *sum += total;
+    let all = lanes.iter().chain(rest);
+    all.fold(start, |a, &b| with(a, b))
 }
 
 /// A block of queries against a block of keys.

@@ -9,12 +9,14 @@ use exl_tensor::KvType;
 use super::logits::Head;
 use super::machine::Machine;
 use super::measurement::{LinearMeasurement, Measurement};
+use super::perturb::side_by_side;
 use super::probe::{PROBE_LAYERS, PROBE_POSITIONS};
 use super::quantize::Layouts;
-use super::solver::gpu_bytes;
+use super::sites::linears_of;
+use super::solver::{gpu_bytes, host_bytes};
 use super::{ConvertOptions, Job, Target};
 use crate::calib::Calibration;
-use crate::{Choice, Error, HessianAccumulator, Layout, Result, allocate, head_recipe, smallest};
+use crate::{Choice, Error, Layout, Result, allocate, head_recipe, smallest};
 
 /// Head size whose bytes the budget counts on when the allocation may choose.
 const NOMINAL_HEAD: u32 = 6;
@@ -231,12 +233,8 @@ pub(super) fn check_memory(
         .map(|k| k.parameters())
         .max();
     let hidden = tokens * (spec.hidden as u64 + widest) * 4;
-    // Accumulator, three means, the f64 matrix and its inverse, the f32 factor.
-    let hessian =
-        HessianAccumulator::bytes(widest as usize) as u64 + widest * widest * (4 + 8 + 8 + 4);
-    // The matrix as floats, its working copy, codes, the decoded values and their transpose; while
-    // codes are bettered, both kinds of codes and of decoded values.
-    let matrix = largest.unwrap_or(0) * (4 * 5 + 2);
+    let threads = rayon::current_num_threads();
+    let (hessian, matrix) = host_bytes(widest as usize, largest.unwrap_or(0), threads);
     let logits = 3 * (32 << 20) + tokens.min(1 << 16) * spec.vocab as u64 / 64;
     // Measuring holds the weights of the probed layers at three bits (four with scales), first
     // beside the rows measured, then beside the hidden states at those layers and the end.
@@ -251,7 +249,10 @@ pub(super) fn check_memory(
     let rows = options.measure_rows.min(calibration.rows.len());
     let measured = (rows * options.measure_length.min(calibration.length())) as u64;
     let measured = measured * (spec.hidden as u64 + widest) * 4;
-    let states = (probed + 2) * PROBE_POSITIONS as u64 * spec.hidden as u64 * 4;
+    // The model's own states, and those of as many exchanged ones as run side by side.
+    let exchanged = probed as usize * spec.layers.first().map_or(0, linears_of) + 1;
+    let streams = exchanged.min(side_by_side(spec, PROBE_POSITIONS)) as u64;
+    let states = (streams + 2) * PROBE_POSITIONS as u64 * spec.hidden as u64 * 4;
     let probe = packed + measured.max(states);
     let needed = hidden.max(probe) + hessian + matrix + logits;
     if needed <= allowed {

@@ -1,37 +1,25 @@
 //! The measuring pass: one stream of the unquantized model gives curves and damping, then each
 //! linear is perturbed by itself to see what it does to the predictions.
 
-use std::collections::HashMap;
-
-use exl_format::Exl2Linear;
-use exl_models::{BlockPart, Module, Spec};
+use exl_models::{Module, Spec};
 use exl_tensor::Weights;
 
-use super::logits::Head;
-use super::machine::{Machine, dense, padded};
+use super::machine::{Machine, padded};
 use super::measurement::{LinearMeasurement, MEASUREMENT_VERSION, Measurement};
-use super::quantize::{decode, pack};
-use super::sites::{Rows, STOPS, Walk, embed, head_inputs};
+use super::perturb::{self, Perturbed};
+use super::quantize::pack;
+use super::sites::{STOPS, Walk, embed, head_inputs, linears_of};
 use super::solver::{Moments, Rows as Judges, Solver};
 use super::{Event, Job};
 use crate::resume::Work;
-use crate::{Error, KlScore, Layout, Matrix, Result};
+use crate::{Layout, Matrix, Result};
 
 /// Tokens per row of the sensitivity probe.
 pub(super) const PROBE_LENGTH: usize = 512;
 /// Positions of the sensitivity probe.
-pub(super) const PROBE_POSITIONS: usize = 6144;
+pub(super) const PROBE_POSITIONS: usize = 3072;
 /// Layers probed at most; the others are interpolated.
 pub(super) const PROBE_LAYERS: usize = 12;
-
-/// A perturbed weight of a layer, packed, and the output error it makes.
-#[derive(Debug)]
-struct Perturbed {
-    name: String,
-    layer: usize,
-    loss: f64,
-    weight: Exl2Linear,
-}
 
 /// Measures the model. Curves and sensitivities that `work` holds are not made again.
 pub(super) fn measure(job: &mut Job<'_>, work: &Work) -> Result<Measurement> {
@@ -98,13 +86,7 @@ struct Survey<'a> {
 impl<'a> Survey<'a> {
     fn new(spec: &Spec, work: &'a Work) -> Self {
         let mut probed = probe_layers(spec.layers.len());
-        let linears = |&l: &usize| STOPS.iter().map(|s| s.linears(&spec.layers[l]).len()).sum();
-        let perturbations: usize = probed
-            .iter()
-            .map(linears)
-            .collect::<Vec<usize>>()
-            .iter()
-            .sum();
+        let perturbations: usize = probed.iter().map(|&l| linears_of(&spec.layers[l])).sum();
         probed.push(spec.layers.len());
         Self {
             work,
@@ -177,7 +159,7 @@ impl<'a> Survey<'a> {
                     Some(value) => linear.sensitivity = value,
                     None => self
                         .perturbed
-                        .push(perturb(&linear, &matrix, solver, layer)?),
+                        .push(perturbed(&linear, &matrix, solver, layer)?),
                 }
             }
             self.linears.push(linear);
@@ -212,7 +194,7 @@ fn first(names: &[String], weights: &Weights) -> Result<Matrix> {
     padded(&names[0], weight)
 }
 
-fn perturb(
+fn perturbed(
     linear: &LinearMeasurement,
     matrix: &Matrix,
     solver: &mut dyn Solver,
@@ -240,76 +222,19 @@ fn sensitivities(
     if survey.perturbed.is_empty() {
         return Ok(());
     }
-    let spec = job.source.spec().clone();
     let length = PROBE_LENGTH.min(rows[0].len());
     let count = (PROBE_POSITIONS / length).clamp(1, rows.len());
     let rows: Vec<Vec<u32>> = rows[..count].iter().map(|r| r[..length].to_vec()).collect();
-    let mut machine = Machine::new(&spec, length, &job.device)?;
-    // Inputs of the layers that are perturbed, and what the last layer gives.
-    let mut states: HashMap<usize, Rows> = HashMap::new();
-    let mut hidden = embed(&job.source, &mut machine, &rows)?;
-    for layer in 0..spec.layers.len() {
-        if survey.perturbed.iter().any(|p| p.layer == layer) {
-            states.insert(layer, hidden.clone());
-        }
-        forward(job, &mut machine, layer, None, &mut hidden)?;
-    }
-    let last = hidden;
-    let mut head = Head::new(&spec, length, &job.device)?;
-    let original = job.source.load_module(Module::Head)?;
-    let right = head.bind(&original)?;
-    let before = survey.steps - survey.perturbed.len();
-    for (at, p) in survey.perturbed.into_iter().enumerate() {
-        job.check()?;
-        job.progress(before + at, survey.steps);
-        let weight = decode(&p.weight)?;
-        let mut hidden = states.get(&p.layer).unwrap_or(&last).clone();
-        for layer in p.layer..spec.layers.len() {
-            let change = (layer == p.layer).then_some((p.name.as_str(), &weight));
-            forward(job, &mut machine, layer, change, &mut hidden)?;
-        }
-        let mut changed = original.clone();
-        if p.layer == spec.layers.len() {
-            changed.insert(p.name.clone(), dense(&p.name, &weight, spec.vocab)?);
-        }
-        let wrong = head.bind(&changed)?;
-        let mut score = KlScore::new();
-        for ((a, b), tokens) in last.iter().zip(&hidden).zip(&rows) {
-            head.score(&mut score, (&right, a), (&wrong, b), tokens)?;
-        }
-        let kl = score.mean_kl();
-        if !score.is_finite() {
-            let what = "with this weight at three bits the model computes NaN or infinity";
-            return Err(Error::numeric(p.name, what));
-        }
+    let mut done = survey.steps - survey.perturbed.len();
+    perturb::scores(job, &survey.perturbed, &rows, |job, p, score| {
         let linear = found.linears.iter_mut().find(|l| l.name == p.name);
         let linear = linear.expect("every perturbed linear was measured");
-        linear.sensitivity = kl / p.loss.max(f64::MIN_POSITIVE);
+        linear.sensitivity = score.mean_kl() / p.loss.max(f64::MIN_POSITIVE);
         survey.work.keep_sensitivity(&p.name, linear.sensitivity)?;
-    }
-    Ok(())
-}
-
-/// Runs a layer over all rows, one weight exchanged.
-fn forward(
-    job: &Job<'_>,
-    machine: &mut Machine,
-    layer: usize,
-    change: Option<(&str, &Matrix)>,
-    hidden: &mut Rows,
-) -> Result<()> {
-    let mut weights = job.source.load_layer(layer)?;
-    if let Some((name, matrix)) = change {
-        let outputs = weights.get(name).map_or(matrix.cols, |w| w.shape()[0]);
-        weights.insert(name, dense(name, matrix, outputs)?);
-    }
-    machine.positions()?;
-    let bound = machine.part(BlockPart::Layer(layer), &weights)?;
-    for row in hidden.iter_mut() {
-        let mut slots = machine.run(&bound, &[("hidden", row)])?;
-        slots.copy_to("hidden", row)?;
-    }
-    Ok(())
+        done += 1;
+        job.progress(done, survey.steps);
+        Ok(())
+    })
 }
 
 /// Fills in the layers between the probed ones, linear by linear, on a logarithmic scale.

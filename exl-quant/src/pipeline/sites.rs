@@ -54,6 +54,11 @@ impl Stop {
     }
 }
 
+/// Linears of a layer.
+pub(super) fn linears_of(layer: &LayerSpec) -> usize {
+    STOPS.iter().map(|stop| stop.linears(layer).len()).sum()
+}
+
 /// One layer on its way: hidden states, and between stops the input of the next product.
 #[derive(Debug)]
 pub(super) struct Walk<'a> {

@@ -108,6 +108,12 @@ impl Moments {
     }
 }
 
+/// Memory of the machine that Hessians of `inputs` features, and matrices of `weights` elements, take
+/// at most with this many threads.
+pub(super) fn host_bytes(inputs: usize, weights: u64, threads: usize) -> (u64, u64) {
+    host::bytes(inputs, weights, threads)
+}
+
 /// Device memory that Hessians of `inputs` features and matrices of `weights` elements with
 /// `outputs` columns take at most.
 pub(super) fn gpu_bytes(inputs: usize, weights: u64, outputs: u64) -> u64 {

@@ -3,12 +3,37 @@
 use rayon::prelude::*;
 
 use super::{DAMPINGS, Rounded, Rows, Solver};
-use crate::measure::{Curve, difference, measure_with, sample_columns};
+use crate::measure::{
+    Curve, candidate_bytes, candidate_threads, difference, measure_with, sample_columns, together,
+};
 use crate::refine::{MOST_INPUTS, refine};
 use crate::{
     Factor, Gptq, Hessian, HessianSet, Layout, Matrix, Quantizer, Result, SAMPLE_COLUMNS,
     activity_order,
 };
+
+/// Bytes for each pair of features: the three Hessians.
+const HESSIANS: u64 = 12;
+/// And while they are summed up: both sums, and their sum.
+const SUMS: u64 = 8;
+/// And for a factor in the making: the matrix and its inverse in f64, and the result.
+const FACTOR: u64 = 20;
+/// And for the best factor so far.
+const BEST: u64 = 4;
+
+/// Memory that a conversion's mathematics takes at most, in bytes: Hessians of `inputs` features,
+/// and matrices of up to `weights` elements.
+pub(super) fn bytes(inputs: usize, weights: u64, threads: usize) -> (u64, u64) {
+    let pairs = (inputs * inputs) as u64;
+    let candidates = together((FACTOR * pairs) as usize, DAMPINGS.len()) as u64;
+    let hessians = (HESSIANS + SUMS.max(candidates * FACTOR + BEST)) * pairs;
+    // As floats, its working copy, codes, the decoded values and their transpose; while codes are
+    // bettered, both kinds of codes and of decoded values.
+    let rounding = weights * (4 * 5 + 2);
+    let candidates = candidate_threads(inputs, threads).max(candidates as usize);
+    let measuring = 4 * weights + (candidates * candidate_bytes(inputs)) as u64;
+    (hessians, rounding.max(measuring))
+}
 
 #[derive(Debug)]
 pub(super) struct HostSolver {
@@ -44,18 +69,19 @@ impl Solver for HostSolver {
     fn choose_damping(&mut self, name: &str, weight: &Matrix) -> Result<()> {
         let (sample, _) = sample_columns(weight, SAMPLE_COLUMNS);
         let layout = Layout::uniform(3, 128, sample.rows)?;
-        let tried: Vec<(f64, Factor)> = DAMPINGS
-            .into_par_iter()
-            .map(|damping| {
-                let factor = Factor::new(name, &self.hessians.train, &self.order, damping)?;
-                let q = Gptq { factor: &factor }.quantize(name, &sample, &layout)?;
-                let change = difference(&sample, &q.dequantize());
-                Ok((self.hessians.hold_out.loss(&change)?, factor))
-            })
-            .collect::<Result<_>>()?;
-        let best = tried
-            .into_iter()
-            .reduce(|a, b| if b.0 < a.0 { b } else { a });
+        let try_it = |&damping: &f64| {
+            let factor = Factor::new(name, &self.hessians.train, &self.order, damping)?;
+            let q = Gptq { factor: &factor }.quantize(name, &sample, &layout)?;
+            let change = difference(&sample, &q.dequantize());
+            Ok((self.hessians.hold_out.loss(&change)?, factor))
+        };
+        let mut best: Option<(f64, Factor)> = None;
+        let factor_bytes = FACTOR as usize * sample.rows * sample.rows;
+        for some in DAMPINGS.chunks(together(factor_bytes, DAMPINGS.len())) {
+            let tried: Vec<_> = some.par_iter().map(try_it).collect::<Result<_>>()?;
+            let all = best.into_iter().chain(tried);
+            best = all.reduce(|a, b| if b.0 < a.0 { b } else { a });
+        }
         let factor = best.expect("the list of dampings is not empty").1;
         self.factor = Some((factor.damping(), factor));
         Ok(())

@@ -217,7 +217,7 @@ mod tests {
     #[test]
     fn what_is_not_known_is_named_with_what_is() {
         for (text, part) in [
-            ("24GB,cache=q4", "fp16 or fp32"),
+            ("24GB,cache=q5", "no cache q5"),
             ("24", "GiB"),
             ("", "GiB"),
             ("-1GB", "GiB"),

@@ -11,6 +11,7 @@ pub(crate) use rewrite::exllama_short_flags;
 pub(crate) use sampling::SamplingArgs;
 
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
+use exl_tensor::KvType;
 use std::path::PathBuf;
 
 const OVERVIEW: &str = "\
@@ -128,22 +129,6 @@ pub(crate) enum ActivationMode {
     Fast8,
 }
 
-/// How the KV cache stores keys and values.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(crate) enum CacheMode {
-    F16,
-    F32,
-}
-
-impl CacheMode {
-    pub(crate) fn name(self) -> &'static str {
-        match self {
-            Self::F16 => "f16",
-            Self::F32 => "f32",
-        }
-    }
-}
-
 const EVAL_EXAMPLES: &str = "\
 Examples:
   exl eval -m ./model --text book.txt --rows 20 --length 2048
@@ -179,9 +164,10 @@ pub(crate) struct EvalArgs {
     /// The model that is right: adds KL divergence and top-1 agreement
     #[arg(long, value_name = "DIR")]
     pub(crate) reference: Option<PathBuf>,
-    /// Evaluate token by token through a KV cache of this kind, not each row in one piece
-    #[arg(long, value_enum, value_name = "MODE")]
-    pub(crate) cache: Option<CacheMode>,
+    /// Evaluate token by token through a KV cache of this kind (as in generate), not each row in one
+    /// piece
+    #[arg(long, value_name = "MODE")]
+    pub(crate) cache: Option<KvType>,
     /// A converted model: recompute what its quality.json states, from the text it was calibrated
     /// with (--cal) and the original (--reference)
     #[arg(long, value_name = "DIR", requires = "reference",
@@ -250,9 +236,10 @@ pub(crate) struct CacheArgs {
     /// Tokens of context per prompt [default: what is needed, up to the model's maximum]
     #[arg(help_heading = "Cache", long, value_name = "N", allow_negative_numbers = true, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) context: Option<u32>,
-    /// How keys and values are stored
-    #[arg(help_heading = "Cache", long = "cache", value_enum, value_name = "MODE", default_value_t = CacheMode::F16)]
-    pub(crate) mode: CacheMode,
+    /// How keys and values are stored: f16, f32, q8, q6, q4, or two of the last three for keys and
+    /// for values, as in q8:q4
+    #[arg(help_heading = "Cache", long = "cache", value_name = "MODE", default_value_t = KvType::F16)]
+    pub(crate) mode: KvType,
 }
 
 const CHAT_EXAMPLES: &str = "\
@@ -313,9 +300,9 @@ pub(crate) struct InfoArgs {
     /// Tokens of context to plan memory for [default: 4096 or the model's maximum]
     #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) context: Option<u32>,
-    /// KV cache storage to plan memory for
-    #[arg(long, value_enum, value_name = "MODE", default_value_t = CacheMode::F16)]
-    pub(crate) cache: CacheMode,
+    /// KV cache storage to plan memory for, as in generate
+    #[arg(long, value_name = "MODE", default_value_t = KvType::F16)]
+    pub(crate) cache: KvType,
     /// GPU to plan memory for, present or not: h200, rtx-4090, ... [default: the first one here]
     #[arg(long, value_name = "NAME")]
     pub(crate) gpu: Option<String>,
@@ -373,9 +360,9 @@ pub(crate) struct BenchArgs {
     #[arg(long, value_name = "N,...", value_delimiter = ',', default_value = "0",
           allow_negative_numbers = true, value_parser = count)]
     pub(crate) context: Vec<usize>,
-    /// KV cache storage
-    #[arg(long, value_enum, value_name = "MODE", default_value_t = CacheMode::F16)]
-    pub(crate) cache: CacheMode,
+    /// KV cache storage, as in generate
+    #[arg(long, value_name = "MODE", default_value_t = KvType::F16)]
+    pub(crate) cache: KvType,
     /// Timed decode steps per measurement
     #[arg(long, value_name = "N", default_value_t = 32, allow_negative_numbers = true, value_parser = count_from_1)]
     pub(crate) steps: usize,

@@ -1,6 +1,6 @@
 //! From flags to a loaded model that can run.
 
-use crate::args::{ActivationMode, CacheMode, ComputeArgs, Device, DeviceArgs, LoadArgs};
+use crate::args::{ActivationMode, ComputeArgs, Device, DeviceArgs, LoadArgs};
 use crate::failure::Interrupted;
 use crate::machine;
 use crate::memory::{self, Taken};
@@ -10,7 +10,7 @@ use anyhow::{Result, bail};
 use exl_gen::{Engine, EngineHandle, EngineOptions, RunnerBackend, Tokenizer};
 use exl_models::rope::RopeOptions;
 use exl_models::{Backend, LoadOptions, MemoryRequest, Model, ModelSource, Runner, RunnerOptions};
-use exl_tensor::{Activations, CudaOptions, DType, Gpu, PAGE_TOKENS};
+use exl_tensor::{Activations, CudaOptions, Gpu, KvType, PAGE_TOKENS};
 use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
@@ -97,18 +97,10 @@ pub(crate) fn activations(compute: &ComputeArgs) -> Activations {
     }
 }
 
-/// Element type of a cache mode.
-pub(crate) fn kv_dtype(mode: CacheMode) -> DType {
-    match mode {
-        CacheMode::F16 => DType::F16,
-        CacheMode::F32 => DType::F32,
-    }
-}
-
 /// Settings of a runner; the caller sets its sizes.
 pub(crate) fn runner_options(
     compute: &ComputeArgs,
-    cache: CacheMode,
+    cache: KvType,
     gpu: Option<&Gpu>,
 ) -> RunnerOptions {
     let cuda = CudaOptions {
@@ -120,7 +112,7 @@ pub(crate) fn runner_options(
             Some(gpu) => Backend::Cuda(gpu.clone(), cuda),
             None => Backend::Cpu,
         },
-        kv_dtype: kv_dtype(cache),
+        kv_type: cache,
         threads: threads(&compute.device),
         activations: activations(compute),
         ..RunnerOptions::default()
@@ -223,12 +215,12 @@ pub(crate) struct Room {
     pub(crate) seqs: usize,
     /// Tokens of each sequence, prompt and answer.
     pub(crate) lengths: Vec<usize>,
-    pub(crate) cache: CacheMode,
+    pub(crate) cache: KvType,
 }
 
 impl Room {
     /// For one sequence.
-    pub(crate) fn one(tokens: usize, cache: CacheMode) -> Self {
+    pub(crate) fn one(tokens: usize, cache: KvType) -> Self {
         Self {
             seqs: 1,
             lengths: vec![tokens],
@@ -239,7 +231,7 @@ impl Room {
     /// What memory is computed for when prompts go in steps of `prefill_rows` tokens.
     pub(crate) fn memory_request(&self, prefill_rows: usize) -> MemoryRequest {
         let options = RunnerOptions {
-            kv_dtype: kv_dtype(self.cache),
+            kv_type: self.cache,
             ..RunnerOptions::default()
         };
         self.sized(options, prefill_rows).memory_request()
@@ -289,9 +281,9 @@ pub(crate) fn engine(
     // The files that were repacked need not stay mapped.
     drop(source);
     tracing::debug!(
-        "cache of {} pages of {PAGE_TOKENS} tokens, {:?}; steps of up to {} rows",
+        "cache of {} pages of {PAGE_TOKENS} tokens, {}; steps of up to {} rows",
         options.pages,
-        options.kv_dtype,
+        options.kv_type,
         options.max_rows
     );
     let runner = Runner::new(loaded.model, options)?;
@@ -319,11 +311,11 @@ mod tests {
     /// What `exl info` predicts for a context is what an engine for one sequence of it takes.
     #[test]
     fn info_and_the_engine_compute_the_same_memory() {
-        let room = Room::one(5000, CacheMode::F16);
+        let room = Room::one(5000, KvType::F16);
         let request = room.memory_request(GPU_PREFILL_ROWS);
         assert_eq!((request.rows, request.pages), (GPU_PREFILL_ROWS + 1, 20));
-        assert_eq!(request.kv_dtype, DType::F16);
-        let short = Room::one(100, CacheMode::F32).memory_request(GPU_PREFILL_ROWS);
+        assert_eq!(request.kv_type, KvType::F16);
+        let short = Room::one(100, KvType::F32).memory_request(GPU_PREFILL_ROWS);
         assert_eq!((short.rows, short.pages), (101, 1));
         let options = room.sized(RunnerOptions::default(), GPU_PREFILL_ROWS);
         assert_eq!(options.memory_request(), request);

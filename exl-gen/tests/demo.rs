@@ -25,10 +25,10 @@ fn dir() -> Option<&'static Path> {
     found
 }
 
-fn start(dir: &Path, kv: exl_tensor::DType) -> EngineHandle {
+fn start(dir: &Path, kv: exl_tensor::KvType) -> EngineHandle {
     let model = Model::open(dir, &LoadOptions::default()).unwrap();
     let options = RunnerOptions {
-        kv_dtype: kv,
+        kv_type: kv,
         ..RunnerOptions::default()
     };
     let runner = Runner::new(Arc::new(model), options).unwrap();
@@ -55,7 +55,7 @@ fn greedy_tokens_are_those_of_transformers() {
         let list = golden[key].as_array().unwrap().iter();
         list.map(|id| id.as_u64().unwrap() as u32).collect()
     };
-    let engine = start(dir, exl_tensor::DType::F32);
+    let engine = start(dir, exl_tensor::KvType::F32);
     let prompt = engine
         .tokenizer()
         .encode(golden["text"].as_str().unwrap(), Encode::TEXT)
@@ -86,7 +86,7 @@ fn batched_answers_equal_single_ones() {
     let Some(dir) = dir() else {
         return;
     };
-    let engine = start(dir, exl_tensor::DType::F16);
+    let engine = start(dir, exl_tensor::KvType::F16);
     let templates = ChatTemplates::open(dir).unwrap().unwrap();
     let request = |question: &str| {
         let messages = [serde_json::json!({"role": "user", "content": question})];

@@ -14,7 +14,7 @@ use exl_gen::{
 use exl_models::{
     Backend, LoadOptions, LogitRows, Model, ModelSource, Runner, RunnerOptions, SeqSlice,
 };
-use exl_tensor::{CudaOptions, DType, Gpu, probe};
+use exl_tensor::{CudaOptions, Gpu, KvType, probe};
 
 /// A quantized copy of the bundled model, and the model itself.
 const MODELS: [&str; 2] = ["../shared/golden/demo-4m-exl2-4.0bpw", TOKENIZER];
@@ -61,7 +61,7 @@ fn runner(dir: &Path, gpu: Option<&Gpu>, deterministic: bool) -> Runner {
     let backend = gpu.map_or(Backend::Cpu, |gpu| Backend::Cuda(gpu.clone(), cuda));
     let options = RunnerOptions {
         pages: 60,
-        kv_dtype: DType::F16,
+        kv_type: KvType::F16,
         max_rows: 256,
         max_seqs: 32,
         backend,

@@ -4,11 +4,13 @@ pub mod conformance;
 pub mod cpu;
 pub mod cuda;
 mod error;
+mod kv;
 mod mem;
 pub mod ops;
 mod quant;
 pub mod reference;
 
 pub use error::{Error, Mismatch, Result};
+pub use kv::{KvFormat, KvType};
 pub use mem::{DType, Element, Mem, MemMut, Place};
 pub use quant::{Exl2Parts, GptqParts, Group, QuantMatrix};

@@ -16,6 +16,7 @@ pub use gptq::{Gptq, GptqGroup, HessianFactor, HessianLoss};
 pub(crate) use sample::sample;
 pub use sample::{SAMPLE_WORDS, Sample, SampleParams};
 
+use crate::KvType;
 use crate::cuda::CudaMatrix;
 use crate::mem::{Mem, MemMut};
 use crate::quant::QuantMatrix;
@@ -155,7 +156,10 @@ pub struct GateUp<'a> {
     pub act: Activation,
 }
 
-/// Rotates q in place and k, then writes k and v into the paged cache.
+/// Rotates q in place and k by their positions, then writes k and v into the paged cache.
+///
+/// A quantized cache holds keys that went through a Hadamard transform (`KvFormat`); q goes through
+/// the inverse one, so that its products with them are those of q and k.
 #[derive(Debug)]
 pub struct RopeAppend<'a> {
     /// F32 `[rows, heads, head_dim]`, rotated in place.
@@ -170,10 +174,12 @@ pub struct RopeAppend<'a> {
     pub slots: Mem<'a>,
     /// F32 `[rotary_dim / 2]`: angle per position; empty for no rotation.
     pub inv_freq: Mem<'a>,
-    /// F32 or F16 `[pages, PAGE_TOKENS, kv_heads, head_dim]`.
+    /// F32 or F16 `[pages, PAGE_TOKENS, kv_heads, head_dim]`, or bytes in a quantized format.
     pub k_cache: MemMut<'a>,
     /// As `k_cache`.
     pub v_cache: MemMut<'a>,
+    /// Storage of the two caches.
+    pub kv: KvType,
     /// Number of tokens.
     pub rows: usize,
     /// Query heads.
@@ -191,15 +197,18 @@ pub struct RopeAppend<'a> {
 /// Causal attention of new tokens over the paged cache, grouped-query.
 ///
 /// Row `j` of the `n` rows of sequence `s` stands at position `kv_len[s] - n + j` and sees keys at
-/// positions `<=` its own, and `> own - window` when a window is set.
+/// positions `<=` its own, and `> own - window` when a window is set. Queries are those that
+/// [`RopeAppend`] leaves; values of a quantized cache count as they were before their transform.
 #[derive(Debug)]
 pub struct PagedAttn<'a> {
     /// F32 `[rows, heads, head_dim]`.
     pub q: Mem<'a>,
-    /// F32 or F16 `[pages, PAGE_TOKENS, kv_heads, head_dim]`.
+    /// F32 or F16 `[pages, PAGE_TOKENS, kv_heads, head_dim]`, or bytes in a quantized format.
     pub k_cache: Mem<'a>,
     /// As `k_cache`.
     pub v_cache: Mem<'a>,
+    /// Storage of the two caches.
+    pub kv: KvType,
     /// I32 `[seqs, pages_per_seq]`: pages of each sequence in order.
     pub block_table: Mem<'a>,
     /// I32 `[seqs + 1]`: rows `q_start[s]..q_start[s + 1]` belong to sequence `s`.

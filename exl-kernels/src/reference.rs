@@ -1,6 +1,7 @@
 //! Every op in f64, slow and obvious: what the other implementations are measured against.
 
 mod gptq;
+pub(crate) mod kv;
 
 use half::{bf16, f16};
 
@@ -215,7 +216,8 @@ fn rope_append(op: &mut RopeAppend<'_>) -> Result<()> {
     let factor = f64::from(op.attention_factor);
     let d = op.head_dim;
     let width = op.kv_heads * d;
-    let tokens = op.k_cache.len() / width;
+    let shape = (op.kv_heads, d);
+    let tokens = PAGE_TOKENS * (op.k_cache.bytes() / op.kv.k.page_bytes(op.kv_heads, d));
     let mut seen = std::collections::HashSet::new();
     if let Some(slot) = slots.iter().find(|&&slot| !seen.insert(slot)) {
         return Err(ops::repeated_slot(slots, *slot));
@@ -224,15 +226,17 @@ fn rope_append(op: &mut RopeAppend<'_>) -> Result<()> {
         let position = f64::from(positions[r]);
         for head in q[r * op.heads * d..][..op.heads * d].chunks_exact_mut(d) {
             rotate(head, &freqs, position, (op.style, factor));
+            if op.kv.k.is_quantized() {
+                kv::unrotate(head);
+            }
         }
         for head in k[r * width..][..width].chunks_exact_mut(d) {
             rotate(head, &freqs, position, (op.style, factor));
         }
         let slot = index(slots, r, tokens, "rope_append.slots")?;
-        for c in 0..width {
-            store(&mut op.k_cache, slot * width + c, k[r * width + c])?;
-            store(&mut op.v_cache, slot * width + c, v[r * width + c])?;
-        }
+        let (k, v) = (&k[r * width..][..width], &v[r * width..][..width]);
+        kv::store_token(&mut op.k_cache, (op.kv.k, shape), slot, k)?;
+        kv::store_token(&mut op.v_cache, (op.kv.v, shape), slot, v)?;
     }
     for (i, value) in q.iter().enumerate() {
         store(&mut op.q, i, *value)?;
@@ -256,8 +260,11 @@ fn rotate(head: &mut [f64], freqs: &[f64], position: f64, (style, factor): (Rope
 fn paged_attn(op: &mut PagedAttn<'_>) -> Result<()> {
     let table = op.block_table.slice::<i32>()?;
     let (starts, lens) = (op.q_start.slice::<i32>()?, op.kv_len.slice::<i32>()?);
-    let (q, k, v) = (floats(&op.q)?, floats(&op.k_cache)?, floats(&op.v_cache)?);
     let (d, group) = (op.head_dim, op.heads / op.kv_heads);
+    let q = floats(&op.q)?;
+    let k = kv::load(&op.k_cache, op.kv.k, (op.kv_heads, d))?;
+    let v = kv::load(&op.v_cache, op.kv.v, (op.kv_heads, d))?;
+    let unrotates = op.kv.v.is_quantized();
     let pages = k.len() / (PAGE_TOKENS * op.kv_heads * d);
     for s in 0..op.seqs {
         let (first, end) = (starts[s] as usize, starts[s + 1] as usize);
@@ -277,7 +284,10 @@ fn paged_attn(op: &mut PagedAttn<'_>) -> Result<()> {
             for h in 0..op.heads {
                 let query = &q[(r * op.heads + h) * d..][..d];
                 let shift = h / group * d;
-                let y = attend(query, &rows, shift, (&k, &v), (op.scale, op.softcap));
+                let mut y = attend(query, &rows, shift, (&k, &v), (op.scale, op.softcap));
+                if unrotates {
+                    kv::unrotate(&mut y);
+                }
                 for (c, value) in y.iter().enumerate() {
                     store(&mut op.out, (r * op.heads + h) * d + c, *value)?;
                 }

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use exl_tensor::{
-    CostReport, DType, DeviceProps, GpuSketch, KvShape, PAGE_TOKENS, Phase, Plan, PlanBuilder,
+    CostReport, DeviceProps, GpuSketch, KvShape, KvType, PAGE_TOKENS, Phase, Plan, PlanBuilder,
     PlanKey, PlanMemory, SampleShape, StepBlock, Weights,
 };
 
@@ -58,7 +58,7 @@ pub struct MemoryRequest {
     /// Pages of the cache.
     pub pages: usize,
     /// Storage of the cache.
-    pub kv_dtype: DType,
+    pub kv_type: KvType,
     /// Token rows of the largest step.
     pub rows: usize,
     /// Rows of the largest step that get logits, where they are more than one of each sequence.
@@ -68,13 +68,13 @@ pub struct MemoryRequest {
 impl MemoryRequest {
     /// For `seqs` sequences of `context` tokens, each with its own cache, in steps of up to `rows`
     /// tokens, with logits of one row for each.
-    pub fn new((seqs, context): (usize, usize), kv_dtype: DType, rows: usize) -> Self {
+    pub fn new((seqs, context): (usize, usize), kv_type: KvType, rows: usize) -> Self {
         let pages = context.div_ceil(PAGE_TOKENS).max(1);
         Self {
             context,
             seqs: seqs.max(1),
             pages: seqs.max(1).saturating_mul(pages),
-            kv_dtype,
+            kv_type,
             rows,
             out_rows: 0,
         }
@@ -144,8 +144,8 @@ impl Model {
     }
 
     /// Shape of its KV cache.
-    pub fn kv_shape(&self, dtype: DType) -> KvShape {
-        self.spec.kv_shape(dtype)
+    pub fn kv_shape(&self, kv: KvType) -> KvShape {
+        self.spec.kv_shape(kv)
     }
 
     /// The forward pass for one shape. Output `logits` `[out_rows, vocab]`, absent when no row
@@ -156,9 +156,9 @@ impl Model {
     }
 
     /// Bytes, operations and launches of one step with `context` tokens in each sequence.
-    pub fn cost(&self, key: &PlanKey, kv_dtype: DType, context: usize) -> CostReport {
+    pub fn cost(&self, key: &PlanKey, kv_type: KvType, context: usize) -> CostReport {
         let bytes = |name: &str| self.weights.get(name).map_or(0, |w| w.bytes() as u64);
-        CostReport::new(&self.plan(key), &self.kv_shape(kv_dtype), context, bytes)
+        CostReport::new(&self.plan(key), &self.kv_shape(kv_type), context, bytes)
     }
 
     /// Memory needed to run, exact for everything but allocator slack.
@@ -257,11 +257,11 @@ pub(crate) fn gpu_memory_for(
     props: &DeviceProps,
     request: &MemoryRequest,
 ) -> Result<MemoryUse> {
-    let shape = spec.kv_shape(request.kv_dtype);
+    let shape = spec.kv_shape(request.kv_type);
     let mut most = PlanMemory::default();
     for key in request.steps(Some(spec.vocab)) {
         let plan = Arc::new(plan(spec, &key));
-        most = most.max(sketch.plan(&plan, &shape, props)?);
+        most = most.max(sketch.plan(&plan, (&shape, request.pages), props)?);
     }
     Ok(MemoryUse {
         weights: sketch.weight_bytes(),
@@ -273,7 +273,7 @@ pub(crate) fn gpu_memory_for(
 }
 
 fn cache_bytes(spec: &Spec, request: &MemoryRequest) -> u64 {
-    spec.kv_shape(request.kv_dtype).bytes(request.pages) as u64
+    spec.kv_shape(request.kv_type).bytes(request.pages) as u64
 }
 
 #[cfg(test)]

@@ -7,8 +7,8 @@ mod plans;
 use std::sync::Arc;
 
 use exl_tensor::{
-    Activations, Bound, Cpu, CpuOptions, CudaExecutor, CudaOptions, DType, Executor, Gpu,
-    HostExecutor, Isa, KvBuffers, PAGE_TOKENS, PartTime, Phase, PlanKey, SampleShape, StepSeq,
+    Activations, Bound, Cpu, CpuOptions, CudaExecutor, CudaOptions, Executor, Gpu, HostExecutor,
+    Isa, KvBuffers, KvType, PAGE_TOKENS, PartTime, Phase, PlanKey, SampleShape, StepSeq,
 };
 
 use crate::model::{MemoryRequest, MemoryUse, Model};
@@ -60,8 +60,8 @@ pub enum Backend {
 pub struct RunnerOptions {
     /// Pages of [`PAGE_TOKENS`] tokens in the cache.
     pub pages: usize,
-    /// Storage of the cache: F16 or F32.
-    pub kv_dtype: DType,
+    /// Storage of the cache.
+    pub kv_type: KvType,
     /// Most token rows of one step.
     pub max_rows: usize,
     /// Most sequences of one step.
@@ -82,11 +82,11 @@ pub struct RunnerOptions {
 }
 
 impl Default for RunnerOptions {
-    /// One sequence of 2048 tokens in an F16 cache, all threads.
+    /// One sequence of 2048 tokens in a cache of 16-bit floats, all threads.
     fn default() -> Self {
         Self {
             pages: 2048 / PAGE_TOKENS,
-            kv_dtype: DType::F16,
+            kv_type: KvType::F16,
             max_rows: 512,
             max_seqs: 64,
             out_rows: 0,
@@ -106,7 +106,7 @@ impl RunnerOptions {
             context: self.pages.saturating_mul(PAGE_TOKENS),
             seqs: self.max_seqs,
             pages: self.pages,
-            kv_dtype: self.kv_dtype,
+            kv_type: self.kv_type,
             rows: self.max_rows,
             out_rows: self.out_rows,
         }
@@ -139,7 +139,7 @@ impl Runner {
                 options.pages, options.max_rows, options.max_seqs
             )));
         }
-        let shape = model.kv_shape(options.kv_dtype);
+        let shape = model.kv_shape(options.kv_type);
         let mut kv = match &options.backend {
             Backend::Cuda(gpu, _) => KvBuffers::on_gpu(gpu, shape, options.pages)?,
             Backend::Cpu | Backend::Reference => KvBuffers::new(shape, options.pages)?,

@@ -3,7 +3,7 @@
 //! Architecture files fill a [`Spec`]; everything else (the list of weights, the plans, memory
 //! figures) is derived from it. Fields describe what a layer does, not which family it is from.
 
-use exl_tensor::{Activation, DType, KvShape, RopeStyle};
+use exl_tensor::{Activation, KvShape, KvType, RopeStyle};
 
 use crate::rope::RopeTable;
 
@@ -148,16 +148,16 @@ pub struct MlpSpec {
 impl Spec {
     /// Shape of the KV cache of the whole model. Every layer has the same heads: parsing checks
     /// it.
-    pub fn kv_shape(&self, dtype: DType) -> KvShape {
-        self.cache_shape(self.layers.len(), dtype)
+    pub fn kv_shape(&self, kv: KvType) -> KvShape {
+        self.cache_shape(self.layers.len(), kv)
     }
 
     /// Shape of the KV cache that plans of a single layer use: one layer, at index 0.
-    pub fn block_kv_shape(&self, dtype: DType) -> KvShape {
-        self.cache_shape(1, dtype)
+    pub fn block_kv_shape(&self, kv: KvType) -> KvShape {
+        self.cache_shape(1, kv)
     }
 
-    fn cache_shape(&self, layers: usize, dtype: DType) -> KvShape {
+    fn cache_shape(&self, layers: usize, kv: KvType) -> KvShape {
         let (kv_heads, head_dim) = self
             .layers
             .first()
@@ -166,7 +166,7 @@ impl Spec {
             layers,
             kv_heads,
             head_dim,
-            dtype,
+            kv,
         }
     }
 

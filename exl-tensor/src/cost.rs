@@ -158,8 +158,8 @@ impl Meter<'_> {
                 cost.flops = 4 * (*rows as u64) * (*inputs as u64) * args.outputs as u64;
             }
             PlanOp::RopeAppend { args, .. } => {
-                let kv_elements = rows * (2 * args.kv_heads * args.head_dim) as u64;
-                cost.kv_bytes = kv_elements * self.kv.dtype.bytes() as u64;
+                let token = self.kv.kv.token_bytes(args.kv_heads, args.head_dim);
+                cost.kv_bytes = rows * token as u64;
                 cost.flops = 3 * rows * ((args.heads + args.kv_heads) * args.head_dim) as u64;
             }
             PlanOp::PagedAttn { args, .. } => self.attention(args, &mut cost),
@@ -190,17 +190,10 @@ impl Meter<'_> {
         if args.window > 0 {
             keys = keys.min(args.window as u64 + per_seq);
         }
-        let token = 2 * (args.kv_heads * args.head_dim * self.kv.dtype.bytes()) as u64;
+        let token = self.kv.kv.token_bytes(args.kv_heads, args.head_dim) as u64;
         cost.kv_bytes = key.seqs as u64 * keys * token;
         // A query row sees on average half of the keys that arrive in its own step.
         let seen = keys - per_seq / 2;
         cost.flops = 4 * rows * seen * (args.heads * args.head_dim) as u64;
-    }
-}
-
-impl KvShape {
-    /// Bytes one token takes over all layers.
-    pub fn token_bytes(&self) -> usize {
-        2 * self.layers * self.kv_heads * self.head_dim * self.dtype.bytes()
     }
 }

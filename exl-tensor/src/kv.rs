@@ -1,8 +1,7 @@
 //! Storage of the paged KV cache; which page belongs to whom is decided elsewhere.
 
 use exl_kernels::cuda::DeviceRegion;
-use exl_kernels::ops::PAGE_TOKENS;
-use exl_kernels::{DType, Mem, MemMut};
+use exl_kernels::{DType, KvFormat, KvType, Mem, MemMut};
 
 use crate::{Error, Gpu, GpuPart, HostMemory, Result};
 
@@ -15,24 +14,48 @@ pub struct KvShape {
     pub kv_heads: usize,
     /// Elements per head.
     pub head_dim: usize,
-    /// F16 or F32.
-    pub dtype: DType,
+    /// Storage of keys and values.
+    pub kv: KvType,
 }
 
 impl KvShape {
-    /// Bytes of one page of one of K or V in one layer.
-    pub fn page_bytes(&self) -> usize {
-        product(&[
-            PAGE_TOKENS,
-            self.kv_heads,
-            self.head_dim,
-            self.dtype.bytes(),
-        ])
+    /// Bytes of one page of keys or values of this format in one layer.
+    fn half_bytes(&self, format: KvFormat) -> usize {
+        format.page_bytes(self.kv_heads, self.head_dim)
+    }
+
+    /// Bytes of one page of K and of V in one layer.
+    pub fn page_bytes(&self) -> (usize, usize) {
+        (self.half_bytes(self.kv.k), self.half_bytes(self.kv.v))
     }
 
     /// Bytes of `pages` pages over all layers, K and V.
     pub fn bytes(&self, pages: usize) -> usize {
-        product(&[2, self.layers, pages, self.page_bytes()])
+        let (k, v) = self.page_bytes();
+        product(&[self.layers, pages, k.saturating_add(v)])
+    }
+
+    /// Bytes one token takes over all layers.
+    pub fn token_bytes(&self) -> usize {
+        product(&[
+            self.layers,
+            self.kv.token_bytes(self.kv_heads, self.head_dim),
+        ])
+    }
+
+    /// That heads of this size can be stored so.
+    fn check(&self) -> Result<()> {
+        if self.kv.is_sound()
+            && [self.kv.k, self.kv.v]
+                .iter()
+                .all(|f| f.takes(self.head_dim))
+        {
+            return Ok(());
+        }
+        Err(Error::Step(format!(
+            "a cache of {} does not take heads of {} values",
+            self.kv, self.head_dim
+        )))
     }
 }
 
@@ -48,7 +71,8 @@ enum Half {
     Gpu(DeviceRegion),
 }
 
-/// K and V of every layer: `[pages, PAGE_TOKENS, kv_heads, head_dim]` each.
+/// K and V of every layer: `[pages, PAGE_TOKENS, kv_heads, head_dim]` each, or pages of as many
+/// codes and scales.
 #[derive(Debug)]
 pub struct KvBuffers {
     shape: KvShape,
@@ -61,12 +85,16 @@ impl KvBuffers {
     /// Allocates `pages` pages in host memory.
     ///
     /// # Errors
-    /// Out of memory.
+    /// Out of memory; [`Error::Step`] when heads of this size cannot be stored so.
     pub fn new(shape: KvShape, pages: usize) -> Result<Self> {
-        let bytes = pages * shape.page_bytes();
-        let one = || HostMemory::zeroed(bytes, "the KV cache").map(Half::Host);
+        shape.check()?;
+        let (k, v) = shape.page_bytes();
+        let one = |page: usize| {
+            let bytes = product(&[pages, page]);
+            HostMemory::zeroed(bytes, "the KV cache").map(Half::Host)
+        };
         let layers = (0..shape.layers)
-            .map(|_| Ok((one()?, one()?)))
+            .map(|_| Ok((one(k)?, one(v)?)))
             .collect::<Result<_>>()?;
         Ok(Self {
             shape,
@@ -79,22 +107,45 @@ impl KvBuffers {
     /// Allocates `pages` pages on a GPU.
     ///
     /// # Errors
-    /// [`Error::Gpu`] when its memory does not suffice.
+    /// [`Error::Gpu`] when its memory does not suffice, and as [`KvBuffers::new`].
     pub fn on_gpu(gpu: &Gpu, shape: KvShape, pages: usize) -> Result<Self> {
-        let half = pages * shape.page_bytes();
+        shape.check()?;
+        let (k, v) = shape.page_bytes();
+        let (k, v) = (product(&[pages, k]), product(&[pages, v]));
         let bytes = shape.bytes(pages);
         let all = gpu.metered(GpuPart::Cache, || {
             DeviceRegion::zeroed(gpu.device(), bytes, "the KV cache").map_err(Error::Gpu)
         })?;
-        let part = |i: usize| all.part(i * half, half).map(Half::Gpu).map_err(Error::Gpu);
+        let part = |at: usize, bytes| all.part(at, bytes).map(Half::Gpu).map_err(Error::Gpu);
         let layers = (0..shape.layers)
-            .map(|l| Ok((part(2 * l)?, part(2 * l + 1)?)))
+            .map(|l| Ok((part(l * (k + v), k)?, part(l * (k + v) + k, v)?)))
             .collect::<Result<_>>()?;
         Ok(Self {
             shape,
             pages,
             layers,
             gpu: Some(gpu.clone()),
+        })
+    }
+
+    /// A cache on a GPU that is not there, of which only sizes are asked.
+    ///
+    /// # Errors
+    /// [`Error::Step`] when heads of this size cannot be stored so.
+    ///
+    /// # Safety
+    /// Nothing may read or write it.
+    pub(crate) unsafe fn unbacked(shape: KvShape, pages: usize) -> Result<Self> {
+        shape.check()?;
+        let (k, v) = shape.page_bytes();
+        // SAFETY: the caller's promise.
+        let half = |page| unsafe { Half::Gpu(DeviceRegion::unbacked(product(&[pages, page]))) };
+        let layers = (0..shape.layers).map(|_| (half(k), half(v))).collect();
+        Ok(Self {
+            shape,
+            pages,
+            layers,
+            gpu: None,
         })
     }
 
@@ -130,8 +181,12 @@ impl KvBuffers {
     /// When a page id is out of range.
     pub fn copy_page(&mut self, from: usize, to: usize) -> Result<()> {
         assert!(from.max(to) < self.pages, "pages {from} and {to}");
-        let bytes = self.shape.page_bytes();
-        for half in self.layers.iter_mut().flat_map(|(k, v)| [k, v]) {
+        let (k_bytes, v_bytes) = self.shape.page_bytes();
+        let halves = self
+            .layers
+            .iter_mut()
+            .flat_map(|(k, v)| [(k, k_bytes), (v, v_bytes)]);
+        for (half, bytes) in halves {
             match half {
                 Half::Host(memory) => memory.copy_within(from * bytes, to * bytes, bytes),
                 Half::Gpu(region) if from != to => {
@@ -149,17 +204,17 @@ impl KvBuffers {
 
     /// K and V of a layer for reading.
     pub(crate) fn read(&self, layer: usize) -> (Mem<'_>, Mem<'_>) {
-        let dtype = self.shape.dtype;
+        let kv = self.shape.kv;
         let (k, v) = &self.layers[layer];
-        (k.mem(dtype), v.mem(dtype))
+        (k.mem(kv.k.dtype()), v.mem(kv.v.dtype()))
     }
 
     /// K and V of a layer for writing.
     pub(crate) fn write(&mut self, layer: usize) -> (MemMut<'_>, MemMut<'_>) {
-        let dtype = self.shape.dtype;
+        let kv = self.shape.kv;
         let (k, v) = &self.layers[layer];
         // SAFETY: K and V do not overlap and `&mut self` excludes any other region.
-        unsafe { (k.mem_mut(dtype), v.mem_mut(dtype)) }
+        unsafe { (k.mem_mut(kv.k.dtype()), v.mem_mut(kv.v.dtype())) }
     }
 }
 
@@ -183,6 +238,81 @@ impl Half {
                 Half::Gpu(region) => region
                     .mem_mut(0, region.bytes(), dtype)
                     .expect("halves of the cache are aligned"),
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use exl_kernels::ops::PAGE_TOKENS;
+
+    use super::*;
+
+    fn shape(kv: KvType, head_dim: usize) -> KvShape {
+        KvShape {
+            layers: 2,
+            kv_heads: 3,
+            head_dim,
+            kv,
+        }
+    }
+
+    #[test]
+    fn bytes_are_those_of_the_formats() {
+        let mixed = KvType {
+            k: KvFormat::Q8,
+            v: KvFormat::Q4,
+        };
+        for (kv, bits) in [
+            (KvType::F32, 64.0),
+            (KvType::F16, 32.0),
+            (KvType::Q8, 17.0),
+            (KvType::Q6, 13.0),
+            (KvType::Q4, 9.0),
+            (mixed, 13.0),
+        ] {
+            let shape = shape(kv, 128);
+            let token = (2.0 * 3.0 * 128.0 * bits / 8.0) as usize;
+            assert_eq!(shape.token_bytes(), token, "{kv}");
+            assert_eq!(shape.bytes(5), 5 * PAGE_TOKENS * token);
+            assert_eq!(KvBuffers::new(shape, 5).unwrap().bytes(), shape.bytes(5));
+        }
+        assert!(KvBuffers::new(shape(KvType::Q4, 33), 1).is_err());
+        let unsound = KvType {
+            k: KvFormat::F16,
+            v: KvFormat::Q4,
+        };
+        assert!(KvBuffers::new(shape(unsound, 64), 1).is_err());
+    }
+
+    #[test]
+    fn pages_are_copied_whole_in_both_widths() {
+        let kv = KvType {
+            k: KvFormat::Q6,
+            v: KvFormat::Q4,
+        };
+        let mut cache = KvBuffers::new(shape(kv, 80), 3).unwrap();
+        for layer in 0..2 {
+            let (mut k, mut v) = cache.write(layer);
+            for (i, byte) in k.slice_mut::<u8>().unwrap().iter_mut().enumerate() {
+                *byte = (i * 7 + layer) as u8;
+            }
+            for (i, byte) in v.slice_mut::<u8>().unwrap().iter_mut().enumerate() {
+                *byte = (i * 11 + layer) as u8;
+            }
+        }
+        cache.copy_page(0, 2).unwrap();
+        let (k_page, v_page) = cache.shape().page_bytes();
+        for layer in 0..2 {
+            let (k, v) = cache.read(layer);
+            for (bytes, page) in [
+                (k.slice::<u8>().unwrap(), k_page),
+                (v.slice().unwrap(), v_page),
+            ] {
+                assert_eq!(bytes.len(), 3 * page);
+                assert_eq!(bytes[2 * page..], bytes[..page]);
+                assert_ne!(bytes[page..2 * page], bytes[..page]);
             }
         }
     }

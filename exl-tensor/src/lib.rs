@@ -25,7 +25,7 @@ pub use exl_kernels::cpu::{Activations, Cpu, CpuOptions, Isa};
 /// GPUs that the driver sees, and what one is.
 pub use exl_kernels::cuda::{DeviceInfo, DeviceProps, probe};
 pub use exl_kernels::ops::{Activation, PAGE_TOKENS, RopeStyle, SAMPLE_WORDS, SampleParams};
-pub use exl_kernels::{DType, Exl2Parts, GptqParts, Group};
+pub use exl_kernels::{DType, Exl2Parts, GptqParts, Group, KvFormat, KvType};
 pub use gpu::{Gpu, GpuPart, GpuTaken, gpu_kernels};
 pub use kv::{KvBuffers, KvShape};
 pub use plan::{

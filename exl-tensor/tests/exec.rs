@@ -4,9 +4,9 @@ use std::sync::Arc;
 
 use exl_tensor::{
     Activation, AttnArgs, Bound, Buffer, CostReport, Cpu, CpuOptions, DType, Executor, GateUpArgs,
-    HostExecutor, Isa, KvBuffers, KvShape, Part, Phase, Plan, PlanBuilder, PlanKey, RopeArgs,
-    RopeStyle, SampleParams, SampleShape, Side, StepBlock, StepDraw, StepSeq, Weight, Weights,
-    check,
+    HostExecutor, Isa, KvBuffers, KvShape, KvType, Part, Phase, Plan, PlanBuilder, PlanKey,
+    RopeArgs, RopeStyle, SampleParams, SampleShape, Side, StepBlock, StepDraw, StepSeq, Weight,
+    Weights, check,
 };
 
 const DIM: usize = 64;
@@ -127,7 +127,7 @@ fn kv() -> KvBuffers {
         layers: 1,
         kv_heads: KV_HEADS,
         head_dim: HEAD_DIM,
-        dtype: DType::F32,
+        kv: KvType::F32,
     };
     KvBuffers::new(shape, 3).expect("memory")
 }

@@ -1,7 +1,8 @@
 //! Flags of `exl convert`.
 
-use super::{CacheMode, DeviceArgs, LoadArgs};
+use super::{DeviceArgs, LoadArgs};
 use clap::Args;
+use exl_tensor::KvType;
 use std::path::PathBuf;
 
 /// Fewest bits per weight that the format can hold on average.
@@ -122,7 +123,7 @@ pub(crate) struct Fit {
     pub(crate) memory: u64,
     /// Tokens of context; the model's own number when it is not given.
     pub(crate) context: Option<usize>,
-    pub(crate) cache: CacheMode,
+    pub(crate) cache: KvType,
 }
 
 impl std::str::FromStr for Fit {
@@ -133,7 +134,7 @@ impl std::str::FromStr for Fit {
         let mut fit = Fit {
             memory: parse_memory(parts.next().unwrap_or_default())?,
             context: None,
-            cache: CacheMode::F16,
+            cache: KvType::F16,
         };
         for part in parts {
             match part.split_once('=') {
@@ -143,11 +144,7 @@ impl std::str::FromStr for Fit {
                         tokens.ok_or_else(|| format!("ctx={value} is no number of tokens"));
                     fit.context = Some(tokens?);
                 }
-                Some(("cache", "fp16" | "f16")) => fit.cache = CacheMode::F16,
-                Some(("cache", "fp32" | "f32")) => fit.cache = CacheMode::F32,
-                Some(("cache", value)) => {
-                    return Err(format!("there is no cache={value}: use fp16 or fp32"));
-                }
+                Some(("cache", value)) => fit.cache = value.parse()?,
                 _ => return Err(format!("{part:?} is neither ctx=TOKENS nor cache=MODE")),
             }
         }
@@ -201,23 +198,26 @@ fn parse_positive(text: &str) -> Result<f64, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use exl_tensor::KvFormat;
 
     #[test]
     fn memory_context_and_cache_are_read() {
         let fit = |text: &str| text.parse::<Fit>();
         let full = fit("24GB,ctx=32768,cache=fp32").unwrap();
         assert_eq!(full.memory, 24_000_000_000);
-        assert_eq!((full.context, full.cache), (Some(32768), CacheMode::F32));
+        assert_eq!((full.context, full.cache), (Some(32768), KvType::F32));
         let short = fit("1.5GiB").unwrap();
         assert_eq!(short.memory, 3 << 29);
-        assert_eq!((short.context, short.cache), (None, CacheMode::F16));
+        assert_eq!((short.context, short.cache), (None, KvType::F16));
         assert_eq!(fit("900MB,cache=f16").unwrap().memory, 900_000_000);
+        let mixed = fit("8GB,cache=q8:q4").unwrap();
+        assert_eq!((mixed.cache.k, mixed.cache.v), (KvFormat::Q8, KvFormat::Q4));
     }
 
     #[test]
     fn what_is_not_known_is_named_with_what_is() {
         for (text, part) in [
-            ("24GB,cache=q4", "fp16 or fp32"),
+            ("24GB,cache=q5", "no cache q5"),
             ("24", "GiB"),
             ("", "GiB"),
             ("-1GB", "GiB"),

@@ -27,7 +27,7 @@ struct Report {
     threads: usize,
     activations: &'static str,
     deterministic: bool,
-    cache: &'static str,
+    cache: String,
     /// Bytes of weights that a decode step reads.
     weight_bytes: u64,
     /// Bytes of the checkpoint's tensors.

@@ -2,7 +2,7 @@
 
 mod verify;
 
-use crate::args::{CacheMode, EvalArgs};
+use crate::args::EvalArgs;
 use crate::cmd::info::bits;
 use crate::failure::{Interrupted, Usage};
 use crate::memory;
@@ -13,7 +13,7 @@ use crate::ui::{self, Align, Table, Ui};
 use anyhow::{Result, bail};
 use exl_models::{LogitRows, MemoryUse, ModelSource, Runner, RunnerOptions, SeqSlice};
 use exl_quant::KlScore;
-use exl_tensor::{Gpu, PAGE_TOKENS};
+use exl_tensor::{Gpu, KvType, PAGE_TOKENS};
 use serde::Serialize;
 use std::path::Path;
 use std::time::Instant;
@@ -137,7 +137,7 @@ impl Judged<'_> {
 /// Steps of a model, in which every row gets logits.
 #[derive(Clone, Copy)]
 struct Steps {
-    cache: CacheMode,
+    cache: KvType,
     /// Texts side by side.
     seqs: usize,
     /// Tokens of all of them together.
@@ -169,7 +169,7 @@ impl Evaluation<'_> {
         }
         // The reference is always exact: whole rows, cache in 32 bits.
         let whole = Steps {
-            cache: CacheMode::F32,
+            cache: KvType::F32,
             seqs: 1,
             rows: chunk_rows(spec.vocab).min(self.length()),
         };

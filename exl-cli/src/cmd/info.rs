@@ -5,13 +5,14 @@ mod gpu;
 
 pub(super) use bits::{Bits, bits};
 
-use crate::args::{CacheMode, InfoArgs};
+use crate::args::InfoArgs;
 use crate::failure::Usage;
 use crate::machine;
 use crate::session::{self, Room};
 use crate::ui::{self, Align, Table, Ui};
 use anyhow::Result;
 use exl_models::{LoadOptions, MemoryUse, ModelSource};
+use exl_tensor::KvType;
 use gpu::GpuNeeds;
 use serde::Serialize;
 use std::fmt::Write;
@@ -47,7 +48,7 @@ struct Output<'a> {
 #[derive(Serialize)]
 struct Memory {
     context: usize,
-    cache: &'static str,
+    cache: String,
     weight_bytes: u64,
     cache_bytes: u64,
     activation_bytes: u64,
@@ -112,13 +113,13 @@ pub(crate) fn run(args: &InfoArgs, ui: &Ui) -> Result<()> {
     Ok(())
 }
 
-fn memory(source: &ModelSource, context: Option<usize>, cache: CacheMode) -> Memory {
+fn memory(source: &ModelSource, context: Option<usize>, cache: KvType) -> Memory {
     let context = context.unwrap_or(DEFAULT_CONTEXT.min(source.spec().max_context));
     let request = Room::one(context, cache).memory_request(session::PREFILL_ROWS);
     let used: MemoryUse = source.memory_for(&request);
     Memory {
         context,
-        cache: cache.name(),
+        cache: cache.to_string(),
         weight_bytes: used.weights,
         cache_bytes: used.cache,
         activation_bytes: used.arena + used.step,

@@ -343,8 +343,8 @@ fn a_plan_quantizes_nothing_and_what_fits_is_converted() {
 
     let small = ["--fit", "1MB,ctx=256", "-m", text(&file)];
     run(&mut exl([&convert[..], &small, &base].concat())).failure(1, &["--fit"]);
-    let unknown = ["--fit", "1GB,cache=q4"];
-    run(&mut exl([&convert[..], &unknown, &base].concat())).failure(2, &["fp16 or fp32"]);
+    let unknown = ["--fit", "1GB,cache=q5"];
+    run(&mut exl([&convert[..], &unknown, &base].concat())).failure(2, &["no cache q5", "q8:q4"]);
 }
 
 #[test]

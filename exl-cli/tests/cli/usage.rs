@@ -60,8 +60,12 @@ fn values_out_of_range_are_refused() {
     refused("generate -m dir -p x -n 0", &["--max-tokens"]);
     refused("generate -m dir -p x --device tpu", &["auto, cpu, cuda"]);
     refused(
-        "generate -m dir -p x --cache q4",
-        &["possible values: f16, f32"],
+        "generate -m dir -p x --cache q5",
+        &["no cache q5", "f16, f32, q8, q6, q4"],
+    );
+    refused(
+        "generate -m dir -p x --cache f16:q4",
+        &["floats do not go together"],
     );
     refused("generate -m dir -p x --temperature -1", &["at least 0"]);
     refused("generate -m dir -p x -n -1", &["--max-tokens"]);

@@ -17,12 +17,9 @@
 // exl: spills-allowed exl_attn_decode_256 two registers from 10.0 on, stored before and read after
 // the loop over keys
 
-#include "attn.cuh"
+#include "decode.cuh"
 
 namespace {
-
-constexpr int ROWS = 16;   // query rows of a tile
-constexpr int KEYS = 16;   // keys of a warp at a time
 
 template <int D, int WARPS, int STAGES>
 struct Shape {
@@ -33,23 +30,6 @@ struct Shape {
     static constexpr int QUERIES = 2 * ROWS * STRIDE;
     // The ring becomes the warp's sums [ROWS][STRIDE] in the end.
     static_assert(RING * 2 >= ROWS * STRIDE * 4, "sums fit the ring");
-};
-
-// Block table entries of a sequence from page `from`, one per lane.
-struct Pages {
-    int from, id;
-
-    __device__ __forceinline__ void load(const Attention& a, int seq, int page) {
-        const int last = a.pages_per_seq - 1;
-        from = page;
-        id = a.block_table[(long long)seq * (last + 1) + min(page + int(threadIdx.x % WARP), last)];
-    }
-    // First token of the group of keys at `key` in the cache. The same key in all lanes.
-    __device__ __forceinline__ long long token(const Attention& a, int seq, int key) {
-        const int page = key / PAGE_TOKENS;
-        if (page >= from + WARP) load(a, seq, page);
-        return (long long)__shfl_sync(FULL_MASK, id, page - from) * PAGE_TOKENS + key % PAGE_TOKENS;
-    }
 };
 
 // Copies the rows of keys `key .. key + KEYS` of a KV head to shared memory; those outside [from, to)
@@ -76,6 +56,7 @@ __device__ __forceinline__ void copy_keys(__half* tile, const __half* rows, int 
 template <int D, int WARPS, int STAGES>
 struct Decode {
     using S = Shape<D, WARPS, STAGES>;
+    static constexpr int DIM = D, BLOCK_WARPS = WARPS, STRIDE = S::STRIDE;
 
     const Attention& a;
     const Tile& tile;
@@ -164,19 +145,9 @@ struct Decode {
         }
     }
 
-    // The keys of a warp.
-    struct Turns {
-        int first, count;   // key of the first turn, number of turns
-    };
     __device__ __forceinline__ Turns turns(const Chunks& chunks, int chunk) const {
-        const int begin = chunks.origin + (chunks.first + chunk) * chunks.size;
-        const int end = min(begin + chunks.size, tile.keys_to);
-        // Whole turns of the block that no row sees are left out.
-        const int skipped = max(tile.keys_from - begin, 0) / (KEYS * WARPS);
-        const int first = begin + skipped * KEYS * WARPS + warp * KEYS;
-        return {first, (max(end - first, 0) + KEYS * WARPS - 1) / (KEYS * WARPS)};
+        return find_turns<WARPS>(tile, chunks, chunk, warp);
     }
-
     __device__ __forceinline__ const __half* rows(const void* cache, Pages& pages, int key) const {
         return static_cast<const __half*>(cache) +
                (pages.token(a, tile.seq, key) * a.kv_heads + kv_head) * a.dim;
@@ -237,6 +208,15 @@ struct Decode {
         __syncwarp();
     }
 
+    static __device__ __forceinline__ PaddedRows<D, ROWS, 2> query_rows(__half* shared) {
+        return {shared};
+    }
+    // A warp's sums, and what becomes of a mean before it is written.
+    static __device__ __forceinline__ const float* sums(const __half* shared, int warp) {
+        return reinterpret_cast<const float*>(shared + S::QUERIES + warp * S::RING);
+    }
+    static __device__ __forceinline__ float4 finish(float4 mean) { return mean; }
+
     // The warp's result to shared memory, over its ring: sums [ROWS][STRIDE].
     __device__ __forceinline__ void leave(float (*states)[ROWS][2]) {
         float* to = reinterpret_cast<float*>(ring);
@@ -259,120 +239,12 @@ struct Decode {
     }
 };
 
-template <int D, int WARPS, int STAGES>
-__device__ __forceinline__ void attend(const Attention& a) {
-    using S = Shape<D, WARPS, STAGES>;
-    extern __shared__ __align__(16) unsigned char memory[];
-    __half* shared = reinterpret_cast<__half*>(memory);
-    __shared__ float states[WARPS][ROWS][2], running[ROWS][2];
-    // Here, not in registers, which are scarce.
-    __shared__ Chunks chunks;
-    __shared__ int query_rows;
-    pdl_launch();
-    pdl_wait();
-    const Tile tile = find_tile<ROWS>(a, blockIdx.x);
-    if (tile.count <= 0) return;
-    const Chunks found = find_chunks(a, tile.keys_from, tile.keys_to);
-    const int split = blockIdx.z;
-    if (split >= found.count) return;
-
-    Decode<D, WARPS, STAGES> d(a, tile, shared);
-    if (threadIdx.x < ROWS) {
-        running[threadIdx.x][0] = minus_infinity();
-        running[threadIdx.x][1] = 0.0f;
-    }
-    if (threadIdx.x == 0) {
-        chunks = found;
-        query_rows = tile.count;
-    }
-    auto turns = d.turns(found, split);
-    Pages pages;
-    pages.load(a, tile.seq, turns.first / PAGE_TOKENS);
-    d.fill(pages, turns);
-    store_rows<D, WARPS, ROWS / WARPS, (D > 128 ? 2 : 4)>(a, tile, d.kv_head, d.warp,
-                                                        PaddedRows<D, ROWS, 2>{shared});
-    __syncthreads();
-    for (int chunk = split;; ++chunk) {
-        d.clear();
-        d.run(pages, turns);
-        d.leave(states);
-        __syncthreads();
-
-        // Warps in order, then what earlier chunks left in `out`.
-        const Partials partials(a);
-        const bool shares = a.splits > 1 && chunks.count > 1;
-        const bool ends = a.splits > 1 || chunk + 1 == chunks.count;
-        for (int i = threadIdx.x; i < query_rows * (a.dim / 4); i += WARPS * WARP) {
-            const int r = i / (a.dim / 4), at = i % (a.dim / 4) * 4;
-            const long long cell = row_at<D>(shared + r * S::STRIDE).cell;
-            float most = minus_infinity(), sum = 0.0f;
-            float4 value = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll
-            for (int w = 0; w < WARPS; ++w) {
-                const float* sums =
-                    reinterpret_cast<const float*>(shared + S::QUERIES + w * S::RING);
-                const float2 f = fold(most, sum, states[w][r][0], states[w][r][1]);
-                value = fold_value(
-                    f, value, *reinterpret_cast<const float4*>(sums + r * S::STRIDE + at));
-            }
-            if (shares) {
-                const long long place = cell * a.splits + split;
-                __stcg(reinterpret_cast<float4*>(partials.values + place * a.dim + at), value);
-                if (at == 0) __stcg(partials.states + place, make_float2(most, sum));
-                continue;
-            }
-            float4* to = reinterpret_cast<float4*>(a.out + cell * a.dim + at);
-            float all_most = running[r][0], all_sum = running[r][1];
-            float4 all = chunk == split ? make_float4(0.0f, 0.0f, 0.0f, 0.0f) : *to;
-            all = fold_value(fold(all_most, all_sum, most, sum), all, value);
-            if (ends) {
-                const float n = normalizer(all_sum);
-                all = make_float4(all.x * n, all.y * n, all.z * n, all.w * n);
-            }
-            *to = all;
-        }
-        if (ends) break;
-        __syncthreads();
-        if (threadIdx.x < ROWS) {
-            const int r = threadIdx.x;
-            float most = minus_infinity(), sum = 0.0f;
-            for (int w = 0; w < WARPS; ++w) fold(most, sum, states[w][r][0], states[w][r][1]);
-            fold(running[r][0], running[r][1], most, sum);
-        }
-        __syncthreads();
-        turns = d.turns(chunks, chunk + 1);
-        pages.load(a, tile.seq, turns.first / PAGE_TOKENS);
-        d.fill(pages, turns);
-    }
-    if (a.splits == 1 || chunks.count == 1) return;
-
-    if (!arrives_last(a.counters + blockIdx.x * a.kv_heads + d.kv_head, chunks.count)) return;
-    const Partials partials(a);
-    for (int i = threadIdx.x; i < query_rows * (a.dim / 4); i += WARPS * WARP) {
-        const int r = i / (a.dim / 4), at = i % (a.dim / 4) * 4;
-        const long long cell = row_at<D>(shared + r * S::STRIDE).cell;
-        float most = minus_infinity(), sum = 0.0f;
-        float4 value = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll 4
-        for (int c = 0; c < chunks.count; ++c) {
-            const long long place = cell * a.splits + c;
-            const float2 state = __ldcg(partials.states + place);
-            const float4 part =
-                __ldcg(reinterpret_cast<const float4*>(partials.values + place * a.dim + at));
-            value = fold_value(fold(most, sum, state.x, state.y), value, part);
-        }
-        const float n = normalizer(sum);
-        *reinterpret_cast<float4*>(a.out + cell * a.dim + at) =
-            make_float4(value.x * n, value.y * n, value.z * n, value.w * n);
-    }
-}
-
 }  // namespace
 
 #define DECODE(NAME, D, WARPS, STAGES, BLOCKS)                                                    \
     extern "C" __global__ void __launch_bounds__(WARPS* WARP, BLOCKS) exl_attn_decode_##NAME(     \
         ATTENTION_PARAMETERS) {                                                                   \
-        attend<D, WARPS, STAGES>(ATTENTION_ARGUMENTS);                                            \
+        attend<Decode<D, WARPS, STAGES>>(ATTENTION_ARGUMENTS);                                            \
     }
 // Heads of up to D values.
 DECODE(64, 64, 4, 2, 3)

@@ -1,9 +1,12 @@
 //! Rotation with cache append, and attention over the paged cache.
 
 use super::Case;
+use super::Run;
 use super::data::{Rng, Stored};
+use crate::kv::{PageLayout, group_range, groups};
 use crate::ops::{Op, PAGE_TOKENS, PagedAttn, RopeAppend, RopeStyle};
-use crate::{DType, Mem, MemMut};
+use crate::reference::kv as exact;
+use crate::{DType, KvFormat, KvType, Mem, MemMut, Result};
 use half::f16;
 
 #[derive(Clone, Copy)]
@@ -24,7 +27,7 @@ const fn heads(heads: usize, kv_heads: usize, head_dim: usize) -> Heads {
 pub(super) fn cases(quick: bool) -> Vec<Case> {
     let mut list = Vec::new();
     for style in [RopeStyle::Neox, RopeStyle::GptJ] {
-        for cache in [DType::F32, DType::F16] {
+        for cache in [KvType::F32, KvType::F16] {
             for (shape, rotary) in [
                 (heads(4, 2, 16), 16),
                 (heads(3, 1, 64), 32),
@@ -41,7 +44,7 @@ pub(super) fn cases(quick: bool) -> Vec<Case> {
         heads(6, 6, 128),
         heads(2, 1, 256),
     ];
-    for cache in [DType::F32, DType::F16] {
+    for cache in [KvType::F32, KvType::F16] {
         for shape in shapes {
             list.push(attention(
                 "decode",
@@ -67,7 +70,7 @@ pub(super) fn cases(quick: bool) -> Vec<Case> {
     }
     // Heads that tensor cores do not take, by the next larger size that kernels are made for.
     if !quick {
-        for cache in [DType::F32, DType::F16] {
+        for cache in [KvType::F32, KvType::F16] {
             for head_dim in [20, 44, 100, 196, 300] {
                 let seqs = &[(1, 1), (3, 40), (1, 300)];
                 list.push(attention("odd", cache, heads(2, 1, head_dim), seqs));
@@ -81,67 +84,231 @@ pub(super) fn cases(quick: bool) -> Vec<Case> {
                 (heads(18, 18, head_dim), &[(150, 150), (70, 600)]),
                 (heads(24, 12, head_dim), &[(150, 150), (170, 600)]),
             ] {
-                list.push(attention("prefill", DType::F16, shape, seqs));
+                list.push(attention("prefill", KvType::F16, shape, seqs));
             }
+        }
+    }
+    list.extend(quantized(quick));
+    list
+}
+
+/// Caches in which keys and values are quantized.
+const QUANTIZED: [KvType; 4] = [KvType::Q8, KvType::Q6, KvType::Q4, K8V4];
+const K8V4: KvType = KvType {
+    k: KvFormat::Q8,
+    v: KvFormat::Q4,
+};
+
+fn quantized(quick: bool) -> Vec<Case> {
+    let mut list = Vec::new();
+    for kv in QUANTIZED {
+        for (shape, rotary) in [
+            (heads(4, 2, 64), 64),
+            (heads(3, 1, 80), 32),
+            (heads(2, 1, 128), 128),
+            (heads(2, 2, 96), 0),
+            (heads(2, 1, 256), 64),
+            (heads(2, 2, 22), 20),
+        ] {
+            list.push(rope_quantized(RopeStyle::Neox, kv, shape, rotary));
+        }
+        for shape in [
+            heads(4, 2, 64),
+            heads(8, 1, 80),
+            heads(2, 1, 96),
+            heads(2, 2, 128),
+            heads(2, 1, 256),
+        ] {
+            let seqs = &[(1, 1), (1, 300), (1, 64), (1, 513)];
+            list.push(attention("decode", kv, shape, seqs));
+            let seqs = &[(5, 5), (1, 40), (17, 270)];
+            list.push(attention("mixed", kv, shape, seqs));
+        }
+    }
+    let mixed = KvType {
+        k: KvFormat::Q6,
+        v: KvFormat::Q8,
+    };
+    list.push(attention(
+        "mixed",
+        mixed,
+        heads(2, 1, 64),
+        &[(1, 300), (3, 40)],
+    ));
+    list.push(attention(
+        "odd",
+        KvType::Q6,
+        heads(2, 1, 22),
+        &[(1, 1), (3, 40)],
+    ));
+    if !quick {
+        for kv in QUANTIZED {
+            for shape in [heads(4, 1, 64), heads(2, 2, 128)] {
+                list.push(attention("prefill", kv, shape, &[(150, 150), (70, 600)]));
+            }
+        }
+        // Rows and heads enough for the large tiles of a GPU.
+        for head_dim in [64, 80, 128, 256] {
+            let seqs = &[(150, 150), (70, 300)];
+            list.push(attention(
+                "prefill",
+                KvType::Q4,
+                heads(18, 18, head_dim),
+                seqs,
+            ));
         }
     }
     list
 }
 
-fn rope(style: RopeStyle, cache: DType, h: Heads, rotary: usize) -> Case {
+/// Random bytes as a cache in a quantized format, its scales such that values are about 1.
+fn random_cache(format: KvFormat, h: Heads, pages: usize, rng: &mut Rng) -> Vec<u8> {
+    let bytes = pages * format.page_bytes(h.kv_heads, h.head_dim);
+    let mut all: Vec<u8> = (0..bytes).map(|_| rng.next() as u8).collect();
+    let layout = PageLayout::new(format, h.kv_heads, h.head_dim);
+    // Upper bytes of 16-bit floats: exponents that make the largest code about 8.
+    let top = match format {
+        KvFormat::Q4 => 0x3c,
+        KvFormat::Q6 => 0x34,
+        _ => 0x2c,
+    };
+    for slot in 0..pages * PAGE_TOKENS {
+        for head in 0..h.kv_heads {
+            let (at, len) = layout.planes(slot, head)[2];
+            for word in all[at..at + len].chunks_exact_mut(2) {
+                word[1] = word[1] & 0x80 | (top - (word[1] & 7));
+            }
+        }
+    }
+    all
+}
+
+/// What the groups of the tokens in `slots` lost, as a share of the group's largest value, and the
+/// sum of all bytes elsewhere.
+fn losses(
+    (format, h): (KvFormat, Heads),
+    cache: &[u8],
+    slots: &[i32],
+    values: &[f32],
+) -> (Vec<f32>, Vec<f32>) {
+    let layout = PageLayout::new(format, h.kv_heads, h.head_dim);
+    let (mut losses, mut rest) = (Vec::new(), cache.to_vec());
+    for &slot in slots {
+        for head in 0..h.kv_heads {
+            let slot = slot as usize;
+            let at = (slot * h.kv_heads + head) * h.head_dim;
+            let mut y: Vec<f64> = values[at..at + h.head_dim]
+                .iter()
+                .map(|&v| v.into())
+                .collect();
+            exact::rotate(&mut y);
+            let stored = exact::rotated(cache, &layout, slot, head);
+            for group in 0..groups(h.head_dim) {
+                let (from, to) = group_range(group, h.head_dim);
+                let most = y[from..to].iter().fold(1e-30f64, |m, v| m.max(v.abs()));
+                let pairs = y[from..to].iter().zip(&stored[from..to]);
+                let error: f64 = pairs.map(|(a, b)| (a - b).powi(2)).sum();
+                losses.push((error.sqrt() / most) as f32);
+            }
+            for (at, len) in layout.planes(slot, head) {
+                rest[at..at + len].fill(0);
+            }
+        }
+    }
+    let rest = rest.iter().map(|&b| f32::from(b)).sum();
+    (losses, vec![rest])
+}
+
+/// Rotation and append in a quantized cache. Which of two codes a value between them gets may
+/// differ, what it loses may not.
+fn rope_quantized(style: RopeStyle, kv: KvType, h: Heads, rotary: usize) -> Case {
     let name = format!(
-        "rope_append::{style:?}/{cache:?}/d={}/rotary={rotary}",
+        "rope_append::{style:?}/{kv}/d={}/rotary={rotary}",
+        h.head_dim
+    );
+    // Measured 3e-5.
+    Case::new(name, 1e-3, move |run| {
+        let slots = [300, 3, 0, 511, 256];
+        let (q, k, v) = append(run, (style, KvType::F32, h, rotary), &slots)?;
+        let (again, k_codes, v_codes) = append(run, (style, kv, h, rotary), &slots)?;
+        let (k_loss, k_rest) = losses((kv.k, h), bytemuck::cast_slice(&k_codes), &slots, &k);
+        let (v_loss, v_rest) = losses((kv.v, h), bytemuck::cast_slice(&v_codes), &slots, &v);
+        Ok(vec![q, again, k_loss, k_rest, v_loss, v_rest])
+    })
+}
+
+/// The rotated queries of a few rows, and the memory of both caches.
+fn append(
+    run: Run<'_>,
+    (style, kv, h, rotary): (RopeStyle, KvType, Heads, usize),
+    slots: &[i32],
+) -> Result<(Vec<f32>, Vec<f32>, Vec<f32>)> {
+    let mut rng = Rng::new(20);
+    let rows = slots.len();
+    let width = h.kv_heads * h.head_dim;
+    let mut q = rng.floats(rows * h.heads * h.head_dim);
+    let (k, v) = (rng.floats(rows * width), rng.floats(rows * width));
+    let positions: Vec<i32> = [0, 1, 77, 8191, 131_071][..rows].to_vec();
+    let inv_freq: Vec<f32> = (0..rotary / 2)
+        .map(|i| 10000f32.powf(-2.0 * i as f32 / rotary as f32))
+        .collect();
+    let words = |format: KvFormat| 2 * format.page_bytes(h.kv_heads, h.head_dim) / 4;
+    let (mut k_words, mut v_words) = (vec![0f32; words(kv.k)], vec![0f32; words(kv.v)]);
+    let op = RopeAppend {
+        q: MemMut::host(&mut q),
+        k: Mem::host(&k),
+        v: Mem::host(&v),
+        positions: Mem::host(&positions),
+        slots: Mem::host(slots),
+        inv_freq: Mem::host(&inv_freq),
+        k_cache: region(&mut k_words, kv.k),
+        v_cache: region(&mut v_words, kv.v),
+        kv,
+        rows,
+        heads: h.heads,
+        kv_heads: h.kv_heads,
+        head_dim: h.head_dim,
+        style,
+        attention_factor: 1.25,
+    };
+    run(&mut Op::RopeAppend(op))?;
+    Ok((q, k_words, v_words))
+}
+
+/// Memory as a cache in a format.
+fn region(words: &mut [f32], format: KvFormat) -> MemMut<'_> {
+    match format.dtype() {
+        DType::F32 => MemMut::host(words),
+        DType::F16 => MemMut::host(bytemuck::cast_slice_mut::<f32, f16>(words)),
+        _ => MemMut::host(bytemuck::cast_slice_mut::<f32, u8>(words)),
+    }
+}
+
+fn rope(style: RopeStyle, kv: KvType, h: Heads, rotary: usize) -> Case {
+    let name = format!(
+        "rope_append::{style:?}/{kv}/d={}/rotary={rotary}",
         h.head_dim
     );
     // Measured 1.4e-7, and one rounding step of 16 bits where the cache has 16.
-    let tolerance = if cache == DType::F16 { 6e-4 } else { 1e-6 };
+    let tolerance = if kv == KvType::F16 { 6e-4 } else { 1e-6 };
     Case::new(name, tolerance, move |run| {
-        let mut rng = Rng::new(20);
-        let rows = 5;
-        let width = h.kv_heads * h.head_dim;
-        let mut q = rng.floats(rows * h.heads * h.head_dim);
-        let (k, v) = (rng.floats(rows * width), rng.floats(rows * width));
-        let positions = [0, 1, 77, 8191, 131_071];
-        let slots: Vec<i32> = [300, 3, 0, 511, 256].to_vec();
-        let inv_freq: Vec<f32> = (0..rotary / 2)
-            .map(|i| 10000f32.powf(-2.0 * i as f32 / rotary as f32))
-            .collect();
-        let size = 2 * PAGE_TOKENS * width;
-        let (mut k32, mut v32) = (vec![0f32; size], vec![0f32; size]);
-        let (mut k16, mut v16) = (vec![f16::ZERO; size], vec![f16::ZERO; size]);
-        let (k_cache, v_cache) = match cache {
-            DType::F16 => (MemMut::host(&mut k16), MemMut::host(&mut v16)),
-            _ => (MemMut::host(&mut k32), MemMut::host(&mut v32)),
+        let (q, k, v) = append(run, (style, kv, h, rotary), &[300, 3, 0, 511, 256])?;
+        let floats = |words: Vec<f32>| match kv.k {
+            KvFormat::F16 => {
+                let halves: &[f16] = bytemuck::cast_slice(&words);
+                halves.iter().map(|v| v.to_f32()).collect()
+            }
+            _ => words,
         };
-        run(&mut Op::RopeAppend(RopeAppend {
-            q: MemMut::host(&mut q),
-            k: Mem::host(&k),
-            v: Mem::host(&v),
-            positions: Mem::host(&positions),
-            slots: Mem::host(&slots),
-            inv_freq: Mem::host(&inv_freq),
-            k_cache,
-            v_cache,
-            rows,
-            heads: h.heads,
-            kv_heads: h.kv_heads,
-            head_dim: h.head_dim,
-            style,
-            attention_factor: 1.25,
-        }))?;
-        if cache == DType::F16 {
-            k32 = k16.iter().map(|v| v.to_f32()).collect();
-            v32 = v16.iter().map(|v| v.to_f32()).collect();
-        }
-        Ok(vec![q, k32, v32])
+        Ok(vec![q, floats(k), floats(v)])
     })
 }
 
 /// Sequences of `(new rows, tokens in the cache)` on scattered pages, each shape with and without
 /// a window and a soft-cap.
-fn attention(what: &str, cache: DType, h: Heads, seqs: &'static [(usize, usize)]) -> Case {
+fn attention(what: &str, kv: KvType, h: Heads, seqs: &'static [(usize, usize)]) -> Case {
     let name = format!(
-        "paged_attn::{what}/{cache:?}/heads={}/{}/d={}",
+        "paged_attn::{what}/{kv}/heads={}/{}/d={}",
         h.heads, h.kv_heads, h.head_dim
     );
     // Measured up to 5.5e-6, at scores of several hundred: their rounding is the weights' error.
@@ -159,8 +326,11 @@ fn attention(what: &str, cache: DType, h: Heads, seqs: &'static [(usize, usize)]
             let order = rng.permutation(pages - 1);
             let table: Vec<i32> = order.iter().map(|&p| p as i32 + 1).collect();
             let size = pages * PAGE_TOKENS * h.kv_heads * h.head_dim;
-            let k = Stored::new(&rng.floats(size), cache);
-            let v = Stored::new(&rng.floats(size), cache);
+            let mut cache = |format: KvFormat| match format.is_quantized() {
+                true => Stored::U8(random_cache(format, h, pages, &mut rng)),
+                false => Stored::new(&rng.floats(size), format.dtype()),
+            };
+            let (k, v) = (cache(kv.k), cache(kv.v));
             let mut starts = vec![0i32];
             for (n, _) in seqs {
                 starts.push(starts[starts.len() - 1] + *n as i32);
@@ -174,6 +344,7 @@ fn attention(what: &str, cache: DType, h: Heads, seqs: &'static [(usize, usize)]
                 q: Mem::host(&q),
                 k_cache: k.mem(),
                 v_cache: v.mem(),
+                kv,
                 block_table: Mem::host(&table),
                 q_start: Mem::host(&starts),
                 kv_len: Mem::host(&lens),

@@ -47,6 +47,7 @@ pub(super) enum Stored {
     F32(Vec<f32>),
     F16(Vec<f16>),
     Bf16(Vec<bf16>),
+    U8(Vec<u8>),
 }
 
 pub(super) const STORAGE: [DType; 3] = [DType::F32, DType::F16, DType::Bf16];
@@ -65,6 +66,7 @@ impl Stored {
             Stored::F32(v) => Mem::host(v),
             Stored::F16(v) => Mem::host(v),
             Stored::Bf16(v) => Mem::host(v),
+            Stored::U8(v) => Mem::host(v),
         }
     }
 }

@@ -10,8 +10,9 @@ use half::f16;
 use half::slice::HalfFloatSliceExt;
 
 use super::{Cpu, Isa, math};
+use crate::kv::{Codec, PageLayout};
 use crate::ops::{PAGE_TOKENS, PagedAttn};
-use crate::{DType, Error, Mem, Result};
+use crate::{Error, KvFormat, Mem, Result};
 
 /// Keys of a block; divides a page.
 const KEYS: usize = 64;
@@ -24,24 +25,41 @@ const LOOPS_BELOW: usize = 16;
 enum Cache<'a> {
     F16(&'a [f16]),
     F32(&'a [f32]),
+    Quant(&'a [u8], Codec, PageLayout),
 }
 
 impl<'a> Cache<'a> {
-    fn new(mem: &Mem<'a>) -> Result<Self> {
-        Ok(match mem.dtype() {
-            DType::F16 => Cache::F16(mem.slice()?),
+    fn new(mem: &Mem<'a>, format: KvFormat, op: &PagedAttn<'_>, isa: Isa) -> Result<Self> {
+        Ok(match (format, Codec::new(format, op.head_dim, isa)) {
+            (KvFormat::F16, _) => Cache::F16(mem.slice()?),
+            (_, Some(codec)) => {
+                let layout = PageLayout::new(format, op.kv_heads, op.head_dim);
+                Cache::Quant(mem.slice()?, codec, layout)
+            }
             _ => Cache::F32(mem.slice()?),
         })
     }
 
-    /// Copies `n` rows of `d` elements, `stride` apart, as f32.
-    fn rows(&self, start: usize, stride: usize, to: &mut [f32], d: usize) {
+    /// Copies one head of the tokens in `slot` and after, rows of `d` elements, as f32; rotated
+    /// values where the cache is quantized.
+    fn rows(&self, slot: usize, (heads, head): (usize, usize), to: &mut [f32], d: usize) {
         for (i, to) in to.chunks_exact_mut(d).enumerate() {
-            let at = start + i * stride;
+            let at = ((slot + i) * heads + head) * d;
             match self {
                 Cache::F16(v) => v[at..at + d].convert_to_f32_slice(to),
                 Cache::F32(v) => to.copy_from_slice(&v[at..at + d]),
+                Cache::Quant(bytes, codec, layout) => {
+                    let planes = layout.planes(slot + i, head);
+                    codec.decode(planes.map(|(at, len)| &bytes[at..at + len]), to);
+                }
             }
+        }
+    }
+
+    /// Applies to rows what makes up for the rotation of the cache.
+    fn unrotate(&self, rows: &mut [f32], d: usize) {
+        if let Cache::Quant(_, codec, _) = self {
+            rows.chunks_exact_mut(d).for_each(|row| codec.unrotate(row));
         }
     }
 }
@@ -109,8 +127,8 @@ pub(super) fn run(op: &mut PagedAttn<'_>, cpu: &Cpu) -> Result<()> {
     let op = &*op;
     let attn = Attn {
         q: op.q.slice()?,
-        k: Cache::new(&op.k_cache)?,
-        v: Cache::new(&op.v_cache)?,
+        k: Cache::new(&op.k_cache, op.kv.k, op, cpu.isa())?,
+        v: Cache::new(&op.v_cache, op.kv.v, op, cpu.isa())?,
         table: op.block_table.slice()?,
         starts: op.q_start.slice()?,
         lens: op.kv_len.slice()?,
@@ -165,7 +183,7 @@ impl Attn<'_> {
     /// Everything that indexes memory.
     fn check(&self) -> Result<()> {
         let op = self.op;
-        let pages = op.k_cache.len() / (PAGE_TOKENS * op.kv_heads * op.head_dim);
+        let pages = op.k_cache.bytes() / op.kv.k.page_bytes(op.kv_heads, op.head_dim);
         for s in 0..op.seqs {
             let (start, end, len) = (self.starts[s], self.starts[s + 1], self.lens[s]);
             let rows = i64::from(end) - i64::from(start);
@@ -214,14 +232,14 @@ impl Attn<'_> {
         } else {
             0
         };
-        let stride = op.kv_heads * d;
+        let heads = (op.kv_heads, head);
         let mut key = begin / KEYS * KEYS;
         while key < end {
             let n = KEYS.min(end - key);
             let page = self.table[s * op.pages_per_seq + key / PAGE_TOKENS] as usize;
-            let at = (page * PAGE_TOKENS + key % PAGE_TOKENS) * stride + head * d;
-            self.k.rows(at, stride, &mut t.keys[..n * d], d);
-            self.v.rows(at, stride, &mut t.values[..n * d], d);
+            let slot = page * PAGE_TOKENS + key % PAGE_TOKENS;
+            self.k.rows(slot, heads, &mut t.keys[..n * d], d);
+            self.v.rows(slot, heads, &mut t.values[..n * d], d);
             let block = Block {
                 queries,
                 n,
@@ -235,6 +253,7 @@ impl Attn<'_> {
             block.accumulate(t.scores, t.values, t.out, self.isa);
             key += KEYS;
         }
+        self.v.unrotate(&mut t.out[..queries * d], d);
         for (i, row) in t.out[..queries * d].chunks_exact(d).enumerate() {
             let at = ((first_row + i / group) * op.heads + head * group + i % group) * d;
             // SAFETY: rows and heads of a task are its own, in bounds by `check`.

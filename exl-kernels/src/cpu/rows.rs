@@ -5,8 +5,11 @@ use half::slice::HalfFloatSliceExt;
 
 use super::dense::Dense;
 use super::{Cpu, Isa};
-use crate::ops::{self, Embed, GatherRows, RmsNorm, RopeAppend, RopeStyle, ScaleLogits};
-use crate::{Error, MemMut, Result};
+use crate::kv::{Codec, PageLayout};
+use crate::ops::{
+    self, Embed, GatherRows, PAGE_TOKENS, RmsNorm, RopeAppend, RopeStyle, ScaleLogits,
+};
+use crate::{Error, KvFormat, MemMut, Result};
 
 /// Elements below which waking the other threads costs more than it saves.
 const PARALLEL: usize = 16384;
@@ -177,39 +180,67 @@ pub(super) fn scale_logits(op: &mut ScaleLogits<'_>, cpu: &Cpu) -> Result<()> {
     Ok(())
 }
 
-/// A cache region in either type.
+/// A cache region of any format.
 enum Cache {
     F16(Rows<f16>),
     F32(Rows<f32>),
+    Quant(Rows<u8>, Codec, PageLayout),
 }
 
 impl Cache {
-    fn new(mem: &mut MemMut<'_>) -> Result<Self> {
-        Ok(match mem.dtype() {
-            crate::DType::F16 => Cache::F16(Rows(mem.slice_mut::<f16>()?.as_mut_ptr())),
+    fn new(mem: &mut MemMut<'_>, format: KvFormat, op: (usize, usize), isa: Isa) -> Result<Self> {
+        let (kv_heads, head_dim) = op;
+        Ok(match (format, Codec::new(format, head_dim, isa)) {
+            (KvFormat::F16, _) => Cache::F16(Rows(mem.slice_mut::<f16>()?.as_mut_ptr())),
+            (_, Some(codec)) => {
+                let layout = PageLayout::new(format, kv_heads, head_dim);
+                Cache::Quant(Rows(mem.slice_mut::<u8>()?.as_mut_ptr()), codec, layout)
+            }
             _ => Cache::F32(Rows(mem.slice_mut::<f32>()?.as_mut_ptr())),
         })
     }
 
+    /// Makes a query meet the keys as they are stored.
+    fn turn_query(&self, head: &mut [f32]) {
+        if let Cache::Quant(_, codec, _) = self {
+            codec.unrotate(head);
+        }
+    }
+
+    /// Stores the values of all heads of a token. `scratch` has twice the values of a head.
+    ///
     /// # Safety
-    /// As [`Rows::range`].
-    unsafe fn store(&self, start: usize, values: &[f32]) {
+    /// As [`Rows::range`] for what the token in the slot has.
+    unsafe fn store(&self, slot: usize, values: &[f32], scratch: &mut [f32]) {
         // SAFETY: the caller's promise.
         unsafe {
             match self {
                 Cache::F16(rows) => {
-                    rows.range(start, values.len())
+                    rows.range(slot * values.len(), values.len())
                         .convert_from_f32_slice(values);
                 }
-                Cache::F32(rows) => rows.range(start, values.len()).copy_from_slice(values),
+                Cache::F32(rows) => {
+                    let to = rows.range(slot * values.len(), values.len());
+                    to.copy_from_slice(values);
+                }
+                Cache::Quant(bytes, codec, layout) => {
+                    let (y, codes) = scratch.split_at_mut(layout.head_dim);
+                    let codes = &mut bytemuck::cast_slice_mut(codes)[..layout.head_dim];
+                    for (head, values) in values.chunks_exact(layout.head_dim).enumerate() {
+                        y.copy_from_slice(values);
+                        codec.rotate(y);
+                        let planes = layout.planes(slot, head);
+                        codec.encode(y, codes, planes.map(|(at, len)| bytes.range(at, len)));
+                    }
+                }
             }
         }
     }
 }
 
-/// Scratch words of a rotation: each row's cosines, sines, rotated key and slot.
+/// Scratch words of a rotation: each row's cosines, sines, rotated key, a head twice and slot.
 pub(super) fn rope_append_words(op: &RopeAppend<'_>) -> usize {
-    op.rows * (2 * op.inv_freq.len() + op.kv_heads * op.head_dim + 1)
+    op.rows * (2 * op.inv_freq.len() + (op.kv_heads + 2) * op.head_dim + 1)
 }
 
 /// Checks that no two rows write one slot; `sorted` is scratch of the slots' number.
@@ -225,14 +256,17 @@ fn check_distinct(slots: &[i32], sorted: &mut [i32]) -> Result<()> {
 pub(super) fn rope_append(op: &mut RopeAppend<'_>, cpu: &Cpu) -> Result<()> {
     let (d, width) = (op.head_dim, op.kv_heads * op.head_dim);
     let (positions, slots) = (op.positions.slice::<i32>()?, op.slots.slice::<i32>()?);
-    check_index(slots, op.k_cache.len() / width, "rope_append.slots")?;
+    let heads = (op.kv_heads, d);
+    let tokens = PAGE_TOKENS * (op.k_cache.bytes() / op.kv.k.page_bytes(op.kv_heads, d));
+    check_index(slots, tokens, "rope_append.slots")?;
     let freqs = op.inv_freq.slice::<f32>()?;
     let (k, v) = (op.k.slice::<f32>()?, op.v.slice::<f32>()?);
     let (style, factor, half) = (op.style, f64::from(op.attention_factor), freqs.len());
     let q_width = op.heads * d;
     let q = Rows(op.q.slice_mut::<f32>()?.as_mut_ptr());
-    let (k_cache, v_cache) = (Cache::new(&mut op.k_cache)?, Cache::new(&mut op.v_cache)?);
-    let per_row = 2 * half + width;
+    let k_cache = Cache::new(&mut op.k_cache, op.kv.k, heads, cpu.isa())?;
+    let v_cache = Cache::new(&mut op.v_cache, op.kv.v, heads, cpu.isa())?;
+    let per_row = 2 * half + width + 2 * d;
     cpu.scratch(rope_append_words(op), |scratch| {
         let (sorted, scratch) = scratch.split_at_mut(op.rows);
         check_distinct(slots, sorted)?;
@@ -242,7 +276,8 @@ pub(super) fn rope_append(op: &mut RopeAppend<'_>, cpu: &Cpu) -> Result<()> {
             // SAFETY: each row has its own scratch, query row and cache slot
             // (`check_distinct`), all in bounds by `check` and `check_index`.
             unsafe {
-                let (angles, key) = scratch.range(r * per_row, per_row).split_at_mut(2 * half);
+                let (angles, rest) = scratch.range(r * per_row, per_row).split_at_mut(2 * half);
+                let (key, head) = rest.split_at_mut(width);
                 let (cos, sin) = angles.split_at_mut(half);
                 for (i, f) in freqs.iter().enumerate() {
                     // Angles of long contexts need the bits of f64.
@@ -252,14 +287,15 @@ pub(super) fn rope_append(op: &mut RopeAppend<'_>, cpu: &Cpu) -> Result<()> {
                 }
                 for head in q.range(r * q_width, q_width).chunks_exact_mut(d) {
                     rotate(head, cos, sin, style);
+                    k_cache.turn_query(head);
                 }
                 key.copy_from_slice(&k[r * width..][..width]);
                 for head in key.chunks_exact_mut(d) {
                     rotate(head, cos, sin, style);
                 }
-                let slot = slots[r] as usize * width;
-                k_cache.store(slot, key);
-                v_cache.store(slot, &v[r * width..][..width]);
+                let slot = slots[r] as usize;
+                k_cache.store(slot, key, head);
+                v_cache.store(slot, &v[r * width..][..width], head);
             }
         });
         Ok(())

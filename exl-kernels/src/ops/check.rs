@@ -3,11 +3,10 @@
 use super::gptq::groups_fit;
 use super::{Gptq, Matrix, Op, SAMPLE_WORDS};
 use crate::mem::{DType, Mem, MemMut};
-use crate::{Error, Result};
+use crate::{Error, KvFormat, KvType, Result};
 
 const FLOATS: &[DType] = &[DType::F32, DType::F16, DType::Bf16];
 const F32: &[DType] = &[DType::F32];
-const KV: &[DType] = &[DType::F32, DType::F16];
 const INT: &[DType] = &[DType::I32];
 const BYTES: &[DType] = &[DType::U8];
 
@@ -58,13 +57,8 @@ pub fn check(op: &Op<'_>) -> Result<()> {
                 "at most head_dim / 2 angles",
             )?;
             c.read("inv_freq", &o.inv_freq, F32, &[o.inv_freq.len()])?;
-            c.cache("k_cache", &o.k_cache.as_mem(), (o.kv_heads, o.head_dim))?;
-            c.cache("v_cache", &o.v_cache.as_mem(), (o.kv_heads, o.head_dim))?;
-            c.rule(
-                "v_cache",
-                o.k_cache.bytes() == o.v_cache.bytes(),
-                "the size of k_cache",
-            )
+            let caches = (&o.k_cache.as_mem(), &o.v_cache.as_mem());
+            c.caches(caches, o.kv, (o.kv_heads, o.head_dim))
         }
         Op::PagedAttn(o) => {
             c.rule(
@@ -73,13 +67,8 @@ pub fn check(op: &Op<'_>) -> Result<()> {
                 "a divisor of heads",
             )?;
             c.read("q", &o.q, F32, &[o.rows, o.heads, o.head_dim])?;
-            c.cache("k_cache", &o.k_cache, (o.kv_heads, o.head_dim))?;
-            c.cache("v_cache", &o.v_cache, (o.kv_heads, o.head_dim))?;
-            c.rule(
-                "v_cache",
-                o.k_cache.bytes() == o.v_cache.bytes(),
-                "the size of k_cache",
-            )?;
+            let caches = (&o.k_cache, &o.v_cache);
+            c.caches(caches, o.kv, (o.kv_heads, o.head_dim))?;
             c.read(
                 "block_table",
                 &o.block_table,
@@ -256,19 +245,44 @@ impl Check {
         )
     }
 
-    fn cache(&self, field: &str, mem: &Mem<'_>, (heads, head_dim): (usize, usize)) -> Result<()> {
-        if !KV.contains(&mem.dtype()) {
-            return self.fail(
-                field,
-                format!("one of {KV:?}"),
-                format!("{:?}", mem.dtype()),
-            );
+    fn caches(
+        &self,
+        (k, v): (&Mem<'_>, &Mem<'_>),
+        kv: KvType,
+        heads: (usize, usize),
+    ) -> Result<()> {
+        self.rule(
+            "kv",
+            kv.is_sound(),
+            "floats of one size or two quantized formats",
+        )?;
+        let k_pages = self.cache("k_cache", k, kv.k, heads)?;
+        let v_pages = self.cache("v_cache", v, kv.v, heads)?;
+        self.rule("v_cache", k_pages == v_pages, "as many pages as k_cache")
+    }
+
+    /// Pages of a cache.
+    fn cache(
+        &self,
+        field: &str,
+        mem: &Mem<'_>,
+        format: KvFormat,
+        (heads, head_dim): (usize, usize),
+    ) -> Result<usize> {
+        self.rule(
+            "head_dim",
+            format.takes(head_dim),
+            "even for a quantized cache",
+        )?;
+        if mem.dtype() != format.dtype() {
+            let found = format!("{:?}", mem.dtype());
+            self.fail(field, format!("{:?} for {format:?}", format.dtype()), found)?;
         }
-        let page = super::PAGE_TOKENS * heads * head_dim;
-        if page == 0 || !mem.len().is_multiple_of(page) {
-            let found = format!("{} elements", mem.len());
-            return self.fail(field, format!("a multiple of {page} elements"), found);
+        let page = format.page_bytes(heads, head_dim);
+        if page == 0 || !mem.bytes().is_multiple_of(page) {
+            let found = format!("{} bytes", mem.bytes());
+            self.fail(field, format!("a multiple of {page} bytes"), found)?;
         }
-        Ok(())
+        Ok(mem.bytes() / page.max(1))
     }
 }

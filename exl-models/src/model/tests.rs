@@ -1,7 +1,7 @@
 use std::path::Path;
 
 use exl_format::ConfigFile;
-use exl_tensor::Group;
+use exl_tensor::{DType, Group};
 use serde_json::json;
 
 use super::*;
@@ -43,7 +43,7 @@ fn sketch(spec: &Spec) -> GpuSketch {
 fn a_prompt_of_a_7b_takes_known_memory() {
     let spec = llama2_7b();
     let sketch = sketch(&spec);
-    let request = MemoryRequest::new((1, 8192), DType::F16, 2048);
+    let request = MemoryRequest::new((1, 8192), KvType::F16, 2048);
     let row = 2048 * 4096 * 4;
     for props in DeviceProps::samples() {
         let used = gpu_memory_for(&spec, &sketch, &props, &request).unwrap();
@@ -60,6 +60,30 @@ fn a_prompt_of_a_7b_takes_known_memory() {
         };
         assert!(used.scratch > inputs, "{}", props.name);
         assert!(used.scratch <= inputs + weights + 4 * 2048 * 11008);
+    }
+}
+
+/// Codes take fewer bytes; prompts unpack the pages of one layer, whatever their number of sequences.
+#[test]
+fn quantized_caches_take_their_bytes_and_room_to_unpack_one_layer() {
+    let spec = llama2_7b();
+    let sketch = sketch(&spec);
+    for props in DeviceProps::samples() {
+        let used = |kv, seqs, context| {
+            let request = MemoryRequest::new((seqs, context), kv, 2048);
+            gpu_memory_for(&spec, &sketch, &props, &request).unwrap()
+        };
+        for (seqs, context) in [(1, 32768), (4, 8192)] {
+            let (floats, codes) = (
+                used(KvType::F16, seqs, context),
+                used(KvType::Q4, seqs, context),
+            );
+            assert_eq!(codes.cache * 32, floats.cache * 9);
+            let layer = 2 * 32768 * 4096 * 2;
+            assert!(
+                codes.scratch >= layer && codes.scratch <= layer.max(floats.scratch) + (64 << 20)
+            );
+        }
     }
 }
 

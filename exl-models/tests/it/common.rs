@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use exl_models::{Backend, LoadOptions, Model, ModelSource, Runner, RunnerOptions};
-use exl_tensor::DType;
+use exl_tensor::KvType;
 use serde_json::{Value, json};
 
 pub(crate) const CASES: [&str; 14] = [
@@ -110,9 +110,13 @@ impl Golden {
 }
 
 pub(crate) fn runner(model: Arc<Model>, backend: Backend) -> Runner {
+    runner_with(model, backend, KvType::F32)
+}
+
+pub(crate) fn runner_with(model: Arc<Model>, backend: Backend, kv_type: KvType) -> Runner {
     let options = RunnerOptions {
         pages: 5,
-        kv_dtype: DType::F32,
+        kv_type,
         max_rows: 128,
         threads: 2,
         backend,

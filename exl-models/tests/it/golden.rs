@@ -6,9 +6,9 @@ use exl_models::rope::RopeTable;
 use exl_models::{
     Backend, LoadOptions, LogitRows, MemoryRequest, Model, ModelSource, Runner, SeqSlice, Spec,
 };
-use exl_tensor::{DType, Weight};
+use exl_tensor::{KvType, Weight};
 
-use crate::common::{CASES, golden, runner};
+use crate::common::{CASES, golden, runner, runner_with};
 
 /// Relative to the range of the logits, fp32 on both sides.
 const TOLERANCE: f32 = 1e-4;
@@ -54,6 +54,45 @@ fn logits_equal_transformers() {
         }
     }
     assert!(failures.is_empty(), "beyond {TOLERANCE}: {failures:?}");
+}
+
+/// Rows of a prompt read their own keys and values as they were stored, as single tokens do: how a
+/// prompt is cut matters far less than what a quantized cache loses.
+#[test]
+fn pieces_of_a_prompt_read_what_was_stored() {
+    for case in ["llama-plain", "qwen3"] {
+        let golden = golden(case);
+        let ids = &golden.ids;
+        let mut floats = golden.runner(Backend::Cpu);
+        let exact = in_pieces(&mut floats, ids, ids.len());
+        let apart = |a: &[f32], b: &[f32]| {
+            let pairs = a.iter().zip(b).map(|(a, b)| (a - b).powi(2));
+            pairs.sum::<f32>().sqrt()
+        };
+        let mut lost = Vec::new();
+        for kv in [KvType::Q8, KvType::Q6, KvType::Q4] {
+            let run = |backend, size| {
+                let mut runner = runner_with(golden.model.clone(), backend, kv);
+                in_pieces(&mut runner, ids, size)
+            };
+            let whole = run(Backend::Cpu, ids.len());
+            let loss = apart(&whole, &exact);
+            for (backend, size) in [
+                (Backend::Cpu, 7),
+                (Backend::Cpu, 1),
+                (Backend::Reference, ids.len()),
+            ] {
+                let other = apart(&whole, &run(backend.clone(), size));
+                println!("{case} {kv} {backend:?} in pieces of {size}: {other:.1e} of {loss:.1e}");
+                assert!(
+                    other <= 0.2 * loss,
+                    "{case} {kv} {backend:?} {size}: {other} of {loss}"
+                );
+            }
+            lost.push(loss);
+        }
+        assert!(lost[0] < lost[1] && lost[1] < lost[2], "{lost:?}");
+    }
 }
 
 #[test]
@@ -221,7 +260,7 @@ fn fixtures_notice_their_settings() {
 #[test]
 fn memory_is_what_was_announced() {
     let golden = golden("llama-plain");
-    let request = MemoryRequest::new((1, 1280), DType::F32, 40);
+    let request = MemoryRequest::new((1, 1280), KvType::F32, 40);
     let announced = golden.model.memory_for(&request);
     let mut runner = golden.runner(Backend::Cpu);
     let slice = SeqSlice {

@@ -9,7 +9,7 @@ use exl_models::{
     Backend, LoadOptions, LogitRows, Model, ModelSource, Runner, RunnerOptions, SeqSlice,
 };
 use exl_tensor::{
-    Bound, Cpu, CpuOptions, CudaExecutor, CudaOptions, DType, Gpu, HostExecutor, KvBuffers, Phase,
+    Bound, Cpu, CpuOptions, CudaExecutor, CudaOptions, Gpu, HostExecutor, KvBuffers, KvType, Phase,
     PlanKey, Side, StepBlock, StepSeq, check, probe,
 };
 
@@ -122,7 +122,7 @@ fn gpu_ops_of_whole_plans_agree_with_the_cpus() {
         let plan = Arc::new(on_gpu.plan(&key));
         let bound = |model: &Model| Bound::new(plan.clone(), model.weights()).unwrap();
         let (there, here) = (bound(&on_gpu), bound(&golden.model));
-        let shape = on_gpu.kv_shape(DType::F32);
+        let shape = on_gpu.kv_shape(KvType::F32);
         let mut tested = CudaExecutor::new(&gpu, CudaOptions::default()).unwrap();
         let mut trusted = HostExecutor::cpu(Cpu::new(CpuOptions::default())).unwrap();
         let report = check(

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use crate::common::golden;
 use exl_models::{BlockPart, block_plan};
 use exl_tensor::{
-    Bound, DType, HostExecutor, KvBuffers, Phase, Plan, PlanKey, Side, Slot, StepBlock, StepSeq,
+    Bound, HostExecutor, KvBuffers, KvType, Phase, Plan, PlanKey, Side, Slot, StepBlock, StepSeq,
     check,
 };
 
@@ -45,7 +45,7 @@ fn plans_are_as_reviewed() {
 fn a_layer_takes_at_most_eight_launches() {
     for case in ["llama-plain", "qwen2", "mistral-window"] {
         let model = golden(case).model;
-        let report = model.cost(&key(Phase::Decode, 1, 1, 1), DType::F16, 100);
+        let report = model.cost(&key(Phase::Decode, 1, 1, 1), KvType::F16, 100);
         assert!(
             report.launches <= 8 * model.spec().layers.len() + 4,
             "{case}"
@@ -77,7 +77,7 @@ fn kernels_agree_with_the_reference_slot_by_slot() {
             logits: (n - 1, n),
         }])
         .unwrap();
-        let kv = || KvBuffers::new(golden.model.kv_shape(DType::F32), 2).unwrap();
+        let kv = || KvBuffers::new(golden.model.kv_shape(KvType::F32), 2).unwrap();
         let (mut cpu_kv, mut reference_kv) = (kv(), kv());
         let options = exl_tensor::CpuOptions {
             threads: 2,
@@ -120,7 +120,7 @@ fn block_plans_chain_to_the_whole_model() {
         use exl_tensor::Executor;
         let plan = block_plan(spec, part, &key);
         let bound = Bound::new(Arc::new(plan.clone()), weights).unwrap();
-        let mut kv = KvBuffers::new(spec.block_kv_shape(DType::F32), 2).unwrap();
+        let mut kv = KvBuffers::new(spec.block_kv_shape(KvType::F32), 2).unwrap();
         executor.prepare(&bound).unwrap();
         if let Some(hidden) = hidden {
             executor

@@ -7,8 +7,8 @@ use exl_models::{
     Backend, LoadOptions, LogitRows, Model, ModelSource, SeqSlice, Storage, WeightKey, layout,
 };
 use exl_tensor::{
-    Bound, Buffer, Cpu, CpuOptions, DType, Executor, HostExecutor, KvBuffers, Phase, PlanKey,
-    StepBlock, StepSeq, Weight,
+    Bound, Buffer, Cpu, CpuOptions, DType, Executor, HostExecutor, KvBuffers, KvType, Phase,
+    PlanKey, StepBlock, StepSeq, Weight,
 };
 use serde_json::json;
 
@@ -206,8 +206,8 @@ fn prepared_plans_over_quantized_weights_need_no_more_scratch_memory() {
     ] {
         let dir = quantized(case, write).write(&format!("scratch-{case}"));
         let model = Model::open(&dir, &LoadOptions::default()).unwrap();
-        let mut kv = KvBuffers::new(model.kv_shape(DType::F16), 2).unwrap();
-        for rows in [1, 7, 40] {
+        for (rows, kv) in [(1, KvType::F16), (7, KvType::Q4), (40, KvType::F16)] {
+            let mut kv = KvBuffers::new(model.kv_shape(kv), 2).unwrap();
             let key = PlanKey {
                 phase: Phase::Prefill,
                 rows,

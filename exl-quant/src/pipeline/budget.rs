@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use exl_format::{Dtype, Exl2Linear, TensorSpec};
 use exl_models::{BlockPart, ModelSource, Module, WeightKind, block_plan};
-use exl_tensor::DType;
+use exl_tensor::KvType;
 
 use super::logits::Head;
 use super::machine::Machine;
@@ -328,7 +328,7 @@ impl DeviceNeed {
             .map(|part| block_plan(spec, part, &key).arena().bytes())
             .into_iter()
             .max();
-        let kv = spec.block_kv_shape(DType::F32);
+        let kv = spec.block_kv_shape(KvType::F32);
         // The machine for rows and the one for logits live together.
         let row = arena.unwrap_or(0)
             + Head::plan(spec, length).arena().bytes()

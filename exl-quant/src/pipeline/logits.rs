@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use exl_models::{BlockPart, Spec, block_plan};
-use exl_tensor::{Bound, DType, KvBuffers, Phase, Plan, PlanKey, StepBlock, Weights};
+use exl_tensor::{Bound, KvBuffers, KvType, Phase, Plan, PlanKey, StepBlock, Weights};
 
 use super::device::{Device, Engine};
 use crate::{KlScore, Result};
@@ -27,7 +27,7 @@ impl Head {
         Ok(Self {
             // The original's head and another one take turns.
             engine: device.engine(2)?,
-            kv: device.kv(spec.block_kv_shape(DType::F32), 1)?,
+            kv: device.kv(spec.block_kv_shape(KvType::F32), 1)?,
             device: device.clone(),
             rows: Self::rows(spec, length),
             spec: spec.clone(),

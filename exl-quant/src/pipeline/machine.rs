@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use exl_models::{BlockPart, LinearSpec, MlpSpec, NormSpec, Spec, block_plan, blocks};
 use exl_tensor::{
-    Bound, Buffer, DType, GateUpArgs, KvBuffers, PAGE_TOKENS, Part, Phase, PlanBuilder, PlanKey,
-    StepBlock, StepSeq, Weight, Weights,
+    Bound, Buffer, DType, GateUpArgs, KvBuffers, KvType, PAGE_TOKENS, Part, Phase, PlanBuilder,
+    PlanKey, StepBlock, StepSeq, Weight, Weights,
 };
 
 use super::device::{Device, Engine, Tap};
@@ -56,7 +56,7 @@ impl Machine {
     /// For rows of `length` tokens.
     pub(super) fn new(spec: &Arc<Spec>, length: usize, device: &Device) -> Result<Self> {
         let key = Self::key(length);
-        let shape = spec.block_kv_shape(DType::F32);
+        let shape = spec.block_kv_shape(KvType::F32);
         Ok(Self {
             spec: spec.clone(),
             // Plans run one after the other, each over all rows.

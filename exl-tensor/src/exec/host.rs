@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 
 use exl_kernels::cpu::Cpu;
-use exl_kernels::{DType, Mem, MemMut, reference};
+use exl_kernels::{DType, KvType, Mem, MemMut, reference};
 
 use super::regions::{Arena, Regions};
 use super::{Bound, Executor, check_dtype};
@@ -68,7 +68,7 @@ impl HostExecutor {
             layers: layers.max().unwrap_or(0),
             kv_heads: 1,
             head_dim: 1,
-            dtype: DType::F32,
+            kv: KvType::F32,
         };
         let mut kv = KvBuffers::new(shape, 0)?;
         let step = StepBlock::new(bound.plan().key())?;

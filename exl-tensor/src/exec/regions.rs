@@ -1,7 +1,7 @@
 //! From plan operands to the memory regions of an op's arguments, wherever the memory is.
 
 use exl_kernels::ops::{self, LinearPart, Op};
-use exl_kernels::{DType, Mem, MemMut};
+use exl_kernels::{DType, KvType, Mem, MemMut};
 
 use super::Bound;
 use crate::plan::{AttnOp, GateUpOp, PlanOp, PlanPart, RopeOp};
@@ -121,13 +121,19 @@ impl<'a> Regions<'a> {
                 v,
                 layer,
                 args,
-            } => self.rope_append([*q, *k, *v], step, kv.write(*layer), args),
+            } => {
+                let kind = kv.shape().kv;
+                self.rope_append([*q, *k, *v], step, (kv.write(*layer), kind), args)
+            }
             PlanOp::PagedAttn {
                 q,
                 out,
                 layer,
                 args,
-            } => self.attention((*q, *out), step, kv.read(*layer), args),
+            } => {
+                let kind = kv.shape().kv;
+                self.attention((*q, *out), step, (kv.read(*layer), kind), args)
+            }
             PlanOp::GatherRows { x, out, rows, dim } => Op::GatherRows(ops::GatherRows {
                 x: self.mem(*x),
                 index: self.arena.step(step, StepField::OutRows),
@@ -204,7 +210,7 @@ impl<'a> Regions<'a> {
         &self,
         [q, k, v]: [Slot; 3],
         step: &'s StepBlock,
-        (k_cache, v_cache): (MemMut<'s>, MemMut<'s>),
+        ((k_cache, v_cache), kv): ((MemMut<'s>, MemMut<'s>), KvType),
         args: &RopeOp,
     ) -> Op<'a> {
         Op::RopeAppend(ops::RopeAppend {
@@ -218,6 +224,7 @@ impl<'a> Regions<'a> {
                 .map_or(Mem::host::<f32>(&[]), |w| self.dense(w)),
             k_cache,
             v_cache,
+            kv,
             rows: step.key().rows,
             heads: args.heads,
             kv_heads: args.kv_heads,
@@ -231,7 +238,7 @@ impl<'a> Regions<'a> {
         &self,
         (q, out): (Slot, Slot),
         step: &'s StepBlock,
-        (k_cache, v_cache): (Mem<'s>, Mem<'s>),
+        ((k_cache, v_cache), kv): ((Mem<'s>, Mem<'s>), KvType),
         args: &AttnOp,
     ) -> Op<'a> {
         let key = step.key();
@@ -239,6 +246,7 @@ impl<'a> Regions<'a> {
             q: self.mem(q),
             k_cache,
             v_cache,
+            kv,
             block_table: self.arena.step(step, StepField::BlockTable),
             q_start: self.arena.step(step, StepField::QStart),
             kv_len: self.arena.step(step, StepField::KvLen),

@@ -141,14 +141,14 @@ impl GpuSketch {
         self.bytes
     }
 
-    /// What a plan takes with a cache of this shape on a GPU.
+    /// What a plan takes with a cache of this shape and number of pages on a GPU.
     ///
     /// # Errors
     /// [`crate::Error::MissingWeight`], [`crate::Error::Shape`] for weights that are not the plan's.
     pub fn plan(
         &self,
         plan: &Arc<Plan>,
-        cache: &KvShape,
+        (cache, pages): (&KvShape, usize),
         props: &DeviceProps,
     ) -> Result<PlanMemory> {
         let bound = Bound::new(plan.clone(), &self.weights)?;
@@ -164,8 +164,9 @@ impl GpuSketch {
             arena: &arena_region,
             step: &step_region,
         };
-        // Neither the pages of the cache nor the contents of the step matter.
-        let mut kv = KvBuffers::new(*cache, 0)?;
+        // SAFETY: as above.
+        let mut kv = unsafe { KvBuffers::unbacked(*cache, pages)? };
+        // The contents of the step do not matter.
         let step = StepBlock::new(plan.key())?;
         let scratch = scratch_for(&bound, &step, &mut kv, &space, props);
         Ok(PlanMemory {

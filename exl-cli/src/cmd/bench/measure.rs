@@ -2,7 +2,7 @@
 
 use super::Report;
 use super::profile::Profile;
-use crate::args::{CacheMode, ComputeArgs, LoadArgs};
+use crate::args::{ComputeArgs, LoadArgs};
 use crate::failure::Interrupted;
 use crate::machine;
 use crate::memory::{self, Taken};
@@ -13,7 +13,7 @@ use anyhow::{Result, anyhow};
 use exl_models::{
     Backend, Draw, LogitRows, MemoryUse, ModelSource, Runner, RunnerOptions, SampleParams, SeqSlice,
 };
-use exl_tensor::{Gpu, PAGE_TOKENS, Phase, PlanKey, SampleShape};
+use exl_tensor::{Gpu, KvType, PAGE_TOKENS, Phase, PlanKey, SampleShape};
 use serde::Serialize;
 use std::path::Path;
 use std::time::Instant;
@@ -27,7 +27,7 @@ pub(super) struct Settings {
     pub(super) prefill: Vec<usize>,
     pub(super) batch: Vec<usize>,
     pub(super) context: Vec<usize>,
-    pub(super) cache: CacheMode,
+    pub(super) cache: KvType,
     pub(super) steps: usize,
     pub(super) repeats: usize,
     pub(super) profile: bool,
@@ -80,8 +80,8 @@ pub(super) fn measure(
         decode,
         profiles,
     } = speeds(&mut runner, settings, bandwidth, stop, ui)?;
-    let dtype = runner.options().kv_dtype;
-    let cost = runner.model().cost(&decode_key(&runner, 1, 1), dtype, 0);
+    let kv_type = runner.options().kv_type;
+    let cost = runner.model().cost(&decode_key(&runner, 1, 1), kv_type, 0);
     let resident = machine::resident();
     Ok(Report {
         device: session::device_name(&runner),
@@ -89,7 +89,7 @@ pub(super) fn measure(
         threads: session::threads(&settings.compute.device),
         activations: session::activations_name(&settings.compute),
         deterministic: settings.compute.deterministic,
-        cache: settings.cache.name(),
+        cache: settings.cache.to_string(),
         weight_bytes: cost.total.weight_bytes,
         checkpoint_bytes: loaded.checkpoint_bytes,
         read_bandwidth_gb_s: bandwidth / 1e9,
@@ -303,7 +303,7 @@ fn time_decode(
     let seconds = median(times);
     let middle = context + WARMUP_STEPS + settings.steps / 2;
     let key = decode_key(runner, batch, per_seq as usize);
-    let cost = runner.model().cost(&key, runner.options().kv_dtype, middle);
+    let cost = runner.model().cost(&key, runner.options().kv_type, middle);
     let rate = (cost.total.weight_bytes + cost.total.kv_bytes) as f64 / seconds;
     Ok(Decode {
         batch,

@@ -1,13 +1,12 @@
 //! What a model takes on a GPU, which need not be here.
 
-use crate::args::CacheMode;
 use crate::failure::Usage;
 use crate::memory;
 use crate::session::{self, Room};
 use crate::ui;
 use anyhow::Result;
 use exl_models::{MemoryUse, ModelSource};
-use exl_tensor::{DeviceProps, Gpu, probe};
+use exl_tensor::{DeviceProps, Gpu, KvType, probe};
 use serde::Serialize;
 
 /// The GPU that memory is worked out for.
@@ -93,7 +92,7 @@ impl GpuNeeds {
         source: &ModelSource,
         place: &Place,
         context: usize,
-        cache: CacheMode,
+        cache: KvType,
     ) -> Result<Self> {
         let rows = session::GPU_PREFILL_ROWS.min(context);
         let request = Room::one(context, cache).memory_request(session::GPU_PREFILL_ROWS);

@@ -2,18 +2,21 @@
 //!
 //! Attention over a cache of 16-bit floats runs on tensor cores: many query rows per sequence in
 //! tiles of 64 rows, or of 128 by warpgroups where the GPU has them, few in tiles of 16 with the keys
-//! of a sequence spread over blocks. Other caches and odd heads are computed row by row. With
+//! of a sequence spread over blocks. Quantized caches have kernels of their own or are unpacked
+//! ([`quantized`]). Other caches and odd heads are computed row by row. With
 //! [`Target::deterministic`] there is one kernel for every number of rows, and chunks of keys end at
 //! fixed positions, so that a row's result is the same in every batch.
 
+mod quantized;
 #[cfg(test)]
 mod tests;
 
-use super::{COUNTERS, Target};
+use super::{COUNTERS, Scratch, Target};
 use crate::cuda::launch::Args;
 use crate::cuda::{DeviceProps, Kernel, Launch};
 use crate::ops::{PAGE_TOKENS, PagedAttn, RopeAppend, RopeStyle};
 use crate::{DType, Error, Result};
+use quantized::FUSED;
 
 /// Entry points of this family.
 pub(crate) static KERNELS: &[Kernel] = &[
@@ -41,6 +44,17 @@ pub(crate) static KERNELS: &[Kernel] = &[
     ROWS_F32[3],
     ANY[0],
     ANY[1],
+    quantized::APPEND,
+    quantized::UNPACK,
+    quantized::RESTORE,
+    FUSED[0].kernel,
+    FUSED[1].kernel,
+    FUSED[2].kernel,
+    FUSED[3].kernel,
+    FUSED[4].kernel,
+    FUSED[5].kernel,
+    FUSED[6].kernel,
+    FUSED[7].kernel,
 ];
 
 /// For caches of 16-bit and 32-bit floats.
@@ -256,6 +270,13 @@ impl Shape {
         self.heads / self.kv_heads
     }
 
+    /// Whole tiles of `tile` packed rows, and enough of them for these multiprocessors.
+    fn fills(&self, tile: usize, sms: usize) -> bool {
+        let packed = self.rows * self.group();
+        let blocks = packed.div_ceil(tile) * self.kv_heads;
+        packed >= tile * self.seqs && 2 * blocks >= sms
+    }
+
     /// Slots for tiles of `rows` packed rows: sequences do not share tiles, and where they begin is
     /// known on the GPU only.
     fn slots(&self, rows: usize) -> usize {
@@ -316,13 +337,8 @@ fn select(s: &Shape, props: &DeviceProps, deterministic: bool) -> Option<Choice>
     let Some(tiles) = s.tiles() else {
         return rows(s, props, deterministic);
     };
-    let packed = s.rows * s.group();
     let (block, sms) = (props.shared_per_block as usize, props.sms as usize);
-    // Whole tiles, and enough of them.
-    let many = |tile: usize| {
-        let blocks = packed.div_ceil(tile) * s.kv_heads;
-        packed >= tile * s.seqs && 2 * blocks >= sms && !deterministic
-    };
+    let many = |tile: usize| !deterministic && s.fills(tile, sms);
     let prompts = WGMMA
         .iter()
         .filter(|w| props.has_warpgroup_products() && s.dim <= w.dim)
@@ -407,12 +423,13 @@ fn rows(s: &Shape, props: &DeviceProps, deterministic: bool) -> Option<Choice> {
     })
 }
 
-/// The choice for a shape, and that kernels can count what it has.
-fn choose(s: &Shape, target: &Target<'_>) -> Result<Choice> {
-    let unsupported = |what: String| Error::Unsupported {
-        op: "paged_attn",
-        what: format!("{what} on a GPU"),
-    };
+/// Whether the kernels for prompts take a step.
+fn many_rows(s: &Shape, sms: usize, deterministic: bool) -> bool {
+    !deterministic && s.fills(PREFILL_ROWS, sms)
+}
+
+/// That kernels can count what a shape has.
+fn countable(s: &Shape) -> Result<()> {
     let small = |n: usize| i32::try_from(n).is_ok();
     let width = s.heads.saturating_mul(s.dim);
     if ![s.rows.saturating_mul(s.heads), s.tokens, s.seqs, width]
@@ -420,10 +437,22 @@ fn choose(s: &Shape, target: &Target<'_>) -> Result<Choice> {
         .all(small)
         || s.heads > usize::from(u16::MAX)
     {
-        return Err(unsupported(format!("{s:?}")));
+        return Err(Error::Unsupported {
+            op: "paged_attn",
+            what: format!("{s:?} on a GPU"),
+        });
     }
-    select(s, target.props, target.deterministic)
-        .ok_or_else(|| unsupported(format!("head_dim {}", s.dim)))
+    Ok(())
+}
+
+/// The choice for a shape, and that kernels can count what it has.
+fn choose(s: &Shape, target: &Target<'_>) -> Result<Choice> {
+    countable(s)?;
+    let choice = select(s, target.props, target.deterministic);
+    choice.ok_or_else(|| Error::Unsupported {
+        op: "paged_attn",
+        what: format!("head_dim {} on a GPU", s.dim),
+    })
 }
 
 pub(super) fn paged_attn(
@@ -435,8 +464,17 @@ pub(super) fn paged_attn(
     if !shape.is_some() {
         return Ok(());
     }
+    if o.kv.k.is_quantized() {
+        return quantized::paged_attn(o, target, list);
+    }
     let c = choose(&shape, target)?;
-    list.push(Launch {
+    list.push(attention_launch(o, &c, &target.scratch));
+    Ok(())
+}
+
+/// Attention by a chosen kernel.
+fn attention_launch(o: &PagedAttn<'_>, c: &Choice, scratch: &Scratch) -> Launch {
+    Launch {
         kernel: c.kernel,
         grid: c.grid.map(|n| n as u32),
         block: [c.threads as u32, 1, 1],
@@ -449,8 +487,8 @@ pub(super) fn paged_attn(
             .ptr(o.q_start.as_ptr() as u64)
             .ptr(o.kv_len.as_ptr() as u64)
             .ptr(o.out.as_mem().as_ptr() as u64)
-            .ptr(target.scratch.address)
-            .ptr(target.scratch.counters)
+            .ptr(scratch.address)
+            .ptr(scratch.counters)
             .int(o.rows)
             .int(o.seqs)
             .int(o.pages_per_seq)
@@ -462,8 +500,7 @@ pub(super) fn paged_attn(
             .int(o.window.min(i32::MAX as usize))
             .float(o.scale)
             .float(o.softcap),
-    });
-    Ok(())
+    }
 }
 
 /// Bytes of partial results, whatever the target asks for and wherever regions lie.
@@ -474,6 +511,9 @@ pub(super) fn paged_attn_scratch(o: &PagedAttn<'_>, props: &DeviceProps) -> u64 
     }
     let bytes = |aligned: bool, deterministic: bool| {
         let shape = Shape { aligned, ..shape };
+        if o.kv.k.is_quantized() {
+            return quantized::scratch(o, &shape, props, deterministic);
+        }
         let choice = select(&shape, props, deterministic);
         choice.map_or(0, |c| shape.scratch(c.splits))
     };
@@ -487,6 +527,9 @@ pub(super) fn rope_append(
     target: &Target<'_>,
     list: &mut Vec<Launch>,
 ) -> Result<()> {
+    if o.kv.k.is_quantized() {
+        return quantized::rope_append(o, list);
+    }
     let heads = o.heads + o.kv_heads;
     if [o.rows, heads.saturating_mul(o.head_dim)]
         .iter()

@@ -1,7 +1,7 @@
 use super::*;
 use crate::cuda::lower::{Scratch, lower};
 use crate::ops::Op;
-use crate::{Mem, MemMut, Place};
+use crate::{KvType, Mem, MemMut, Place};
 
 const BASE: usize = 0x7000_0000;
 
@@ -216,6 +216,7 @@ fn attention(heads: Heads, rows: usize, pages: usize, q_at: usize) -> Op<'static
         q: read(q_at, rows * heads * head_dim, DType::F32),
         k_cache: read(BASE + (1 << 24), cache, DType::F16),
         v_cache: read(BASE + (2 << 24), cache, DType::F16),
+        kv: KvType::F16,
         block_table: read(BASE + (3 << 24), pages, DType::I32),
         q_start: read(BASE + (4 << 24), 2, DType::I32),
         kv_len: read(BASE + (5 << 24), 1, DType::I32),
@@ -289,6 +290,11 @@ fn rotations_use_several_blocks_for_few_rows() {
             inv_freq: read(BASE + (5 << 26), pairs, DType::F32),
             k_cache: write(BASE + (6 << 26), 16 * PAGE_TOKENS * width, dtype),
             v_cache: write(BASE + (7 << 26), 16 * PAGE_TOKENS * width, dtype),
+            kv: if dtype == DType::F16 {
+                KvType::F16
+            } else {
+                KvType::F32
+            },
             rows,
             heads,
             kv_heads,
@@ -303,4 +309,179 @@ fn rotations_use_several_blocks_for_few_rows() {
         assert_eq!(list[0].kernel, ROPE[usize::from(dtype == DType::F32)]);
         assert_eq!(list[0].args.params().count(), 14);
     }
+}
+
+/// Attention over a quantized cache of `pages` pages, which every sequence may have.
+fn quantized_attention(
+    kv: KvType,
+    (heads, kv_heads, head_dim): Heads,
+    (rows, seqs, pages): (usize, usize, usize),
+) -> PagedAttn<'static> {
+    let region = |at: usize, format: crate::KvFormat| {
+        let bytes = pages * format.page_bytes(kv_heads, head_dim);
+        read(BASE + at, bytes, DType::U8)
+    };
+    PagedAttn {
+        q: read(BASE, rows * heads * head_dim, DType::F32),
+        k_cache: region(1 << 40, kv.k),
+        v_cache: region(2 << 40, kv.v),
+        kv,
+        block_table: read(BASE + (3 << 40), seqs * pages, DType::I32),
+        q_start: read(BASE + (4 << 40), seqs + 1, DType::I32),
+        kv_len: read(BASE + (5 << 40), seqs, DType::I32),
+        out: write(BASE + (6 << 40), rows * heads * head_dim, DType::F32),
+        rows,
+        seqs,
+        pages_per_seq: pages,
+        heads,
+        kv_heads,
+        head_dim,
+        scale: 0.125,
+        softcap: 0.0,
+        window: 0,
+    }
+}
+
+fn lowered(o: PagedAttn<'static>, props: &DeviceProps, deterministic: bool) -> Vec<Launch> {
+    let target = Target {
+        props,
+        scratch: Scratch {
+            address: 7 << 40,
+            bytes: paged_attn_scratch(&o, props),
+            counters: 8 << 40,
+        },
+        deterministic,
+    };
+    let mut list = Vec::new();
+    lower(&Op::PagedAttn(o), &target, &mut list).unwrap();
+    list
+}
+
+const QUANTIZED: [KvType; 4] = [
+    KvType::Q8,
+    KvType::Q6,
+    KvType::Q4,
+    KvType {
+        k: crate::KvFormat::Q8,
+        v: crate::KvFormat::Q4,
+    },
+];
+
+#[test]
+fn few_rows_read_codes_and_prompts_read_unpacked_pages() {
+    for props in DeviceProps::samples() {
+        for (kv, name) in QUANTIZED
+            .into_iter()
+            .zip(["q8_q8", "q6_q6", "q4_q4", "q8_q4"])
+        {
+            for (heads, dim) in [(LLAMA3, 128), (TINY, 64)] {
+                for (rows, seqs) in [(1, 1), (7, 1), (8, 8)] {
+                    let list = lowered(
+                        quantized_attention(kv, heads, (rows, seqs, 32)),
+                        &props,
+                        false,
+                    );
+                    assert_eq!(list.len(), 1, "{}", props.name);
+                    assert_eq!(
+                        list[0].kernel.entry,
+                        format!("exl_attn_decode_{dim}_{name}")
+                    );
+                    assert_eq!(list[0].args.params().count(), 20);
+                }
+                let prompt = quantized_attention(kv, heads, (2048, 1, 32));
+                let list = lowered(prompt, &props, false);
+                assert_eq!(list[0].kernel, quantized::UNPACK);
+                let floats = shape(heads, 2048, 1, 8192);
+                assert_eq!(
+                    list[1].kernel,
+                    select(&floats, &props, false).unwrap().kernel
+                );
+                assert_eq!(list[2].kernel, quantized::RESTORE);
+                // One kernel for every number of rows.
+                for (rows, seqs) in [(1, 1), (300, 3), (2048, 1)] {
+                    let list = lowered(
+                        quantized_attention(kv, heads, (rows, seqs, 32)),
+                        &props,
+                        true,
+                    );
+                    assert_eq!(list.len(), 1);
+                    assert_eq!(
+                        list[0].kernel.entry,
+                        format!("exl_attn_decode_{dim}_{name}")
+                    );
+                }
+            }
+        }
+        // Heads and pairs of formats without a kernel of their own.
+        let odd = KvType {
+            k: crate::KvFormat::Q6,
+            v: crate::KvFormat::Q4,
+        };
+        for (kv, heads) in [(KvType::Q4, GEMMA), (KvType::Q8, (2, 1, 22)), (odd, LLAMA3)] {
+            let list = lowered(quantized_attention(kv, heads, (1, 1, 4)), &props, false);
+            assert_eq!(list.len(), 3);
+        }
+    }
+}
+
+#[test]
+fn limits_hold_for_quantized_caches() {
+    for props in DeviceProps::samples() {
+        for kv in QUANTIZED {
+            for heads in [LLAMA2, LLAMA3, TINY, GEMMA, (4, 4, 80), (71, 1, 64)] {
+                for (rows, seqs, pages) in [(1, 1, 1), (64, 64, 512), (600, 3, 32), (8192, 2, 32)] {
+                    for deterministic in [false, true] {
+                        let o = quantized_attention(kv, heads, (rows, seqs, pages));
+                        let scratch = paged_attn_scratch(&o, &props);
+                        // Two unpacked layers at most, beside what is shared out.
+                        let unpacked = 4 * pages * PAGE_TOKENS * heads.1 * heads.2;
+                        assert!(scratch <= (unpacked + 2 * MAX_SCRATCH) as u64);
+                        for launch in lowered(o, &props, deterministic) {
+                            assert!(KERNELS.contains(&launch.kernel));
+                            assert!(launch.grid.iter().all(|&n| n > 0));
+                            assert!(launch.grid[1] <= 65535 && launch.grid[2] <= 65535);
+                            assert!(launch.shared_bytes <= props.shared_per_block);
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn appends_to_quantized_caches_have_a_block_per_head() {
+    let h200 = sample("H200");
+    let target = Target {
+        props: &h200,
+        scratch: Scratch::default(),
+        deterministic: false,
+    };
+    let (heads, kv_heads, head_dim) = LLAMA3;
+    let (rows, width) = (3, kv_heads * head_dim);
+    let cache = KvType::Q4.k.page_bytes(kv_heads, head_dim);
+    let op = Op::RopeAppend(RopeAppend {
+        q: write(BASE, rows * heads * head_dim, DType::F32),
+        k: read(BASE + (1 << 26), rows * width, DType::F32),
+        v: read(BASE + (2 << 26), rows * width, DType::F32),
+        positions: read(BASE + (3 << 26), rows, DType::I32),
+        slots: read(BASE + (4 << 26), rows, DType::I32),
+        inv_freq: read(BASE + (5 << 26), 64, DType::F32),
+        k_cache: write(BASE + (6 << 26), 4 * cache, DType::U8),
+        v_cache: write(BASE + (7 << 26), 4 * cache, DType::U8),
+        kv: KvType::Q4,
+        rows,
+        heads,
+        kv_heads,
+        head_dim,
+        style: RopeStyle::Neox,
+        attention_factor: 1.0,
+    });
+    let mut list = Vec::new();
+    lower(&op, &target, &mut list).unwrap();
+    assert_eq!(list.len(), 1);
+    assert_eq!(list[0].kernel, quantized::APPEND);
+    assert_eq!(list[0].grid, [3, 48, 1]);
+    assert_eq!(list[0].shared_bytes, 512);
+    assert_eq!(list[0].args.params().count(), 16);
 }

@@ -1,0 +1,350 @@
+// exl_attn_decode_*_q*: attention of few query rows per sequence over a quantized cache (src/kv.rs), on
+// tensor cores, the keys of a sequence spread over several blocks.
+//
+// What: tiles, chunks, softmax and merge are those of decode.cu. Codes go from memory to registers, 8
+// or 16 bytes of a head at a time, and become operands there: a lane's part of an operand is values of
+// few consecutive places of a head, whatever their order is in the product. So of keys lane l has values
+// (l % 4) D / 4 ... of key l / 4, and the queries lie in shared memory in that order; of values it has
+// (l / 4) D / 8 ... of keys 2 (l % 4), + 1, + 8, + 9. Codes of a key are used up before those of the next
+// one are asked for, while the other operand's are under way.
+//
+// Queries come transformed as the keys are (rope); the mean of values is transformed back before it is
+// written, by 16 lanes that have 64 values.
+//
+// Bytes: packed K and V of the sequence once per tile. Bound: memory, then instructions: about three per
+// value.
+
+#include "decode.cuh"
+#include "kv/kv.cuh"
+
+namespace {
+
+// 8 values of a head: codes, as 1024 + code in pairs (i, i + 4) of 16-bit floats.
+template <int BITS>
+struct Octet {
+    static constexpr int WORDS = BITS == 8 ? 2 : 1;   // 32-bit words of lower bits
+
+    static __device__ __forceinline__ void expand(const u32* low, u32 high, u32 (&pairs)[4]) {
+        const u32 upper = BITS == 6 ? __byte_perm(high, 0, 0x4140) << 4 : 0;
+#pragma unroll
+        for (int p = 0; p < 4; ++p) {
+            if (BITS == 8) {
+                pairs[p] = (__byte_perm(low[0], low[1], p | (4 + p) << 8) & 0x00ff00ff) | 0x64006400;
+            } else {
+                pairs[p] = (low[0] >> (4 * p) & 0x000f000f) | 0x64006400;
+                if (BITS == 6) pairs[p] |= upper >> (2 * p) & 0x00300030;
+            }
+        }
+    }
+};
+
+__device__ __forceinline__ __half2 as_half2(u32 v) { return *reinterpret_cast<__half2*>(&v); }
+__device__ __forceinline__ u32 as_u32(__half2 v) { return *reinterpret_cast<u32*>(&v); }
+
+template <int BITS>
+__device__ __forceinline__ u32 dequantize(u32 pair, __half2 step, __half2 offset) {
+    const __half2 zero = __float2half2_rn(1024.0f + float(1 << (BITS - 1)));
+    const __half2 code = __hsub2(as_half2(pair), zero);
+    return as_u32(BITS == 4 ? __hfma2(code, step, offset) : __hmul2(code, step));
+}
+
+// N consecutive octets of one key's head in registers.
+template <int BITS, int N>
+struct Codes {
+    u32 low[N * Octet<BITS>::WORDS], high[(N + 1) / 2];
+    u32 word[(N + 3) / 4];   // of the groups of the octets
+    static_assert(N <= 4 || N % 4 == 0, "whole groups, or a part of one");
+
+    // Octets `from` and after, of a key that is there or whose words are to be 0.
+    __device__ __forceinline__ void load(const Head<const u8>& head, int from, bool there) {
+        constexpr int BYTES = N * 4 * Octet<BITS>::WORDS;
+        const u8* at = head.codes + from * 4 * Octet<BITS>::WORDS;
+        if constexpr (BYTES % 16 == 0) {
+#pragma unroll
+            for (int i = 0; i < BYTES / 16; ++i) {
+                const uint4 v = reinterpret_cast<const uint4*>(at)[i];
+                low[4 * i] = v.x;
+                low[4 * i + 1] = v.y;
+                low[4 * i + 2] = v.z;
+                low[4 * i + 3] = v.w;
+            }
+        } else if constexpr (BYTES == 8) {
+            const uint2 v = *reinterpret_cast<const uint2*>(at);
+            low[0] = v.x;
+            low[1] = v.y;
+        } else {
+            low[0] = *reinterpret_cast<const u32*>(at);
+        }
+        if constexpr (BITS == 6) {
+            if constexpr (N == 1) {
+                high[0] = *reinterpret_cast<const u16*>(head.high + 2 * from);
+            } else {
+#pragma unroll
+                for (int i = 0; i < N / 2; ++i) {
+                    high[i] = reinterpret_cast<const u32*>(head.high + 2 * from)[i];
+                }
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < (N + 3) / 4; ++i) {
+            word[i] = there ? reinterpret_cast<const u16*>(head.words)[from / 4 + i] : 0;
+        }
+    }
+    __device__ __forceinline__ void expand(int octet, u32 (&pairs)[4]) const {
+        const u32 upper = BITS == 6 ? high[octet / 2] >> (octet % 2 * 16) : 0;
+        Octet<BITS>::expand(low + octet * Octet<BITS>::WORDS, upper, pairs);
+    }
+    // Step and offset of an octet, of which the head has `from` before the first one here.
+    __device__ __forceinline__ __half2 scale(int octet, int from) const {
+        return block_scale(BITS, word[octet / 4], N < 4 ? (from + octet) % 4 : octet % 4);
+    }
+};
+
+// Column of a value of a query in shared memory: products go through steps of 16 columns, in which lane
+// l has columns 2 (l % 4), + 1, + 8, + 9.
+template <int D>
+__device__ __forceinline__ int column(int value) {
+    const int lane = value / (D / 4), octet = value % (D / 4) / 8, pair = value % 4, half = value / 4 % 2;
+    return 16 * (2 * octet + pair / 2) + 2 * lane + half + 8 * (pair % 2);
+}
+
+template <int D>
+struct ReorderedRows {
+    PaddedRows<D, ROWS, 2> rows;
+
+    __device__ __forceinline__ void put(int r, int at, uint2 high, uint2 low) const {
+        __half* to = rows.queries + r * (D + 8);
+        const u32 terms[2][2] = {{high.x, high.y}, {low.x, low.y}};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int place = column<D>(at + i);
+#pragma unroll
+            for (int t = 0; t < 2; ++t) {
+                to[t * ROWS * (D + 8) + place] = __ushort_as_half(u16(terms[t][i / 2] >> (i % 2 * 16)));
+            }
+        }
+    }
+    __device__ __forceinline__ void put(int r, const Row& row) const { rows.put(r, row); }
+};
+
+template <int D, int WARPS, int K_BITS, int V_BITS>
+struct Walk {
+    static constexpr int DIM = D, BLOCK_WARPS = WARPS, STRIDE = D + 8;
+    static constexpr int QUERIES = 2 * ROWS * STRIDE;   // halves
+    // Octets of a lane in a key and in a value.
+    static constexpr int K_OCTETS = D / 32, V_OCTETS = D / 64;
+
+    const Attention& a;
+    const Tile& tile;
+    const int kv_head, warp, lane;
+    __half* shared;
+    Codes<K_BITS, K_OCTETS> keys[2];
+    Codes<V_BITS, V_OCTETS> vals[4];
+    // Of rows lane / 4 and lane / 4 + 8: maximum, sum of the weights of this lane's keys, values
+    // (2 (lane % 4) + i) D / 8 + n in values[n][i], i < 2, and of the other row in [n][2 + i].
+    float most[2], sum[2], values[D / 8][4];
+
+    __device__ __forceinline__ Walk(const Attention& a, const Tile& tile, __half* shared)
+        : a(a), tile(tile), kv_head(blockIdx.y), warp(threadIdx.x / WARP), lane(threadIdx.x % WARP),
+          shared(shared) {}
+
+    static __device__ __forceinline__ ReorderedRows<D> query_rows(__half* shared) { return {{shared}}; }
+    static __device__ __forceinline__ const float* sums(const __half* shared, int warp) {
+        return reinterpret_cast<const float*>(shared + QUERIES) + warp * ROWS * STRIDE;
+    }
+
+    // The inverse transform of 64 values by 16 lanes.
+    static __device__ __forceinline__ float4 finish(float4 v) {
+        const int lane = threadIdx.x % WARP;
+        const u32 mask = 0xffffu << (lane & 16);
+        v = make_float4(v.x + v.z, v.y + v.w, v.x - v.z, v.y - v.w);
+#pragma unroll
+        for (int d = 1; d < 16; d *= 2) {
+            const float sign = lane & d ? -1.0f : 1.0f;
+            v.x = fmaf(sign, v.x, __shfl_xor_sync(mask, v.x, d));
+            v.y = fmaf(sign, v.y, __shfl_xor_sync(mask, v.y, d));
+            v.z = fmaf(sign, v.z, __shfl_xor_sync(mask, v.z, d));
+            v.w = fmaf(sign, v.w, __shfl_xor_sync(mask, v.w, d));
+        }
+        constexpr float N = 1.0f / 32.0f;
+        return make_float4(v.x * N, v.y * N, v.z * N, v.w * N);
+    }
+
+    __device__ __forceinline__ void clear() {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            most[h] = minus_infinity();
+            sum[h] = 0.0f;
+        }
+#pragma unroll
+        for (int n = 0; n < D / 8; ++n) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) values[n][i] = 0.0f;
+        }
+    }
+
+    __device__ __forceinline__ Turns turns(const Chunks& chunks, int chunk) const {
+        return find_turns<WARPS>(tile, chunks, chunk, warp);
+    }
+
+    template <int BITS>
+    __device__ __forceinline__ Head<const u8> head(const void* cache, long long token) const {
+        return {static_cast<const u8*>(cache), Format(BITS, D), token, a.kv_heads, kv_head};
+    }
+    __device__ __forceinline__ void load_keys(Pages& pages, const Turns& t, int turn) {
+        if (turn >= t.count) return;
+        const long long token = pages.token(a, tile.seq, t.first + turn * KEYS * WARPS);
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+            keys[j].load(head<K_BITS>(a.k_cache, token + lane / 4 + 8 * j), lane % 4 * K_OCTETS, true);
+        }
+    }
+    // What no row sees counts as 0, whatever is stored there.
+    __device__ __forceinline__ void load_values(Pages& pages, const Turns& t, int turn) {
+        if (turn >= t.count) return;
+        const int key = t.first + turn * KEYS * WARPS;
+        const long long token = pages.token(a, tile.seq, key);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            const int at = lane % 4 * 2 + j % 2 + j / 2 * 8;
+            const bool there = key + at >= tile.keys_from && key + at < tile.keys_to;
+            vals[j].load(head<V_BITS>(a.v_cache, token + at), lane / 4 * V_OCTETS, there);
+        }
+    }
+    __device__ __forceinline__ void fill(Pages& pages, const Turns& t) {
+        load_keys(pages, t, 0);
+        load_values(pages, t, 0);
+    }
+
+    // Raw products of the 16 rows with 16 keys, as in decode.cu.
+    __device__ __forceinline__ void products(float (&raw)[2][4]) const {
+        const u32 high = smem_address(shared + lane % 16 * STRIDE + lane / 16 * 8);
+        const u32 low = high + ROWS * STRIDE * 2;
+        float large[2][4] = {}, small[2][4] = {};
+#pragma unroll
+        for (int o = 0; o < K_OCTETS; ++o) {
+            u32 b[2][4];
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+                u32 pairs[4];
+                keys[j].expand(o, pairs);
+                const __half2 s = keys[j].scale(o, lane % 4 * K_OCTETS);
+#pragma unroll
+                for (int p = 0; p < 4; ++p) {
+                    b[j][p] = dequantize<K_BITS>(pairs[p], __low2half2(s), __high2half2(s));
+                }
+            }
+#pragma unroll
+            for (int step = 0; step < 2; ++step) {
+                u32 hi[4], lo[4];
+                ldmatrix_x4(hi, high + (2 * o + step) * 32);
+                ldmatrix_x4(lo, low + (2 * o + step) * 32);
+#pragma unroll
+                for (int j = 0; j < 2; ++j) {
+                    mma_f16(large[j], hi, b[j][2 * step], b[j][2 * step + 1]);
+                    mma_f16(small[j], lo, b[j][2 * step], b[j][2 * step + 1]);
+                }
+            }
+        }
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) raw[i / 2][2 * j + i % 2] = large[j][i] + small[j][i];
+        }
+    }
+
+    // values = values * keep + weights * V.
+    __device__ __forceinline__ void weigh(const float (&weights)[2][4], const float (&keep)[2]) {
+        u32 hi[4], lo[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int h = i % 2, j = i / 2;
+            split(weights[h][2 * j], weights[h][2 * j + 1], hi[i], lo[i]);
+        }
+#pragma unroll
+        for (int o = 0; o < V_OCTETS; ++o) {
+            // Of two neighbouring keys, one in each half.
+            u32 b[8][2];
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+                u32 first[4], second[4];
+                vals[2 * j].expand(o, first);
+                vals[2 * j + 1].expand(o, second);
+                const __half2 s = vals[2 * j].scale(o, lane / 4 * V_OCTETS);
+                const __half2 t = vals[2 * j + 1].scale(o, lane / 4 * V_OCTETS);
+                const __half2 step = __lows2half2(s, t), offset = __highs2half2(s, t);
+#pragma unroll
+                for (int p = 0; p < 4; ++p) {
+                    const u32 even = __byte_perm(first[p], second[p], 0x5410);
+                    const u32 odd = __byte_perm(first[p], second[p], 0x7632);
+                    b[p][j] = dequantize<V_BITS>(even, step, offset);
+                    b[p + 4][j] = dequantize<V_BITS>(odd, step, offset);
+                }
+            }
+#pragma unroll
+            for (int n = 0; n < 8; ++n) {
+                float added[4] = {};
+                mma_f16(added, lo, b[n][0], b[n][1]);
+                mma_f16(added, hi, b[n][0], b[n][1]);
+                float(&to)[4] = values[8 * o + n];
+#pragma unroll
+                for (int i = 0; i < 4; ++i) to[i] = fmaf(to[i], keep[i / 2], added[i]);
+            }
+        }
+    }
+
+    __device__ __forceinline__ void run(Pages& pages, const Turns& t) {
+        for (int turn = 0; turn < t.count; ++turn) {
+            const int key = t.first + turn * KEYS * WARPS;
+            float raw[2][4], keep[2];
+            products(raw);
+            load_keys(pages, t, turn + 1);
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                const Row row = row_at<D>(shared + (lane / 4 + 8 * h) * STRIDE);
+                keep[h] = soften(a, raw[h], row, key, true, most[h], sum[h]);
+            }
+            weigh(raw, keep);
+            load_values(pages, t, turn + 1);
+        }
+        __syncwarp();
+    }
+
+    // The warp's result to shared memory: sums [ROWS][STRIDE].
+    __device__ __forceinline__ void leave(float (*states)[ROWS][2]) {
+        float* to = reinterpret_cast<float*>(shared + QUERIES) + warp * ROWS * STRIDE;
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const int row = lane / 4 + 8 * h;
+            float all = sum[h];
+            all += __shfl_xor_sync(FULL_MASK, all, 1);
+            all += __shfl_xor_sync(FULL_MASK, all, 2);
+            if (lane % 4 == 0) {
+                states[warp][row][0] = most[h];
+                states[warp][row][1] = all;
+            }
+#pragma unroll
+            for (int n = 0; n < D / 8; ++n) {
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    to[row * STRIDE + (lane % 4 * 2 + i) * (D / 8) + n] = values[n][2 * h + i];
+                }
+            }
+        }
+    }
+};
+
+}  // namespace
+
+#define DECODE(D, WARPS, BLOCKS, K_BITS, V_BITS)                                                  \
+    extern "C" __global__ void __launch_bounds__(WARPS* WARP, BLOCKS)                             \
+        exl_attn_decode_##D##_q##K_BITS##_q##V_BITS(ATTENTION_PARAMETERS) {                       \
+        attend<Walk<D, WARPS, K_BITS, V_BITS>>(ATTENTION_ARGUMENTS);                              \
+    }
+#define DECODES(K_BITS, V_BITS)                                                                   \
+    DECODE(64, 4, 3, K_BITS, V_BITS)                                                              \
+    DECODE(128, 4, 2, K_BITS, V_BITS)
+DECODES(8, 8)
+DECODES(6, 6)
+DECODES(4, 4)
+DECODES(8, 4)

@@ -1,0 +1,169 @@
+// exl_kv_append: rotates q and k by their positions, transforms q for keys that are stored transformed,
+// and writes k and v into a quantized cache (src/kv.rs).
+//
+// What: a block takes one head of one row. Values go through the transform in shared memory; a warp
+// encodes a group: of 8 and 6 bits its largest value gives the scale, of 4 bits each lane tries one
+// block with one choice of step and offset for one sign, scale after scale, and the lanes agree on the
+// least squared error.
+//
+// Bytes: q twice, k and v once, in 32-bit floats, and the new part of the cache. Bound: latency at few
+// rows, instructions at many.
+
+#include "kv/kv.cuh"
+
+namespace {
+
+constexpr int THREADS = 128;
+
+__device__ __forceinline__ float2 rotation(int position, float frequency, float factor) {
+    const double turns = double(position) * double(frequency) * 0.15915494309189535;
+    float sine, cosine;
+    sincospif(float(2.0 * (turns - rint(turns))), &sine, &cosine);
+    return make_float2(cosine * factor, sine * factor);
+}
+
+__device__ __forceinline__ float nearest(float v, float low, float high) {
+    return rintf(fminf(fmaxf(v, low), high));
+}
+
+// Squared error of one block.
+__device__ __forceinline__ float block_error(const float* y, int count, float step, float shift) {
+    const float inverse = 1.0f / step;
+    float error = 0.0f;
+#pragma unroll 8
+    for (int i = 0; i < count; ++i) {
+        const float q = nearest(fmaf(y[i], inverse, -shift), -8.0f, 7.0f) + shift;
+        const float e = fmaf(q, step, -y[i]);
+        error = fmaf(e, e, error);
+    }
+    return error;
+}
+
+// Word of a group of 4-bit codes whose largest value is `most`. For whole warps.
+__device__ __forceinline__ u32 search(const float* y, const Group& g, float most) {
+    const int lane = threadIdx.x % WARP, block = lane / 4 % 4, choice = lane % 4;
+    const int from = block * g.block, count = min(g.block, g.len - from);
+    const float ratio = choice & 1 ? 0.6875f : 1.0f, shift = choice & 2 ? 1.5f : 0.0f;
+    const int middle = __half_as_ushort(__float2half_rn(most * 0.125f)) >> 8;
+    float best = __int_as_float(0x7f800000);
+    u32 word = 0;
+    for (int top = max(middle - 3, 1); top <= min(middle + 3, 0x6f); ++top) {
+        const u32 scale = u32(top) << 8 | u32(lane / 16) << 15;
+        float error = 0.0f;
+        if (count > 0) {
+            error = block_error(y + from, count, __half2float(__ushort_as_half(scale)) * ratio, shift);
+        }
+        // The best choice of each block: the first of equal ones.
+        int chosen = choice;
+#pragma unroll
+        for (int d = 1; d < 4; d *= 2) {
+            const float other = __shfl_xor_sync(FULL_MASK, error, d);
+            const int theirs = __shfl_xor_sync(FULL_MASK, chosen, d);
+            if (other < error || (other == error && theirs < chosen)) {
+                error = other;
+                chosen = theirs;
+            }
+        }
+        u32 bits = count > 0 ? u32(chosen) << (2 * block) : 0;
+#pragma unroll
+        for (int d = 4; d < 16; d *= 2) {
+            error += __shfl_xor_sync(FULL_MASK, error, d);
+            bits |= __shfl_xor_sync(FULL_MASK, bits, d);
+        }
+        if (error < best) {
+            best = error;
+            word = scale | bits;
+        }
+    }
+    const float other = __shfl_xor_sync(FULL_MASK, best, 16);
+    const u32 theirs = __shfl_xor_sync(FULL_MASK, word, 16);
+    return other < best || (other == best && lane >= 16) ? theirs : word;
+}
+
+// Encodes a group of transformed values. For whole warps.
+__device__ __forceinline__ void encode(const float* head, int group, int dim, const Format& f,
+                                       const Head<u8>& to) {
+    const int lane = threadIdx.x % WARP;
+    const Group g(group, dim);
+    const float* y = head + g.from;
+    float high = 0.0f, low = 0.0f;
+    bool finite = true;
+    for (int i = lane; i < g.len; i += WARP) {
+        high = fmaxf(high, y[i]);
+        low = fminf(low, y[i]);
+        finite = finite && isfinite(y[i]);
+    }
+    high = warp_max(high);
+    low = -warp_max(-low);
+    finite = __all_sync(FULL_MASK, finite);
+    const float zero = float(1 << (f.bits - 1)), most = fminf(fmaxf(high, -low), 65504.0f);
+    u32 word;
+    if (!finite) {
+        word = 0x7e00;
+    } else if (f.bits == 4) {
+        word = most == 0.0f ? 0 : search(y, g, most);
+    } else {
+        const float scale = (high > -low ? -most : most) / zero;
+        word = __half_as_ushort(__float2half_rn(scale));
+        if ((word & 0x7fff) == 0) word = 0;
+    }
+    const bool empty = word == 0 || !finite;
+    for (int base = 0; base < g.len; base += WARP) {
+        const int i = base + lane;
+        u32 code = 0;
+        if (i < g.len && !empty) {
+            const float2 scale = __half22float2(block_scale(f.bits, word, i / g.block));
+            const float shift = scale.y != 0.0f ? 1.5f : 0.0f;
+            code = u32(nearest(fmaf(y[i], 1.0f / scale.x, -shift), -zero, zero - 1.0f) + zero);
+        }
+        const int at = g.from + i;
+        if (f.bits == 8) {
+            if (i < g.len) to.codes[at] = u8(code);
+            continue;
+        }
+        const u32 next = __shfl_down_sync(FULL_MASK, code, 1);
+        const u32 upper = code >> 4 | next >> 4 << 2;
+        const u32 more = __shfl_down_sync(FULL_MASK, upper, 2);
+        if (i < g.len && lane % 2 == 0) to.codes[at / 2] = u8(code & 15 | next << 4);
+        if (f.bits == 6 && i < g.len && lane % 4 == 0) {
+            to.high[at / 4] = u8(upper | (i + 2 < g.len ? more << 4 : 0));
+        }
+    }
+    if (lane == 0) *reinterpret_cast<u16*>(to.words + 2 * group) = u16(word);
+}
+
+}  // namespace
+
+extern "C" __global__ void __launch_bounds__(THREADS, 8)
+    exl_kv_append(float* q, const float* k, const float* v, const int* positions, const int* slots,
+                  const float* inv_freq, u8* k_cache, u8* v_cache, int heads, int kv_heads,
+                  int head_dim, int pairs, int interleaved, float factor, int k_bits, int v_bits) {
+    extern __shared__ float x[];
+    const auto sync = [] { __syncthreads(); };
+    const int row = blockIdx.x, which = blockIdx.y;
+    pdl_launch();
+    pdl_wait();
+    const bool is_q = which < heads, is_k = !is_q && which < heads + kv_heads;
+    const int head = is_q ? which : is_k ? which - heads : which - heads - kv_heads;
+    const long long at = ((long long)row * (is_q ? heads : kv_heads) + head) * head_dim;
+    const float* from = (is_q ? q : is_k ? k : v) + at;
+    const int turned = is_q || is_k ? pairs : 0;
+    for (int p = threadIdx.x; p < turned; p += THREADS) {
+        const int a = interleaved ? 2 * p : p, b = interleaved ? a + 1 : p + pairs;
+        const float2 turn = rotation(positions[row], inv_freq[p], factor);
+        x[a] = from[a] * turn.x - from[b] * turn.y;
+        x[b] = from[b] * turn.x + from[a] * turn.y;
+    }
+    for (int i = 2 * turned + threadIdx.x; i < head_dim; i += THREADS) x[i] = from[i];
+    __syncthreads();
+    hadamard<THREADS>(x, head_dim, !is_q, sync);
+    if (is_q) {
+        for (int i = threadIdx.x; i < head_dim; i += THREADS) q[at + i] = x[i];
+        return;
+    }
+    const Format f(is_k ? k_bits : v_bits, head_dim);
+    const Head<u8> to(is_k ? k_cache : v_cache, f, slots[row], kv_heads, head);
+    for (int group = threadIdx.x / WARP; group < max(head_dim / 32, 1); group += THREADS / WARP) {
+        encode(x, group, head_dim, f, to);
+    }
+}

@@ -1,10 +1,12 @@
 //! The command line: every flag of every command, as clap sees it.
 
+mod answer;
 mod compare;
 mod convert;
 mod rewrite;
 mod sampling;
 
+pub(crate) use answer::{AnswerArgs, PromptArgs};
 pub(crate) use compare::CompareArgs;
 pub(crate) use convert::{ConvertArgs, Fit};
 pub(crate) use rewrite::exllama_short_flags;
@@ -234,6 +236,10 @@ pub(crate) struct GenerateArgs {
     #[arg(long)]
     pub(crate) ignore_eos: bool,
     #[command(flatten)]
+    pub(crate) answer: AnswerArgs,
+    #[command(flatten)]
+    pub(crate) extra: PromptArgs,
+    #[command(flatten)]
     pub(crate) cache: CacheArgs,
     /// JSON lines on stdout: chunks as they come, one `done` line per prompt
     #[arg(long)]
@@ -283,6 +289,8 @@ pub(crate) struct ChatArgs {
     pub(crate) max_tokens: u32,
     #[command(flatten)]
     pub(crate) sampling: SamplingArgs,
+    #[command(flatten)]
+    pub(crate) answer: AnswerArgs,
     #[command(flatten)]
     pub(crate) cache: CacheArgs,
     /// Where entered lines are remembered [default: the user's data directory]

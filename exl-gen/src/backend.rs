@@ -31,7 +31,14 @@ pub trait Backend: Send {
     /// [`BackendError`]; what the step would have written is then undefined.
     fn step(&mut self, seqs: &[SeqSlice<'_>]) -> Result<&[f32], BackendError>;
 
-    /// Whether [`Backend::step_drawn`] works. The engine then uses it for every step with logits.
+    /// Copies one page of the cache to another.
+    ///
+    /// # Errors
+    /// [`BackendError`]; what the page holds is then undefined.
+    fn copy_page(&mut self, from: u32, to: u32) -> Result<(), BackendError>;
+
+    /// Whether [`Backend::step_drawn`] works. The engine then uses it for every step with logits, but
+    /// for those in which a job needs to see them.
     fn draws(&self) -> bool {
         false
     }
@@ -101,6 +108,19 @@ impl Backend for RunnerBackend {
     fn step(&mut self, seqs: &[SeqSlice<'_>]) -> Result<&[f32], BackendError> {
         self.runner
             .step(seqs)
+            .map_err(|error| BackendError(error.to_string()))
+    }
+
+    fn copy_page(&mut self, from: u32, to: u32) -> Result<(), BackendError> {
+        let pages = self.pages();
+        if from.max(to) as usize >= pages {
+            return Err(BackendError(format!(
+                "pages {from} and {to}, the cache has {pages}"
+            )));
+        }
+        self.runner
+            .kv_mut()
+            .copy_page(from as usize, to as usize)
             .map_err(|error| BackendError(error.to_string()))
     }
 

@@ -1,11 +1,13 @@
 #![doc = include_str!("../README.md")]
 #![forbid(unsafe_code)]
 
+mod disk;
 mod error;
 mod events;
 mod hash;
 mod table;
 
+pub use disk::{DiskPage, DiskTier};
 pub use error::{Error, Result};
 pub use events::CacheEvent;
 pub use exl_tensor::PAGE_TOKENS;

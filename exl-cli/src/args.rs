@@ -259,6 +259,19 @@ pub(crate) struct CacheArgs {
     /// How keys and values are stored
     #[arg(help_heading = "Cache", long = "cache", value_enum, value_name = "MODE", default_value_t = CacheMode::F16)]
     pub(crate) mode: CacheMode,
+    /// Keep full pages of 256 tokens in this folder, and begin with what is there: a prompt that was
+    /// read once is not read again. Models do not mix
+    #[arg(help_heading = "Cache", long, value_name = "DIR")]
+    pub(crate) prefix_dir: Option<PathBuf>,
+    /// Most GB of one model in --prefix-dir; what was used least recently goes
+    #[arg(help_heading = "Cache", long, value_name = "GB", default_value_t = 10.0,
+          requires = "prefix_dir", value_parser = gigabytes)]
+    pub(crate) prefix_gb: f64,
+}
+
+fn gigabytes(text: &str) -> Result<f64, String> {
+    let gigabytes = text.parse().ok().filter(|n| (0.0..=1e9).contains(n));
+    gigabytes.ok_or_else(|| "must be a number from 0 to 1000000000".to_owned())
 }
 
 const CHAT_EXAMPLES: &str = "\

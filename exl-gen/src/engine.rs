@@ -11,6 +11,7 @@ use crate::request::{JobId, Request};
 use crate::stats::{Load, Stats};
 use crate::{Backend, Error, Result, Tokenizer};
 
+mod disk;
 mod pages;
 mod queue;
 mod step;
@@ -19,6 +20,8 @@ mod stream;
 mod tests;
 mod worker;
 
+use disk::Disk;
+pub use disk::DiskOptions;
 pub use stream::{Answer, JobStream};
 use worker::{Command, Worker};
 
@@ -35,6 +38,8 @@ pub struct EngineOptions {
     pub prefix_reuse: bool,
     /// Is told which pages can be found in the cache.
     pub cache_events: Option<Sender<CacheEvent>>,
+    /// Keeps full pages of the cache on disk and finds them there again; needs `prefix_reuse`.
+    pub disk: Option<DiskOptions>,
 }
 
 impl Default for EngineOptions {
@@ -46,6 +51,7 @@ impl Default for EngineOptions {
             max_seq_len: None,
             prefix_reuse: true,
             cache_events: None,
+            disk: None,
         }
     }
 }
@@ -59,7 +65,8 @@ impl Engine {
     /// gone and its jobs are done.
     ///
     /// # Errors
-    /// [`Error::Backend`] for a backend without room, [`Error::Cache`].
+    /// [`Error::Backend`] for a backend without room or whose cache cannot be kept on disk,
+    /// [`Error::Cache`], [`Error::Io`] for the folder on disk.
     pub fn start(
         backend: Box<dyn Backend>,
         tokenizer: Arc<Tokenizer>,
@@ -72,6 +79,10 @@ impl Engine {
             return Err(refuse("a step or a prompt chunk takes no token"));
         }
         let table = PageTable::new(backend.pages())?.with_reuse(options.prefix_reuse);
+        let disk = options.disk.as_ref().filter(|_| options.prefix_reuse);
+        let disk = disk
+            .map(|disk| Disk::open(disk, backend.as_ref()))
+            .transpose()?;
         let capacity = table.capacity() * PAGE_TOKENS;
         let shared = Arc::new(Shared {
             next: AtomicU64::new(0),
@@ -97,7 +108,7 @@ impl Engine {
             shared: Arc::clone(&shared),
             commands: {
                 let (sender, receiver) = channel();
-                let worker = Worker::new(backend, tokenizer, table, &options, shared);
+                let worker = Worker::new(backend, tokenizer, (table, disk), &options, shared);
                 std::thread::Builder::new()
                     .name("exl-engine".to_owned())
                     .spawn(move || worker.run(&receiver))

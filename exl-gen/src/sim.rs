@@ -144,6 +144,30 @@ impl Backend for SimBackend {
         self.max_seqs
     }
 
+    fn page_bytes(&self) -> usize {
+        4 * PAGE_TOKENS
+    }
+
+    fn read_page(&mut self, page: u32, content: &mut [u8]) -> Result<(), BackendError> {
+        let page = page as usize * PAGE_TOKENS;
+        let slots = self.slots.get(page..page + PAGE_TOKENS);
+        let slots = slots.ok_or_else(|| BackendError(format!("a read of slot {page}")))?;
+        for (bytes, slot) in content.chunks_exact_mut(4).zip(slots) {
+            bytes.copy_from_slice(&slot.unwrap_or(u32::MAX).to_le_bytes());
+        }
+        Ok(())
+    }
+
+    fn write_page(&mut self, page: u32, content: &[u8]) -> Result<(), BackendError> {
+        let page = page as usize * PAGE_TOKENS;
+        let slots = self.slots.get_mut(page..page + PAGE_TOKENS);
+        let slots = slots.ok_or_else(|| BackendError(format!("a write of slot {page}")))?;
+        for (bytes, slot) in content.as_chunks().0.iter().zip(slots) {
+            *slot = Some(u32::from_le_bytes(*bytes)).filter(|&token| token != u32::MAX);
+        }
+        Ok(())
+    }
+
     fn copy_page(&mut self, from: u32, to: u32) -> Result<(), BackendError> {
         let (from, to) = (from as usize, to as usize);
         if from.max(to) >= self.pages() {

@@ -6,6 +6,8 @@ use exl_kernels::{DType, Mem, MemMut};
 
 use crate::{Error, Gpu, GpuPart, HostMemory, Result};
 
+mod transfer;
+
 /// Shape of a model's KV cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct KvShape {

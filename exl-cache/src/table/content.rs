@@ -57,6 +57,28 @@ impl PageTable {
         Ok(filled)
     }
 
+    /// The full page that a sequence wants next, if nobody has any of it: its name and its place.
+    ///
+    /// # Errors
+    /// [`crate::Error::UnknownSequence`].
+    pub fn wanted(&self, seq: SeqId) -> Result<Option<(PageHash, PageId)>> {
+        let sequence = self.sequence(seq)?;
+        let place = sequence.filled / PAGE_TOKENS;
+        if place >= sequence.agreed || !sequence.filled.is_multiple_of(PAGE_TOKENS) {
+            return Ok(None);
+        }
+        let page = sequence.pages[place];
+        let empty = self.pool.page(page).tokens.is_empty();
+        Ok(empty.then(|| (sequence.names[place], PageId(page))))
+    }
+
+    /// Where a full page is, the name of the page before it and its tokens.
+    pub fn full_page(&self, hash: &PageHash) -> Option<(PageId, Option<PageHash>, &[u32])> {
+        let id = *self.pool.full.get(hash)?;
+        let page = self.pool.page(id);
+        Some((PageId(id), page.parent, &page.tokens))
+    }
+
     /// Notes that keys and values of `tokens`, the next of the sequence, are in its pages now. A page
     /// that is full gets its name; where another page has that name already, the sequence takes that
     /// one and gives its own back.

@@ -39,7 +39,7 @@ pub(crate) fn run(args: &ChatArgs, ui: &Ui) -> Result<()> {
         StopFlag::default()
     };
     let context = context.unwrap_or(DEFAULT_CONTEXT.min(source.spec().max_context));
-    let room = Room::one(context, args.cache.mode);
+    let room = Room::one(context, args.cache.mode).with_disk(&args.cache);
     let engine = session::engine(source, &tokenizer, &room, &args.compute, &stop, ui)?;
     let wishes = Wishes {
         sampler,

@@ -44,11 +44,7 @@ pub(crate) fn run(args: &GenerateArgs, ui: &Ui) -> Result<()> {
     let sampler = sampling::settings(&args.sampling, source.files())?;
     let given = Given::new(args, &tokenizer)?;
     let lengths = given.lengths(&jobs);
-    let room = Room {
-        seqs: lengths.len(),
-        lengths,
-        cache: args.cache.mode,
-    };
+    let room = Room::of(lengths, args.cache.mode).with_disk(&args.cache);
     let engine = session::engine(source, &tokenizer, &room, &args.compute, &stop, ui)?;
     let mut streams = Vec::new();
     for (number, job) in (1..).zip(&jobs) {

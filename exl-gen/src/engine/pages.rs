@@ -204,6 +204,9 @@ impl Worker {
                 continue;
             };
             let mut cached = self.table.catch_up(seq)?;
+            if let Some(disk) = &self.disk {
+                cached = disk.fetch(&mut self.table, self.backend.as_mut(), seq)?;
+            }
             let one = &self.running[at].lanes[lane];
             // The last token is computed in any case, for its logits.
             let next = &one.tokens[cached..one.tokens.len() - 1];

@@ -9,6 +9,7 @@ use crate::tokenizer::tests::{byte_level, make};
 use crate::{BackendError, Done, DoneReason, Encode, Event, Sampler, SamplerSettings};
 
 mod cache;
+mod disk;
 mod features;
 mod order;
 

@@ -9,6 +9,7 @@ use std::time::Instant;
 
 use exl_cache::{CacheEvent, PageTable};
 
+use super::disk::Disk;
 use super::queue::Queue;
 use super::{EngineOptions, Shared};
 use crate::job::Job;
@@ -46,6 +47,7 @@ pub(super) struct Worker {
     pub(super) backend: Box<dyn Backend>,
     pub(super) tokenizer: Arc<Tokenizer>,
     pub(super) table: PageTable,
+    pub(super) disk: Option<Disk>,
     pub(super) limits: Limits,
     /// Most sequences of running jobs.
     pub(super) max_lanes: usize,
@@ -64,12 +66,12 @@ impl Worker {
     pub(super) fn new(
         backend: Box<dyn Backend>,
         tokenizer: Arc<Tokenizer>,
-        mut table: PageTable,
+        (mut table, disk): (PageTable, Option<Disk>),
         options: &EngineOptions,
         shared: Arc<Shared>,
     ) -> Self {
         let rows = backend.max_rows();
-        if options.cache_events.is_some() {
+        if options.cache_events.is_some() || disk.is_some() {
             table.record_events();
         }
         Self {
@@ -81,6 +83,7 @@ impl Worker {
             backend,
             tokenizer,
             table,
+            disk,
             queue: Queue::default(),
             running: Vec::new(),
             shared,
@@ -100,7 +103,12 @@ impl Worker {
             self.grow();
             self.step();
             self.report();
+            self.save(false);
             self.publish();
+        }
+        self.save(true);
+        if let Some(disk) = &mut self.disk {
+            disk.close();
         }
         self.publish();
     }
@@ -112,10 +120,14 @@ impl Worker {
             let command = match commands.try_recv() {
                 Ok(command) => command,
                 Err(TryRecvError::Empty) if !idle => return true,
-                Err(TryRecvError::Empty) if !self.draining => match commands.recv() {
-                    Ok(command) => command,
-                    Err(_) => return false,
-                },
+                Err(TryRecvError::Empty) if !self.draining => {
+                    // There is time for it now.
+                    self.save(true);
+                    match commands.recv() {
+                        Ok(command) => command,
+                        Err(_) => return false,
+                    }
+                }
                 Err(_) if idle => return false,
                 Err(_) => return true,
             };
@@ -199,16 +211,25 @@ impl Worker {
 
     /// Tells who wants to know what changed in the cache.
     fn report(&mut self) {
+        let events = self.table.take_events();
+        if let Some(disk) = &mut self.disk {
+            disk.note(&events);
+        }
         let Some(listener) = &self.listener else {
             return;
         };
-        let sent = self
-            .table
-            .take_events()
+        let sent = events
             .into_iter()
-            .try_for_each(|e| listener.send(e));
+            .try_for_each(|event| listener.send(event));
         if sent.is_err() {
             self.listener = None;
+        }
+    }
+
+    /// Keeps pages on disk: as many as there is time for, or all.
+    fn save(&mut self, all: bool) {
+        if let Some(disk) = &mut self.disk {
+            disk.save(&self.table, self.backend.as_mut(), all);
         }
     }
 }

@@ -70,9 +70,16 @@ fn pages_are_shared_while_they_are_filled() {
     let first = admit(&mut table, &one);
     let second = admit(&mut table, &two);
     assert_eq!(table.used_pages(), 4);
+    let name = PageHash::of(None, &one[..256]);
+    let place = PageId(table.block_table(first).unwrap()[0]);
+    for seq in [first, second] {
+        assert_eq!(table.wanted(seq), Ok(Some((name, place))));
+    }
+    assert_eq!(table.full_page(&name), None);
     // Both want the same in the first two pages, so a write needs no copy.
     assert!(table.prepare_write(first, 0, 300).unwrap().is_empty());
     table.commit(first, &one[..300]).unwrap();
+    assert_eq!(table.wanted(second), Ok(None));
     assert_eq!(table.catch_up(second), Ok(300));
     // The other one goes on where the first ended.
     table.release(first).unwrap();
@@ -82,6 +89,7 @@ fn pages_are_shared_while_they_are_filled() {
     audit(&table);
     let third = admit(&mut table, &one);
     assert_eq!(table.filled(third), Ok(512));
+    assert_eq!(table.full_page(&name), Some((place, None, &one[..256])));
 }
 
 #[test]

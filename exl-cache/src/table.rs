@@ -1,12 +1,17 @@
-//! Which page belongs to which sequence.
+//! Which page belongs to which sequence, and what pages that belong to nobody still hold.
 
 use std::collections::HashMap;
 use std::fmt;
 
-use crate::{Error, PAGE_TOKENS, Result};
+use crate::{CacheEvent, Error, PAGE_TOKENS, PageHash, Prefix, Result};
 
+mod content;
+mod pool;
 #[cfg(test)]
 mod tests;
+
+pub use content::Match;
+use pool::Pool;
 
 /// A page of [`PAGE_TOKENS`] tokens in the pool.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -43,18 +48,34 @@ pub fn pages_for(tokens: usize) -> usize {
     tokens.div_ceil(PAGE_TOKENS)
 }
 
-/// Owner of all pages of a cache: block tables, reference counts and the free list.
+/// A text on its way through the cache.
+#[derive(Debug)]
+struct Sequence {
+    /// Its pages in token order.
+    pages: Vec<u32>,
+    root: Option<PageHash>,
+    /// Names of its first pages, as far as they are known.
+    names: Vec<PageHash>,
+    /// First pages that every owner wants to hold the same tokens.
+    agreed: usize,
+    /// Tokens in the cache.
+    filled: usize,
+}
+
+/// Owner of all pages of a cache: block tables, reference counts, and what pages hold.
+///
+/// Sequences that begin with the same full pages share these, also while one of them still fills
+/// them. A page that nobody owns any more keeps its content until room is needed, the least recently
+/// used first and the end of a text before its beginning.
 ///
 /// Pure bookkeeping: no page content is touched here. Every method either does all of its work or
 /// returns an error and changes nothing.
 #[derive(Debug)]
 pub struct PageTable {
-    /// References per page.
-    refs: Vec<u32>,
-    /// Free pages, the next to be used last.
-    free: Vec<u32>,
-    sequences: HashMap<SeqId, Vec<u32>>,
+    pool: Pool,
+    sequences: HashMap<SeqId, Sequence>,
     next: u64,
+    reuse: bool,
 }
 
 impl PageTable {
@@ -71,26 +92,39 @@ impl PageTable {
             return Err(Error::PoolSize { pages, max });
         }
         Ok(Self {
-            refs: vec![0; pages],
-            free: (0..pages as u32).rev().collect(),
+            pool: Pool::new(pages),
             sequences: HashMap::new(),
             next: 0,
+            reuse: true,
         })
+    }
+
+    /// Whether pages are shared by content and found again; on by default. [`Self::fork`] shares
+    /// pages either way.
+    #[must_use]
+    pub fn with_reuse(mut self, reuse: bool) -> Self {
+        self.reuse = reuse;
+        self
     }
 
     /// Pages of the pool.
     pub fn capacity(&self) -> usize {
-        self.refs.len()
+        self.pool.pages.len()
     }
 
     /// Pages nobody owns.
     pub fn free_pages(&self) -> usize {
-        self.free.len()
+        self.pool.free()
+    }
+
+    /// Pages nobody owns that hold tokens which may be found again.
+    pub fn kept_pages(&self) -> usize {
+        self.pool.kept.len()
     }
 
     /// Pages owned by at least one sequence.
     pub fn used_pages(&self) -> usize {
-        self.capacity() - self.free.len()
+        self.capacity() - self.free_pages()
     }
 
     /// Sequences alive.
@@ -100,16 +134,57 @@ impl PageTable {
 
     /// Sequences that own `page`; 0 for an unknown page.
     pub fn references(&self, page: PageId) -> u32 {
-        self.refs.get(page.0 as usize).copied().unwrap_or(0)
+        self.pool.pages.get(page.0 as usize).map_or(0, |p| p.refs)
     }
 
-    /// Starts a sequence with room for `tokens` tokens (0 is allowed and owns nothing).
+    /// Pages that must be free now for a text to be admitted: those that no sequence owns already.
+    pub fn pages_needed(&self, text: &Prefix) -> usize {
+        let owned = |hash| match self.pool.find(hash) {
+            Some(page) => self.pool.page(page).refs > 0,
+            None => false,
+        };
+        pages_for(text.tokens) - self.shared(text).iter().filter(|h| owned(h)).count()
+    }
+
+    fn shared<'a>(&self, text: &'a Prefix) -> &'a [PageHash] {
+        if self.reuse { &text.hashes } else { &[] }
+    }
+
+    /// Starts a sequence with room for a text (an empty one owns nothing). It shares the full pages
+    /// that are there or that others are about to fill; [`Self::filled`] says how many tokens need
+    /// not be computed.
     ///
     /// # Errors
     /// [`Error::NeverFits`] beyond the whole pool, [`Error::OutOfPages`] when only later may do.
-    pub fn admit(&mut self, tokens: usize) -> Result<SeqId> {
-        let pages = self.take(tokens, pages_for(tokens))?;
-        Ok(self.insert(pages))
+    pub fn admit(&mut self, text: &Prefix) -> Result<SeqId> {
+        self.check(text.tokens, self.pages_needed(text))?;
+        let shared = self.shared(text).to_vec();
+        // First those that are there, so that making room for the others does not take them.
+        let found: Vec<Option<u32>> = shared.iter().map(|hash| self.pool.find(hash)).collect();
+        for &page in found.iter().flatten() {
+            self.pool.retain(page);
+        }
+        let mut pages = Vec::with_capacity(pages_for(text.tokens));
+        for (hash, found) in shared.iter().zip(found) {
+            let page = found.unwrap_or_else(|| {
+                let page = self.pool.take().expect("their number was checked");
+                self.pool.promise(page, *hash);
+                page
+            });
+            pages.push(page);
+        }
+        while pages.len() < pages_for(text.tokens) {
+            pages.push(self.pool.take().expect("their number was checked"));
+        }
+        let seq = self.insert(Sequence {
+            pages,
+            root: text.root,
+            agreed: shared.len(),
+            names: shared,
+            filled: 0,
+        });
+        self.catch_up(seq)?;
+        Ok(seq)
     }
 
     /// Grows a sequence until it has room for `tokens` tokens in all; never shrinks.
@@ -117,13 +192,9 @@ impl PageTable {
     /// # Errors
     /// As [`Self::admit`], and [`Error::UnknownSequence`].
     pub fn extend(&mut self, seq: SeqId, tokens: usize) -> Result<()> {
-        let held = self.block_table(seq)?.len();
-        let pages = self.take(tokens, pages_for(tokens).saturating_sub(held))?;
-        let table = self
-            .sequences
-            .get_mut(&seq)
-            .ok_or(Error::UnknownSequence(seq))?;
-        table.extend(pages);
+        let held = self.sequence(seq)?.pages.len();
+        let fresh = self.take(tokens, pages_for(tokens).saturating_sub(held))?;
+        self.sequence_mut(seq)?.pages.extend(fresh);
         Ok(())
     }
 
@@ -133,61 +204,78 @@ impl PageTable {
     /// # Errors
     /// [`Error::UnknownSequence`], [`Error::OutOfRange`] when `seq` is shorter.
     pub fn fork(&mut self, seq: SeqId, tokens: usize) -> Result<SeqId> {
-        let table = self.block_table(seq)?;
-        let shared = table
-            .get(..pages_for(tokens))
-            .ok_or_else(|| Error::OutOfRange {
-                seq,
-                reserved: table.len() * PAGE_TOKENS,
-                position: tokens.saturating_sub(1),
-            })?
-            .to_vec();
-        for &page in &shared {
-            self.refs[page as usize] += 1;
+        let parent = self.sequence(seq)?;
+        let Some(shared) = parent.pages.get(..pages_for(tokens)) else {
+            return Err(out_of_range(seq, &parent.pages, tokens.saturating_sub(1)));
+        };
+        let full = tokens / PAGE_TOKENS;
+        let child = Sequence {
+            pages: shared.to_vec(),
+            root: parent.root,
+            names: parent.names.iter().copied().take(full).collect(),
+            agreed: parent.agreed.min(full),
+            filled: parent.filled.min(tokens),
+        };
+        for &page in &child.pages {
+            self.pool.retain(page);
         }
-        Ok(self.insert(shared))
+        Ok(self.insert(child))
     }
 
     /// Makes the pages of positions `start..end` the sequence's own. Shared ones are replaced by
-    /// fresh ones in its block table; the returned copies must be done before the write.
+    /// fresh ones in its block table; the returned copies must be done before the write. Pages that
+    /// all their owners want to fill with the same tokens stay shared. What the pages hold from
+    /// `start` on is forgotten.
     ///
     /// # Errors
     /// [`Error::UnknownSequence`], [`Error::OutOfRange`], [`Error::OutOfPages`].
     pub fn prepare_write(&mut self, seq: SeqId, start: usize, end: usize) -> Result<Vec<PageCopy>> {
-        let table = self.block_table(seq)?;
-        let reserved = table.len() * PAGE_TOKENS;
-        if end > reserved {
-            return Err(Error::OutOfRange {
-                seq,
-                reserved,
-                position: end - 1,
-            });
+        let held = self.sequence(seq)?;
+        if end > held.pages.len() * PAGE_TOKENS {
+            return Err(out_of_range(seq, &held.pages, end - 1));
         }
         if start >= end {
             return Ok(Vec::new());
         }
-        let first = start / PAGE_TOKENS;
-        let marked: Vec<(usize, u32)> = table[first..pages_for(end)]
-            .iter()
-            .enumerate()
-            .filter(|&(_, &page)| self.refs[page as usize] > 1)
-            .map(|(index, &page)| (first + index, page))
-            .collect();
+        let places = start / PAGE_TOKENS..pages_for(end);
+        let foreign = |&place: &usize| self.is_foreign(held, place);
+        let marked: Vec<usize> = places.clone().filter(foreign).collect();
         let fresh = self.take(end, marked.len())?;
-        let table = self
-            .sequences
-            .get_mut(&seq)
-            .ok_or(Error::UnknownSequence(seq))?;
         let mut copies = Vec::with_capacity(marked.len());
-        for ((index, from), to) in marked.into_iter().zip(fresh) {
-            table[index] = to;
-            self.refs[from as usize] -= 1;
+        for (&place, to) in marked.iter().zip(fresh) {
+            let from = self.own(seq, place, to, start)?;
             copies.push(PageCopy {
                 from: PageId(from),
                 to: PageId(to),
             });
         }
+        for place in places {
+            let page = self.sequence(seq)?.pages[place];
+            if self.pool.page(page).refs == 1 {
+                let keep = start.saturating_sub(place * PAGE_TOKENS).min(PAGE_TOKENS);
+                self.pool.cut(page, keep);
+            }
+        }
         Ok(copies)
+    }
+
+    /// Whether a page has other owners who want it to hold something else.
+    fn is_foreign(&self, sequence: &Sequence, place: usize) -> bool {
+        let page = self.pool.page(sequence.pages[place]);
+        let agreed = place < sequence.agreed && matches!(page.label, pool::Label::Promised(_));
+        page.refs > 1 && !agreed
+    }
+
+    /// Puts the page `to` in the place of a shared one, which is returned.
+    fn own(&mut self, seq: SeqId, place: usize, to: u32, start: usize) -> Result<u32> {
+        let from = std::mem::replace(&mut self.sequence_mut(seq)?.pages[place], to);
+        let page = self.pool.page(from);
+        let keep = start.saturating_sub(place * PAGE_TOKENS);
+        let tokens = page.tokens[..page.tokens.len().min(keep)].to_vec();
+        let parent = page.parent;
+        self.pool.append(to, parent, &tokens);
+        self.pool.release(from);
+        Ok(from)
     }
 
     /// Whether a write at `position` needs a copy first.
@@ -195,36 +283,44 @@ impl PageTable {
     /// # Errors
     /// [`Error::UnknownSequence`], [`Error::OutOfRange`].
     pub fn is_shared(&self, seq: SeqId, position: usize) -> Result<bool> {
-        let table = self.block_table(seq)?;
-        match table.get(position / PAGE_TOKENS) {
-            Some(&page) => Ok(self.refs[page as usize] > 1),
-            None => Err(Error::OutOfRange {
-                seq,
-                reserved: table.len() * PAGE_TOKENS,
-                position,
-            }),
+        let sequence = self.sequence(seq)?;
+        let place = position / PAGE_TOKENS;
+        if place >= sequence.pages.len() {
+            return Err(out_of_range(seq, &sequence.pages, position));
         }
+        Ok(self.is_foreign(sequence, place))
     }
 
-    /// Ends a sequence. Pages nobody else owns become free; their number is returned.
+    /// Ends a sequence. Pages nobody else owns become free, and can be found again by what they
+    /// hold; their number is returned.
     ///
     /// # Errors
     /// [`Error::UnknownSequence`], also for the second release of the same id.
     pub fn release(&mut self, seq: SeqId) -> Result<usize> {
-        let table = self
-            .sequences
-            .remove(&seq)
-            .ok_or(Error::UnknownSequence(seq))?;
-        let before = self.free.len();
-        // Reversed, so that the next sequence gets the same ascending run of pages.
-        for page in table.into_iter().rev() {
-            let refs = &mut self.refs[page as usize];
-            *refs -= 1;
-            if *refs == 0 {
-                self.free.push(page);
+        let sequence = self.sequences.remove(&seq);
+        let sequence = sequence.ok_or(Error::UnknownSequence(seq))?;
+        let before = self.pool.free();
+        // Reversed, so that the next sequence gets the same ascending run of pages, and that the end
+        // of a text is given up before its beginning.
+        for page in sequence.pages.into_iter().rev() {
+            self.pool.release(page);
+        }
+        Ok(self.pool.free() - before)
+    }
+
+    /// As [`Self::release`] for a sequence whose pages may not hold what they should: what it owns
+    /// alone is forgotten.
+    ///
+    /// # Errors
+    /// [`Error::UnknownSequence`].
+    pub fn discard(&mut self, seq: SeqId) -> Result<usize> {
+        for page in self.sequence(seq)?.pages.clone() {
+            let held = self.pool.page(page);
+            if held.refs == 1 && !matches!(held.label, pool::Label::Full(_)) {
+                self.pool.wipe(page);
             }
         }
-        Ok(self.free.len() - before)
+        self.release(seq)
     }
 
     /// Page ids of a sequence in token order, as a step block wants them.
@@ -232,10 +328,7 @@ impl PageTable {
     /// # Errors
     /// [`Error::UnknownSequence`].
     pub fn block_table(&self, seq: SeqId) -> Result<&[u32]> {
-        self.sequences
-            .get(&seq)
-            .map(Vec::as_slice)
-            .ok_or(Error::UnknownSequence(seq))
+        Ok(&self.sequence(seq)?.pages)
     }
 
     /// Tokens the sequence's pages can hold.
@@ -246,16 +339,55 @@ impl PageTable {
         Ok(self.block_table(seq)?.len() * PAGE_TOKENS)
     }
 
-    /// Whether a sequence of `tokens` tokens can be admitted at this moment.
+    /// Pages that become free when the sequence ends.
+    ///
+    /// # Errors
+    /// [`Error::UnknownSequence`].
+    pub fn own_pages(&self, seq: SeqId) -> Result<usize> {
+        let pages = self.block_table(seq)?.iter();
+        Ok(pages
+            .filter(|&&page| self.pool.page(page).refs == 1)
+            .count())
+    }
+
+    /// Whether a text can be admitted at this moment.
     ///
     /// # Errors
     /// [`Error::NeverFits`] when it never can.
-    pub fn fits_now(&self, tokens: usize) -> Result<bool> {
-        match self.check(tokens, pages_for(tokens)) {
+    pub fn fits_now(&self, text: &Prefix) -> Result<bool> {
+        match self.check(text.tokens, self.pages_needed(text)) {
             Ok(()) => Ok(true),
             Err(Error::OutOfPages { .. }) => Ok(false),
             Err(error) => Err(error),
         }
+    }
+
+    /// Forgets what the pages hold that nobody owns.
+    pub fn clear(&mut self) {
+        while let Some((_, page)) = self.pool.kept.pop_first() {
+            self.pool.wipe(page);
+            self.pool.blank.push(page);
+        }
+        if self.pool.full.is_empty()
+            && let Some(events) = &mut self.pool.events
+        {
+            events.clear();
+            events.push(CacheEvent::Cleared);
+        }
+    }
+
+    /// Notes every change from now on for [`Self::take_events`].
+    pub fn record_events(&mut self) {
+        self.pool.events.get_or_insert_default();
+    }
+
+    /// The changes since the last call, oldest first.
+    pub fn take_events(&mut self) -> Vec<CacheEvent> {
+        self.pool
+            .events
+            .as_mut()
+            .map(std::mem::take)
+            .unwrap_or_default()
     }
 
     fn check(&self, tokens: usize, needed: usize) -> Result<()> {
@@ -267,7 +399,7 @@ impl PageTable {
                 capacity,
             });
         }
-        let free = self.free.len();
+        let free = self.free_pages();
         if needed > free {
             return Err(Error::OutOfPages { needed, free });
         }
@@ -277,17 +409,32 @@ impl PageTable {
     /// Takes `count` free pages with one reference each, for a sequence of `tokens` tokens.
     fn take(&mut self, tokens: usize, count: usize) -> Result<Vec<u32>> {
         self.check(tokens, count)?;
-        let pages: Vec<u32> = self.free.drain(self.free.len() - count..).rev().collect();
-        for &page in &pages {
-            self.refs[page as usize] = 1;
-        }
-        Ok(pages)
+        let take = |_| self.pool.take().expect("their number was checked");
+        Ok((0..count).map(take).collect())
     }
 
-    fn insert(&mut self, pages: Vec<u32>) -> SeqId {
+    fn insert(&mut self, sequence: Sequence) -> SeqId {
         let seq = SeqId(self.next);
         self.next += 1;
-        self.sequences.insert(seq, pages);
+        self.sequences.insert(seq, sequence);
         seq
+    }
+
+    fn sequence(&self, seq: SeqId) -> Result<&Sequence> {
+        self.sequences.get(&seq).ok_or(Error::UnknownSequence(seq))
+    }
+
+    fn sequence_mut(&mut self, seq: SeqId) -> Result<&mut Sequence> {
+        self.sequences
+            .get_mut(&seq)
+            .ok_or(Error::UnknownSequence(seq))
+    }
+}
+
+fn out_of_range(seq: SeqId, pages: &[u32], position: usize) -> Error {
+    Error::OutOfRange {
+        seq,
+        reserved: pages.len() * PAGE_TOKENS,
+        position,
     }
 }

@@ -1,10 +1,12 @@
 //! The command line: every flag of every command, as clap sees it.
 
+mod answer;
 mod compare;
 mod convert;
 mod rewrite;
 mod sampling;
 
+pub(crate) use answer::{AnswerArgs, PromptArgs};
 pub(crate) use compare::CompareArgs;
 pub(crate) use convert::{ConvertArgs, Fit};
 pub(crate) use rewrite::exllama_short_flags;
@@ -220,6 +222,10 @@ pub(crate) struct GenerateArgs {
     #[arg(long)]
     pub(crate) ignore_eos: bool,
     #[command(flatten)]
+    pub(crate) answer: AnswerArgs,
+    #[command(flatten)]
+    pub(crate) extra: PromptArgs,
+    #[command(flatten)]
     pub(crate) cache: CacheArgs,
     /// JSON lines on stdout: chunks as they come, one `done` line per prompt
     #[arg(long)]
@@ -240,6 +246,19 @@ pub(crate) struct CacheArgs {
     /// for values, as in q8:q4
     #[arg(help_heading = "Cache", long = "cache", value_name = "MODE", default_value_t = KvType::F16)]
     pub(crate) mode: KvType,
+    /// Keep full pages of 256 tokens in this folder, and begin with what is there: a prompt that was
+    /// read once is not read again. Models do not mix
+    #[arg(help_heading = "Cache", long, value_name = "DIR")]
+    pub(crate) prefix_dir: Option<PathBuf>,
+    /// Most GB of one model in --prefix-dir; what was used least recently goes
+    #[arg(help_heading = "Cache", long, value_name = "GB", default_value_t = 10.0,
+          requires = "prefix_dir", value_parser = gigabytes)]
+    pub(crate) prefix_gb: f64,
+}
+
+fn gigabytes(text: &str) -> Result<f64, String> {
+    let gigabytes = text.parse().ok().filter(|n| (0.0..=1e9).contains(n));
+    gigabytes.ok_or_else(|| "must be a number from 0 to 1000000000".to_owned())
 }
 
 const CHAT_EXAMPLES: &str = "\
@@ -270,6 +289,8 @@ pub(crate) struct ChatArgs {
     pub(crate) max_tokens: u32,
     #[command(flatten)]
     pub(crate) sampling: SamplingArgs,
+    #[command(flatten)]
+    pub(crate) answer: AnswerArgs,
     #[command(flatten)]
     pub(crate) cache: CacheArgs,
     /// Where entered lines are remembered [default: the user's data directory]

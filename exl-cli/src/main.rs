@@ -1,6 +1,7 @@
 //! The `exl` command: quantize, judge, run and inspect EXL2 language models.
 #![forbid(unsafe_code)]
 
+mod answer;
 mod args;
 mod calibration;
 mod cmd;

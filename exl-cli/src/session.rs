@@ -1,18 +1,18 @@
 //! From flags to a loaded model that can run.
 
-use crate::args::{ActivationMode, ComputeArgs, Device, DeviceArgs, LoadArgs};
+use crate::args::{ActivationMode, CacheArgs, ComputeArgs, Device, DeviceArgs, LoadArgs};
 use crate::failure::Interrupted;
 use crate::machine;
 use crate::memory::{self, Taken};
 use crate::signal::StopFlag;
 use crate::ui::{self, Ui};
 use anyhow::{Result, bail};
-use exl_gen::{Engine, EngineHandle, EngineOptions, RunnerBackend, Tokenizer};
+use exl_gen::{DiskOptions, Engine, EngineHandle, EngineOptions, RunnerBackend, Tokenizer};
 use exl_models::rope::RopeOptions;
 use exl_models::{Backend, LoadOptions, MemoryRequest, Model, ModelSource, Runner, RunnerOptions};
 use exl_tensor::{Activations, CudaOptions, Gpu, KvType, PAGE_TOKENS};
 use std::ops::ControlFlow;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
@@ -216,16 +216,31 @@ pub(crate) struct Room {
     /// Tokens of each sequence, prompt and answer.
     pub(crate) lengths: Vec<usize>,
     pub(crate) cache: KvType,
+    /// Where prefixes are kept, and how many bytes of them.
+    pub(crate) disk: Option<(PathBuf, u64)>,
 }
 
 impl Room {
     /// For one sequence.
     pub(crate) fn one(tokens: usize, cache: KvType) -> Self {
+        Self::of(vec![tokens], cache)
+    }
+
+    /// For sequences of these lengths.
+    pub(crate) fn of(lengths: Vec<usize>, cache: KvType) -> Self {
         Self {
-            seqs: 1,
-            lengths: vec![tokens],
+            seqs: lengths.len(),
+            lengths,
             cache,
+            disk: None,
         }
+    }
+
+    /// With the folder that flags name.
+    pub(crate) fn with_disk(mut self, args: &CacheArgs) -> Self {
+        let bytes = (args.prefix_gb * 1e9) as u64;
+        self.disk = args.prefix_dir.clone().map(|folder| (folder, bytes));
+        self
     }
 
     /// What memory is computed for when prompts go in steps of `prefill_rows` tokens.
@@ -278,6 +293,7 @@ pub(crate) fn engine(
     let need = memory::needed(&source, &options.memory_request(), gpu)?;
     memory::check(&need, &what, "--context", gpu)?;
     let loaded = load(&source, gpu, stop, ui)?;
+    let disk = disk(&source, &options, room.disk.as_ref())?;
     // The files that were repacked need not stay mapped.
     drop(source);
     tracing::debug!(
@@ -295,6 +311,7 @@ pub(crate) fn engine(
         chunk_rows: prefill_rows,
         // Every sequence that there is room for may wait.
         max_waiting: room.seqs.max(1),
+        disk,
         ..EngineOptions::default()
     };
     Ok(Engine::start(
@@ -302,6 +319,33 @@ pub(crate) fn engine(
         Arc::clone(tokenizer),
         options,
     )?)
+}
+
+/// What keeps pages on disk. They depend on the weights and on how these compute: not on threads,
+/// but on the device, the precision of activations and the kind of cache.
+fn disk(
+    source: &ModelSource,
+    options: &RunnerOptions,
+    room: Option<&(PathBuf, u64)>,
+) -> Result<Option<DiskOptions>> {
+    let Some((folder, limit)) = room else {
+        return Ok(None);
+    };
+    let device = match options.backend {
+        Backend::Cuda(..) => "cuda",
+        Backend::Cpu | Backend::Reference => "cpu",
+    };
+    let model = format!(
+        "{}\n{device}\n{:?}\n{:?}",
+        source.fingerprint()?,
+        options.activations,
+        options.kv_type
+    );
+    Ok(Some(DiskOptions {
+        folder: folder.clone(),
+        model,
+        limit: *limit,
+    }))
 }
 
 #[cfg(test)]

@@ -31,7 +31,35 @@ pub trait Backend: Send {
     /// [`BackendError`]; what the step would have written is then undefined.
     fn step(&mut self, seqs: &[SeqSlice<'_>]) -> Result<&[f32], BackendError>;
 
-    /// Whether [`Backend::step_drawn`] works. The engine then uses it for every step with logits.
+    /// Copies one page of the cache to another.
+    ///
+    /// # Errors
+    /// [`BackendError`]; what the page holds is then undefined.
+    fn copy_page(&mut self, from: u32, to: u32) -> Result<(), BackendError>;
+
+    /// Bytes of a page's content, for [`Backend::read_page`]; 0 where that does not work.
+    fn page_bytes(&self) -> usize {
+        0
+    }
+
+    /// Copies what a page of the cache holds to `content`, of [`Backend::page_bytes`] bytes.
+    ///
+    /// # Errors
+    /// [`BackendError`]; always, where there are no bytes.
+    fn read_page(&mut self, _page: u32, _content: &mut [u8]) -> Result<(), BackendError> {
+        Err(BackendError("the cache cannot be read".to_owned()))
+    }
+
+    /// Copies what [`Backend::read_page`] gave to a page of the cache.
+    ///
+    /// # Errors
+    /// [`BackendError`]; what the page holds is then undefined.
+    fn write_page(&mut self, _page: u32, _content: &[u8]) -> Result<(), BackendError> {
+        Err(BackendError("the cache cannot be written".to_owned()))
+    }
+
+    /// Whether [`Backend::step_drawn`] works. The engine then uses it for every step with logits, but
+    /// for those in which a job needs to see them.
     fn draws(&self) -> bool {
         false
     }
@@ -75,6 +103,14 @@ impl RunnerBackend {
         self
     }
 
+    fn check_pages(&self, ids: &[u32]) -> Result<(), BackendError> {
+        let pages = self.pages();
+        match ids.iter().find(|&&id| id as usize >= pages) {
+            Some(id) => Err(BackendError(format!("page {id}, the cache has {pages}"))),
+            None => Ok(()),
+        }
+    }
+
     /// The runner.
     pub fn runner(&self) -> &exl_models::Runner {
         &self.runner
@@ -101,6 +137,30 @@ impl Backend for RunnerBackend {
     fn step(&mut self, seqs: &[SeqSlice<'_>]) -> Result<&[f32], BackendError> {
         self.runner
             .step(seqs)
+            .map_err(|error| BackendError(error.to_string()))
+    }
+
+    fn page_bytes(&self) -> usize {
+        self.runner.kv().page_bytes()
+    }
+
+    fn read_page(&mut self, page: u32, content: &mut [u8]) -> Result<(), BackendError> {
+        self.check_pages(&[page])?;
+        let read = self.runner.kv().read_page(page as usize, content);
+        read.map_err(|error| BackendError(error.to_string()))
+    }
+
+    fn write_page(&mut self, page: u32, content: &[u8]) -> Result<(), BackendError> {
+        self.check_pages(&[page])?;
+        let written = self.runner.kv_mut().write_page(page as usize, content);
+        written.map_err(|error| BackendError(error.to_string()))
+    }
+
+    fn copy_page(&mut self, from: u32, to: u32) -> Result<(), BackendError> {
+        self.check_pages(&[from, to])?;
+        self.runner
+            .kv_mut()
+            .copy_page(from as usize, to as usize)
             .map_err(|error| BackendError(error.to_string()))
     }
 

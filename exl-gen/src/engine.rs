@@ -4,18 +4,24 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
-use exl_cache::{PAGE_TOKENS, PageTable};
+use exl_cache::{CacheEvent, PAGE_TOKENS, PageTable, pages_for};
 
-use crate::job::Job;
+use crate::job::{Job, Wires};
 use crate::request::{JobId, Request};
 use crate::stats::{Load, Stats};
 use crate::{Backend, Error, Result, Tokenizer};
 
+mod disk;
+mod pages;
+mod queue;
+mod step;
 mod stream;
 #[cfg(test)]
 mod tests;
 mod worker;
 
+use disk::Disk;
+pub use disk::DiskOptions;
 pub use stream::{Answer, JobStream};
 use worker::{Command, Worker};
 
@@ -28,15 +34,24 @@ pub struct EngineOptions {
     pub max_waiting: usize,
     /// Most tokens of one sequence; the cache's size when absent.
     pub max_seq_len: Option<usize>,
+    /// Texts that begin alike share pages of the cache, and a text that was there is found again.
+    pub prefix_reuse: bool,
+    /// Is told which pages can be found in the cache.
+    pub cache_events: Option<Sender<CacheEvent>>,
+    /// Keeps full pages of the cache on disk and finds them there again; needs `prefix_reuse`.
+    pub disk: Option<DiskOptions>,
 }
 
 impl Default for EngineOptions {
-    /// Chunks of 512 tokens, 1024 waiting jobs, sequences as long as the cache.
+    /// Chunks of 512 tokens, 1024 waiting jobs, sequences as long as the cache, reuse of prefixes.
     fn default() -> Self {
         Self {
             chunk_rows: 512,
             max_waiting: 1024,
             max_seq_len: None,
+            prefix_reuse: true,
+            cache_events: None,
+            disk: None,
         }
     }
 }
@@ -50,7 +65,8 @@ impl Engine {
     /// gone and its jobs are done.
     ///
     /// # Errors
-    /// [`Error::Backend`] for a backend without room, [`Error::Cache`].
+    /// [`Error::Backend`] for a backend without room or whose cache cannot be kept on disk,
+    /// [`Error::Cache`], [`Error::Io`] for the folder on disk.
     pub fn start(
         backend: Box<dyn Backend>,
         tokenizer: Arc<Tokenizer>,
@@ -62,7 +78,11 @@ impl Engine {
         if backend.max_rows() == 0 || backend.max_seqs() == 0 || options.chunk_rows == 0 {
             return Err(refuse("a step or a prompt chunk takes no token"));
         }
-        let table = PageTable::new(backend.pages())?;
+        let table = PageTable::new(backend.pages())?.with_reuse(options.prefix_reuse);
+        let disk = options.disk.as_ref().filter(|_| options.prefix_reuse);
+        let disk = disk
+            .map(|disk| Disk::open(disk, backend.as_ref()))
+            .transpose()?;
         let capacity = table.capacity() * PAGE_TOKENS;
         let shared = Arc::new(Shared {
             next: AtomicU64::new(0),
@@ -81,13 +101,14 @@ impl Engine {
         });
         let inner = Inner {
             vocab: backend.vocab_size(),
+            max_lanes: worker::max_lanes(backend.as_ref()),
             limit: options.max_seq_len.unwrap_or(capacity).min(capacity),
             max_waiting: options.max_waiting,
             tokenizer: Arc::clone(&tokenizer),
             shared: Arc::clone(&shared),
             commands: {
                 let (sender, receiver) = channel();
-                let worker = Worker::new(backend, tokenizer, table, &options, shared);
+                let worker = Worker::new(backend, tokenizer, (table, disk), &options, shared);
                 std::thread::Builder::new()
                     .name("exl-engine".to_owned())
                     .spawn(move || worker.run(&receiver))
@@ -122,6 +143,8 @@ impl Shared {
 #[derive(Debug)]
 struct Inner {
     vocab: usize,
+    /// Most sequences of one job.
+    max_lanes: usize,
     limit: usize,
     max_waiting: usize,
     tokenizer: Arc<Tokenizer>,
@@ -163,8 +186,10 @@ impl EngineHandle {
             id,
             request,
             &inner.tokenizer,
-            sender,
-            Arc::clone(&cancelled),
+            Wires {
+                events: sender,
+                cancelled: Arc::clone(&cancelled),
+            },
         )?;
         let full = |waiting| (waiting < inner.max_waiting).then_some(waiting + 1);
         inner
@@ -186,26 +211,38 @@ impl EngineHandle {
     }
 
     fn check(&self, request: &Request) -> Result<()> {
+        let inner = &*self.inner;
         let (prompt, new) = (request.prompt.len(), request.max_new_tokens);
         if prompt == 0 {
             return Err(Error::EmptyPrompt);
         }
-        if new == 0 {
-            return Err(Error::Setting {
-                name: "max-tokens",
-                value: 0.0,
-                expected: "at least 1",
-            });
+        let negative = request.guidance.as_ref().map(|guidance| &guidance.negative);
+        let mut pages = 0;
+        for prompt in std::iter::once(&request.prompt).chain(negative) {
+            let (prompt, limit) = (prompt.len(), inner.limit);
+            pages += pages_for(prompt.saturating_add(new));
+            if prompt.saturating_add(new) > limit || pages > inner.shared.stats().load.pages {
+                return Err(Error::PromptTooLong { prompt, new, limit });
+            }
         }
-        let limit = self.inner.limit;
-        if prompt.saturating_add(new) > limit {
-            return Err(Error::PromptTooLong { prompt, new, limit });
+        let lanes = 1 + usize::from(negative.is_some());
+        if lanes > inner.max_lanes {
+            let reason = "guidance needs two sequences in one step".to_owned();
+            return Err(Error::Backend { reason });
         }
-        let vocab = self.inner.vocab;
-        match request.prompt.iter().find(|&&id| id as usize >= vocab) {
+        let vocab = inner.vocab;
+        let tokens = request.prompt.iter().chain(&request.prefix);
+        let mut tokens = tokens.chain(negative.into_iter().flatten());
+        match tokens.find(|&&id| id as usize >= vocab) {
             Some(&id) => Err(Error::UnknownToken { id, vocab }),
             None => Ok(()),
         }
+    }
+
+    /// Forgets what free pages of the cache hold.
+    pub fn clear_cache(&self) {
+        // A thread that is gone has no cache left.
+        let _ = self.inner.commands.send(Command::Clear);
     }
 
     /// Ends a job as soon as the current step is over. Unknown and ended jobs are ignored.

@@ -1,31 +1,51 @@
 //! A job inside the engine.
 
-use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Sender;
 use std::time::Instant;
 
-use exl_cache::SeqId;
+use crate::request::{Done, DoneReason, Event, JobId, Request, Timings, TokenLogprobs};
+use crate::schedule::{AGEING, Demand, MAX_LANES};
+use crate::{Draw, Error, Result, Sampler, Tokenizer};
 
-use crate::request::{Done, DoneReason, Event, JobId, Request, Timings};
-use crate::{Detokenizer, Draw, Error, Result, Sampler, StopStrings, Tokenizer};
+mod bans;
+mod lane;
+mod logits;
+mod output;
+
+pub(crate) use lane::Lane;
+use output::Output;
 
 /// Everything about one request from its submission to its end.
 pub(crate) struct Job {
     pub(crate) id: JobId,
-    /// Prompt and answer.
-    pub(crate) tokens: Vec<u32>,
-    pub(crate) prompt: usize,
-    pub(crate) max_new: usize,
-    /// Tokens whose keys and values are in the cache.
-    pub(crate) cached: usize,
-    pub(crate) seq: Option<SeqId>,
-    /// Later jobs that started before this one.
+    /// The prompt with the answer; with guidance also the negative prompt with the answer.
+    pub(crate) lanes: Vec<Lane>,
+    /// Tokens found in the cache.
+    pub(crate) found: usize,
+    pub(crate) preemptions: usize,
+    /// Jobs that started before this one while it waited.
     pub(crate) skips: usize,
+    priority: i32,
+    deadline: Option<Instant>,
+    /// Tokens of the first lane before the first draw.
+    total: usize,
+    /// Where the answer begins in the first lane.
+    prompt: usize,
+    max_new: usize,
     min_new: usize,
+    /// Given tokens of the answer that were not shown yet.
+    given: usize,
+    heal: Option<Heal>,
+    guidance: f32,
+    logprobs: Option<usize>,
     sampler: Sampler,
     stop_tokens: Vec<u32>,
+    /// Tokens that led to a banned string, by their place in the answer; places rise.
+    explored: Vec<(usize, Vec<u32>)>,
+    /// Tokens the next draw must not give.
+    blocked: Vec<u32>,
     output: Output,
     events: Sender<Event>,
     cancelled: Arc<AtomicBool>,
@@ -34,128 +54,356 @@ pub(crate) struct Job {
     first_token: Option<Instant>,
 }
 
+/// A prompt token that is drawn again.
+struct Heal {
+    /// Its text.
+    text: String,
+    /// What may take its place.
+    allowed: Vec<u32>,
+}
+
+impl Heal {
+    fn new(tokenizer: &Tokenizer, token: u32) -> Option<Self> {
+        let bytes = tokenizer.token_bytes(token)?;
+        let text = std::str::from_utf8(bytes).ok().filter(|t| !t.is_empty())?;
+        if tokenizer.is_special(token) {
+            return None;
+        }
+        Some(Self {
+            text: text.to_owned(),
+            allowed: tokenizer.ids_beginning_with(bytes),
+        })
+    }
+}
+
+/// What comes of a token.
+#[derive(Debug, PartialEq)]
+pub(crate) enum Outcome {
+    /// The next one can be drawn.
+    Next,
+    /// Tokens were taken back: the lanes have less in the cache than before.
+    Rewound,
+    /// The job is over.
+    Done(DoneReason),
+}
+
+/// The ends of a job's channels.
+pub(crate) struct Wires {
+    pub(crate) events: Sender<Event>,
+    pub(crate) cancelled: Arc<AtomicBool>,
+}
+
 impl Job {
+    /// Refuses settings that no engine could follow.
+    ///
+    /// # Errors
+    /// [`Error::Setting`].
     pub(crate) fn new(
         id: JobId,
         request: Request,
         tokenizer: &Tokenizer,
-        events: Sender<Event>,
-        cancelled: Arc<AtomicBool>,
+        wires: Wires,
     ) -> Result<Self> {
+        check(&request)?;
         let sampler = Sampler::new(request.sampler, tokenizer.vocab_size())?;
         let mut stop_tokens = request.stop_tokens;
         if !request.ignore_eos {
             stop_tokens.extend(tokenizer.eos_ids());
         }
+        let skip_special = !request.decode_special;
+        let output = Output::new(request.stop_strings, &request.banned_strings, skip_special);
+        let prompt = request.prompt.len();
+        let mut text = request.prompt;
+        let last = text
+            .last()
+            .copied()
+            .filter(|_| prompt > 1 && request.token_healing);
+        let heal = last.and_then(|last| Heal::new(tokenizer, last));
+        if heal.is_some() {
+            text.pop();
+        }
+        text.extend(&request.prefix);
+        let total = text.len();
+        let mut lanes = vec![Lane::new(text)];
+        let guidance = request.guidance.map_or(1.0, |guidance| {
+            lanes.push(Lane::new(
+                [guidance.negative, request.prefix.clone()].concat(),
+            ));
+            guidance.scale
+        });
+        let submitted = Instant::now();
         Ok(Self {
             id,
-            prompt: request.prompt.len(),
-            tokens: request.prompt,
-            max_new: request.max_new_tokens,
-            cached: 0,
-            seq: None,
+            lanes,
+            found: 0,
+            preemptions: 0,
             skips: 0,
+            priority: request.priority,
+            // A deadline beyond what the clock can count is none.
+            deadline: request
+                .deadline
+                .and_then(|after| submitted.checked_add(after)),
+            total,
+            prompt,
+            max_new: request.max_new_tokens,
             min_new: request.min_new_tokens,
+            given: request.prefix.len(),
+            heal,
+            guidance,
+            logprobs: request.logprobs,
             sampler,
             stop_tokens,
-            output: Output::new(request.stop_strings, !request.decode_special),
-            events,
-            cancelled,
-            submitted: Instant::now(),
+            explored: Vec::new(),
+            blocked: Vec::new(),
+            output,
+            events: wires.events,
+            cancelled: wires.cancelled,
+            submitted,
             started: None,
             first_token: None,
         })
     }
 
-    /// Tokens the cache has to hold in the end.
-    pub(crate) fn reserve(&self) -> usize {
-        self.prompt + self.max_new
+    /// Most tokens that a lane will ever hold.
+    pub(crate) fn longest(&self, lane: usize) -> usize {
+        let done = self.lanes[0].tokens.len();
+        let missing = (self.prompt + self.max_new).saturating_sub(done);
+        self.lanes[lane].tokens.len() + missing
     }
 
-    /// Tokens that have to go through the model before the next draw; 1 while decoding.
-    pub(crate) fn pending(&self) -> usize {
-        self.tokens.len() - self.cached
+    /// How urgent the job is; waiting makes it more so.
+    pub(crate) fn level(&self) -> i64 {
+        i64::from(self.priority) + (self.skips / AGEING) as i64
+    }
+
+    pub(crate) fn priority(&self) -> i64 {
+        i64::from(self.priority)
+    }
+
+    /// What the job can do in a step, as far as it concerns itself.
+    pub(crate) fn demand(&self) -> Demand {
+        let pending = |lane: &Lane| lane.pending();
+        match &self.lanes[..] {
+            [one] if pending(one) > 1 => Demand::Prefill([pending(one), 0]),
+            // The last tokens of several lanes wait for each other, to be drawn from together.
+            lanes if lanes.iter().any(|lane| pending(lane) > 1) => {
+                let mut rows = [0; MAX_LANES];
+                for (rows, lane) in rows.iter_mut().zip(lanes) {
+                    *rows = pending(lane) - 1;
+                }
+                Demand::Prefill(rows)
+            }
+            lanes => Demand::Decode { lanes: lanes.len() },
+        }
+    }
+
+    /// Whether every lane has all but its next token in the cache.
+    pub(crate) fn is_ready(&self) -> bool {
+        self.lanes.iter().all(|lane| lane.pending() == 0)
     }
 
     pub(crate) fn is_cancelled(&self) -> bool {
         self.cancelled.load(Ordering::Acquire)
     }
 
+    pub(crate) fn is_late(&self, now: Instant) -> bool {
+        self.deadline.is_some_and(|deadline| now >= deadline)
+    }
+
+    /// Tokens of the answer so far.
     pub(crate) fn new_tokens(&self) -> usize {
-        self.tokens.len() - self.prompt
+        self.lanes[0].tokens.len().saturating_sub(self.prompt)
     }
 
-    pub(crate) fn start(&mut self, seq: SeqId) {
-        self.seq = Some(seq);
-        self.started = Some(Instant::now());
-        self.send(Event::Started {
-            seed: self.sampler.seed(),
-        });
-    }
-
-    /// Notes that `rows` more tokens are in the cache.
-    pub(crate) fn advance(&mut self, rows: usize) {
-        let before = self.cached;
-        self.cached += rows;
-        if before < self.prompt {
-            self.send(Event::Prefill {
-                done: self.cached.min(self.prompt),
-                total: self.prompt,
+    /// The job leaves the queue; the first time, its caller is told.
+    pub(crate) fn start(&mut self) {
+        if self.started.is_none() {
+            self.started = Some(Instant::now());
+            self.send(Event::Started {
+                seed: self.sampler.seed(),
             });
+        }
+    }
+
+    /// Notes that `rows` more tokens of a lane are in the cache because the job computed them; gives
+    /// how many of them were the prompt's.
+    pub(crate) fn advance(&mut self, lane: usize, rows: usize) -> usize {
+        let before = self.lanes[lane].cached;
+        self.lanes[lane].cached += rows;
+        if self.first_token.is_some() || lane > 0 {
+            return 0;
+        }
+        let done = self.lanes[0].cached.min(self.total);
+        if before < self.total {
+            self.send(Event::Prefill {
+                done,
+                total: self.total,
+            });
+        }
+        done.saturating_sub(before)
+    }
+
+    /// Notes that tokens up to `cached` of a lane were found in the cache; gives how many are new.
+    pub(crate) fn find(&mut self, lane: usize, cached: usize) -> usize {
+        let gained = cached - self.lanes[lane].cached;
+        self.lanes[lane].cached = cached;
+        if self.first_token.is_none() && lane == 0 {
+            self.found = (self.found + gained).min(self.total);
+        }
+        gained
+    }
+
+    /// Whether the next draw needs the logits themselves.
+    pub(crate) fn needs_logits(&self) -> bool {
+        self.logprobs.is_some() || self.lanes.len() > 1 || self.heal.is_some()
+    }
+
+    /// Gets ready for the next draw.
+    pub(crate) fn prepare_draw(&mut self) {
+        let at = self.new_tokens();
+        self.blocked.clear();
+        if at < self.min_new {
+            self.blocked.extend(&self.stop_tokens);
+        }
+        if let Some((place, tokens)) = self.explored.last()
+            && *place == at
+        {
+            self.blocked.extend(tokens);
+        }
+    }
+
+    /// Number of the next draw. The one that heals the prompt comes before the first.
+    fn draw_index(&self) -> u64 {
+        match self.heal {
+            Some(_) => u64::MAX,
+            None => self.new_tokens() as u64,
         }
     }
 
     /// What the next draw needs to know, for a backend that draws by itself.
     pub(crate) fn draw(&self) -> Draw<'_> {
-        let index = self.new_tokens();
         Draw {
-            params: self.sampler.params(index as u64),
-            recent: &self.tokens,
-            blocked: blocked(&self.stop_tokens, index < self.min_new),
+            params: self.sampler.params(self.draw_index()),
+            recent: &self.lanes[0].tokens,
+            blocked: &self.blocked,
         }
     }
 
-    /// Takes the token that the backend drew; gives the reason when that ends the job.
-    pub(crate) fn take_drawn(&mut self, token: i32, tokenizer: &Tokenizer) -> Option<DoneReason> {
-        let token = u32::try_from(token).map_err(|_| Error::Logits {
-            reason: "a logit is NaN (the weights may be damaged) or every token is excluded"
-                .to_owned(),
-        });
-        self.take(token, tokenizer)
+    /// Takes the token that the backend drew.
+    pub(crate) fn take_drawn(&mut self, token: i32, tokenizer: &Tokenizer) -> Outcome {
+        match u32::try_from(token) {
+            Ok(token) => self.take(token, None, tokenizer),
+            Err(_) => {
+                let reason =
+                    "a logit is NaN (the weights may be damaged) or every token is excluded";
+                failed(&Error::Logits {
+                    reason: reason.to_owned(),
+                })
+            }
+        }
     }
 
-    /// Draws the next token; gives the reason when that ends the job.
+    /// Draws the next token from the logits of all lanes, `[lanes, vocab]`; `row` is for scratch.
     pub(crate) fn sample(
         &mut self,
-        logits: &mut [f32],
+        logits: &[&[f32]],
+        row: &mut Vec<f32>,
         tokenizer: &Tokenizer,
-    ) -> Option<DoneReason> {
-        let index = self.new_tokens();
-        let blocked = blocked(&self.stop_tokens, index < self.min_new);
-        let sampled = self
-            .sampler
-            .sample(logits, &self.tokens, blocked, index as u64);
-        self.take(sampled.map(|sampled| sampled.token), tokenizer)
+    ) -> Outcome {
+        row.clear();
+        row.extend_from_slice(logits[0]);
+        row.truncate(tokenizer.vocab_size());
+        if let Some(negative) = logits.get(1) {
+            let negative = &negative[..row.len()];
+            logits::guide(row, negative, self.guidance);
+        }
+        let model = self.logprobs.filter(|_| self.heal.is_none());
+        let model = model.map(|count| (count, row.clone()));
+        if let Some(heal) = &self.heal {
+            logits::only(row, &heal.allowed);
+        }
+        let (index, history) = (self.draw_index(), &self.lanes[0].tokens);
+        let sampled = self.sampler.sample(row, history, &self.blocked, index);
+        match sampled {
+            Ok(sampled) => {
+                let token = sampled.token;
+                let logprobs = model.map(|(count, row)| logits::logprobs(&row, token, count));
+                self.take(token, logprobs, tokenizer)
+            }
+            Err(error) => failed(&error),
+        }
     }
 
-    fn take(&mut self, token: Result<u32>, tokenizer: &Tokenizer) -> Option<DoneReason> {
-        let token = match token {
-            Ok(token) => token,
-            Err(error) => return Some(DoneReason::Error(error.to_string())),
-        };
+    fn take(
+        &mut self,
+        token: u32,
+        logprobs: Option<TokenLogprobs>,
+        tokenizer: &Tokenizer,
+    ) -> Outcome {
         self.first_token.get_or_insert_with(Instant::now);
-        self.tokens.push(token);
-        if self.stop_tokens.contains(&token) {
-            return Some(DoneReason::StopToken(token));
+        if let Some(reason) = self.show_given(tokenizer) {
+            return Outcome::Done(reason);
         }
-        let (event, hit) = self.output.push(tokenizer, token);
-        if let Some(event) = event {
+        for lane in &mut self.lanes {
+            lane.tokens.push(token);
+        }
+        if let Some(heal) = self.heal.take() {
+            let pushed = self.output.heal(tokenizer, token, &heal.text);
+            return self.tell(pushed).map_or(Outcome::Next, Outcome::Done);
+        }
+        if self.stop_tokens.contains(&token) {
+            return Outcome::Done(DoneReason::StopToken(token));
+        }
+        let pushed = self.output.push(tokenizer, token, logprobs);
+        let rewind = pushed.rewind;
+        if let Some(reason) = self.tell(pushed) {
+            return Outcome::Done(reason);
+        }
+        if rewind > 0 {
+            self.rewind(rewind);
+            return Outcome::Rewound;
+        }
+        match self.new_tokens() >= self.max_new {
+            true => Outcome::Done(DoneReason::MaxTokens),
+            false => Outcome::Next,
+        }
+    }
+
+    /// Shows the tokens that the answer was made to begin with, once.
+    fn show_given(&mut self, tokenizer: &Tokenizer) -> Option<DoneReason> {
+        for place in 0..std::mem::take(&mut self.given) {
+            let token = self.lanes[0].tokens[self.prompt + place];
+            let pushed = self.output.given(tokenizer, token);
+            if let Some(reason) = self.tell(pushed) {
+                return Some(reason);
+            }
+        }
+        None
+    }
+
+    /// Passes on what became of a token; gives the reason when that ends the job.
+    fn tell(&mut self, pushed: output::Pushed) -> Option<DoneReason> {
+        if let Some(event) = pushed.event {
             self.send(event);
         }
-        if let Some(hit) = hit {
-            return Some(DoneReason::StopString(hit));
+        pushed.stop.map(DoneReason::StopString)
+    }
+
+    /// Takes back the last `count` tokens, the first of which is not to be drawn again there.
+    fn rewind(&mut self, count: usize) {
+        let answer = self.new_tokens() - count;
+        let first = self.lanes[0].tokens[self.prompt + answer];
+        self.explored.retain(|(place, _)| *place <= answer);
+        match self.explored.last_mut() {
+            Some((place, tokens)) if *place == answer => tokens.push(first),
+            _ => self.explored.push((answer, vec![first])),
         }
-        (self.new_tokens() >= self.max_new).then_some(DoneReason::MaxTokens)
+        for lane in &mut self.lanes {
+            let left = lane.tokens.len() - count;
+            lane.tokens.truncate(left);
+            // The last token goes through the model again, for its logits.
+            lane.cached = lane.cached.min(left - 1);
+        }
     }
 
     /// Tells the caller that it is over. Text held back is shown unless a stop string took it.
@@ -171,7 +419,13 @@ impl Job {
         self.send(Event::Done(Done {
             reason,
             prompt_tokens: self.prompt,
-            new_tokens: self.new_tokens(),
+            cached_tokens: self.found,
+            new_tokens: if self.first_token.is_some() {
+                self.new_tokens()
+            } else {
+                0
+            },
+            preemptions: self.preemptions,
             timings: Timings {
                 queued: started - self.submitted,
                 prefill: first - started,
@@ -188,64 +442,44 @@ impl Job {
     }
 }
 
-/// Ids that must not be drawn: the stop tokens while the answer is too short to end.
-fn blocked(stop_tokens: &[u32], too_short: bool) -> &[u32] {
-    if too_short { stop_tokens } else { &[] }
+fn failed(error: &Error) -> Outcome {
+    Outcome::Done(DoneReason::Error(error.to_string()))
 }
 
-/// Tokens on their way to being shown.
-struct Output {
-    detokenizer: Detokenizer,
-    stop: StopStrings,
-    /// Bytes of text made so far, and of those shown.
-    made: usize,
-    shown: usize,
-    /// Tokens not shown yet and where their text begins.
-    held: VecDeque<(u32, usize)>,
-}
-
-impl Output {
-    fn new(stop: Vec<String>, skip_special: bool) -> Self {
-        Self {
-            detokenizer: Detokenizer::continuing(skip_special),
-            stop: StopStrings::new(stop),
-            made: 0,
-            shown: 0,
-            held: VecDeque::new(),
+/// Settings that contradict each other or their ranges.
+fn check(request: &Request) -> Result<()> {
+    let refuse = |name, value: f64, expected| {
+        Err(Error::Setting {
+            name,
+            value,
+            expected,
+        })
+    };
+    let (new, given) = (request.max_new_tokens, request.prefix.len());
+    if new == 0 {
+        return refuse("max-tokens", 0.0, "at least 1");
+    }
+    if given >= new {
+        return refuse(
+            "max-tokens",
+            new as f64,
+            "more than the tokens the answer begins with",
+        );
+    }
+    if given > 0 && request.token_healing {
+        return refuse("prefix tokens", given as f64, "none with token healing");
+    }
+    if let Some(guidance) = &request.guidance {
+        let scale = f64::from(guidance.scale);
+        if !scale.is_finite() || scale.abs() > 1e3 {
+            return refuse("guidance scale", scale, "between -1000 and 1000");
+        }
+        if guidance.negative.is_empty() {
+            return refuse("negative prompt tokens", 0.0, "at least 1");
+        }
+        if request.token_healing {
+            return refuse("guidance scale", scale, "absent with token healing");
         }
     }
-
-    fn push(&mut self, tokenizer: &Tokenizer, token: u32) -> (Option<Event>, Option<String>) {
-        self.held.push_back((token, self.made));
-        let piece = self.detokenizer.push(tokenizer, token);
-        self.made += piece.len();
-        let step = self.stop.push(&piece);
-        let idle = self.stop.held().is_empty() && !self.detokenizer.is_waiting();
-        let all = step.hit.is_none() && idle;
-        (self.show(step.text, all), step.hit)
-    }
-
-    fn finish(&mut self) -> Option<Event> {
-        let rest = self.detokenizer.finish();
-        self.made += rest.len();
-        // The text is over, so a hit here only means where to cut.
-        let step = self.stop.push(&rest);
-        let mut text = step.text;
-        if step.hit.is_none() {
-            text.push_str(&self.stop.finish());
-        }
-        self.show(text, step.hit.is_none())
-    }
-
-    fn show(&mut self, text: String, all: bool) -> Option<Event> {
-        self.shown += text.len();
-        let mut token_ids = Vec::new();
-        while let Some(&(id, start)) = self.held.front()
-            && (all || start < self.shown)
-        {
-            token_ids.push(id);
-            self.held.pop_front();
-        }
-        (!text.is_empty() || !token_ids.is_empty()).then_some(Event::Text { text, token_ids })
-    }
+    Ok(())
 }

@@ -15,9 +15,9 @@ mod template;
 mod tokenizer;
 
 pub use backend::{Backend, BackendError, Draw, LogitRows, RunnerBackend, SampleParams, SeqSlice};
-pub use engine::{Answer, Engine, EngineHandle, EngineOptions, JobStream};
+pub use engine::{Answer, DiskOptions, Engine, EngineHandle, EngineOptions, JobStream};
 pub use error::{Error, Result};
-pub use request::{Done, DoneReason, Event, JobId, Request, Timings};
+pub use request::{Done, DoneReason, Event, Guidance, JobId, Request, Timings, TokenLogprobs};
 pub use sampler::{Philox, Sampled, Sampler, SamplerSettings};
 pub use stats::{Load, Stats};
 pub use stop::{StopStrings, StopText};

@@ -20,20 +20,49 @@ impl fmt::Display for JobId {
 pub struct Request {
     /// Token ids, BOS included where the model wants one.
     pub prompt: Vec<u32>,
-    /// Most tokens of the answer; cache for all of them is reserved when the job starts.
+    /// Most tokens of the answer, `prefix` included.
     pub max_new_tokens: usize,
     /// Stop tokens are not drawn before the answer has this many tokens.
     pub min_new_tokens: usize,
+    /// Tokens the answer begins with. They count as drawn, and nothing in them is banned.
+    pub prefix: Vec<u32>,
+    /// The last prompt token is drawn again, from those that begin with its text, so that a prompt
+    /// may end within a word. Only what is added to its text is shown; the token comes first among
+    /// the answer's ids and does not count as one of them. Special tokens, incomplete characters and
+    /// prompts of one token stay as they are. Not together with `prefix`.
+    pub token_healing: bool,
     /// How tokens are chosen.
     pub sampler: SamplerSettings,
+    /// Steers away from another prompt.
+    pub guidance: Option<Guidance>,
     /// Tokens that end the answer, besides the tokenizer's end-of-text ids.
     pub stop_tokens: Vec<u32>,
     /// Texts that end the answer.
     pub stop_strings: Vec<String>,
+    /// Texts that must not appear, in any case of their letters. When one does, the tokens that spell
+    /// it are taken back and the first of them is not drawn again there.
+    pub banned_strings: Vec<String>,
     /// Goes on past end-of-text tokens.
     pub ignore_eos: bool,
     /// Shows special tokens in the text.
     pub decode_special: bool,
+    /// Tells the log-probability of every token and of this many of the likeliest.
+    pub logprobs: Option<usize>,
+    /// Jobs of a higher priority start first and may push others back into the queue. A job that
+    /// waits rises by one for every 64 that start before it.
+    pub priority: i32,
+    /// The job ends when it is older than this.
+    pub deadline: Option<Duration>,
+}
+
+/// Classifier-free guidance: tokens are drawn from `scale` times the log-probabilities after the
+/// prompt and `1 - scale` times those after another one.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Guidance {
+    /// The other prompt; the answer follows it, too.
+    pub negative: Vec<u32>,
+    /// 1 has no effect, more steers away from the negative prompt.
+    pub scale: f32,
 }
 
 impl Request {
@@ -43,11 +72,18 @@ impl Request {
             prompt,
             max_new_tokens: 256,
             min_new_tokens: 0,
+            prefix: Vec::new(),
+            token_healing: false,
             sampler: SamplerSettings::default(),
+            guidance: None,
             stop_tokens: Vec::new(),
             stop_strings: Vec::new(),
+            banned_strings: Vec::new(),
             ignore_eos: false,
             decode_special: false,
+            logprobs: None,
+            priority: 0,
+            deadline: None,
         }
     }
 }
@@ -74,9 +110,29 @@ pub enum Event {
         text: String,
         /// The tokens that begin in it.
         token_ids: Vec<u32>,
+        /// Log-probabilities of these tokens, if they were asked for; given tokens have none.
+        logprobs: Vec<TokenLogprobs>,
+    },
+    /// Tokens were taken back because they spelled a banned string; they were never shown.
+    Suppressed {
+        /// Their text.
+        text: String,
+        /// The tokens.
+        token_ids: Vec<u32>,
     },
     /// The end; nothing follows.
     Done(Done),
+}
+
+/// How likely a token was, by the model alone: before penalties, temperature and the like.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TokenLogprobs {
+    /// The token.
+    pub token: u32,
+    /// Natural logarithm of its probability.
+    pub logprob: f32,
+    /// The likeliest tokens with theirs, likeliest first.
+    pub top: Vec<(u32, f32)>,
 }
 
 /// How a job ended.
@@ -86,8 +142,12 @@ pub struct Done {
     pub reason: DoneReason,
     /// Tokens of the prompt.
     pub prompt_tokens: usize,
-    /// Tokens drawn, a stop token included.
+    /// Of those, tokens found in the cache.
+    pub cached_tokens: usize,
+    /// Tokens drawn, a stop token included; those taken back are not counted.
     pub new_tokens: usize,
+    /// Times the job gave its place to another one and came back.
+    pub preemptions: usize,
     /// Time spent.
     pub timings: Timings,
 }
@@ -104,6 +164,8 @@ pub enum DoneReason {
     MaxTokens,
     /// Aborted by its caller or by the end of the engine.
     Aborted,
+    /// Its deadline passed.
+    Deadline,
     /// Something failed; other jobs go on.
     Error(String),
 }

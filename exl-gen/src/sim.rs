@@ -93,6 +93,26 @@ impl SimBackend {
         Ok(page * PAGE_TOKENS + position % PAGE_TOKENS)
     }
 
+    /// As a real backend, refuses a page that is written and used a second time.
+    fn check_writes(&self, seqs: &[SeqSlice<'_>]) -> Result<(), BackendError> {
+        let mut uses = vec![0; self.pages()];
+        let used = |seq: &SeqSlice<'_>| (seq.start + seq.tokens.len()).div_ceil(PAGE_TOKENS);
+        for seq in seqs {
+            for position in (0..used(seq)).map(|place| place * PAGE_TOKENS) {
+                uses[self.slot(seq, position)? / PAGE_TOKENS] += 1;
+            }
+        }
+        for seq in seqs {
+            let written = &seq.pages[seq.start / PAGE_TOKENS..used(seq)];
+            if let Some(page) = written.iter().find(|&&page| uses[page as usize] > 1) {
+                return Err(BackendError(format!(
+                    "page {page} is written and used twice"
+                )));
+            }
+        }
+        Ok(())
+    }
+
     fn row(&mut self, seq: &SeqSlice<'_>, length: usize) -> Result<(), BackendError> {
         let context = (0..length)
             .map(|position| {
@@ -124,6 +144,40 @@ impl Backend for SimBackend {
         self.max_seqs
     }
 
+    fn page_bytes(&self) -> usize {
+        4 * PAGE_TOKENS
+    }
+
+    fn read_page(&mut self, page: u32, content: &mut [u8]) -> Result<(), BackendError> {
+        let page = page as usize * PAGE_TOKENS;
+        let slots = self.slots.get(page..page + PAGE_TOKENS);
+        let slots = slots.ok_or_else(|| BackendError(format!("a read of slot {page}")))?;
+        for (bytes, slot) in content.chunks_exact_mut(4).zip(slots) {
+            bytes.copy_from_slice(&slot.unwrap_or(u32::MAX).to_le_bytes());
+        }
+        Ok(())
+    }
+
+    fn write_page(&mut self, page: u32, content: &[u8]) -> Result<(), BackendError> {
+        let page = page as usize * PAGE_TOKENS;
+        let slots = self.slots.get_mut(page..page + PAGE_TOKENS);
+        let slots = slots.ok_or_else(|| BackendError(format!("a write of slot {page}")))?;
+        for (bytes, slot) in content.as_chunks().0.iter().zip(slots) {
+            *slot = Some(u32::from_le_bytes(*bytes)).filter(|&token| token != u32::MAX);
+        }
+        Ok(())
+    }
+
+    fn copy_page(&mut self, from: u32, to: u32) -> Result<(), BackendError> {
+        let (from, to) = (from as usize, to as usize);
+        if from.max(to) >= self.pages() {
+            return Err(BackendError(format!("a copy of page {from} to {to}")));
+        }
+        let source = from * PAGE_TOKENS..(from + 1) * PAGE_TOKENS;
+        self.slots.copy_within(source, to * PAGE_TOKENS);
+        Ok(())
+    }
+
     fn step(&mut self, seqs: &[SeqSlice<'_>]) -> Result<&[f32], BackendError> {
         let step = self.steps;
         self.steps += 1;
@@ -137,6 +191,7 @@ impl Backend for SimBackend {
                 seqs.len()
             )));
         }
+        self.check_writes(seqs)?;
         self.logits.clear();
         for seq in seqs {
             for (offset, &token) in seq.tokens.iter().enumerate() {

@@ -15,6 +15,10 @@ pub struct Stats {
     pub steps: u64,
     /// Prompt tokens worked through.
     pub prompt_tokens: u64,
+    /// Prompt tokens found in the cache instead.
+    pub cached_tokens: u64,
+    /// Times a job gave its place to another one.
+    pub preemptions: u64,
     /// Tokens drawn.
     pub new_tokens: u64,
     /// Time inside the backend.
@@ -32,6 +36,8 @@ pub struct Load {
     pub waiting: usize,
     /// Cache pages nobody owns.
     pub free_pages: usize,
+    /// Of those, pages whose tokens can be found again.
+    pub kept_pages: usize,
     /// Cache pages in all.
     pub pages: usize,
 }

@@ -159,6 +159,15 @@ impl Tokenizer {
         self.pieces.bytes(id)
     }
 
+    /// Ids of the tokens that are not special and whose bytes begin with `start`, in rising order.
+    pub fn ids_beginning_with(&self, start: &[u8]) -> Vec<u32> {
+        let begins = |&id: &u32| {
+            let bytes = self.pieces.bytes(id);
+            bytes.is_some_and(|bytes| bytes.starts_with(start)) && !self.is_special(id)
+        };
+        (0..self.vocab_size() as u32).filter(begins).collect()
+    }
+
     /// The id of a token by its exact spelling in the vocabulary.
     pub fn token_id(&self, token: &str) -> Option<u32> {
         self.inner.token_to_id(token)

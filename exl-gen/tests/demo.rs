@@ -26,18 +26,38 @@ fn dir() -> Option<&'static Path> {
 }
 
 fn start(dir: &Path, kv: exl_tensor::KvType) -> EngineHandle {
-    let model = Model::open(dir, &LoadOptions::default()).unwrap();
     let options = RunnerOptions {
         kv_type: kv,
         ..RunnerOptions::default()
     };
-    let runner = Runner::new(Arc::new(model), options).unwrap();
-    let tokenizer = Arc::new(Tokenizer::open(dir).unwrap());
-    let options = EngineOptions {
+    let chunks = EngineOptions {
         chunk_rows: 4,
         ..EngineOptions::default()
     };
-    Engine::start(Box::new(RunnerBackend::new(runner)), tokenizer, options).unwrap()
+    start_with(dir, options, chunks)
+}
+
+fn start_with(dir: &Path, runner: RunnerOptions, engine: EngineOptions) -> EngineHandle {
+    let model = Model::open(dir, &LoadOptions::default()).unwrap();
+    let runner = Runner::new(Arc::new(model), runner).unwrap();
+    let tokenizer = Arc::new(Tokenizer::open(dir).unwrap());
+    Engine::start(Box::new(RunnerBackend::new(runner)), tokenizer, engine).unwrap()
+}
+
+/// Tokens of a long text, from `start` on.
+fn passage(engine: &EngineHandle, start: usize, count: usize) -> Vec<u32> {
+    let text = include_str!("../../testdata/demo-eval.txt");
+    let tokens = engine.tokenizer().encode(text, Encode::TEXT).unwrap();
+    tokens[start..start + count].to_vec()
+}
+
+fn greedy(prompt: Vec<u32>, max_new_tokens: usize) -> Request {
+    Request {
+        max_new_tokens,
+        sampler: SamplerSettings::greedy(),
+        ignore_eos: true,
+        ..Request::new(prompt)
+    }
 }
 
 #[test]
@@ -126,4 +146,51 @@ fn batched_answers_equal_single_ones() {
     assert_eq!(alone, together);
     assert!(alone.iter().all(|text| !text.is_empty()));
     engine.drain();
+}
+
+/// Few pages, so that jobs also give way and come back. The texts are those of each request alone
+/// and without reuse.
+#[test]
+fn sharing_and_giving_way_change_no_text() {
+    let Some(dir) = dir() else {
+        return;
+    };
+    let engine = |pages, seqs, prefix_reuse| {
+        let runner = RunnerOptions {
+            pages,
+            max_seqs: seqs,
+            max_rows: 128,
+            ..RunnerOptions::default()
+        };
+        let options = EngineOptions {
+            chunk_rows: 100,
+            prefix_reuse,
+            ..EngineOptions::default()
+        };
+        start_with(dir, runner, options)
+    };
+    let crowded = engine(5, 6, true);
+    let prefix = passage(&crowded, 0, 560);
+    let request = |n: usize| match n % 2 {
+        // Two of these at once want six pages in the end.
+        0 => greedy(passage(&crowded, 700 + 30 * n, 30 + n), 600),
+        _ => greedy([prefix.clone(), passage(&crowded, 30 * n, 9)].concat(), 20),
+    };
+    let requests: Vec<Request> = (0..6).map(request).collect();
+    let streams: Vec<_> = requests
+        .iter()
+        .map(|request| crowded.submit(request.clone()).unwrap())
+        .collect();
+    let together: Vec<Vec<u32>> = streams.into_iter().map(|s| s.wait().token_ids).collect();
+    crowded.drain();
+    let (stats, load) = (crowded.stats(), crowded.load());
+    assert_eq!((stats.failed, load.free_pages), (0, load.pages));
+    assert!(stats.cached_tokens > 0, "{stats:?}");
+    assert!(stats.preemptions > 0, "{stats:?}");
+    let alone = engine(4, 1, false);
+    for (n, (request, ids)) in requests.iter().zip(&together).enumerate() {
+        let answer = alone.submit(request.clone()).unwrap().wait();
+        assert_eq!(&answer.token_ids, ids, "request {n}");
+    }
+    alone.drain();
 }

@@ -79,6 +79,10 @@ impl<F: FnMut(&mut Vec<i32>) + Send> Backend for Only<F> {
         self.0.step(seqs)
     }
 
+    fn copy_page(&mut self, from: u32, to: u32) -> Result<(), BackendError> {
+        self.0.copy_page(from, to)
+    }
+
     fn draws(&self) -> bool {
         self.0.draws()
     }

@@ -4,6 +4,7 @@
 //! lies in quantized tensors (permutations, group tables, scales) is checked on loading. Models without quantized tensors
 //! stay in the mapped files; of others, nothing refers to the files once they are repacked.
 
+mod fingerprint;
 mod finite;
 mod probe;
 mod quantized;

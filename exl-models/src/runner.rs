@@ -181,6 +181,11 @@ impl Runner {
         self.executor.as_ref()
     }
 
+    /// The cache.
+    pub fn kv(&self) -> &KvBuffers {
+        &self.kv
+    }
+
     /// The cache, for copying pages.
     pub fn kv_mut(&mut self) -> &mut KvBuffers {
         &mut self.kv

@@ -88,6 +88,33 @@ impl HostMemory {
         }
     }
 
+    /// Copies bytes from `offset` on out of the allocation.
+    ///
+    /// # Panics
+    /// When the range lies outside the allocation.
+    pub fn read(&self, offset: usize, into: &mut [u8]) {
+        self.check(offset, into.len());
+        // SAFETY: the range is in bounds and initialised, and `into` is borrowed exclusively, so it
+        // is other memory.
+        unsafe {
+            let from = self.ptr.as_ptr().add(offset);
+            std::ptr::copy_nonoverlapping(from, into.as_mut_ptr(), into.len());
+        }
+    }
+
+    /// Copies bytes into the allocation from `offset` on.
+    ///
+    /// # Panics
+    /// When the range lies outside the allocation.
+    pub fn write(&mut self, offset: usize, from: &[u8]) {
+        self.check(offset, from.len());
+        // SAFETY: the range is in bounds and `&mut self` excludes other access.
+        unsafe {
+            let to = self.ptr.as_ptr().add(offset);
+            std::ptr::copy_nonoverlapping(from.as_ptr(), to, from.len());
+        }
+    }
+
     fn check(&self, offset: usize, bytes: usize) {
         assert!(
             offset

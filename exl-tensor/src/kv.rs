@@ -5,6 +5,8 @@ use exl_kernels::{DType, KvFormat, KvType, Mem, MemMut};
 
 use crate::{Error, Gpu, GpuPart, HostMemory, Result};
 
+mod transfer;
+
 /// Shape of a model's KV cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct KvShape {

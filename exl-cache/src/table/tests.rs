@@ -1,25 +1,78 @@
-use proptest::prelude::*;
-
+use super::pool::Label;
 use super::*;
+
+mod model;
+mod sharing;
+
+/// A text of its own: no two share a page.
+fn text(tokens: usize) -> Prefix {
+    use std::sync::atomic::{AtomicU32, Ordering};
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let name = NEXT.fetch_add(1, Ordering::Relaxed);
+    Prefix::new(None, &vec![name; tokens])
+}
 
 /// Checks everything that must hold between two calls.
 fn audit(table: &PageTable) {
-    let mut owners = vec![0u32; table.refs.len()];
-    for pages in table.sequences.values() {
-        let mut seen = pages.clone();
+    let pool = &table.pool;
+    let mut owners = vec![0u32; pool.pages.len()];
+    for sequence in table.sequences.values() {
+        let mut seen = sequence.pages.clone();
         seen.sort_unstable();
         seen.dedup();
-        assert_eq!(seen.len(), pages.len(), "a sequence owns a page twice");
-        for &page in pages {
+        assert_eq!(
+            seen.len(),
+            sequence.pages.len(),
+            "a sequence owns a page twice"
+        );
+        for &page in &sequence.pages {
             owners[page as usize] += 1;
         }
+        assert!(sequence.filled <= sequence.pages.len() * PAGE_TOKENS);
+        assert!(sequence.agreed <= sequence.pages.len());
     }
-    assert_eq!(owners, table.refs, "reference counts");
-    for &page in &table.free {
-        assert_eq!(owners[page as usize], 0, "a free page has an owner");
+    let refs: Vec<u32> = pool.pages.iter().map(|page| page.refs).collect();
+    assert_eq!(owners, refs, "reference counts");
+    let mut homes = vec![0u32; pool.pages.len()];
+    for &page in pool.blank.iter().chain(pool.kept.values()) {
+        homes[page as usize] += 1;
     }
-    let owned = owners.iter().filter(|&&n| n > 0).count();
-    assert_eq!(owned + table.free.len(), table.capacity(), "a page leaked");
+    for (id, page) in pool.pages.iter().enumerate() {
+        let free = u32::from(page.refs == 0);
+        assert_eq!(
+            homes[id], free,
+            "page {id} is in {} lists of free pages",
+            homes[id]
+        );
+        let named = match page.label {
+            Label::Private => true,
+            Label::Promised(hash) => page.refs > 0 && pool.promised[&hash] == id as u32,
+            Label::Full(hash) => {
+                assert_eq!(hash, PageHash::of(page.parent, &page.tokens));
+                pool.full[&hash] == id as u32
+            }
+        };
+        assert!(named, "page {id} bears a wrong name");
+        let siblings = pool.children.get(&page.parent);
+        let listed = siblings.map_or(0, |s| s.iter().filter(|&&p| p == id as u32).count());
+        let expected = usize::from(!page.tokens.is_empty());
+        assert!(
+            listed == expected || expected == 0,
+            "page {id} is listed {listed} times"
+        );
+    }
+    assert!(pool.blank.iter().all(|&p| pool.page(p).tokens.is_empty()));
+    let named =
+        |wanted: fn(&Label) -> bool| pool.pages.iter().filter(|page| wanted(&page.label)).count();
+    assert_eq!(named(|l| matches!(l, Label::Full(_))), pool.full.len());
+    assert_eq!(
+        named(|l| matches!(l, Label::Promised(_))),
+        pool.promised.len()
+    );
+    let listed: usize = pool.children.values().map(Vec::len).sum();
+    let holding = pool.pages.iter().filter(|p| !p.tokens.is_empty()).count();
+    assert_eq!(listed, holding, "pages by parent");
+    assert_eq!(table.used_pages() + table.free_pages(), table.capacity());
 }
 
 #[test]
@@ -36,28 +89,30 @@ fn page_arithmetic_is_exact() {
         assert_eq!(pages_for(tokens), pages, "{tokens} tokens");
     }
     let mut table = PageTable::new(3).unwrap();
-    let seq = table.admit(256).unwrap();
+    let seq = table.admit(&text(256)).unwrap();
     assert_eq!(table.reserved_tokens(seq).unwrap(), 256);
     table.extend(seq, 257).unwrap();
     assert_eq!(table.reserved_tokens(seq).unwrap(), 512);
     table.extend(seq, 3).unwrap();
     assert_eq!(table.reserved_tokens(seq).unwrap(), 512);
     assert_eq!(table.block_table(seq).unwrap(), [0, 1]);
+    assert_eq!(table.own_pages(seq).unwrap(), 2);
     assert_eq!(table.release(seq).unwrap(), 2);
+    assert_eq!(table.kept_pages(), 0);
     audit(&table);
 }
 
 #[test]
 fn full_pool_waits_and_too_large_never_fits() {
     let mut table = PageTable::new(2).unwrap();
-    let first = table.admit(300).unwrap();
+    let first = table.admit(&text(300)).unwrap();
     assert_eq!(
-        table.admit(1),
+        table.admit(&text(1)),
         Err(Error::OutOfPages { needed: 1, free: 0 })
     );
-    assert_eq!(table.fits_now(1), Ok(false));
+    assert_eq!(table.fits_now(&text(1)), Ok(false));
     assert!(matches!(
-        table.admit(513),
+        table.admit(&text(513)),
         Err(Error::NeverFits {
             needed: 3,
             capacity: 2,
@@ -65,24 +120,27 @@ fn full_pool_waits_and_too_large_never_fits() {
         })
     ));
     assert!(matches!(
-        table.extend(first, 600),
+        table.extend(first, usize::MAX),
         Err(Error::NeverFits { .. })
     ));
     table.release(first).unwrap();
-    assert_eq!(table.fits_now(512), Ok(true));
-    assert!(table.fits_now(usize::MAX).is_err());
+    assert_eq!(table.fits_now(&text(512)), Ok(true));
+    assert!(table.fits_now(&text(513)).is_err());
 }
 
 #[test]
 fn stale_ids_are_errors() {
     let mut table = PageTable::new(3).unwrap();
-    let seq = table.admit(1).unwrap();
+    let seq = table.admit(&text(1)).unwrap();
     table.release(seq).unwrap();
     assert_eq!(table.release(seq), Err(Error::UnknownSequence(seq)));
+    assert_eq!(table.discard(seq), Err(Error::UnknownSequence(seq)));
     assert_eq!(table.extend(seq, 1), Err(Error::UnknownSequence(seq)));
+    assert_eq!(table.commit(seq, &[1]), Err(Error::UnknownSequence(seq)));
+    assert_eq!(table.truncate(seq, 0), Err(Error::UnknownSequence(seq)));
     assert_eq!(table.fork(seq, 0), Err(Error::UnknownSequence(seq)));
     assert!(table.block_table(seq).is_err());
-    let other = table.admit(1).unwrap();
+    let other = table.admit(&text(1)).unwrap();
     assert_ne!(seq, other);
 }
 
@@ -96,7 +154,8 @@ fn pool_sizes_are_checked() {
 #[test]
 fn writing_into_a_shared_page_copies_it_once() {
     let mut table = PageTable::new(5).unwrap();
-    let parent = table.admit(600).unwrap();
+    let parent = table.admit(&Prefix::new(None, &[1; 600])).unwrap();
+    table.commit(parent, &[1; 600]).unwrap();
     let child = table.fork(parent, 400).unwrap();
     assert_eq!(table.block_table(child).unwrap(), [0, 1]);
     assert_eq!(table.references(PageId(1)), 2);
@@ -114,19 +173,24 @@ fn writing_into_a_shared_page_copies_it_once() {
     assert_eq!(table.block_table(child).unwrap(), [0, 3]);
     assert_eq!(table.block_table(parent).unwrap(), [0, 1, 2]);
     assert!(table.prepare_write(child, 400, 500).unwrap().is_empty());
-    assert!(table.prepare_write(parent, 400, 600).unwrap().is_empty());
+    assert!(table.prepare_write(parent, 600, 601).unwrap().is_empty());
+    table.commit(child, &[2; 112]).unwrap();
     audit(&table);
 
     // The full first page stays shared until its last owner goes.
     assert_eq!(table.release(parent).unwrap(), 2);
     assert_eq!(table.release(child).unwrap(), 2);
     assert_eq!(table.free_pages(), 5);
+    // Both texts are still there: two pages of one, one more of the other, and the end of the first.
+    assert_eq!(table.kept_pages(), 4);
+    audit(&table);
 }
 
 #[test]
 fn failed_writes_change_nothing() {
     let mut table = PageTable::new(2).unwrap();
-    let parent = table.admit(512).unwrap();
+    let parent = table.admit(&text(512)).unwrap();
+    table.commit(parent, &[7; 512]).unwrap();
     let child = table.fork(parent, 512).unwrap();
     let before = table.block_table(child).unwrap().to_vec();
     assert!(matches!(
@@ -138,99 +202,13 @@ fn failed_writes_change_nothing() {
         Err(Error::OutOfRange { position: 512, .. })
     ));
     assert!(matches!(
+        table.commit(child, &[1]),
+        Err(Error::OutOfRange { position: 512, .. })
+    ));
+    assert!(matches!(
         table.fork(parent, 513),
         Err(Error::OutOfRange { .. })
     ));
     assert_eq!(table.block_table(child).unwrap(), before);
     audit(&table);
-}
-
-#[derive(Clone, Debug)]
-enum Step {
-    Admit(usize),
-    Extend(usize, usize),
-    Fork(usize, usize),
-    Write(usize, usize, usize),
-    Release(usize),
-}
-
-fn step() -> impl Strategy<Value = Step> {
-    prop_oneof![
-        (0usize..2000).prop_map(Step::Admit),
-        (0usize..16, 0usize..3000).prop_map(|(s, t)| Step::Extend(s, t)),
-        (0usize..16, 0usize..2000).prop_map(|(s, t)| Step::Fork(s, t)),
-        (0usize..16, 0usize..2000, 0usize..600).prop_map(|(s, a, n)| Step::Write(s, a, n)),
-        (0usize..16).prop_map(Step::Release),
-    ]
-}
-
-/// Applies one step to the table and to a model that only knows sizes.
-fn apply(table: &mut PageTable, alive: &mut Vec<(SeqId, usize)>, step: &Step) {
-    let free = table.free_pages();
-    let count = alive.len().max(1);
-    let pick = |index: &usize| index % count;
-    match step {
-        Step::Admit(tokens) => match table.admit(*tokens) {
-            Ok(seq) => {
-                assert_eq!(table.free_pages(), free - pages_for(*tokens));
-                alive.push((seq, pages_for(*tokens)));
-            }
-            Err(_) => assert!(pages_for(*tokens) > free),
-        },
-        _ if alive.is_empty() => {}
-        Step::Extend(index, tokens) => {
-            let (seq, held) = &mut alive[pick(index)];
-            let more = pages_for(*tokens).saturating_sub(*held);
-            match table.extend(*seq, *tokens) {
-                Ok(()) => *held += more,
-                Err(_) => assert!(more > free || pages_for(*tokens) > table.capacity()),
-            }
-        }
-        Step::Fork(index, tokens) => {
-            let (seq, held) = alive[pick(index)];
-            match table.fork(seq, *tokens) {
-                Ok(child) => alive.push((child, pages_for(*tokens))),
-                Err(_) => assert!(pages_for(*tokens) > held),
-            }
-            assert_eq!(table.free_pages(), free);
-        }
-        Step::Write(index, start, count) => {
-            let (seq, _) = alive[pick(index)];
-            let end = start + count;
-            if let Ok(copies) = table.prepare_write(seq, *start, end) {
-                assert_eq!(table.free_pages(), free - copies.len());
-                for position in *start..end {
-                    assert!(!table.is_shared(seq, position).unwrap());
-                }
-            }
-        }
-        Step::Release(index) => {
-            let (seq, _) = alive.remove(pick(index));
-            let freed = table.release(seq).unwrap();
-            assert_eq!(table.free_pages(), free + freed);
-        }
-    }
-    for (seq, held) in alive.iter() {
-        assert_eq!(table.block_table(*seq).unwrap().len(), *held);
-    }
-}
-
-proptest! {
-    #[test]
-    fn no_page_leaks_and_none_is_used_twice(
-        pages in 1usize..39,
-        steps in prop::collection::vec(step(), 1..120),
-    ) {
-        let mut table = PageTable::new(pages).unwrap();
-        let mut alive = Vec::new();
-        for step in &steps {
-            apply(&mut table, &mut alive, step);
-            audit(&table);
-        }
-        for (seq, _) in alive {
-            table.release(seq).unwrap();
-        }
-        prop_assert_eq!(table.free_pages(), table.capacity());
-        audit(&table);
-    }
 }

@@ -5,6 +5,7 @@ mod conversation;
 mod input;
 mod voice;
 
+use crate::answer;
 use crate::args::ChatArgs;
 use crate::sampling;
 use crate::session::{self, Room};
@@ -18,7 +19,7 @@ use exl_models::ModelSource;
 use input::{Event, Input};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use voice::{Prompt, Voice};
+use voice::{Prompt, Voice, Wishes};
 
 /// Context when the user names none: the whole of a large model's would take gigabytes.
 const DEFAULT_CONTEXT: usize = 8192;
@@ -38,12 +39,17 @@ pub(crate) fn run(args: &ChatArgs, ui: &Ui) -> Result<()> {
         StopFlag::default()
     };
     let context = context.unwrap_or(DEFAULT_CONTEXT.min(source.spec().max_context));
-    let room = Room::one(context, args.cache.mode);
+    let room = Room::one(context, args.cache.mode).with_disk(&args.cache);
     let engine = session::engine(source, &tokenizer, &room, &args.compute, &stop, ui)?;
+    let wishes = Wishes {
+        sampler,
+        begin: answer::begin(&args.answer, &tokenizer)?,
+        answer: args.answer.clone(),
+    };
     let voice = Voice::new(
         engine,
         template,
-        sampler,
+        wishes,
         (context, args.max_tokens as usize),
         stop,
     );

@@ -2,6 +2,7 @@
 
 mod output;
 
+use crate::answer;
 use crate::args::GenerateArgs;
 use crate::failure::{Interrupted, Usage};
 use crate::sampling;
@@ -9,7 +10,9 @@ use crate::session::{self, Room};
 use crate::signal::{self, StopFlag};
 use crate::ui::Ui;
 use anyhow::{Context, Result, bail};
-use exl_gen::{Encode, EngineHandle, Event, JobStream, Request, Tokenizer};
+use exl_gen::{
+    Encode, EngineHandle, Event, Guidance, JobStream, Request, SamplerSettings, Tokenizer,
+};
 use exl_models::ModelSource;
 use output::Output;
 use std::io::Read;
@@ -39,24 +42,13 @@ pub(crate) fn run(args: &GenerateArgs, ui: &Ui) -> Result<()> {
     let tokenizer = Arc::new(Tokenizer::open(source.files().dir())?);
     let jobs = jobs(args, &source, &tokenizer, ui)?;
     let sampler = sampling::settings(&args.sampling, source.files())?;
-    let room = Room {
-        seqs: jobs.len(),
-        lengths: jobs
-            .iter()
-            .map(|job| job.tokens.len() + job.max_new)
-            .collect(),
-        cache: args.cache.mode,
-    };
+    let given = Given::new(args, &tokenizer)?;
+    let lengths = given.lengths(&jobs);
+    let room = Room::of(lengths, args.cache.mode).with_disk(&args.cache);
     let engine = session::engine(source, &tokenizer, &room, &args.compute, &stop, ui)?;
     let mut streams = Vec::new();
     for (number, job) in (1..).zip(&jobs) {
-        let stream = engine.submit(Request {
-            max_new_tokens: job.max_new,
-            sampler: sampler.clone(),
-            stop_strings: args.stop.clone(),
-            ignore_eos: args.ignore_eos,
-            ..Request::new(job.tokens.clone())
-        });
+        let stream = engine.submit(given.request(args, job, &sampler));
         streams.push(stream.with_context(|| format!("prompt {number}"))?);
     }
     let prompts = jobs.iter().map(|job| job.text.as_str()).collect();
@@ -72,6 +64,62 @@ pub(crate) fn run(args: &GenerateArgs, ui: &Ui) -> Result<()> {
         return Err(Interrupted(why).into());
     }
     Ok(())
+}
+
+/// Texts of flags that hold for all prompts, as tokens.
+struct Given {
+    begin: Vec<u32>,
+    negative: Option<Vec<u32>>,
+}
+
+impl Given {
+    fn new(args: &GenerateArgs, tokenizer: &Tokenizer) -> Result<Self> {
+        let negative = args.extra.negative.as_ref();
+        let negative = negative
+            .map(|text| tokenizer.encode(text, PROMPT))
+            .transpose()?;
+        if negative.as_ref().is_some_and(Vec::is_empty) {
+            return Err(
+                Usage("--negative is empty, and the model has no BOS token".to_owned()).into(),
+            );
+        }
+        Ok(Self {
+            begin: answer::begin(&args.answer, tokenizer)?,
+            negative,
+        })
+    }
+
+    /// Tokens of every sequence that runs.
+    fn lengths(&self, jobs: &[Job]) -> Vec<usize> {
+        let one = |job: &Job| {
+            let negative = self.negative.as_ref().map(Vec::len);
+            let prompts = std::iter::once(job.tokens.len()).chain(negative);
+            prompts
+                .map(|prompt| prompt + job.max_new)
+                .collect::<Vec<_>>()
+        };
+        jobs.iter().flat_map(one).collect()
+    }
+
+    fn request(&self, args: &GenerateArgs, job: &Job, sampler: &SamplerSettings) -> Request {
+        let (answer, extra) = (&args.answer, &args.extra);
+        Request {
+            max_new_tokens: job.max_new,
+            min_new_tokens: answer.min_tokens as usize,
+            prefix: self.begin.clone(),
+            token_healing: extra.heal,
+            sampler: sampler.clone(),
+            guidance: self.negative.clone().map(|negative| Guidance {
+                negative,
+                scale: extra.guidance,
+            }),
+            stop_strings: args.stop.clone(),
+            banned_strings: answer.ban.clone(),
+            ignore_eos: args.ignore_eos,
+            logprobs: extra.logprobs.map(|count| count as usize),
+            ..Request::new(job.tokens.clone())
+        }
+    }
 }
 
 fn end(engine: &EngineHandle) {

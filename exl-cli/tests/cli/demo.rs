@@ -312,3 +312,74 @@ fn logging_says_more_and_has_no_colours_in_a_file() {
     );
     assert!(!most.contains('\u{1b}'), "{most:?}");
 }
+
+/// The lines of `generate --json` for a prompt that ends within a word.
+fn lines(flags: &[&str]) -> Vec<Value> {
+    let args = [
+        "generate",
+        "-m",
+        demo(),
+        "-p",
+        "The captain of the sh",
+        "-n",
+        "12",
+    ];
+    let outcome = run(exl(args)
+        .args(["--greedy", "--json", "--ignore-eos"])
+        .args(flags));
+    let text = outcome.success().stdout;
+    text.lines()
+        .map(|l| serde_json::from_str(l).unwrap())
+        .collect()
+}
+
+fn text(lines: &[Value]) -> String {
+    lines.iter().filter_map(|l| l["text"].as_str()).collect()
+}
+
+#[test]
+fn answers_are_made_as_flags_ask() {
+    let plain = text(&lines(&[]));
+    let begun = text(&lines(&["--begin", "ore and"]));
+    assert!(begun.starts_with("ore and") && begun.len() > 7, "{begun:?}");
+    let word = begun[7..].split_whitespace().next().unwrap();
+    let banned = text(&lines(&["--begin", "ore and", "--ban", word]));
+    let lower = word.to_lowercase();
+    assert!(begun[7..].to_lowercase().contains(&lower));
+    assert!(!banned[7..].to_lowercase().contains(&lower), "{banned:?}");
+    // "sh" and what follows may be one token: the answer need not begin as it does without.
+    let healed = lines(&["--heal"]);
+    assert_eq!(healed.last().unwrap()["new_tokens"], 12);
+    assert!(!text(&healed).is_empty());
+    let steered = text(&lines(&[
+        "--negative",
+        "The captain of the sh",
+        "--guidance",
+        "1",
+    ]));
+    assert_eq!(steered, plain);
+    let steered = text(&lines(&["--negative", "The sea was", "--guidance", "3"]));
+    assert_ne!(steered, plain);
+}
+
+#[test]
+fn logprobs_come_with_every_token() {
+    let lines = lines(&["--logprobs", "2"]);
+    let mut count = 0;
+    for line in lines.iter().filter(|l| l["done"] != true) {
+        let ids = line["token_ids"].as_array().unwrap();
+        let all = line["logprobs"].as_array().unwrap();
+        assert_eq!(ids.len(), all.len());
+        for (id, one) in ids.iter().zip(all) {
+            assert_eq!(&one["token"], id);
+            // Greedy: the likeliest is the one.
+            assert_eq!(
+                one["top"][0],
+                serde_json::json!({"token": id, "logprob": one["logprob"]})
+            );
+            assert!(one["top"][1]["logprob"].as_f64() <= one["logprob"].as_f64());
+            count += 1;
+        }
+    }
+    assert_eq!(count, 12);
+}

@@ -43,6 +43,12 @@ fn missing_and_clashing_flags_are_named() {
         "generate -m dir -p x --greedy --temperature 1",
         &["cannot be used with"],
     );
+    refused("generate -m dir -p x --guidance 2", &["--negative"]);
+    refused("generate -m dir -p x --logprobs 2", &["--json"]);
+    refused(
+        "generate -m dir -p x --heal --begin y",
+        &["cannot be used with"],
+    );
     refused("bench", &["--synthetic"]);
     refused("info", &["DIR"]);
     refused("bench --synthetic llama9", &["unknown shape", "llama2-7b"]);
@@ -74,6 +80,11 @@ fn values_out_of_range_are_refused() {
         &["must be a number"],
     );
     refused("generate -m dir -p x --stop=", &["--stop"]);
+    refused("generate -m dir -p x --ban=", &["--ban"]);
+    refused(
+        "generate -m dir -p x --negative y --guidance inf",
+        &["--guidance", "-1000"],
+    );
     refused("bench -m dir --prefill 99999999999", &["1 to 16777216"]);
     refused("bench -m dir --context -1", &["0 to 16777216"]);
     let args = format!("generate -m {} -p x --temperature 1e30", demo());

@@ -6,7 +6,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError};
 use std::time::Duration;
 
 use super::Command;
-use crate::request::{Done, DoneReason, Event, JobId, Timings};
+use crate::request::{Done, DoneReason, Event, JobId, Timings, TokenLogprobs};
 
 /// Events of one job. Never blocks the engine: unread events wait here, at most one per token and
 /// prompt chunk. Dropping the stream aborts the job.
@@ -28,6 +28,8 @@ pub struct Answer {
     pub text: String,
     /// Tokens of the text; stop tokens and stop strings are not among them.
     pub token_ids: Vec<u32>,
+    /// Log-probabilities of the tokens drawn, if they were asked for.
+    pub logprobs: Vec<TokenLogprobs>,
     /// How it ended.
     pub done: Done,
 }
@@ -94,20 +96,23 @@ impl JobStream {
 
     /// Reads all events that are left and joins their text.
     pub fn wait(mut self) -> Answer {
-        let (mut text, mut ids) = (String::new(), Vec::new());
+        let (mut text, mut ids, mut all) = (String::new(), Vec::new(), Vec::new());
         while let Some(event) = self.recv() {
             if let Event::Text {
                 text: part,
                 token_ids,
+                logprobs,
             } = event
             {
                 text.push_str(&part);
                 ids.extend(token_ids);
+                all.extend(logprobs);
             }
         }
         Answer {
             text,
             token_ids: ids,
+            logprobs: all,
             done: self.end.clone().unwrap_or_else(|| self.lost()),
         }
     }
@@ -127,7 +132,9 @@ impl JobStream {
         Done {
             reason: DoneReason::Error("the engine ended".to_owned()),
             prompt_tokens: self.prompt,
+            cached_tokens: 0,
             new_tokens: self.tokens,
+            preemptions: 0,
             timings: Timings::default(),
         }
     }

@@ -8,6 +8,11 @@ use crate::sim::SimBackend;
 use crate::tokenizer::tests::{byte_level, make};
 use crate::{BackendError, Done, DoneReason, Encode, Event, Sampler, SamplerSettings};
 
+mod cache;
+mod disk;
+mod features;
+mod order;
+
 /// Special tokens of the tests' tokenizer.
 const BOS: u32 = 260;
 const EOS: u32 = 261;
@@ -70,7 +75,7 @@ fn expected_noise(request: &Request) -> (Vec<u32>, DoneReason) {
             .sample(&mut row, &tokens, &[], index as u64)
             .unwrap()
             .token;
-        if token == EOS {
+        if token == EOS && !request.ignore_eos {
             return (
                 tokens.split_off(request.prompt.len()),
                 DoneReason::StopToken(EOS),
@@ -141,6 +146,7 @@ fn an_answer_comes_in_order_and_ends_at_eos() {
         if let Event::Text {
             text: part,
             token_ids,
+            ..
         } = event
         {
             assert!(!part.contains('\u{fffd}'), "{part:?}");
@@ -586,6 +592,9 @@ fn a_backend_with_wrong_logits_is_an_error() {
         fn step(&mut self, _: &[crate::SeqSlice<'_>]) -> Result<&[f32], BackendError> {
             Ok(&[0.0])
         }
+        fn copy_page(&mut self, _: u32, _: u32) -> Result<(), BackendError> {
+            Ok(())
+        }
     }
     let engine = Engine::start(Box::new(Short), tokenizer(), EngineOptions::default()).unwrap();
     let reason = engine
@@ -636,8 +645,15 @@ proptest! {
             let count = streams.len().max(1);
             match act {
                 Act::Submit { prompt, new, seed } => {
-                    let prompt = (0..prompt as u32).map(|i| (i * 3 + seed as u32) % 240).collect();
-                    let request = noisy(prompt, seed, new);
+                    // Prompts of one kind begin alike, and part further on.
+                    let own = |i: u32| if i < 40 * seed as u32 { 0 } else { seed as u32 };
+                    let kind = seed as u32 % 3;
+                    let token = |i: u32| (i * 3 + kind + own(i)) % 240;
+                    let request = Request {
+                        priority: seed as i32 % 2,
+                        banned_strings: Vec::new(),
+                        ..noisy((0..prompt as u32).map(token).collect(), seed, new)
+                    };
                     match engine.submit(request.clone()) {
                         Ok(stream) => streams.push((stream, request, Vec::new())),
                         Err(Error::PromptTooLong { prompt, new, limit }) => {

@@ -1,22 +1,21 @@
 //! The engine's thread: an explicit loop over commands and steps.
 
 use std::any::Any;
-use std::collections::VecDeque;
-use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::slice::{ChunksExact, Iter};
 use std::sync::Arc;
 use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
-use std::sync::mpsc::{Receiver, TryRecvError};
+use std::sync::mpsc::{Receiver, Sender, TryRecvError};
 use std::time::Instant;
 
-use exl_cache::PageTable;
+use exl_cache::{CacheEvent, PageTable};
 
+use super::disk::Disk;
+use super::queue::Queue;
 use super::{EngineOptions, Shared};
 use crate::job::Job;
 use crate::request::{DoneReason, JobId};
-use crate::schedule::{Limits, next_start, share};
-use crate::{Backend, BackendError, Draw, LogitRows, SeqSlice, Tokenizer};
+use crate::schedule::Limits;
+use crate::{Backend, Tokenizer};
 
 /// All the engine can be told.
 pub(super) enum Command {
@@ -26,6 +25,8 @@ pub(super) enum Command {
     Abort(JobId),
     /// Look at the jobs' cancel flags.
     Wake,
+    /// Forget what free pages of the cache hold.
+    Clear,
     /// End when all jobs are done.
     Drain,
 }
@@ -36,48 +37,58 @@ impl std::fmt::Debug for Command {
             Self::Submit(job) => write!(f, "Submit({})", job.id),
             Self::Abort(id) => write!(f, "Abort({id})"),
             Self::Wake => f.write_str("Wake"),
+            Self::Clear => f.write_str("Clear"),
             Self::Drain => f.write_str("Drain"),
         }
     }
 }
 
 pub(super) struct Worker {
-    backend: Box<dyn Backend>,
-    tokenizer: Arc<Tokenizer>,
-    table: PageTable,
-    limits: Limits,
-    max_running: usize,
-    waiting: VecDeque<Job>,
-    running: Vec<Job>,
-    shared: Arc<Shared>,
+    pub(super) backend: Box<dyn Backend>,
+    pub(super) tokenizer: Arc<Tokenizer>,
+    pub(super) table: PageTable,
+    pub(super) disk: Option<Disk>,
+    pub(super) limits: Limits,
+    /// Most sequences of running jobs.
+    pub(super) max_lanes: usize,
+    pub(super) queue: Queue,
+    /// Jobs in the batch, the most important first once a step begins.
+    pub(super) running: Vec<Job>,
+    pub(super) shared: Arc<Shared>,
     draining: bool,
+    /// Who wants to know what the cache holds.
+    listener: Option<Sender<CacheEvent>>,
     /// One row of logits; sampling changes it.
-    row: Vec<f32>,
+    pub(super) row: Vec<f32>,
 }
 
 impl Worker {
     pub(super) fn new(
         backend: Box<dyn Backend>,
         tokenizer: Arc<Tokenizer>,
-        table: PageTable,
+        (mut table, disk): (PageTable, Option<Disk>),
         options: &EngineOptions,
         shared: Arc<Shared>,
     ) -> Self {
         let rows = backend.max_rows();
+        if options.cache_events.is_some() || disk.is_some() {
+            table.record_events();
+        }
         Self {
             limits: Limits {
                 rows,
                 chunk: options.chunk_rows,
             },
-            // Half of the rows stay free for prompts, so decoding jobs cannot shut them out.
-            max_running: backend.max_seqs().min(rows.div_ceil(2)),
+            max_lanes: max_lanes(backend.as_ref()),
             backend,
             tokenizer,
             table,
-            waiting: VecDeque::new(),
+            disk,
+            queue: Queue::default(),
             running: Vec::new(),
             shared,
             draining: false,
+            listener: options.cache_events.clone(),
             row: Vec::new(),
         }
     }
@@ -88,8 +99,16 @@ impl Worker {
         while self.take_commands(commands) {
             self.reap();
             self.admit();
+            self.reuse();
+            self.grow();
             self.step();
+            self.report();
+            self.save(false);
             self.publish();
+        }
+        self.save(true);
+        if let Some(disk) = &mut self.disk {
+            disk.close();
         }
         self.publish();
     }
@@ -97,21 +116,29 @@ impl Worker {
     /// Takes what was said; sleeps while there is nothing to do. False at the end.
     fn take_commands(&mut self, commands: &Receiver<Command>) -> bool {
         loop {
-            let idle = self.running.is_empty() && self.waiting.is_empty();
+            let idle = self.running.is_empty() && self.queue.is_empty();
             let command = match commands.try_recv() {
                 Ok(command) => command,
                 Err(TryRecvError::Empty) if !idle => return true,
-                Err(TryRecvError::Empty) if !self.draining => match commands.recv() {
-                    Ok(command) => command,
-                    Err(_) => return false,
-                },
+                Err(TryRecvError::Empty) if !self.draining => {
+                    // There is time for it now.
+                    self.save(true);
+                    match commands.recv() {
+                        Ok(command) => command,
+                        Err(_) => return false,
+                    }
+                }
                 Err(_) if idle => return false,
                 Err(_) => return true,
             };
             match command {
-                Command::Submit(job) => self.waiting.push_back(*job),
-                Command::Abort(id) => self.abort(id),
+                Command::Submit(job) => self.queue.push(*job),
+                Command::Abort(id) => self.stop(id, DoneReason::Aborted),
                 Command::Wake => {}
+                Command::Clear => {
+                    self.table.clear();
+                    self.report();
+                }
                 Command::Drain => {
                     self.draining = true;
                     self.shared.closed.store(true, Ordering::Release);
@@ -120,141 +147,53 @@ impl Worker {
         }
     }
 
-    fn abort(&mut self, id: JobId) {
-        if let Some(at) = self.waiting.iter().position(|job| job.id == id)
-            && let Some(job) = self.waiting.remove(at)
-        {
+    fn stop(&mut self, id: JobId, reason: DoneReason) {
+        if let Some(job) = self.queue.take(id) {
             self.leave_queue();
-            self.end(job, DoneReason::Aborted);
+            self.end(job, reason);
         } else if let Some(at) = self.running.iter().position(|job| job.id == id) {
-            let job = self.running.remove(at);
-            self.end(job, DoneReason::Aborted);
-        }
-    }
-
-    /// Ends jobs whose callers are gone or want no more.
-    fn reap(&mut self) {
-        let cancelled: Vec<JobId> = self
-            .waiting
-            .iter()
-            .chain(&self.running)
-            .filter(|job| job.is_cancelled())
-            .map(|job| job.id)
-            .collect();
-        for id in cancelled {
-            self.abort(id);
-        }
-    }
-
-    /// Starts waiting jobs while pages and the batch have room.
-    fn admit(&mut self) {
-        while self.running.len() < self.max_running {
-            let reserve: Vec<usize> = self.waiting.iter().map(Job::reserve).collect();
-            let mut skips: Vec<&mut usize> =
-                self.waiting.iter_mut().map(|job| &mut job.skips).collect();
-            let table = &self.table;
-            // What can never fit is taken out as well, to fail below.
-            let fits = |at: usize| table.fits_now(reserve[at]).unwrap_or(true);
-            let Some(at) = next_start(&mut skips, fits) else {
-                return;
-            };
-            let Some(mut job) = self.waiting.remove(at) else {
-                return;
-            };
-            self.leave_queue();
-            match self.table.admit(job.reserve()) {
-                Ok(seq) => {
-                    job.start(seq);
-                    self.running.push(job);
-                }
-                Err(error) => self.end(job, DoneReason::Error(error.to_string())),
-            }
-        }
-    }
-
-    fn leave_queue(&self) {
-        self.shared.waiting.fetch_sub(1, Ordering::AcqRel);
-    }
-
-    /// One step of the backend for all running jobs, and a draw for each that is ready.
-    fn step(&mut self) {
-        let pending: Vec<usize> = self.running.iter().map(Job::pending).collect();
-        let shares = share(&pending, self.limits);
-        if shares.is_empty() {
-            return;
-        }
-        let outcome = catch_unwind(AssertUnwindSafe(|| self.forward(&shares)));
-        let ends = match outcome {
-            Ok(Ok(ends)) => ends,
-            Ok(Err(error)) => fail(&shares, &format!("the step failed: {error}")),
-            Err(panic) => fail(&shares, &format!("the step panicked: {}", message(&*panic))),
-        };
-        // From the back, so that the places of the others stay right.
-        let mut ends = ends;
-        ends.sort_by_key(|end| std::cmp::Reverse(end.0));
-        for (at, reason) in ends {
             let job = self.running.remove(at);
             self.end(job, reason);
         }
     }
 
-    /// Runs the shares; gives the jobs that ended with the reason.
-    fn forward(
-        &mut self,
-        shares: &[(usize, usize)],
-    ) -> Result<Vec<(usize, DoneReason)>, BackendError> {
-        let begin = Instant::now();
-        let tokens = self.tokenizer.vocab_size();
-        let mut rows = step(
-            self.backend.as_mut(),
-            (&self.running, shares),
-            &self.table,
-            tokens,
-        )?;
-        let busy = begin.elapsed();
-        let mut ends = Vec::new();
-        let (mut prompt, mut new) = (0, 0);
-        for &(at, count) in shares {
-            let job = &mut self.running[at];
-            prompt += job.prompt.saturating_sub(job.cached).min(count);
-            job.advance(count);
-            if job.pending() > 0 {
-                continue;
-            }
-            let before = job.new_tokens();
-            let end = match &mut rows {
-                Rows::Logits(rows) => rows.next().and_then(|row| {
-                    self.row.clear();
-                    self.row.extend_from_slice(row);
-                    job.sample(&mut self.row, &self.tokenizer)
-                }),
-                Rows::Tokens(rows) => rows
-                    .next()
-                    .and_then(|&token| job.take_drawn(token, &self.tokenizer)),
+    /// Ends jobs whose callers are gone or want no more, and those that take too long.
+    fn reap(&mut self) {
+        let now = Instant::now();
+        let over = |job: &Job| {
+            let reason = match (job.is_cancelled(), job.is_late(now)) {
+                (true, _) => DoneReason::Aborted,
+                (_, true) => DoneReason::Deadline,
+                _ => return None,
             };
-            ends.extend(end.map(|reason| (at, reason)));
-            new += job.new_tokens() - before;
+            Some((job.id, reason))
+        };
+        let jobs = self.queue.iter().chain(&self.running);
+        let over: Vec<(JobId, DoneReason)> = jobs.filter_map(over).collect();
+        for (id, reason) in over {
+            self.stop(id, reason);
         }
-        let mut stats = self.shared.stats();
-        stats.steps += 1;
-        stats.busy += busy;
-        stats.prompt_tokens += prompt as u64;
-        stats.new_tokens += new as u64;
-        Ok(ends)
+    }
+
+    pub(super) fn leave_queue(&self) {
+        self.shared.waiting.fetch_sub(1, Ordering::AcqRel);
+    }
+
+    pub(super) fn enter_queue(&self) {
+        self.shared.waiting.fetch_add(1, Ordering::AcqRel);
     }
 
     /// Gives back the job's pages and tells its caller. In this order, so that a caller who reads
     /// the statistics after the last event finds them settled.
-    fn end(&mut self, mut job: Job, reason: DoneReason) {
-        if let Some(seq) = job.seq.take()
-            && let Err(error) = self.table.release(seq)
-        {
-            tracing::error!(job = %job.id, %error, "a sequence was released twice");
+    pub(super) fn end(&mut self, mut job: Job, reason: DoneReason) {
+        let failed = matches!(reason, DoneReason::Error(_));
+        for lane in &mut job.lanes {
+            self.release(lane, failed);
         }
         {
             let mut stats = self.shared.stats();
             match reason {
-                DoneReason::Aborted => stats.aborted += 1,
+                DoneReason::Aborted | DoneReason::Deadline => stats.aborted += 1,
                 DoneReason::Error(_) => stats.failed += 1,
                 _ => stats.finished += 1,
             }
@@ -267,84 +206,41 @@ impl Worker {
         let mut stats = self.shared.stats();
         stats.load.running = self.running.len();
         stats.load.free_pages = self.table.free_pages();
+        stats.load.kept_pages = self.table.kept_pages();
     }
-}
 
-/// What a step gives for each job that is ready for its next token.
-enum Rows<'a> {
-    /// A row of logits, to be sampled here.
-    Logits(ChunksExact<'a, f32>),
-    /// A token drawn by the backend.
-    Tokens(Iter<'a, i32>),
-}
-
-/// One step of the backend, which draws the tokens if it can.
-fn step<'a>(
-    backend: &'a mut dyn Backend,
-    (running, shares): (&[Job], &[(usize, usize)]),
-    table: &PageTable,
-    tokens: usize,
-) -> Result<Rows<'a>, BackendError> {
-    let slices = slices(running, table, shares)?;
-    let ready = |&(at, count): &(usize, usize)| {
-        let job: &Job = &running[at];
-        (count == job.pending()).then(|| job.draw())
-    };
-    let draws: Vec<Draw<'_>> = shares.iter().filter_map(ready).collect();
-    let wanted = draws.len();
-    if wanted > 0 && backend.draws() {
-        let drawn = backend.step_drawn(&slices, &draws, tokens)?;
-        if drawn.len() != wanted {
-            let what = format!("{} tokens for {wanted} rows", drawn.len());
-            return Err(BackendError(what));
+    /// Tells who wants to know what changed in the cache.
+    fn report(&mut self) {
+        let events = self.table.take_events();
+        if let Some(disk) = &mut self.disk {
+            disk.note(&events);
         }
-        return Ok(Rows::Tokens(drawn.iter()));
+        let Some(listener) = &self.listener else {
+            return;
+        };
+        let sent = events
+            .into_iter()
+            .try_for_each(|event| listener.send(event));
+        if sent.is_err() {
+            self.listener = None;
+        }
     }
-    let vocab = backend.vocab_size();
-    let logits = backend.step(&slices)?;
-    if logits.len() != wanted * vocab {
-        return Err(BackendError(format!(
-            "{} logits for {wanted} rows of {vocab}",
-            logits.len()
-        )));
+
+    /// Keeps pages on disk: as many as there is time for, or all.
+    fn save(&mut self, all: bool) {
+        if let Some(disk) = &mut self.disk {
+            disk.save(&self.table, self.backend.as_mut(), all);
+        }
     }
-    Ok(Rows::Logits(logits.chunks_exact(vocab.max(1))))
 }
 
-fn slices<'a>(
-    running: &'a [Job],
-    table: &'a PageTable,
-    shares: &[(usize, usize)],
-) -> Result<Vec<SeqSlice<'a>>, BackendError> {
-    let slice = |&(at, count): &(usize, usize)| {
-        let job = &running[at];
-        let pages = job.seq.map(|seq| table.block_table(seq));
-        let pages = pages
-            .and_then(Result::ok)
-            .ok_or_else(|| BackendError(format!("job {} runs without pages", job.id)))?;
-        let last = count == job.pending();
-        Ok(SeqSlice {
-            tokens: &job.tokens[job.cached..job.cached + count],
-            start: job.cached,
-            pages,
-            logits: if last {
-                LogitRows::Last
-            } else {
-                LogitRows::None
-            },
-        })
-    };
-    shares.iter().map(slice).collect()
+/// Sequences that may run at once. Half of the rows stay free for prompts, so decoding jobs cannot
+/// shut them out.
+pub(super) fn max_lanes(backend: &dyn Backend) -> usize {
+    backend.max_seqs().min(backend.max_rows().div_ceil(2))
 }
 
-fn fail(shares: &[(usize, usize)], why: &str) -> Vec<(usize, DoneReason)> {
-    shares
-        .iter()
-        .map(|&(at, _)| (at, DoneReason::Error(why.to_owned())))
-        .collect()
-}
-
-fn message(panic: &(dyn Any + Send)) -> &str {
+pub(super) fn message(panic: &(dyn Any + Send)) -> &str {
     let text = panic.downcast_ref::<&str>().copied();
     text.or_else(|| panic.downcast_ref::<String>().map(String::as_str))
         .unwrap_or("without a message")

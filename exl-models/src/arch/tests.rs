@@ -111,7 +111,7 @@ fn absurd_sizes_are_refused_under_their_key() {
         "max_position_embeddings": i32::MAX});
     let spec = spec(largest).unwrap();
     assert!(spec.parameters() > 1 << 62);
-    let f16 = exl_tensor::DType::F16;
+    let f16 = exl_tensor::KvType::F16;
     let request = crate::MemoryRequest::new((2, usize::MAX), f16, 1);
     assert_eq!(crate::model::memory_for(&spec, 0, &request).cache, u64::MAX);
 }

@@ -1,6 +1,7 @@
 //! The model's side: from messages to a streamed reply.
 
 use super::conversation::Conversation;
+use crate::args::AnswerArgs;
 use crate::signal::StopFlag;
 use crate::ui;
 use anyhow::{Result, bail};
@@ -20,12 +21,20 @@ const REPLY_SHARE: usize = 4;
 pub(super) struct Voice {
     engine: EngineHandle,
     template: ChatTemplate,
-    sampler: SamplerSettings,
+    wishes: Wishes,
     context: usize,
     max_new: usize,
     stop: StopFlag,
     replies: u64,
     last: Option<Done>,
+}
+
+/// What every reply should be like.
+pub(super) struct Wishes {
+    pub(super) sampler: SamplerSettings,
+    pub(super) answer: AnswerArgs,
+    /// Tokens that every reply begins with.
+    pub(super) begin: Vec<u32>,
 }
 
 /// A rendered conversation.
@@ -48,14 +57,14 @@ impl Voice {
     pub(super) fn new(
         engine: EngineHandle,
         template: ChatTemplate,
-        sampler: SamplerSettings,
+        wishes: Wishes,
         (context, max_new): (usize, usize),
         stop: StopFlag,
     ) -> Self {
         Self {
             engine,
             template,
-            sampler,
+            wishes,
             context,
             max_new,
             stop,
@@ -92,16 +101,20 @@ impl Voice {
     pub(super) fn reply(&mut self, prompt: Prompt) -> Result<Reply> {
         self.stop.clear();
         // A fixed seed gives the same conversation again, and another reply when asked again.
-        let seed = self
+        let wishes = &self.wishes;
+        let seed = wishes
             .sampler
             .seed
             .map(|seed| seed.wrapping_add(self.replies));
         self.replies += 1;
         let mut stream = self.engine.submit(Request {
             max_new_tokens: prompt.max_new,
+            min_new_tokens: wishes.answer.min_tokens as usize,
+            prefix: wishes.begin.clone(),
+            banned_strings: wishes.answer.ban.clone(),
             sampler: SamplerSettings {
                 seed,
-                ..self.sampler.clone()
+                ..wishes.sampler.clone()
             },
             ..Request::new(prompt.tokens)
         })?;
@@ -148,9 +161,13 @@ impl Voice {
             }
         };
         format!(
-            "{size}; last reply: {} tokens read at {:.1} tok/s, {} written at {:.1} tok/s",
-            done.prompt_tokens,
-            rate(done.prompt_tokens, done.timings.prefill),
+            "{size}; last reply: {} tokens known, {} read at {:.1} tok/s, {} written at {:.1} tok/s",
+            done.cached_tokens,
+            done.prompt_tokens - done.cached_tokens,
+            rate(
+                done.prompt_tokens - done.cached_tokens,
+                done.timings.prefill
+            ),
             done.new_tokens,
             rate(done.new_tokens.saturating_sub(1), done.timings.decode)
         )

@@ -2,7 +2,7 @@
 
 use crate::ui::{self, Ui};
 use anyhow::{Result, bail};
-use exl_gen::{Done, DoneReason, Event};
+use exl_gen::{Done, DoneReason, Event, TokenLogprobs};
 use serde_json::{Value, json};
 use std::io::{self, IsTerminal};
 
@@ -52,10 +52,17 @@ impl<'a> Output<'a> {
         let job = &mut self.jobs[number];
         match event {
             Event::Started { seed } => job.seed = seed,
-            Event::Text { text, token_ids } => {
+            Event::Text {
+                text,
+                token_ids,
+                logprobs,
+            } => {
                 job.tokens += token_ids.len();
                 if self.json {
-                    let line = json!({ "job": number, "text": text, "token_ids": token_ids });
+                    let mut line = json!({ "job": number, "text": text, "token_ids": token_ids });
+                    if !logprobs.is_empty() {
+                        line["logprobs"] = logprobs.iter().map(logprobs_of).collect();
+                    }
                     return ui::print_json(&line);
                 }
                 job.waiting.push_str(&text);
@@ -137,12 +144,27 @@ fn summary(number: usize, done: &Done) -> String {
     )
 }
 
+fn logprobs_of(token: &TokenLogprobs) -> Value {
+    let top: Vec<Value> = token
+        .top
+        .iter()
+        .map(|(id, logprob)| json!({ "token": id, "logprob": finite(*logprob) }))
+        .collect();
+    json!({ "token": token.token, "logprob": finite(token.logprob), "top": top })
+}
+
+/// JSON has no infinity; a token that cannot come has no number.
+fn finite(logprob: f32) -> Option<f32> {
+    Some(logprob).filter(|l| l.is_finite())
+}
+
 fn done_line(number: usize, seed: u64, done: &Done) -> Value {
     let mut line = json!({
         "job": number,
         "done": true,
         "reason": reason(&done.reason),
         "prompt_tokens": done.prompt_tokens,
+        "cached_tokens": done.cached_tokens,
         "new_tokens": done.new_tokens,
         "queue_seconds": done.timings.queued.as_secs_f64(),
         "prefill_seconds": done.timings.prefill.as_secs_f64(),
@@ -169,6 +191,7 @@ fn reason(reason: &DoneReason) -> &'static str {
         DoneReason::StopString(_) => "stop_string",
         DoneReason::MaxTokens => "max_tokens",
         DoneReason::Aborted => "aborted",
+        DoneReason::Deadline => "deadline",
         DoneReason::Error(_) => "error",
         _ => "other",
     }
@@ -207,7 +230,9 @@ mod tests {
         let done = Done {
             reason,
             prompt_tokens: 10,
+            cached_tokens: 0,
             new_tokens: 21,
+            preemptions: 0,
             timings,
         };
         let line = done_line(3, 7, &done);

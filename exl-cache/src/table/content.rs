@@ -1,0 +1,243 @@
+//! What sequences have in the cache: noting it, sharing it, finding it, taking it back.
+
+use super::pool::Label;
+use super::{PageCopy, PageId, PageTable, SeqId, out_of_range, pages_for};
+use crate::{PAGE_TOKENS, PageHash, Result};
+
+/// Fewest tokens for which a page is copied rather than computed.
+const LEAST_MATCH: usize = 16;
+
+/// A page that begins with the tokens a sequence wants next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Match {
+    page: u32,
+    target: u32,
+    /// Tokens of it that are of use.
+    pub tokens: usize,
+    /// The page itself can be had, because nobody owns it and all of it is of use.
+    whole: bool,
+}
+
+impl Match {
+    /// The copy to be done before [`PageTable::adopt`], if any.
+    pub fn copy(&self) -> Option<PageCopy> {
+        (!self.whole).then_some(PageCopy {
+            from: PageId(self.page),
+            to: PageId(self.target),
+        })
+    }
+}
+
+impl PageTable {
+    /// Tokens of a sequence whose keys and values are in the cache.
+    ///
+    /// # Errors
+    /// [`crate::Error::UnknownSequence`].
+    pub fn filled(&self, seq: SeqId) -> Result<usize> {
+        Ok(self.sequence(seq)?.filled)
+    }
+
+    /// Counts what others have filled in pages that the sequence shares with them; gives
+    /// [`Self::filled`].
+    ///
+    /// # Errors
+    /// [`crate::Error::UnknownSequence`].
+    pub fn catch_up(&mut self, seq: SeqId) -> Result<usize> {
+        let sequence = self.sequence(seq)?;
+        let mut filled = sequence.filled;
+        while filled / PAGE_TOKENS < sequence.agreed {
+            let place = filled / PAGE_TOKENS;
+            let held = self.pool.page(sequence.pages[place]).tokens.len();
+            filled = filled.max(place * PAGE_TOKENS + held);
+            if held < PAGE_TOKENS {
+                break;
+            }
+        }
+        self.sequence_mut(seq)?.filled = filled;
+        Ok(filled)
+    }
+
+    /// The full page that a sequence wants next, if nobody has any of it: its name and its place.
+    ///
+    /// # Errors
+    /// [`crate::Error::UnknownSequence`].
+    pub fn wanted(&self, seq: SeqId) -> Result<Option<(PageHash, PageId)>> {
+        let sequence = self.sequence(seq)?;
+        let place = sequence.filled / PAGE_TOKENS;
+        if place >= sequence.agreed || !sequence.filled.is_multiple_of(PAGE_TOKENS) {
+            return Ok(None);
+        }
+        let page = sequence.pages[place];
+        let empty = self.pool.page(page).tokens.is_empty();
+        Ok(empty.then(|| (sequence.names[place], PageId(page))))
+    }
+
+    /// Where a full page is, the name of the page before it and its tokens.
+    pub fn full_page(&self, hash: &PageHash) -> Option<(PageId, Option<PageHash>, &[u32])> {
+        let id = *self.pool.full.get(hash)?;
+        let page = self.pool.page(id);
+        Some((PageId(id), page.parent, &page.tokens))
+    }
+
+    /// Notes that keys and values of `tokens`, the next of the sequence, are in its pages now. A page
+    /// that is full gets its name; where another page has that name already, the sequence takes that
+    /// one and gives its own back.
+    ///
+    /// # Errors
+    /// [`crate::Error::UnknownSequence`], [`crate::Error::OutOfRange`] beyond its pages.
+    pub fn commit(&mut self, seq: SeqId, tokens: &[u32]) -> Result<()> {
+        let sequence = self.sequence(seq)?;
+        let start = sequence.filled;
+        let end = start + tokens.len();
+        if end > sequence.pages.len() * PAGE_TOKENS {
+            return Err(out_of_range(seq, &sequence.pages, end - 1));
+        }
+        let mut at = start;
+        while self.reuse && at < end {
+            let next = end.min((at / PAGE_TOKENS + 1) * PAGE_TOKENS);
+            self.note(seq, at, &tokens[at - start..next - start])?;
+            at = next;
+        }
+        self.sequence_mut(seq)?.filled = end;
+        Ok(())
+    }
+
+    /// Notes tokens of one page, of which others may have noted some.
+    fn note(&mut self, seq: SeqId, start: usize, tokens: &[u32]) -> Result<()> {
+        let (place, offset) = (start / PAGE_TOKENS, start % PAGE_TOKENS);
+        let sequence = self.sequence(seq)?;
+        let (page, parent) = (sequence.pages[place], sequence.parent(place));
+        let known = self.pool.page(page).tokens.len().saturating_sub(offset);
+        let Some(fresh) = tokens.get(known..).filter(|fresh| !fresh.is_empty()) else {
+            return Ok(());
+        };
+        self.pool.append(page, parent, fresh);
+        let held = &self.pool.page(page).tokens;
+        if held.len() < PAGE_TOKENS {
+            return Ok(());
+        }
+        let hash = PageHash::of(parent, held);
+        let sequence = self.sequence_mut(seq)?;
+        if sequence.names.get(place) != Some(&hash) {
+            sequence.names.truncate(place);
+            sequence.names.push(hash);
+        }
+        match self.pool.full.get(&hash).copied() {
+            Some(other) => self.merge(place, page, other),
+            None => {
+                let promised = self.pool.promised.get(&hash).copied();
+                self.pool.publish(page, hash);
+                if let Some(other) = promised.filter(|&other| other != page) {
+                    self.merge(place, other, page);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Replaces a page by another one that holds the same and more, for all its owners.
+    fn merge(&mut self, place: usize, from: u32, to: u32) {
+        for sequence in self.sequences.values_mut() {
+            if sequence.pages.get(place) == Some(&from) {
+                sequence.pages[place] = to;
+                self.pool.retain(to);
+                if self.pool.page(from).refs == 1 {
+                    self.pool.wipe(from);
+                }
+                self.pool.release(from);
+            }
+        }
+    }
+
+    /// A page that begins with some of the tokens that `next` says the sequence wants; only at the
+    /// beginning of a page of its own that is still empty.
+    ///
+    /// # Errors
+    /// [`crate::Error::UnknownSequence`].
+    pub fn find_match(&self, seq: SeqId, next: &[u32]) -> Result<Option<Match>> {
+        let sequence = self.sequence(seq)?;
+        let place = sequence.filled / PAGE_TOKENS;
+        let Some(&target) = sequence.pages.get(place) else {
+            return Ok(None);
+        };
+        let empty = self.pool.page(target).tokens.is_empty();
+        if !self.reuse || !empty || !sequence.filled.is_multiple_of(PAGE_TOKENS) {
+            return Ok(None);
+        }
+        let next = &next[..next.len().min(PAGE_TOKENS)];
+        let found = self.pool.longest(sequence.parent(place), next, target);
+        Ok(found
+            .filter(|&(_, count)| count >= LEAST_MATCH)
+            .map(|(page, tokens)| {
+                let source = self.pool.page(page);
+                let whole = source.refs == 0
+                    && source.label == Label::Private
+                    && source.tokens.len() == tokens
+                    && self.pool.page(target).refs == 1;
+                Match {
+                    page,
+                    target,
+                    tokens,
+                    whole,
+                }
+            }))
+    }
+
+    /// Gives a sequence what [`Self::find_match`] has just found for it, after the copy is done.
+    ///
+    /// # Errors
+    /// [`crate::Error::UnknownSequence`].
+    pub fn adopt(&mut self, seq: SeqId, found: Match) -> Result<()> {
+        let sequence = self.sequence(seq)?;
+        let place = sequence.filled / PAGE_TOKENS;
+        let parent = sequence.parent(place);
+        if found.whole {
+            let label = self.pool.page(found.target).label;
+            self.pool.retain(found.page);
+            self.pool.unname(found.target);
+            self.pool.release(found.target);
+            if let Label::Promised(hash) = label {
+                self.pool.promise(found.page, hash);
+            }
+            self.sequence_mut(seq)?.pages[place] = found.page;
+        } else {
+            let tokens = self.pool.page(found.page).tokens[..found.tokens].to_vec();
+            self.pool.append(found.target, parent, &tokens);
+        }
+        self.sequence_mut(seq)?.filled += found.tokens;
+        Ok(())
+    }
+
+    /// Takes back what a sequence has beyond its first `len` tokens; what it has is then at most
+    /// that. Pages behind are given back and can be found again.
+    ///
+    /// # Errors
+    /// [`crate::Error::UnknownSequence`].
+    pub fn truncate(&mut self, seq: SeqId, len: usize) -> Result<()> {
+        let full = len / PAGE_TOKENS;
+        let sequence = self.sequence_mut(seq)?;
+        sequence.filled = sequence.filled.min(len);
+        sequence.agreed = sequence.agreed.min(full);
+        sequence.names.truncate(full);
+        let keep = pages_for(len).min(sequence.pages.len());
+        let dropped = sequence.pages.split_off(keep);
+        let last = sequence.pages.get(full).copied();
+        for page in dropped.into_iter().rev() {
+            self.pool.release(page);
+        }
+        if let Some(page) = last.filter(|&page| self.pool.page(page).refs == 1) {
+            self.pool.cut(page, len % PAGE_TOKENS);
+        }
+        Ok(())
+    }
+}
+
+impl super::Sequence {
+    /// What stands before the page in `place`; its name is known, for it is full.
+    fn parent(&self, place: usize) -> Option<PageHash> {
+        match place.checked_sub(1) {
+            Some(before) => self.names.get(before).copied(),
+            None => self.root,
+        }
+    }
+}

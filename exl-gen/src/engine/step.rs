@@ -1,0 +1,181 @@
+//! One step: what goes into the backend and what comes out of it.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::slice::{ChunksExact, Iter};
+use std::time::Instant;
+
+use exl_cache::PageTable;
+
+use super::worker::{Worker, message};
+use crate::job::{Job, Outcome};
+use crate::request::DoneReason;
+use crate::schedule::{Share, share};
+use crate::{Backend, BackendError, Draw, LogitRows, SeqSlice};
+
+impl Worker {
+    /// One step of the backend for all running jobs, and a draw for each that is ready.
+    pub(super) fn step(&mut self) {
+        let shares = share(&self.demands(), self.limits);
+        if shares.is_empty() {
+            return;
+        }
+        let outcome = catch_unwind(AssertUnwindSafe(|| self.forward(&shares)));
+        let mut ends = match outcome {
+            Ok(Ok(ends)) => ends,
+            Ok(Err(error)) => fail(&shares, &format!("the step failed: {error}")),
+            Err(panic) => fail(&shares, &format!("the step panicked: {}", message(&*panic))),
+        };
+        // From the back, so that the places of the others stay right; a job has up to two shares.
+        ends.sort_by_key(|end| std::cmp::Reverse(end.0));
+        ends.dedup_by_key(|end| end.0);
+        for (at, reason) in ends {
+            let job = self.running.remove(at);
+            self.end(job, reason);
+        }
+    }
+
+    /// Runs the shares; gives the jobs that ended with the reason.
+    fn forward(&mut self, shares: &[Share]) -> Result<Vec<(usize, DoneReason)>, BackendError> {
+        let begin = Instant::now();
+        for one in shares.iter().filter(|one| one.lane == 0) {
+            self.running[one.job].prepare_draw();
+        }
+        let tokens = self.tokenizer.vocab_size();
+        let mut rows = step(
+            self.backend.as_mut(),
+            (&self.running, shares),
+            &self.table,
+            tokens,
+        )?;
+        let busy = begin.elapsed();
+        let mut ends = Vec::new();
+        let (mut prompt, mut new) = (0, 0);
+        for one in shares {
+            let job = &mut self.running[one.job];
+            let lane = &job.lanes[one.lane];
+            let written = &lane.tokens[lane.cached..lane.cached + one.rows];
+            let seq = lane.seq.ok_or_else(|| without_pages(job))?;
+            self.table
+                .commit(seq, written)
+                .map_err(|error| BackendError(error.to_string()))?;
+            prompt += job.advance(one.lane, one.rows);
+            if !job.is_ready() {
+                continue;
+            }
+            let before = job.new_tokens();
+            let outcome = match &mut rows {
+                Rows::Logits(rows) => {
+                    let rows: Vec<&[f32]> = rows.by_ref().take(job.lanes.len()).collect();
+                    job.sample(&rows, &mut self.row, &self.tokenizer)
+                }
+                Rows::Tokens(rows) => {
+                    job.take_drawn(rows.next().copied().unwrap_or(-1), &self.tokenizer)
+                }
+            };
+            new += job.new_tokens().saturating_sub(before);
+            match outcome {
+                Outcome::Next => {}
+                Outcome::Done(reason) => ends.push((one.job, reason)),
+                Outcome::Rewound => rewind(&mut self.table, job)?,
+            }
+        }
+        let mut stats = self.shared.stats();
+        stats.steps += 1;
+        stats.busy += busy;
+        stats.prompt_tokens += prompt as u64;
+        stats.new_tokens += new as u64;
+        Ok(ends)
+    }
+}
+
+/// Takes back in the cache what a job took back.
+fn rewind(table: &mut PageTable, job: &Job) -> Result<(), BackendError> {
+    for lane in &job.lanes {
+        let seq = lane.seq.ok_or_else(|| without_pages(job))?;
+        table
+            .truncate(seq, lane.cached)
+            .map_err(|error| BackendError(error.to_string()))?;
+    }
+    Ok(())
+}
+
+/// What a step gives for each job that is ready for its next token.
+enum Rows<'a> {
+    /// A row of logits for each of its lanes, to be sampled here.
+    Logits(ChunksExact<'a, f32>),
+    /// A token drawn by the backend.
+    Tokens(Iter<'a, i32>),
+}
+
+/// One step of the backend, which draws the tokens if it can and nobody needs the logits.
+fn step<'a>(
+    backend: &'a mut dyn Backend,
+    (running, shares): (&[Job], &[Share]),
+    table: &PageTable,
+    tokens: usize,
+) -> Result<Rows<'a>, BackendError> {
+    let slices = slices(running, table, shares)?;
+    let ready = || {
+        let shares = shares.iter().filter(|one| draws(&running[one.job], one));
+        shares.map(|one| &running[one.job])
+    };
+    let wanted = ready().count();
+    if wanted > 0 && backend.draws() && !ready().any(Job::needs_logits) {
+        let draws: Vec<Draw<'_>> = ready().map(Job::draw).collect();
+        let drawn = backend.step_drawn(&slices, &draws, tokens)?;
+        if drawn.len() != wanted {
+            let what = format!("{} tokens for {wanted} rows", drawn.len());
+            return Err(BackendError(what));
+        }
+        return Ok(Rows::Tokens(drawn.iter()));
+    }
+    let vocab = backend.vocab_size();
+    let logits = backend.step(&slices)?;
+    if logits.len() != wanted * vocab {
+        return Err(BackendError(format!(
+            "{} logits for {wanted} rows of {vocab}",
+            logits.len()
+        )));
+    }
+    Ok(Rows::Logits(logits.chunks_exact(vocab.max(1))))
+}
+
+/// Whether a share ends with a token that the next one of its job is drawn after. The lanes of a job
+/// come to that in one step.
+fn draws(job: &Job, one: &Share) -> bool {
+    one.rows == job.lanes[one.lane].pending()
+}
+
+fn slices<'a>(
+    running: &'a [Job],
+    table: &'a PageTable,
+    shares: &[Share],
+) -> Result<Vec<SeqSlice<'a>>, BackendError> {
+    let slice = |one: &Share| {
+        let job = &running[one.job];
+        let lane = &job.lanes[one.lane];
+        let pages = lane.seq.map(|seq| table.block_table(seq));
+        let pages = pages
+            .and_then(Result::ok)
+            .ok_or_else(|| without_pages(job))?;
+        Ok(SeqSlice {
+            tokens: &lane.tokens[lane.cached..lane.cached + one.rows],
+            start: lane.cached,
+            pages,
+            logits: match draws(job, one) {
+                true => LogitRows::Last,
+                false => LogitRows::None,
+            },
+        })
+    };
+    shares.iter().map(slice).collect()
+}
+
+fn without_pages(job: &Job) -> BackendError {
+    BackendError(format!("job {} runs without pages", job.id))
+}
+
+fn fail(shares: &[Share], why: &str) -> Vec<(usize, DoneReason)> {
+    let failed = |one: &Share| (one.job, DoneReason::Error(why.to_owned()));
+    shares.iter().map(failed).collect()
+}

@@ -8,8 +8,9 @@ use std::time::Instant;
 
 use exl_cache::SeqId;
 
+use crate::grammar::MaskThread;
 use crate::request::{Done, DoneReason, Event, JobId, Request, Timings};
-use crate::{Detokenizer, Draw, Error, Result, Sampler, StopStrings, Tokenizer};
+use crate::{Detokenizer, Draw, Error, Guide, MaskTimes, Result, Sampler, StopStrings, Tokenizer};
 
 /// Everything about one request from its submission to its end.
 pub(crate) struct Job {
@@ -25,6 +26,8 @@ pub(crate) struct Job {
     pub(crate) skips: usize,
     min_new: usize,
     sampler: Sampler,
+    guide: Option<Guide>,
+    prefer_end: bool,
     stop_tokens: Vec<u32>,
     output: Output,
     events: Sender<Event>,
@@ -42,7 +45,9 @@ impl Job {
         events: Sender<Event>,
         cancelled: Arc<AtomicBool>,
     ) -> Result<Self> {
-        let sampler = Sampler::new(request.sampler, tokenizer.vocab_size())?;
+        let sampler = Sampler::for_tokenizer(request.sampler, tokenizer)?;
+        let guide = request.grammar.as_ref();
+        let guide = guide.map(|grammar| Guide::new(grammar, tokenizer));
         let mut stop_tokens = request.stop_tokens;
         if !request.ignore_eos {
             stop_tokens.extend(tokenizer.eos_ids());
@@ -57,6 +62,8 @@ impl Job {
             skips: 0,
             min_new: request.min_new_tokens,
             sampler,
+            guide: guide.transpose()?,
+            prefer_end: request.prefer_end,
             stop_tokens,
             output: Output::new(request.stop_strings, !request.decode_special),
             events,
@@ -105,14 +112,18 @@ impl Job {
         }
     }
 
-    /// What the next draw needs to know, for a backend that draws by itself.
-    pub(crate) fn draw(&self) -> Draw<'_> {
+    /// What the next draw needs to know, for a backend that draws by itself; none where it cannot.
+    pub(crate) fn draw(&self) -> Option<Draw<'_>> {
+        if self.guide.is_some() {
+            return None;
+        }
         let index = self.new_tokens();
-        Draw {
-            params: self.sampler.params(index as u64),
+        let params = self.sampler.params(index as u64)?;
+        Some(Draw {
+            params,
             recent: &self.tokens,
             blocked: blocked(&self.stop_tokens, index < self.min_new),
-        }
+        })
     }
 
     /// Takes the token that the backend drew; gives the reason when that ends the job.
@@ -124,6 +135,23 @@ impl Job {
         self.take(token, tokenizer)
     }
 
+    /// Whether its next token needs a mask.
+    pub(crate) fn is_guided(&self) -> bool {
+        self.guide.is_some()
+    }
+
+    /// Has the mask for the next token computed while the model computes its logits.
+    pub(crate) fn prepare_mask(&mut self, thread: &MaskThread) {
+        if let Some(guide) = &mut self.guide {
+            guide.prepare(thread);
+        }
+    }
+
+    /// What masks took so far.
+    pub(crate) fn mask_times(&self) -> MaskTimes {
+        self.guide.as_ref().map(Guide::times).unwrap_or_default()
+    }
+
     /// Draws the next token; gives the reason when that ends the job.
     pub(crate) fn sample(
         &mut self,
@@ -131,6 +159,18 @@ impl Job {
         tokenizer: &Tokenizer,
     ) -> Option<DoneReason> {
         let index = self.new_tokens();
+        if index == 0 {
+            let end = self.follow(tokenizer);
+            // The grammar may have only one way to begin.
+            if end.is_some() || self.new_tokens() > 0 {
+                return end;
+            }
+        }
+        if let Some(guide) = &mut self.guide
+            && let Err(error) = guide.apply(logits, &self.stop_tokens)
+        {
+            return Some(DoneReason::Error(error.to_string()));
+        }
         let blocked = blocked(&self.stop_tokens, index < self.min_new);
         let sampled = self
             .sampler
@@ -143,6 +183,36 @@ impl Job {
             Ok(token) => token,
             Err(error) => return Some(DoneReason::Error(error.to_string())),
         };
+        if let Some(end) = self.append(token, tokenizer) {
+            return Some(end);
+        }
+        if let Some(guide) = &mut self.guide
+            && let Err(error) = guide.take(token)
+        {
+            return Some(DoneReason::Error(error.to_string()));
+        }
+        self.follow(tokenizer)
+    }
+
+    /// Appends the tokens that the grammar leaves no choice about.
+    fn follow(&mut self, tokenizer: &Tokenizer) -> Option<DoneReason> {
+        let (guide, prefer_end) = (self.guide.as_mut()?, self.prefer_end);
+        let state = |guide: &mut Guide| {
+            let forced = guide.take_forced()?;
+            let done = guide.is_complete()? || prefer_end && guide.may_end()?;
+            Ok::<_, Error>((forced, done))
+        };
+        let (forced, done) = match state(guide) {
+            Ok(state) => state,
+            Err(error) => return Some(DoneReason::Error(error.to_string())),
+        };
+        let end = forced
+            .into_iter()
+            .find_map(|token| self.append(token, tokenizer));
+        end.or(done.then_some(DoneReason::Grammar))
+    }
+
+    fn append(&mut self, token: u32, tokenizer: &Tokenizer) -> Option<DoneReason> {
         self.first_token.get_or_insert_with(Instant::now);
         self.tokens.push(token);
         if self.stop_tokens.contains(&token) {

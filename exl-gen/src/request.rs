@@ -3,7 +3,7 @@
 use std::fmt;
 use std::time::Duration;
 
-use crate::SamplerSettings;
+use crate::{Grammar, SamplerSettings};
 
 /// Number of a job, unique within an engine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -26,6 +26,10 @@ pub struct Request {
     pub min_new_tokens: usize,
     /// How tokens are chosen.
     pub sampler: SamplerSettings,
+    /// The form the answer must have.
+    pub grammar: Option<Grammar>,
+    /// Ends the answer as soon as its grammar lets it end.
+    pub prefer_end: bool,
     /// Tokens that end the answer, besides the tokenizer's end-of-text ids.
     pub stop_tokens: Vec<u32>,
     /// Texts that end the answer.
@@ -44,6 +48,8 @@ impl Request {
             max_new_tokens: 256,
             min_new_tokens: 0,
             sampler: SamplerSettings::default(),
+            grammar: None,
+            prefer_end: false,
             stop_tokens: Vec::new(),
             stop_strings: Vec::new(),
             ignore_eos: false,
@@ -100,6 +106,8 @@ pub enum DoneReason {
     StopToken(u32),
     /// This stop string appeared.
     StopString(String),
+    /// The grammar is satisfied and lets nothing follow.
+    Grammar,
     /// `max_new_tokens` were drawn.
     MaxTokens,
     /// Aborted by its caller or by the end of the engine.

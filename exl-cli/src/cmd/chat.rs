@@ -6,6 +6,7 @@ mod input;
 mod voice;
 
 use crate::args::ChatArgs;
+use crate::grammar;
 use crate::sampling;
 use crate::session::{self, Room};
 use crate::signal::{self, StopFlag};
@@ -18,7 +19,7 @@ use exl_models::ModelSource;
 use input::{Event, Input};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use voice::{Prompt, Voice};
+use voice::{Manner, Prompt, Voice};
 
 /// Context when the user names none: the whole of a large model's would take gigabytes.
 const DEFAULT_CONTEXT: usize = 8192;
@@ -30,6 +31,7 @@ pub(crate) fn run(args: &ChatArgs, ui: &Ui) -> Result<()> {
     let template = template(args.template.as_deref(), &source)?;
     let tokenizer = Arc::new(Tokenizer::open(source.files().dir())?);
     let sampler = sampling::settings(&args.sampling, source.files())?;
+    let form = grammar::grammar(&args.form, &tokenizer)?;
     let input = Input::open(args.history.clone().or_else(input::default_history))?;
     let stop = if input.is_interactive() {
         signal::patient_flag()?
@@ -43,7 +45,11 @@ pub(crate) fn run(args: &ChatArgs, ui: &Ui) -> Result<()> {
     let voice = Voice::new(
         engine,
         template,
-        sampler,
+        Manner {
+            sampler,
+            grammar: form,
+            prefer_end: args.form.prefer_end,
+        },
         (context, args.max_tokens as usize),
         stop,
     );

@@ -4,6 +4,7 @@ mod output;
 
 use crate::args::GenerateArgs;
 use crate::failure::{Interrupted, Usage};
+use crate::grammar;
 use crate::sampling;
 use crate::session::{self, Room};
 use crate::signal::{self, StopFlag};
@@ -39,6 +40,7 @@ pub(crate) fn run(args: &GenerateArgs, ui: &Ui) -> Result<()> {
     let tokenizer = Arc::new(Tokenizer::open(source.files().dir())?);
     let jobs = jobs(args, &source, &tokenizer, ui)?;
     let sampler = sampling::settings(&args.sampling, source.files())?;
+    let form = grammar::grammar(&args.form, &tokenizer)?;
     let room = Room {
         seqs: jobs.len(),
         lengths: jobs
@@ -53,6 +55,8 @@ pub(crate) fn run(args: &GenerateArgs, ui: &Ui) -> Result<()> {
         let stream = engine.submit(Request {
             max_new_tokens: job.max_new,
             sampler: sampler.clone(),
+            grammar: form.clone(),
+            prefer_end: args.form.prefer_end,
             stop_strings: args.stop.clone(),
             ignore_eos: args.ignore_eos,
             ..Request::new(job.tokens.clone())

@@ -13,6 +13,8 @@ use std::time::Instant;
 use exl_cache::PageTable;
 
 use super::{EngineOptions, Shared};
+use crate::backend::Chooser;
+use crate::grammar::MaskThread;
 use crate::job::Job;
 use crate::request::{DoneReason, JobId};
 use crate::schedule::{Limits, next_start, share};
@@ -53,6 +55,8 @@ pub(super) struct Worker {
     draining: bool,
     /// One row of logits; sampling changes it.
     row: Vec<f32>,
+    /// Started with the first job that has a grammar.
+    masks: Option<MaskThread>,
 }
 
 impl Worker {
@@ -79,6 +83,7 @@ impl Worker {
             shared,
             draining: false,
             row: Vec::new(),
+            masks: None,
         }
     }
 
@@ -203,6 +208,7 @@ impl Worker {
         &mut self,
         shares: &[(usize, usize)],
     ) -> Result<Vec<(usize, DoneReason)>, BackendError> {
+        self.prepare_masks(shares);
         let begin = Instant::now();
         let tokens = self.tokenizer.vocab_size();
         let mut rows = step(
@@ -222,15 +228,14 @@ impl Worker {
                 continue;
             }
             let before = job.new_tokens();
-            let end = match &mut rows {
-                Rows::Logits(rows) => rows.next().and_then(|row| {
+            let end = match rows.next(job) {
+                Some(Row::Logits(row)) => {
                     self.row.clear();
                     self.row.extend_from_slice(row);
                     job.sample(&mut self.row, &self.tokenizer)
-                }),
-                Rows::Tokens(rows) => rows
-                    .next()
-                    .and_then(|&token| job.take_drawn(token, &self.tokenizer)),
+                }
+                Some(Row::Token(token)) => job.take_drawn(token, &self.tokenizer),
+                None => None,
             };
             ends.extend(end.map(|reason| (at, reason)));
             new += job.new_tokens() - before;
@@ -243,6 +248,23 @@ impl Worker {
         Ok(ends)
     }
 
+    /// Begins the masks of the jobs that will choose a token after this step.
+    fn prepare_masks(&mut self, shares: &[(usize, usize)]) {
+        for &(at, count) in shares {
+            let job = &mut self.running[at];
+            if !job.is_guided() || count < job.pending() {
+                continue;
+            }
+            if self.masks.is_none() {
+                // Without the thread the sampler computes masks itself.
+                self.masks = MaskThread::start().ok();
+            }
+            if let Some(thread) = &self.masks {
+                job.prepare_mask(thread);
+            }
+        }
+    }
+
     /// Gives back the job's pages and tells its caller. In this order, so that a caller who reads
     /// the statistics after the last event finds them settled.
     fn end(&mut self, mut job: Job, reason: DoneReason) {
@@ -253,6 +275,7 @@ impl Worker {
         }
         {
             let mut stats = self.shared.stats();
+            stats.masks.add(job.mask_times());
             match reason {
                 DoneReason::Aborted => stats.aborted += 1,
                 DoneReason::Error(_) => stats.failed += 1,
@@ -276,9 +299,33 @@ enum Rows<'a> {
     Logits(ChunksExact<'a, f32>),
     /// A token drawn by the backend.
     Tokens(Iter<'a, i32>),
+    /// Both, of which each job takes what it can.
+    Both(Iter<'a, i32>, ChunksExact<'a, f32>),
 }
 
-/// One step of the backend, which draws the tokens if it can.
+/// What one job chooses from.
+enum Row<'a> {
+    Logits(&'a [f32]),
+    Token(i32),
+}
+
+impl<'a> Rows<'a> {
+    fn next(&mut self, job: &Job) -> Option<Row<'a>> {
+        match self {
+            Self::Logits(rows) => rows.next().map(Row::Logits),
+            Self::Tokens(tokens) => tokens.next().copied().map(Row::Token),
+            Self::Both(tokens, rows) => {
+                let (token, row) = (*tokens.next()?, rows.next()?);
+                Some(match job.draw() {
+                    Some(_) => Row::Token(token),
+                    None => Row::Logits(row),
+                })
+            }
+        }
+    }
+}
+
+/// One step of the backend, which draws the tokens it can.
 fn step<'a>(
     backend: &'a mut dyn Backend,
     (running, shares): (&[Job], &[(usize, usize)]),
@@ -290,25 +337,40 @@ fn step<'a>(
         let job: &Job = &running[at];
         (count == job.pending()).then(|| job.draw())
     };
-    let draws: Vec<Draw<'_>> = shares.iter().filter_map(ready).collect();
-    let wanted = draws.len();
-    if wanted > 0 && backend.draws() {
-        let drawn = backend.step_drawn(&slices, &draws, tokens)?;
-        if drawn.len() != wanted {
-            let what = format!("{} tokens for {wanted} rows", drawn.len());
-            return Err(BackendError(what));
+    let draws: Vec<Option<Draw<'_>>> = shares.iter().filter_map(ready).collect();
+    let (wanted, vocab) = (draws.len(), backend.vocab_size());
+    let complete = |found: usize, one: usize, what: &str| {
+        (found == wanted * one)
+            .then_some(())
+            .ok_or_else(|| BackendError(format!("{found} {what} for {wanted} rows{}", of(one))))
+    };
+    match Chooser::of(backend.draws(), draws.iter().map(Option::is_some)) {
+        Chooser::Host => {
+            let logits = backend.step(&slices)?;
+            complete(logits.len(), vocab, "logits")?;
+            Ok(Rows::Logits(logits.chunks_exact(vocab.max(1))))
         }
-        return Ok(Rows::Tokens(drawn.iter()));
+        Chooser::Device => {
+            let draws: Vec<Draw<'_>> = draws.into_iter().flatten().collect();
+            let drawn = backend.step_drawn(&slices, &draws, tokens)?;
+            complete(drawn.len(), 1, "tokens")?;
+            Ok(Rows::Tokens(drawn.iter()))
+        }
+        Chooser::Both => {
+            let mixed = backend.step_mixed(&slices, &draws, tokens)?;
+            complete(mixed.tokens.len(), 1, "tokens")?;
+            complete(mixed.logits.len(), vocab, "logits")?;
+            let rows = mixed.logits.chunks_exact(vocab.max(1));
+            Ok(Rows::Both(mixed.tokens.iter(), rows))
+        }
     }
-    let vocab = backend.vocab_size();
-    let logits = backend.step(&slices)?;
-    if logits.len() != wanted * vocab {
-        return Err(BackendError(format!(
-            "{} logits for {wanted} rows of {vocab}",
-            logits.len()
-        )));
+}
+
+fn of(one: usize) -> String {
+    match one {
+        1 => String::new(),
+        one => format!(" of {one}"),
     }
-    Ok(Rows::Logits(logits.chunks_exact(vocab.max(1))))
 }
 
 fn slices<'a>(

@@ -5,7 +5,7 @@ use crate::signal::StopFlag;
 use crate::ui;
 use anyhow::{Result, bail};
 use exl_gen::{
-    ChatInput, ChatTemplate, Done, DoneReason, Encode, EngineHandle, Event, Request,
+    ChatInput, ChatTemplate, Done, DoneReason, Encode, EngineHandle, Event, Grammar, Request,
     SamplerSettings,
 };
 use serde_json::{Value, json};
@@ -16,11 +16,19 @@ const GLANCE: Duration = Duration::from_millis(20);
 /// A reply gets at least this share of the context; older messages make room for it.
 const REPLY_SHARE: usize = 4;
 
+/// How replies are chosen.
+pub(super) struct Manner {
+    pub(super) sampler: SamplerSettings,
+    /// The form of every reply.
+    pub(super) grammar: Option<Grammar>,
+    pub(super) prefer_end: bool,
+}
+
 /// A model that answers.
 pub(super) struct Voice {
     engine: EngineHandle,
     template: ChatTemplate,
-    sampler: SamplerSettings,
+    manner: Manner,
     context: usize,
     max_new: usize,
     stop: StopFlag,
@@ -48,14 +56,14 @@ impl Voice {
     pub(super) fn new(
         engine: EngineHandle,
         template: ChatTemplate,
-        sampler: SamplerSettings,
+        manner: Manner,
         (context, max_new): (usize, usize),
         stop: StopFlag,
     ) -> Self {
         Self {
             engine,
             template,
-            sampler,
+            manner,
             context,
             max_new,
             stop,
@@ -92,7 +100,8 @@ impl Voice {
     pub(super) fn reply(&mut self, prompt: Prompt) -> Result<Reply> {
         self.stop.clear();
         // A fixed seed gives the same conversation again, and another reply when asked again.
-        let seed = self
+        let manner = &self.manner;
+        let seed = manner
             .sampler
             .seed
             .map(|seed| seed.wrapping_add(self.replies));
@@ -101,8 +110,10 @@ impl Voice {
             max_new_tokens: prompt.max_new,
             sampler: SamplerSettings {
                 seed,
-                ..self.sampler.clone()
+                ..manner.sampler.clone()
             },
+            grammar: manner.grammar.clone(),
+            prefer_end: manner.prefer_end,
             ..Request::new(prompt.tokens)
         })?;
         let mut text = String::new();

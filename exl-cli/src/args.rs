@@ -3,12 +3,14 @@
 mod answer;
 mod compare;
 mod convert;
+mod grammar;
 mod rewrite;
 mod sampling;
 
 pub(crate) use answer::{AnswerArgs, PromptArgs};
 pub(crate) use compare::CompareArgs;
 pub(crate) use convert::{ConvertArgs, Fit};
+pub(crate) use grammar::GrammarArgs;
 pub(crate) use rewrite::exllama_short_flags;
 pub(crate) use sampling::SamplingArgs;
 
@@ -191,7 +193,9 @@ const GENERATE_EXAMPLES: &str = "\
 Examples:
   exl generate -m ./model -p \"Once upon a time\" -n 200
   cat prompt.txt | exl generate -m ./model -p - --greedy
-  exl generate -m ./model -p \"One\" -p \"Two\" --json";
+  exl generate -m ./model -p \"One\" -p \"Two\" --json
+  exl generate -m ./model -p \"Is water wet? \" --choices yes no
+  exl generate -m ./model -p \"A person: \" --json-schema person.json --preset creative.toml";
 
 /// Continue one or several prompts
 #[derive(Debug, Args)]
@@ -215,6 +219,8 @@ pub(crate) struct GenerateArgs {
     pub(crate) max_tokens: u32,
     #[command(flatten)]
     pub(crate) sampling: SamplingArgs,
+    #[command(flatten)]
+    pub(crate) form: GrammarArgs,
     /// Stop at this text, which is not printed; may be given several times
     #[arg(long, value_name = "STR", value_parser = clap::builder::NonEmptyStringValueParser::new())]
     pub(crate) stop: Vec<String>,
@@ -291,6 +297,8 @@ pub(crate) struct ChatArgs {
     pub(crate) sampling: SamplingArgs,
     #[command(flatten)]
     pub(crate) answer: AnswerArgs,
+    #[command(flatten)]
+    pub(crate) form: GrammarArgs,
     #[command(flatten)]
     pub(crate) cache: CacheArgs,
     /// Where entered lines are remembered [default: the user's data directory]

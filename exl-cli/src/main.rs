@@ -6,6 +6,7 @@ mod args;
 mod calibration;
 mod cmd;
 mod failure;
+mod grammar;
 mod hub;
 mod machine;
 mod memory;

@@ -178,7 +178,7 @@ const RATE: f64 = 60.0;
 
 fn trace(loaded: &Loaded) -> Vec<Arrival> {
     let random = Philox::new(7);
-    let draw = |n: usize, k: usize| random.uniform((8 * n + k) as u64);
+    let draw = |n: usize, k: usize| random.uniform((8 * n + k) as u64, 0);
     (0..REQUESTS)
         .map(|n| {
             // A third begins with one of four common texts.

@@ -79,6 +79,56 @@ pub trait Backend: Send {
     ) -> Result<&[i32], BackendError> {
         Err(BackendError("the backend draws no tokens".to_owned()))
     }
+
+    /// As [`Backend::step_drawn`], for a step in which the engine itself chooses for some rows:
+    /// those without a draw.
+    ///
+    /// # Errors
+    /// As [`Backend::step_drawn`].
+    fn step_mixed(
+        &mut self,
+        _seqs: &[SeqSlice<'_>],
+        _draws: &[Option<Draw<'_>>],
+        _tokens: usize,
+    ) -> Result<Mixed<'_>, BackendError> {
+        Err(BackendError("the backend draws no tokens".to_owned()))
+    }
+}
+
+/// What a step gives in which the backend draws some of the tokens.
+#[derive(Clone, Copy, Debug)]
+pub struct Mixed<'a> {
+    /// A token for each row of logits; without meaning for rows that had no draw.
+    pub tokens: &'a [i32],
+    /// `[rows, vocab]`; those of rows that had a draw may have changed.
+    pub logits: &'a [f32],
+}
+
+/// Who chooses the tokens of a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Chooser {
+    /// The sampler, from logits.
+    Host,
+    /// The backend.
+    Device,
+    /// The backend for the rows that have a draw.
+    Both,
+}
+
+impl Chooser {
+    /// Whether the backend draws at all, and for each row with logits whether it can draw that.
+    pub(crate) fn of(backend: bool, rows: impl IntoIterator<Item = bool>) -> Self {
+        let (mut some, mut all) = (false, true);
+        for row in rows {
+            some |= row;
+            all &= row;
+        }
+        match (backend && some, all) {
+            (false, _) => Self::Host,
+            (true, true) => Self::Device,
+            (true, false) => Self::Both,
+        }
+    }
 }
 
 /// A model on its executor as a backend.
@@ -86,6 +136,7 @@ pub trait Backend: Send {
 pub struct RunnerBackend {
     runner: exl_models::Runner,
     draws: bool,
+    drawn: Vec<i32>,
 }
 
 impl RunnerBackend {
@@ -93,7 +144,11 @@ impl RunnerBackend {
     /// when that is a GPU, so that no logits are copied; on the CPU the engine's sampler is faster.
     pub fn new(runner: exl_models::Runner) -> Self {
         let draws = matches!(runner.options().backend, exl_models::Backend::Cuda(..));
-        Self { runner, draws }
+        Self {
+            runner,
+            draws,
+            drawn: Vec::new(),
+        }
     }
 
     /// Draws tokens where the logits are, or not, whatever the device.
@@ -177,5 +232,40 @@ impl Backend for RunnerBackend {
         self.runner
             .step_drawn(seqs, draws, tokens)
             .map_err(|error| BackendError(error.to_string()))
+    }
+
+    fn step_mixed(
+        &mut self,
+        seqs: &[SeqSlice<'_>],
+        draws: &[Option<Draw<'_>>],
+        tokens: usize,
+    ) -> Result<Mixed<'_>, BackendError> {
+        let drawn = &mut self.drawn;
+        match self.runner.step_mixed(seqs, draws, tokens, drawn) {
+            Ok(logits) => Ok(Mixed {
+                tokens: drawn,
+                logits,
+            }),
+            Err(error) => Err(BackendError(error.to_string())),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Chooser;
+
+    #[test]
+    fn the_backend_draws_what_it_can() {
+        for (backend, rows, expected) in [
+            (true, &[true, true][..], Chooser::Device),
+            (true, &[true, false], Chooser::Both),
+            (true, &[false, false], Chooser::Host),
+            (true, &[], Chooser::Host),
+            (false, &[true], Chooser::Host),
+            (false, &[true, false], Chooser::Host),
+        ] {
+            assert_eq!(Chooser::of(backend, rows.iter().copied()), expected);
+        }
     }
 }

@@ -79,6 +79,20 @@ pub enum Error {
         /// The range.
         expected: &'static str,
     },
+    /// A grammar that cannot be used, or that an answer cannot follow.
+    #[error("the {kind} cannot be used: {reason}")]
+    Grammar {
+        /// JSON schema, regular expression, and so on.
+        kind: &'static str,
+        /// Why.
+        reason: String,
+    },
+    /// An order of the sampler's steps that cannot be.
+    #[error("the sampler order is wrong: {reason}")]
+    Order {
+        /// Why.
+        reason: String,
+    },
     /// Logits nothing can be drawn from.
     #[error("no token can be chosen: {reason}")]
     Logits {

@@ -10,10 +10,12 @@ use crate::schedule::{AGEING, Demand, MAX_LANES};
 use crate::{Draw, Error, Result, Sampler, Tokenizer};
 
 mod bans;
+mod form;
 mod lane;
 mod logits;
 mod output;
 
+use form::Form;
 pub(crate) use lane::Lane;
 use output::Output;
 
@@ -41,6 +43,7 @@ pub(crate) struct Job {
     guidance: f32,
     logprobs: Option<usize>,
     sampler: Sampler,
+    form: Option<Form>,
     stop_tokens: Vec<u32>,
     /// Tokens that led to a banned string, by their place in the answer; places rise.
     explored: Vec<(usize, Vec<u32>)>,
@@ -81,8 +84,8 @@ impl Heal {
 pub(crate) enum Outcome {
     /// The next one can be drawn.
     Next,
-    /// Tokens were taken back: the lanes have less in the cache than before.
-    Rewound,
+    /// So many tokens were taken back: the lanes have less in the cache than before.
+    Rewound(usize),
     /// The job is over.
     Done(DoneReason),
 }
@@ -106,6 +109,9 @@ impl Job {
     ) -> Result<Self> {
         check(&request)?;
         let sampler = Sampler::new(request.sampler, tokenizer.vocab_size())?;
+        let form = request.grammar.as_ref();
+        let form = form.map(|grammar| Form::new(grammar, request.prefer_end, tokenizer));
+        let form = form.transpose()?;
         let mut stop_tokens = request.stop_tokens;
         if !request.ignore_eos {
             stop_tokens.extend(tokenizer.eos_ids());
@@ -152,6 +158,7 @@ impl Job {
             guidance,
             logprobs: request.logprobs,
             sampler,
+            form,
             stop_tokens,
             explored: Vec::new(),
             blocked: Vec::new(),
@@ -253,11 +260,6 @@ impl Job {
         gained
     }
 
-    /// Whether the next draw needs the logits themselves.
-    pub(crate) fn needs_logits(&self) -> bool {
-        self.logprobs.is_some() || self.lanes.len() > 1 || self.heal.is_some()
-    }
-
     /// Gets ready for the next draw.
     pub(crate) fn prepare_draw(&mut self) {
         let at = self.new_tokens();
@@ -280,13 +282,21 @@ impl Job {
         }
     }
 
-    /// What the next draw needs to know, for a backend that draws by itself.
-    pub(crate) fn draw(&self) -> Draw<'_> {
-        Draw {
-            params: self.sampler.params(self.draw_index()),
+    /// What the next draw needs to know, for a backend that draws by itself; none where it cannot,
+    /// or where the logits themselves are needed.
+    pub(crate) fn draw(&self) -> Option<Draw<'_>> {
+        let needs_logits = self.logprobs.is_some()
+            || self.lanes.len() > 1
+            || self.heal.is_some()
+            || self.form.is_some();
+        if needs_logits {
+            return None;
+        }
+        Some(Draw {
+            params: self.sampler.params(self.draw_index())?,
             recent: &self.lanes[0].tokens,
             blocked: &self.blocked,
-        }
+        })
     }
 
     /// Takes the token that the backend drew.
@@ -310,6 +320,11 @@ impl Job {
         row: &mut Vec<f32>,
         tokenizer: &Tokenizer,
     ) -> Outcome {
+        if self.heal.is_none()
+            && let Some(outcome) = self.begin_form(tokenizer)
+        {
+            return outcome;
+        }
         row.clear();
         row.extend_from_slice(logits[0]);
         row.truncate(tokenizer.vocab_size());
@@ -321,6 +336,10 @@ impl Job {
         let model = model.map(|count| (count, row.clone()));
         if let Some(heal) = &self.heal {
             logits::only(row, &heal.allowed);
+        } else if let Some(form) = &mut self.form
+            && let Err(error) = form.apply(row, &self.stop_tokens)
+        {
+            return failed(&error);
         }
         let (index, history) = (self.draw_index(), &self.lanes[0].tokens);
         let sampled = self.sampler.sample(row, history, &self.blocked, index);
@@ -334,7 +353,22 @@ impl Job {
         }
     }
 
+    /// Takes a drawn token.
     fn take(
+        &mut self,
+        token: u32,
+        logprobs: Option<TokenLogprobs>,
+        tokenizer: &Tokenizer,
+    ) -> Outcome {
+        let healing = self.heal.is_some();
+        let outcome = self.append(token, logprobs, tokenizer);
+        match healing {
+            true => outcome,
+            false => self.keep_form(token, outcome, tokenizer),
+        }
+    }
+
+    fn append(
         &mut self,
         token: u32,
         logprobs: Option<TokenLogprobs>,
@@ -361,7 +395,7 @@ impl Job {
         }
         if rewind > 0 {
             self.rewind(rewind);
-            return Outcome::Rewound;
+            return Outcome::Rewound(rewind);
         }
         match self.new_tokens() >= self.max_new {
             true => Outcome::Done(DoneReason::MaxTokens),

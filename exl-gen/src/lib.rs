@@ -4,6 +4,7 @@
 mod backend;
 mod engine;
 mod error;
+mod grammar;
 mod job;
 mod request;
 mod sampler;
@@ -14,11 +15,14 @@ mod stop;
 mod template;
 mod tokenizer;
 
-pub use backend::{Backend, BackendError, Draw, LogitRows, RunnerBackend, SampleParams, SeqSlice};
+pub use backend::{
+    Backend, BackendError, Draw, LogitRows, Mixed, RunnerBackend, SampleParams, SeqSlice,
+};
 pub use engine::{Answer, DiskOptions, Engine, EngineHandle, EngineOptions, JobStream};
 pub use error::{Error, Result};
+pub use grammar::{Grammar, Guide, MaskTimes};
 pub use request::{Done, DoneReason, Event, Guidance, JobId, Request, Timings, TokenLogprobs};
-pub use sampler::{Philox, Sampled, Sampler, SamplerSettings};
+pub use sampler::{Mirostat, Philox, Sampled, Sampler, SamplerSettings, Stage};
 pub use stats::{Load, Stats};
 pub use stop::{StopStrings, StopText};
 pub use template::{ChatInput, ChatTemplate, ChatTemplates, LocalTime};

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::time::Duration;
 
-use crate::SamplerSettings;
+use crate::{Grammar, SamplerSettings};
 
 /// Number of a job, unique within an engine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -35,6 +35,10 @@ pub struct Request {
     pub sampler: SamplerSettings,
     /// Steers away from another prompt.
     pub guidance: Option<Guidance>,
+    /// The form the answer must have.
+    pub grammar: Option<Grammar>,
+    /// Ends the answer as soon as its grammar lets it end.
+    pub prefer_end: bool,
     /// Tokens that end the answer, besides the tokenizer's end-of-text ids.
     pub stop_tokens: Vec<u32>,
     /// Texts that end the answer.
@@ -76,6 +80,8 @@ impl Request {
             token_healing: false,
             sampler: SamplerSettings::default(),
             guidance: None,
+            grammar: None,
+            prefer_end: false,
             stop_tokens: Vec::new(),
             stop_strings: Vec::new(),
             banned_strings: Vec::new(),
@@ -160,6 +166,8 @@ pub enum DoneReason {
     StopToken(u32),
     /// This stop string appeared.
     StopString(String),
+    /// The grammar is satisfied and lets nothing follow.
+    Grammar,
     /// `max_new_tokens` were drawn.
     MaxTokens,
     /// Aborted by its caller or by the end of the engine.

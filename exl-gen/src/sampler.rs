@@ -1,142 +1,35 @@
 //! From logits to the next token.
 //!
-//! Order of the steps: repetition, frequency and presence penalties; ids beyond the vocabulary and
-//! blocked ids; temperature; top-k; top-p; min-p; the draw. Candidates are ordered by falling
-//! logit, equal ones by rising id, so a result never depends on how the work was done.
+//! Order: repetition, frequency and presence penalties; ids beyond the vocabulary and blocked ids;
+//! logit bias, banned and allowed tokens; DRY; then the steps of [`Stage::DEFAULT_ORDER`] or of
+//! [`SamplerSettings::order`]; skew and the draw. Candidates are ordered by falling logit, equal
+//! ones by rising id, so a result never depends on how the work was done.
 
-use crate::{Error, Result, SampleParams};
+use crate::{Error, Result, SampleParams, Tokenizer};
 
 mod candidates;
+mod dry;
 mod penalties;
 mod philox;
 #[cfg(test)]
+mod reference;
+mod settings;
+mod stage;
+#[cfg(test)]
 mod tests;
+mod tokens;
+#[cfg(test)]
+mod vectors;
 
 use candidates::Candidates;
 pub use philox::Philox;
+pub use settings::{Mirostat, SamplerSettings};
+pub use stage::Stage;
+use tokens::TokenSet;
 
-/// Below this temperature sampling is greedy.
-const GREEDY_BELOW: f32 = 0.01;
-
-/// How tokens are chosen.
-#[derive(Clone, Debug, PartialEq)]
-pub struct SamplerSettings {
-    /// Probabilities are proportional to `exp(logit / temperature)`; below 0.01 the likeliest
-    /// token is taken.
-    pub temperature: f32,
-    /// Keeps the `k` likeliest; 0 is off.
-    pub top_k: usize,
-    /// Keeps the likeliest until their sum reaches this; 0 and 1 are off.
-    pub top_p: f32,
-    /// Keeps those at least this times as likely as the likeliest; 0 is off.
-    pub min_p: f32,
-    /// Logits of tokens seen are divided by this if positive, multiplied if negative; 1 is off.
-    pub repetition_penalty: f32,
-    /// Taken off the logit for each time a token was seen; 0 is off.
-    pub frequency_penalty: f32,
-    /// Taken off the logit of every token seen; 0 is off.
-    pub presence_penalty: f32,
-    /// Newest tokens that count for penalties at full strength; none means all.
-    pub penalty_range: Option<usize>,
-    /// Tokens before those over which the strength fades to nothing.
-    pub penalty_decay: usize,
-    /// Seed of the draws; chosen at random when absent.
-    pub seed: Option<u64>,
-}
-
-impl Default for SamplerSettings {
-    /// Temperature 0.8, top-k 50, top-p 0.8, no penalties.
-    fn default() -> Self {
-        Self {
-            temperature: 0.8,
-            top_k: 50,
-            top_p: 0.8,
-            min_p: 0.0,
-            repetition_penalty: 1.0,
-            frequency_penalty: 0.0,
-            presence_penalty: 0.0,
-            penalty_range: None,
-            penalty_decay: 0,
-            seed: None,
-        }
-    }
-}
-
-impl SamplerSettings {
-    /// Always the likeliest token.
-    pub fn greedy() -> Self {
-        Self {
-            temperature: 0.0,
-            top_k: 0,
-            top_p: 1.0,
-            ..Self::default()
-        }
-    }
-
-    /// The plain distribution of the model.
-    pub fn neutral() -> Self {
-        Self {
-            temperature: 1.0,
-            top_k: 0,
-            top_p: 1.0,
-            ..Self::default()
-        }
-    }
-
-    /// Whether the draw is always the likeliest token.
-    pub fn is_greedy(&self) -> bool {
-        self.temperature < GREEDY_BELOW || self.top_k == 1
-    }
-
-    /// Checks ranges.
-    ///
-    /// # Errors
-    /// [`Error::Setting`] with the first setting out of range.
-    pub fn check(&self) -> Result<()> {
-        let finite = |name, value: f32, low: f32, high: f32, expected| {
-            if value.is_finite() && (low..=high).contains(&value) {
-                return Ok(());
-            }
-            Err(Error::Setting {
-                name,
-                value: f64::from(value),
-                expected,
-            })
-        };
-        finite(
-            "temperature",
-            self.temperature,
-            0.0,
-            1e4,
-            "between 0 and 10000",
-        )?;
-        finite("top-p", self.top_p, 0.0, 1.0, "between 0 and 1")?;
-        finite("min-p", self.min_p, 0.0, 1.0, "between 0 and 1")?;
-        let expected = "positive, 1 for none";
-        finite(
-            "repetition penalty",
-            self.repetition_penalty,
-            1e-3,
-            1e3,
-            expected,
-        )?;
-        let expected = "between -1000 and 1000";
-        finite(
-            "frequency penalty",
-            self.frequency_penalty,
-            -1e3,
-            1e3,
-            expected,
-        )?;
-        finite(
-            "presence penalty",
-            self.presence_penalty,
-            -1e3,
-            1e3,
-            expected,
-        )
-    }
-}
+/// What a token of an answer draws random numbers for, as word 2 of the counter.
+const DRAW: u32 = 0;
+const XTC: u32 = 1;
 
 /// A token and how likely it was.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -147,29 +40,70 @@ pub struct Sampled {
     pub probability: f32,
 }
 
-/// Draws the tokens of one job.
+/// Draws the tokens of one job. Its state follows the number of the draw, so that drawing an
+/// earlier one again goes on as from there.
 #[derive(Clone, Debug)]
 pub struct Sampler {
     settings: SamplerSettings,
+    greedy: bool,
+    /// The steps that change anything, in order.
+    stages: Vec<Stage>,
     philox: Philox,
     vocab: usize,
     candidates: Candidates,
+    allowed: Option<TokenSet>,
+    /// Tokens that end DRY's sequences.
+    breakers: TokenSet,
+    /// Tokens that XTC never excludes.
+    protected: TokenSet,
+    /// Mirostat's bounds, each with the number of the draw from which on it holds.
+    mu: Vec<(u64, f64)>,
 }
 
 impl Sampler {
-    /// A sampler for a tokenizer of `vocab` tokens; logits beyond are never drawn.
+    /// A sampler for `vocab` tokens; logits beyond are never drawn. No token is special to DRY and
+    /// XTC but those that the settings name by id: see [`Sampler::for_tokenizer`].
     ///
     /// # Errors
-    /// [`Error::Setting`].
+    /// [`Error::Setting`], [`Error::Order`], [`Error::UnknownToken`].
     pub fn new(settings: SamplerSettings, vocab: usize) -> Result<Self> {
         settings.check()?;
+        check_ids(&settings, vocab)?;
         let seed = settings.seed.unwrap_or_else(philox::random_seed);
+        let mut stages = settings.stages();
+        stages.retain(|&stage| settings.is_on(stage));
+        let protected = settings.xtc_protected_tokens.as_deref();
         Ok(Self {
-            settings,
+            greedy: settings.is_greedy(),
+            stages,
             philox: Philox::new(seed),
             vocab,
             candidates: Candidates::default(),
+            allowed: settings.allowed_tokens.as_deref().map(TokenSet::from_ids),
+            breakers: TokenSet::default(),
+            protected: TokenSet::from_ids(protected.unwrap_or_default()),
+            mu: Vec::new(),
+            settings,
         })
+    }
+
+    /// A sampler for the tokens of a tokenizer, which says what they spell.
+    ///
+    /// # Errors
+    /// As [`Sampler::new`].
+    pub fn for_tokenizer(settings: SamplerSettings, tokenizer: &Tokenizer) -> Result<Self> {
+        let mut sampler = Self::new(settings, tokenizer.vocab_size())?;
+        let settings = &sampler.settings;
+        if settings.dry_multiplier > 0.0 {
+            sampler.breakers = match &settings.dry_sequence_breakers {
+                Some(texts) => TokenSet::containing(tokenizer, texts),
+                None => TokenSet::containing(tokenizer, &dry::BREAKERS),
+            };
+        }
+        if settings.is_on(Stage::Xtc) && settings.xtc_protected_tokens.is_none() {
+            sampler.protected = TokenSet::containing(tokenizer, &["\n"]);
+        }
+        Ok(sampler)
     }
 
     /// The seed in use: with it, the same logits give the same tokens.
@@ -182,12 +116,25 @@ impl Sampler {
         &self.settings
     }
 
-    /// The settings of draw `index` for a [`crate::Backend`] that draws by itself.
-    pub fn params(&self, index: u64) -> SampleParams {
+    /// The settings of draw `index` for a [`crate::Backend`] that draws by itself; none where it
+    /// cannot: it knows penalties, and temperature, top-k, top-p and min-p in this order.
+    pub fn params(&self, index: u64) -> Option<SampleParams> {
         let settings = &self.settings;
+        let plain = settings.dry_multiplier == 0.0
+            && settings.logit_bias.is_empty()
+            && settings.banned_tokens.is_empty()
+            && settings.allowed_tokens.is_none();
+        let chain = self.greedy || settings.skew == 0.0 && is_device_order(&self.stages);
+        if !(plain && chain) {
+            return None;
+        }
         let narrow = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
-        SampleParams {
-            temperature: settings.temperature,
+        Some(SampleParams {
+            temperature: if self.greedy {
+                0.0
+            } else {
+                settings.temperature
+            },
             top_k: narrow(settings.top_k),
             top_p: settings.top_p,
             min_p: settings.min_p,
@@ -198,7 +145,7 @@ impl Sampler {
             penalty_decay: narrow(settings.penalty_decay),
             seed: self.philox.key(),
             counter: index,
-        }
+        })
     }
 
     /// Chooses the token number `index` of the answer. `logits` are changed on the way; `history`
@@ -217,23 +164,121 @@ impl Sampler {
         let logits = &mut logits[..vocab];
         penalties::apply(&self.settings, logits, history);
         for &id in blocked {
-            if let Some(logit) = logits.get_mut(id as usize) {
-                *logit = f32::NEG_INFINITY;
-            }
+            exclude(logits, id);
         }
+        self.bias(logits);
+        dry::apply(&self.settings, logits, history, &self.breakers);
         let best = likeliest(logits)?;
-        if self.settings.is_greedy() {
+        if self.greedy {
             return Ok(Sampled {
                 token: best,
                 probability: 1.0,
             });
         }
-        let candidates = &mut self.candidates;
-        candidates.load(logits, self.settings.temperature);
-        candidates.top_k(self.settings.top_k);
-        candidates.top_p(self.settings.top_p);
-        candidates.min_p(self.settings.min_p);
-        Ok(candidates.draw(self.philox.uniform(index)))
+        self.candidates.load(logits);
+        let mu = self.mu(index);
+        for at in 0..self.stages.len() {
+            self.run(self.stages[at], mu, index);
+        }
+        let u = self.philox.uniform(index, DRAW);
+        let u = match self.settings.skew {
+            0.0 => u,
+            skew => u.powf((-f64::from(skew)).exp()),
+        };
+        let (token, probability) = self.candidates.draw(u);
+        if self.settings.is_on(Stage::Mirostat) {
+            let (tau, eta) = (self.settings.mirostat_tau, self.settings.mirostat_eta);
+            let error = f64::from(tau) + probability.log2();
+            self.mu.push((index + 1, mu + f64::from(eta) * error));
+        }
+        Ok(Sampled {
+            token,
+            probability: probability as f32,
+        })
+    }
+
+    fn bias(&self, logits: &mut [f32]) {
+        for &(id, bias) in &self.settings.logit_bias {
+            if let Some(logit) = logits.get_mut(id as usize) {
+                *logit += bias;
+            }
+        }
+        for &id in &self.settings.banned_tokens {
+            exclude(logits, id);
+        }
+        if let Some(allowed) = &self.allowed {
+            for (id, logit) in (0u32..).zip(logits) {
+                if !allowed.contains(id) && !logit.is_nan() {
+                    *logit = f32::NEG_INFINITY;
+                }
+            }
+        }
+    }
+
+    fn run(&mut self, stage: Stage, mu: f64, index: u64) {
+        let (settings, candidates) = (&self.settings, &mut self.candidates);
+        match stage {
+            Stage::Smoothing => candidates.smoothing(settings.smoothing_factor),
+            Stage::Temperature => candidates.temperature(settings.temperature),
+            Stage::TopK => candidates.top_k(settings.top_k),
+            Stage::TopP => candidates.top_p(settings.top_p),
+            Stage::TopA => candidates.top_a(settings.top_a),
+            Stage::MinP => candidates.min_p(settings.min_p),
+            Stage::Tfs => candidates.tfs(settings.tfs),
+            Stage::Typical => candidates.typical(settings.typical_p),
+            Stage::Mirostat if settings.mirostat == Mirostat::V1 => {
+                candidates.mirostat_v1(mu, self.vocab);
+            }
+            Stage::Mirostat => candidates.mirostat_v2(mu),
+            Stage::DynamicTemperature => {
+                let range = (settings.min_temperature, settings.max_temperature);
+                candidates.dynamic_temperature(range, settings.temperature_exponent);
+            }
+            Stage::Xtc => {
+                let coin = self.philox.uniform(index, XTC);
+                if coin < f64::from(settings.xtc_probability) {
+                    let protected = &self.protected;
+                    candidates
+                        .exclude_top_choices(settings.xtc_threshold, |id| protected.contains(id));
+                }
+            }
+        }
+    }
+
+    /// Mirostat's bound for draw `index`; those of later draws are forgotten.
+    fn mu(&mut self, index: u64) -> f64 {
+        let later = self.mu.iter().rev().take_while(|&&(from, _)| from > index);
+        let keep = self.mu.len() - later.count();
+        self.mu.truncate(keep);
+        let start = 2.0 * f64::from(self.settings.mirostat_tau);
+        self.mu.last().map_or(start, |&(_, mu)| mu)
+    }
+}
+
+/// Whether the steps come in the order that every backend knows.
+fn is_device_order(stages: &[Stage]) -> bool {
+    let order = [Stage::Temperature, Stage::TopK, Stage::TopP, Stage::MinP];
+    let mut known = order.into_iter();
+    stages.iter().all(|&stage| known.any(|next| next == stage))
+}
+
+fn check_ids(settings: &SamplerSettings, vocab: usize) -> Result<()> {
+    let biased = settings.logit_bias.iter().map(|&(id, _)| id);
+    let lists = [
+        settings.allowed_tokens.as_deref(),
+        settings.xtc_protected_tokens.as_deref(),
+        Some(&settings.banned_tokens[..]),
+    ];
+    let listed = lists.into_iter().flatten().flatten().copied();
+    match biased.chain(listed).find(|&id| id as usize >= vocab) {
+        Some(id) => Err(Error::UnknownToken { id, vocab }),
+        None => Ok(()),
+    }
+}
+
+fn exclude(logits: &mut [f32], id: u32) {
+    if let Some(logit) = logits.get_mut(id as usize) {
+        *logit = f32::NEG_INFINITY;
     }
 }
 

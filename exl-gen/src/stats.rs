@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use crate::MaskTimes;
+
 /// What an engine did since its start.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Stats {
@@ -23,6 +25,8 @@ pub struct Stats {
     pub new_tokens: u64,
     /// Time inside the backend.
     pub busy: Duration,
+    /// What the masks of ended jobs with a grammar took.
+    pub masks: MaskTimes,
     /// What goes on now.
     pub load: Load,
 }

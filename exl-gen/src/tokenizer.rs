@@ -2,11 +2,12 @@
 
 use std::fmt;
 use std::path::Path;
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 use serde_json::{Map, Value as Json};
 use tokenizers::Tokenizer as Inner;
 
+use crate::grammar::Vocabulary;
 use crate::{Error, Result};
 
 mod config;
@@ -45,7 +46,9 @@ impl Encode {
 pub struct Tokenizer {
     inner: Inner,
     /// The same one with special tokens as plain text; made when first asked for.
-    literal: OnceLock<Inner>,
+    literal: OnceLock<Arc<Inner>>,
+    /// Its tokens for grammars; made when first asked for.
+    vocabulary: OnceLock<Result<Vocabulary, String>>,
     pieces: Pieces,
     config: TokenizerConfig,
     prefix: Vec<u32>,
@@ -109,6 +112,7 @@ impl Tokenizer {
         Ok(Self {
             inner,
             literal: OnceLock::new(),
+            vocabulary: OnceLock::new(),
             pieces,
             config,
             prefix,
@@ -124,11 +128,7 @@ impl Tokenizer {
         let inner = if how.parse_special {
             &self.inner
         } else {
-            self.literal.get_or_init(|| {
-                let mut literal = self.inner.clone();
-                literal.set_encode_special_tokens(true);
-                literal
-            })
+            self.literal()
         };
         let encoding = inner
             .encode_fast(text, false)
@@ -206,6 +206,25 @@ impl Tokenizer {
     /// `bos_token` and the like, as chat templates expect them.
     pub fn template_variables(&self) -> &Map<String, Json> {
         &self.config.texts
+    }
+
+    fn literal(&self) -> &Arc<Inner> {
+        self.literal.get_or_init(|| {
+            let mut literal = self.inner.clone();
+            literal.set_encode_special_tokens(true);
+            Arc::new(literal)
+        })
+    }
+
+    /// What grammars need of it.
+    pub(crate) fn vocabulary(&self) -> Result<&Vocabulary> {
+        let made = self.vocabulary.get_or_init(|| {
+            Vocabulary::new(self, Arc::clone(self.literal())).map_err(|error| error.to_string())
+        });
+        made.as_ref().map_err(|reason| Error::Grammar {
+            kind: "vocabulary",
+            reason: reason.clone(),
+        })
     }
 
     fn pieces(&self) -> &Pieces {

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use exl_gen::{
     Answer, Backend, BackendError, DoneReason, Draw, Engine, EngineHandle, EngineOptions,
-    LogitRows, Request, RunnerBackend, SamplerSettings, SeqSlice, Tokenizer,
+    LogitRows, Mirostat, Request, RunnerBackend, SamplerSettings, SeqSlice, Tokenizer,
 };
 use exl_models::{Backend as Device, LoadOptions, ModelSource, Runner, RunnerOptions};
 use exl_tensor::{CudaOptions, Gpu};
@@ -218,6 +218,28 @@ fn a_drawn_text_is_the_sampled_text() {
     for (request, answer) in requests.iter().zip(&drawn).skip(3).step_by(5) {
         let alone = answers(&drawing(Device::Cpu), std::slice::from_ref(request));
         assert_eq!(alone[0].token_ids, answer.token_ids, "{request:?}");
+    }
+}
+
+/// Jobs that only the sampler can serve, beside jobs that the plan draws for.
+#[test]
+fn neighbours_of_a_sampled_job_are_drawn() {
+    let change: [fn(&mut SamplerSettings); 4] = [
+        |s| s.dry_multiplier = 0.8,
+        |s| s.typical_p = 0.6,
+        |s| s.mirostat = Mirostat::V2,
+        |s| s.logit_bias = vec![(7, 3.0)],
+    ];
+    let mut requests = requests();
+    for (number, request) in requests.iter_mut().enumerate().step_by(3) {
+        change[number / 3 % change.len()](&mut request.sampler);
+    }
+    let sampled = answers(&start(runner(Device::Cpu)), &requests);
+    let mixed = start(runner(Device::Cpu).with_draws(true));
+    let drawn = answers(&mixed, &requests);
+    for ((request, a), b) in requests.iter().zip(&sampled).zip(&drawn) {
+        assert_eq!(a.token_ids, b.token_ids, "{request:?}");
+        assert_eq!(a.done.reason, b.done.reason, "{request:?}");
     }
 }
 

@@ -252,6 +252,39 @@ impl Runner {
         }
     }
 
+    /// As [`Runner::step_drawn`] for a step in which some rows are for the caller to choose from:
+    /// those without a draw. `drawn` takes the tokens of all rows, where rows without a draw have
+    /// one without meaning. Gives the logits of all rows, `[rows, vocab]`; those of rows with a draw
+    /// are changed by its penalties.
+    ///
+    /// # Errors
+    /// As [`Runner::step_drawn`].
+    pub fn step_mixed(
+        &mut self,
+        slices: &[SeqSlice<'_>],
+        draws: &[Option<Draw<'_>>],
+        tokens: usize,
+        drawn: &mut Vec<i32>,
+    ) -> Result<&[f32]> {
+        // Greedy and without penalties, a draw leaves the logits as they are.
+        let nothing = Draw {
+            params: SampleParams::default(),
+            recent: &[],
+            blocked: &[],
+        };
+        let all: Vec<Draw<'_>> = draws.iter().map(|draw| draw.unwrap_or(nothing)).collect();
+        let chosen = self.step_drawn(slices, &all, tokens)?;
+        drawn.clear();
+        drawn.extend_from_slice(chosen);
+        let shape = draw::shape(&all, tokens.min(self.model.spec().vocab))?;
+        let key = self.key(slices, Some(shape))?;
+        let ready = self.plans.ready(&self.model, &key)?;
+        match ready.logits {
+            Some(slot) => Ok(self.executor.values(&ready.bound, slot)?),
+            None => Ok(&[]),
+        }
+    }
+
     fn run(&mut self, key: &PlanKey, slices: &[SeqSlice<'_>], draws: &[Draw<'_>]) -> Result<()> {
         self.uses.check(slices)?;
         let ready = self.plans.ready(&self.model, key)?;

@@ -7,6 +7,7 @@ mod voice;
 
 use crate::answer;
 use crate::args::ChatArgs;
+use crate::grammar;
 use crate::sampling;
 use crate::session::{self, Room};
 use crate::signal::{self, StopFlag};
@@ -31,6 +32,7 @@ pub(crate) fn run(args: &ChatArgs, ui: &Ui) -> Result<()> {
     let template = template(args.template.as_deref(), &source)?;
     let tokenizer = Arc::new(Tokenizer::open(source.files().dir())?);
     let sampler = sampling::settings(&args.sampling, source.files())?;
+    let form = grammar::grammar(&args.form, &tokenizer)?;
     let input = Input::open(args.history.clone().or_else(input::default_history))?;
     let stop = if input.is_interactive() {
         signal::patient_flag()?
@@ -43,6 +45,8 @@ pub(crate) fn run(args: &ChatArgs, ui: &Ui) -> Result<()> {
     let engine = session::engine(source, &tokenizer, &room, &args.compute, &stop, ui)?;
     let wishes = Wishes {
         sampler,
+        grammar: form,
+        prefer_end: args.form.prefer_end,
         begin: answer::begin(&args.answer, &tokenizer)?,
         answer: args.answer.clone(),
     };

@@ -5,13 +5,14 @@ mod output;
 use crate::answer;
 use crate::args::GenerateArgs;
 use crate::failure::{Interrupted, Usage};
+use crate::grammar;
 use crate::sampling;
 use crate::session::{self, Room};
 use crate::signal::{self, StopFlag};
 use crate::ui::Ui;
 use anyhow::{Context, Result, bail};
 use exl_gen::{
-    Encode, EngineHandle, Event, Guidance, JobStream, Request, SamplerSettings, Tokenizer,
+    Encode, EngineHandle, Event, Grammar, Guidance, JobStream, Request, SamplerSettings, Tokenizer,
 };
 use exl_models::ModelSource;
 use output::Output;
@@ -66,10 +67,11 @@ pub(crate) fn run(args: &GenerateArgs, ui: &Ui) -> Result<()> {
     Ok(())
 }
 
-/// Texts of flags that hold for all prompts, as tokens.
+/// What flags say for all prompts.
 struct Given {
     begin: Vec<u32>,
     negative: Option<Vec<u32>>,
+    form: Option<Grammar>,
 }
 
 impl Given {
@@ -86,6 +88,7 @@ impl Given {
         Ok(Self {
             begin: answer::begin(&args.answer, tokenizer)?,
             negative,
+            form: grammar::grammar(&args.form, tokenizer)?,
         })
     }
 
@@ -113,6 +116,8 @@ impl Given {
                 negative,
                 scale: extra.guidance,
             }),
+            grammar: self.form.clone(),
+            prefer_end: args.form.prefer_end,
             stop_strings: args.stop.clone(),
             banned_strings: answer.ban.clone(),
             ignore_eos: args.ignore_eos,

@@ -9,5 +9,6 @@ mod convert;
 mod demo;
 mod help;
 mod pull;
+mod sampling;
 mod support;
 mod usage;

@@ -7,6 +7,8 @@ use std::time::Instant;
 use exl_cache::PageTable;
 
 use super::worker::{Worker, message};
+use crate::backend::Chooser;
+use crate::grammar::MaskThread;
 use crate::job::{Job, Outcome};
 use crate::request::DoneReason;
 use crate::schedule::{Share, share};
@@ -40,6 +42,7 @@ impl Worker {
         for one in shares.iter().filter(|one| one.lane == 0) {
             self.running[one.job].prepare_draw();
         }
+        self.prepare_masks(shares);
         let tokens = self.tokenizer.vocab_size();
         let mut rows = step(
             self.backend.as_mut(),
@@ -63,20 +66,15 @@ impl Worker {
                 continue;
             }
             let before = job.new_tokens();
-            let outcome = match &mut rows {
-                Rows::Logits(rows) => {
-                    let rows: Vec<&[f32]> = rows.by_ref().take(job.lanes.len()).collect();
-                    job.sample(&rows, &mut self.row, &self.tokenizer)
-                }
-                Rows::Tokens(rows) => {
-                    job.take_drawn(rows.next().copied().unwrap_or(-1), &self.tokenizer)
-                }
+            let outcome = match rows.next(job) {
+                Row::Logits(rows) => job.sample(&rows, &mut self.row, &self.tokenizer),
+                Row::Token(token) => job.take_drawn(token, &self.tokenizer),
             };
             new += job.new_tokens().saturating_sub(before);
             match outcome {
                 Outcome::Next => {}
                 Outcome::Done(reason) => ends.push((one.job, reason)),
-                Outcome::Rewound => rewind(&mut self.table, job)?,
+                Outcome::Rewound(_) => rewind(&mut self.table, job)?,
             }
         }
         let mut stats = self.shared.stats();
@@ -85,6 +83,23 @@ impl Worker {
         stats.prompt_tokens += prompt as u64;
         stats.new_tokens += new as u64;
         Ok(ends)
+    }
+
+    /// Begins the masks of the jobs that will choose a token after this step.
+    fn prepare_masks(&mut self, shares: &[Share]) {
+        for one in shares.iter().filter(|one| one.lane == 0) {
+            let job = &mut self.running[one.job];
+            if !job.is_guided() || !draws(job, one) {
+                continue;
+            }
+            if self.masks.is_none() {
+                // Without the thread the sampler computes masks itself.
+                self.masks = MaskThread::start().ok();
+            }
+            if let Some(thread) = &self.masks {
+                job.prepare_mask(thread);
+            }
+        }
     }
 }
 
@@ -99,15 +114,43 @@ fn rewind(table: &mut PageTable, job: &Job) -> Result<(), BackendError> {
     Ok(())
 }
 
-/// What a step gives for each job that is ready for its next token.
+/// What a step gives for each row that is followed by a draw.
 enum Rows<'a> {
-    /// A row of logits for each of its lanes, to be sampled here.
+    /// Logits, to be sampled here.
     Logits(ChunksExact<'a, f32>),
     /// A token drawn by the backend.
     Tokens(Iter<'a, i32>),
+    /// Both, of which each job takes what it can.
+    Both(Iter<'a, i32>, ChunksExact<'a, f32>),
 }
 
-/// One step of the backend, which draws the tokens if it can and nobody needs the logits.
+/// What one job chooses from.
+enum Row<'a> {
+    /// A row for each of its lanes.
+    Logits(Vec<&'a [f32]>),
+    Token(i32),
+}
+
+impl<'a> Rows<'a> {
+    /// The numbers of rows were checked.
+    fn next(&mut self, job: &Job) -> Row<'a> {
+        let lanes = job.lanes.len();
+        match self {
+            Self::Logits(rows) => Row::Logits(rows.by_ref().take(lanes).collect()),
+            Self::Tokens(tokens) => Row::Token(tokens.next().copied().unwrap_or(-1)),
+            Self::Both(tokens, rows) => {
+                let drawn = tokens.by_ref().take(lanes).last();
+                let rows: Vec<&[f32]> = rows.by_ref().take(lanes).collect();
+                match (job.draw(), drawn) {
+                    (Some(_), Some(&token)) => Row::Token(token),
+                    _ => Row::Logits(rows),
+                }
+            }
+        }
+    }
+}
+
+/// One step of the backend, which draws the tokens it can.
 fn step<'a>(
     backend: &'a mut dyn Backend,
     (running, shares): (&[Job], &[Share]),
@@ -115,29 +158,34 @@ fn step<'a>(
     tokens: usize,
 ) -> Result<Rows<'a>, BackendError> {
     let slices = slices(running, table, shares)?;
-    let ready = || {
-        let shares = shares.iter().filter(|one| draws(&running[one.job], one));
-        shares.map(|one| &running[one.job])
+    let ready = shares.iter().filter(|one| draws(&running[one.job], one));
+    let draws: Vec<Option<Draw<'_>>> = ready.map(|one| running[one.job].draw()).collect();
+    let (wanted, vocab) = (draws.len(), backend.vocab_size());
+    let complete = |found: usize, one: usize, what: &str| {
+        (found == wanted * one)
+            .then_some(())
+            .ok_or_else(|| BackendError(format!("{found} {what} for {wanted} rows of {one}")))
     };
-    let wanted = ready().count();
-    if wanted > 0 && backend.draws() && !ready().any(Job::needs_logits) {
-        let draws: Vec<Draw<'_>> = ready().map(Job::draw).collect();
-        let drawn = backend.step_drawn(&slices, &draws, tokens)?;
-        if drawn.len() != wanted {
-            let what = format!("{} tokens for {wanted} rows", drawn.len());
-            return Err(BackendError(what));
+    match Chooser::of(backend.draws(), draws.iter().map(Option::is_some)) {
+        Chooser::Host => {
+            let logits = backend.step(&slices)?;
+            complete(logits.len(), vocab, "logits")?;
+            Ok(Rows::Logits(logits.chunks_exact(vocab.max(1))))
         }
-        return Ok(Rows::Tokens(drawn.iter()));
+        Chooser::Device => {
+            let draws: Vec<Draw<'_>> = draws.into_iter().flatten().collect();
+            let drawn = backend.step_drawn(&slices, &draws, tokens)?;
+            complete(drawn.len(), 1, "tokens")?;
+            Ok(Rows::Tokens(drawn.iter()))
+        }
+        Chooser::Both => {
+            let mixed = backend.step_mixed(&slices, &draws, tokens)?;
+            complete(mixed.tokens.len(), 1, "tokens")?;
+            complete(mixed.logits.len(), vocab, "logits")?;
+            let rows = mixed.logits.chunks_exact(vocab.max(1));
+            Ok(Rows::Both(mixed.tokens.iter(), rows))
+        }
     }
-    let vocab = backend.vocab_size();
-    let logits = backend.step(&slices)?;
-    if logits.len() != wanted * vocab {
-        return Err(BackendError(format!(
-            "{} logits for {wanted} rows of {vocab}",
-            logits.len()
-        )));
-    }
-    Ok(Rows::Logits(logits.chunks_exact(vocab.max(1))))
 }
 
 /// Whether a share ends with a token that the next one of its job is drawn after. The lanes of a job

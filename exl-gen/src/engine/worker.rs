@@ -12,6 +12,7 @@ use exl_cache::{CacheEvent, PageTable};
 use super::disk::Disk;
 use super::queue::Queue;
 use super::{EngineOptions, Shared};
+use crate::grammar::MaskThread;
 use crate::job::Job;
 use crate::request::{DoneReason, JobId};
 use crate::schedule::Limits;
@@ -60,6 +61,8 @@ pub(super) struct Worker {
     listener: Option<Sender<CacheEvent>>,
     /// One row of logits; sampling changes it.
     pub(super) row: Vec<f32>,
+    /// Started with the first job that has a grammar.
+    pub(super) masks: Option<MaskThread>,
 }
 
 impl Worker {
@@ -90,6 +93,7 @@ impl Worker {
             draining: false,
             listener: options.cache_events.clone(),
             row: Vec::new(),
+            masks: None,
         }
     }
 
@@ -192,6 +196,7 @@ impl Worker {
         }
         {
             let mut stats = self.shared.stats();
+            stats.masks.add(job.mask_times());
             match reason {
                 DoneReason::Aborted | DoneReason::Deadline => stats.aborted += 1,
                 DoneReason::Error(_) => stats.failed += 1,

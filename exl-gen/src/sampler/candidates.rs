@@ -1,9 +1,23 @@
 //! Candidates in order of likelihood, sorted only as far as needed.
 
-use super::Sampled;
+mod filters;
 
-/// Tokens that can still be drawn. Weights are relative to the likeliest and never renormalised
-/// in place: every step here depends on their ratios and their sum alone.
+/// Logits are rounded: a candidate right at a bound must not fall for that.
+const ROUNDING: f64 = 1.0 - 1e-6;
+
+/// What a step makes of the distance to the best logit. Both keep the order.
+#[derive(Clone, Copy, Debug)]
+enum Warp {
+    Scale(f64),
+    /// `-factor * (x - top)^2`.
+    Smooth {
+        factor: f64,
+        top: f64,
+    },
+}
+
+/// Tokens that can still be drawn. Weights are relative to the best logit loaded and never
+/// renormalised in place: every step here depends on their ratios and their sum alone.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Candidates {
     items: Vec<(u32, f32)>,
@@ -12,15 +26,16 @@ pub(super) struct Candidates {
     sorted: usize,
     /// Sum of all weights, once somebody asked for it.
     total: Option<f64>,
-    scale: f64,
+    warps: Vec<Warp>,
     most: f64,
 }
 
 impl Candidates {
-    /// Takes all finite logits at a temperature.
-    pub(super) fn load(&mut self, logits: &[f32], temperature: f32) {
+    /// Takes all finite logits.
+    pub(super) fn load(&mut self, logits: &[f32]) {
         self.items.clear();
         self.weights.clear();
+        self.warps.clear();
         self.sorted = 0;
         self.items.extend(
             (0u32..)
@@ -32,7 +47,6 @@ impl Candidates {
             .iter()
             .fold(f32::NEG_INFINITY, |most, item| most.max(item.1));
         self.most = f64::from(most);
-        self.scale = 1.0 / f64::from(temperature);
         self.total = None;
     }
 
@@ -46,11 +60,30 @@ impl Candidates {
         total
     }
 
+    /// A logit after the steps so far, less a constant: the logarithm of its weight.
+    fn relative(&self, logit: f32) -> f64 {
+        let distance = if f64::from(logit) == self.most {
+            // Not a number for an infinite logit.
+            0.0
+        } else {
+            f64::from(logit) - self.most
+        };
+        self.warps.iter().fold(distance, |x, warp| match *warp {
+            Warp::Scale(scale) => x * scale,
+            Warp::Smooth { factor, top } => -factor * (x - top) * (x - top),
+        })
+    }
+
     fn weight(&self, logit: f32) -> f64 {
-        if f64::from(logit) == self.most {
-            return 1.0;
+        self.relative(logit).exp()
+    }
+
+    fn warp(&mut self, warp: Warp) {
+        self.warps.push(warp);
+        for at in 0..self.sorted {
+            self.weights[at] = self.weight(self.items[at].1);
         }
-        ((f64::from(logit) - self.most) * self.scale).exp()
+        self.total = None;
     }
 
     /// Brings the first `count` items into final order.
@@ -120,8 +153,12 @@ impl Candidates {
         if m <= 0.0 {
             return;
         }
-        // Logits are rounded: a candidate right at the bound must not fall for that.
-        let bound = f64::from(m) * (1.0 - 1e-6);
+        let best = self.at(0).map_or(0.0, |(_, weight)| weight);
+        self.keep_from(f64::from(m) * ROUNDING * best);
+    }
+
+    /// Keeps those with at least this weight, and one in any case.
+    fn keep_from(&mut self, bound: f64) {
         let mut count = 0;
         while self.at(count).is_some_and(|(_, weight)| weight >= bound) {
             count += 1;
@@ -129,22 +166,34 @@ impl Candidates {
         self.keep(count.max(1));
     }
 
+    /// Keeps what `keep` wants of the sorted ones, by place and token, and all others.
+    fn retain(&mut self, keep: impl Fn(usize, u32) -> bool) {
+        let (sorted, before) = (self.sorted, self.items.len());
+        let kept = |place: usize, token: u32| place >= sorted || keep(place, token);
+        let mut place = 0..;
+        let items = &self.items;
+        self.weights.retain(|_| {
+            let at = place.next().unwrap_or(sorted);
+            kept(at, items[at].0)
+        });
+        let mut place = 0..;
+        self.items
+            .retain(|item| kept(place.next().unwrap_or(before), item.0));
+        self.sorted = self.weights.len();
+        self.total = None;
+    }
+
     /// Inverse of the cumulative distribution at `u`, likeliest first.
-    pub(super) fn draw(&mut self, u: f64) -> Sampled {
+    /// Gives the token and its probability.
+    pub(super) fn draw(&mut self, u: f64) -> (u32, f64) {
         let total = self.total();
         let bound = u * total;
         let (mut sum, mut place) = (0.0, 0);
-        let mut last = Sampled {
-            token: 0,
-            probability: 0.0,
-        };
+        let mut last = (0, 0.0);
         while let Some((token, weight)) = self.at(place) {
             // Rounding may leave the sum short of the bound: the last one with weight wins.
             if weight > 0.0 {
-                last = Sampled {
-                    token,
-                    probability: (weight / total) as f32,
-                };
+                last = (token, weight / total);
             }
             sum += weight;
             if sum > bound || weight == 0.0 {

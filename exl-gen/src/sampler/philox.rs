@@ -43,9 +43,9 @@ impl Philox {
     }
 
     /// A number strictly between 0 and 1 for the token number `index`: the middle of one of 2^32
-    /// equal steps. Counter words 2 and 3 are left for other uses.
-    pub fn uniform(self, index: u64) -> f64 {
-        let word = self.block([index as u32, (index >> 32) as u32, 0, 0])[0];
+    /// equal steps. `purpose` tells numbers for one token apart: 0 is the draw.
+    pub fn uniform(self, index: u64, purpose: u32) -> f64 {
+        let word = self.block([index as u32, (index >> 32) as u32, purpose, 0])[0];
         (f64::from(word) + 0.5) / 4_294_967_296.0
     }
 }
@@ -87,7 +87,7 @@ mod tests {
         let philox = Philox::new(7);
         let mut counts = [0u32; 16];
         for index in 0..160_000 {
-            let u = philox.uniform(index);
+            let u = philox.uniform(index, 0);
             assert!(u > 0.0 && u < 1.0);
             counts[(u * 16.0) as usize] += 1;
         }

@@ -8,7 +8,8 @@ fn logits(p: &[f64]) -> Vec<f32> {
 
 fn candidates(p: &[f64], temperature: f32) -> Candidates {
     let mut candidates = Candidates::default();
-    candidates.load(&logits(p), temperature);
+    candidates.load(&logits(p));
+    candidates.temperature(temperature);
     candidates
 }
 
@@ -288,7 +289,7 @@ proptest! {
     ) {
         let settings = SamplerSettings { top_k, top_p, min_p, ..SamplerSettings::neutral() };
         let mut c = Candidates::default();
-        c.load(&row, 1.0);
+        c.load(&row);
         c.top_k(top_k);
         c.top_p(top_p);
         c.min_p(min_p);

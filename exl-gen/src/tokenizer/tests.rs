@@ -39,7 +39,7 @@ fn added(id: u32, content: &str, special: bool) -> Json {
 }
 
 /// A SentencePiece-like BPE with byte fallback, as Llama 2 has.
-fn fallback(decoder: Json) -> Json {
+pub(crate) fn fallback(decoder: Json) -> Json {
     let mut vocab = Map::new();
     for token in ["<unk>", "<s>", "</s>"] {
         vocab.insert(token.to_owned(), Json::from(vocab.len()));
@@ -68,7 +68,7 @@ fn fallback(decoder: Json) -> Json {
     })
 }
 
-fn llama_decoder() -> Json {
+pub(crate) fn llama_decoder() -> Json {
     serde_json::json!({"type": "Sequence", "decoders": [
         {"type": "Replace", "pattern": {"String": "\u{2581}"}, "content": " "},
         {"type": "ByteFallback"}, {"type": "Fuse"},

@@ -13,7 +13,7 @@ fn transform(head: &mut [f64], scale: impl Fn(f64) -> f64) {
         let n = len / 2;
         for (i, y) in head[at..at + len].iter_mut().enumerate() {
             let sign = |l: usize| {
-                if ((i / 2) & l).count_ones() % 2 == 0 {
+                if ((i / 2) & l).count_ones().is_multiple_of(2) {
                     1.0
                 } else {
                     -1.0

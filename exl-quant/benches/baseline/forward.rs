@@ -6,7 +6,7 @@ use std::sync::Arc;
 use exl_models::{BlockPart, LinearSpec, ModelSource, Module, Spec, block_plan};
 use exl_quant::{Hessian, HessianAccumulator, Part, Result};
 use exl_tensor::{
-    Activations, Bound, Cpu, CpuOptions, DType, Executor, HostExecutor, KvBuffers, PAGE_TOKENS,
+    Activations, Bound, Cpu, CpuOptions, Executor, HostExecutor, KvBuffers, KvType, PAGE_TOKENS,
     Phase, PlanKey, Slot, StepBlock, StepSeq, Weights,
 };
 
@@ -84,7 +84,7 @@ impl Forward {
         });
         Ok(Self {
             executor: HostExecutor::cpu(cpu)?,
-            kv: KvBuffers::new(spec.block_kv_shape(DType::F32), key.pages_per_seq)?,
+            kv: KvBuffers::new(spec.block_kv_shape(KvType::F32), key.pages_per_seq)?,
             step: StepBlock::new(&key)?,
             spec: spec.clone(),
             key,

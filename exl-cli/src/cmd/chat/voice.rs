@@ -6,7 +6,7 @@ use crate::signal::StopFlag;
 use crate::ui;
 use anyhow::{Result, bail};
 use exl_gen::{
-    ChatInput, ChatTemplate, Done, DoneReason, Encode, EngineHandle, Event, Request,
+    ChatInput, ChatTemplate, Done, DoneReason, Encode, EngineHandle, Event, Grammar, Request,
     SamplerSettings,
 };
 use serde_json::{Value, json};
@@ -32,6 +32,9 @@ pub(super) struct Voice {
 /// What every reply should be like.
 pub(super) struct Wishes {
     pub(super) sampler: SamplerSettings,
+    /// The form of every reply.
+    pub(super) grammar: Option<Grammar>,
+    pub(super) prefer_end: bool,
     pub(super) answer: AnswerArgs,
     /// Tokens that every reply begins with.
     pub(super) begin: Vec<u32>,
@@ -116,6 +119,8 @@ impl Voice {
                 seed,
                 ..wishes.sampler.clone()
             },
+            grammar: wishes.grammar.clone(),
+            prefer_end: wishes.prefer_end,
             ..Request::new(prompt.tokens)
         })?;
         let mut text = String::new();

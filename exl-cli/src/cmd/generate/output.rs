@@ -189,6 +189,7 @@ fn reason(reason: &DoneReason) -> &'static str {
     match reason {
         DoneReason::StopToken(_) => "stop_token",
         DoneReason::StopString(_) => "stop_string",
+        DoneReason::Grammar => "grammar",
         DoneReason::MaxTokens => "max_tokens",
         DoneReason::Aborted => "aborted",
         DoneReason::Deadline => "deadline",

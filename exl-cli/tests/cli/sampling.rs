@@ -1,0 +1,155 @@
+//! Samplers, presets and forms of answers, from the command line to the text.
+
+use crate::support::{Outcome, TempDir, demo, exl, run, run_with_input, text};
+
+fn generate(more: &[&str]) -> Outcome {
+    let base = [
+        "generate",
+        "-m",
+        demo(),
+        "-p",
+        "Once upon a time",
+        "--json",
+        "--seed",
+        "4",
+    ];
+    run(exl(base).args(more))
+}
+
+/// The text of the only job.
+fn answer(more: &[&str]) -> (String, String) {
+    let outcome = generate(more).success();
+    let lines: Vec<serde_json::Value> = outcome
+        .stdout
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    let text = lines
+        .iter()
+        .filter_map(|line| line["text"].as_str())
+        .collect();
+    let reason = lines.last().unwrap()["reason"].as_str().unwrap().to_owned();
+    (text, reason)
+}
+
+#[test]
+fn a_preset_and_the_same_flags_give_the_same_text() {
+    let temp = TempDir::new();
+    let (toml, json) = (temp.join("p.toml"), temp.join("p.json"));
+    let settings =
+        "temperature = 1.3\ntypical_p = 0.9\ndry_multiplier = 0.8\ntop_k = 0\ntop_p = 1.0\n";
+    std::fs::write(&toml, settings).unwrap();
+    let settings = "{\"temperature\": 1.3, \"typical_p\": 0.9, \"dry_multiplier\": 0.8,
+        \"top_k\": 0, \"top_p\": 1.0}";
+    std::fs::write(&json, settings).unwrap();
+    let flags = [
+        "-n",
+        "40",
+        "-t",
+        "1.3",
+        "--typical-p",
+        "0.9",
+        "--dry-multiplier",
+        "0.8",
+        "--top-k",
+        "0",
+        "--top-p",
+        "1",
+    ];
+    let expected = answer(&flags);
+    assert_eq!(answer(&["-n", "40", "--preset", text(&toml)]), expected);
+    assert_eq!(answer(&["-n", "40", "--preset", text(&json)]), expected);
+    // Flags win, and the settings do something.
+    let other = ["-n", "40", "--preset", text(&json), "--mirostat", "2"];
+    assert_ne!(answer(&other), expected);
+}
+
+#[test]
+fn wrong_settings_are_named() {
+    let temp = TempDir::new();
+    let preset = temp.join("p.toml");
+    std::fs::write(&preset, "temprature = 1\n").unwrap();
+    generate(&["--preset", text(&preset)]).failure(1, &["--preset"]);
+    std::fs::write(&preset, "top_p = 1.5\n").unwrap();
+    let outcome = generate(&["--preset", text(&preset)]).failure(1, &["--preset"]);
+    assert!(
+        outcome.stderr.contains("top-p is 1.5"),
+        "{}",
+        outcome.stderr
+    );
+    generate(&["--sampler-order", "top-q"]).failure(2, &["top-q"]);
+    generate(&["--sampler-order", "top-k,top-k"]).failure(2, &["`top-k`"]);
+    generate(&["--mirostat", "3"]).failure(2, &["--mirostat"]);
+    generate(&["--logit-bias", "x"]).failure(2, &["--logit-bias"]);
+    generate(&["--banned-tokens", "99999"]).failure(1, &["prompt 1"]);
+}
+
+#[test]
+fn answers_have_the_form_asked_for() {
+    let temp = TempDir::new();
+    let schema = temp.join("schema.json");
+    let value = serde_json::json!({
+        "type": "object",
+        "properties": {
+            "name": {"type": "string", "maxLength": 12},
+            "age": {"type": "integer", "minimum": 0, "maximum": 120},
+            "kind": {"enum": ["cat", "dog"]}
+        },
+        "required": ["name", "age", "kind"],
+        "additionalProperties": false
+    });
+    std::fs::write(&schema, value.to_string()).unwrap();
+    let (found, _) = answer(&["--json-schema", text(&schema)]);
+    let found: serde_json::Value = serde_json::from_str(&found).unwrap();
+    assert!(
+        found["name"].as_str().unwrap().chars().count() <= 12,
+        "{found}"
+    );
+    assert!(found["age"].as_u64().unwrap() <= 120, "{found}");
+    assert!(
+        ["cat", "dog"].contains(&found["kind"].as_str().unwrap()),
+        "{found}"
+    );
+
+    let grammar = temp.join("sum.lark");
+    std::fs::write(&grammar, "start: N \"+\" N\nN: /[0-9]{1,3}/\n").unwrap();
+    let (found, _) = answer(&["--grammar", text(&grammar), "--prefer-end"]);
+    let (a, b) = found.split_once('+').unwrap();
+    assert!(
+        a.parse::<u32>().is_ok() && b.parse::<u32>().is_ok(),
+        "{found}"
+    );
+
+    let (found, reason) = answer(&["--regex", "[a-z]{3}"]);
+    assert!(found.len() == 3 && reason == "grammar", "{found} {reason}");
+    let (found, _) = answer(&["--choices", "yes", "no"]);
+    assert!(found == "yes" || found == "no", "{found}");
+
+    let mut chat = exl(["chat", "-m", demo(), "--choices", "aye", "nay", "-q"]);
+    let chat = run_with_input(&mut chat, "Is it?\n").success();
+    assert!(
+        ["aye", "nay"].contains(&chat.stdout.trim()),
+        "{}",
+        chat.stdout
+    );
+}
+
+#[test]
+fn wrong_forms_are_refused_before_the_model_is_loaded() {
+    let temp = TempDir::new();
+    let file = temp.join("schema.json");
+    generate(&["--json-schema", text(&file)]).failure(1, &["--json-schema", "cannot be read"]);
+    std::fs::write(&file, "{").unwrap();
+    generate(&["--json-schema", text(&file)]).failure(1, &["--json-schema", "no JSON"]);
+    std::fs::write(&file, "{\"type\": \"strange\"}").unwrap();
+    let outcome = generate(&["--json-schema", text(&file)]).failure(1, &["--json-schema"]);
+    assert!(outcome.stderr.contains("strange"), "{}", outcome.stderr);
+    generate(&["--regex", "a("]).failure(1, &["--regex"]);
+    generate(&["--regex", "a", "--choices", "b"]).failure(2, &["cannot be used with"]);
+    let outcome = generate(&["--prefer-end"]).failure(2, &[]);
+    assert!(
+        outcome.stderr.contains("--json-schema"),
+        "{}",
+        outcome.stderr
+    );
+}

@@ -13,10 +13,10 @@ const LENGTH: usize = 2048;
 /// Tokens for each feature of the widest input when the user names no number of rows. Beyond it time
 /// grows faster than quality: four times as many lower the divergence by a twentieth.
 const TOKENS_PER_INPUT: usize = 32;
-/// Rows whatever the size: every eighth is held out.
-const LEAST_ROWS: usize = 24;
-/// Rows at most.
-const MOST_ROWS: usize = 100;
+/// Tokens whatever the size.
+const LEAST_TOKENS: usize = 48 << 10;
+/// Rows at least, as every eighth is held out, and at most.
+const ROWS: (usize, usize) = (24, 100);
 /// Text as it stands: what looks like a special token is text, and nothing is added.
 const PLAIN: Encode = Encode {
     parse_special: false,
@@ -28,12 +28,12 @@ pub(crate) fn default_length(source: &ModelSource) -> usize {
     LENGTH.min(source.spec().max_context)
 }
 
-/// Calibration rows when none are asked for: enough for [`TOKENS_PER_INPUT`].
+/// Calibration rows when none are asked for: enough for the widest input.
 pub(crate) fn default_rows(source: &ModelSource, length: usize) -> usize {
     let linears = source.layout().iter().filter(|key| key.is_linear());
     let inputs = linears.map(|key| key.shape[1]).max().unwrap_or(0);
-    let rows = (TOKENS_PER_INPUT * inputs).div_ceil(length.max(1));
-    rows.clamp(LEAST_ROWS, MOST_ROWS)
+    let tokens = (TOKENS_PER_INPUT * inputs).max(LEAST_TOKENS);
+    tokens.div_ceil(length.max(1)).clamp(ROWS.0, ROWS.1)
 }
 
 /// Reads `rows` rows of `length` tokens of a file, or without one of the built-in text.

@@ -161,10 +161,12 @@ fn step<'a>(
     let ready = shares.iter().filter(|one| draws(&running[one.job], one));
     let draws: Vec<Option<Draw<'_>>> = ready.map(|one| running[one.job].draw()).collect();
     let (wanted, vocab) = (draws.len(), backend.vocab_size());
-    let complete = |found: usize, one: usize, what: &str| {
-        (found == wanted * one)
-            .then_some(())
-            .ok_or_else(|| BackendError(format!("{found} {what} for {wanted} rows of {one}")))
+    let complete = |found: usize, one: usize, what: &str| match found == wanted * one {
+        true => Ok(()),
+        false if one == 1 => Err(BackendError(format!("{found} {what} for {wanted} rows"))),
+        false => Err(BackendError(format!(
+            "{found} {what} for {wanted} rows of {one}"
+        ))),
     };
     match Chooser::of(backend.draws(), draws.iter().map(Option::is_some)) {
         Chooser::Host => {

@@ -295,27 +295,31 @@ mod tests {
             v: KvFormat::Q4,
         };
         let mut cache = KvBuffers::new(shape(kv, 80), 3).unwrap();
-        for layer in 0..2 {
-            let (mut k, mut v) = cache.write(layer);
-            for (i, byte) in k.slice_mut::<u8>().unwrap().iter_mut().enumerate() {
-                *byte = (i * 7 + layer) as u8;
-            }
-            for (i, byte) in v.slice_mut::<u8>().unwrap().iter_mut().enumerate() {
-                *byte = (i * 11 + layer) as u8;
-            }
-        }
-        cache.copy_page(0, 2).unwrap();
         let (k_page, v_page) = cache.shape().page_bytes();
         for layer in 0..2 {
-            let (k, v) = cache.read(layer);
-            for (bytes, page) in [
-                (k.slice::<u8>().unwrap(), k_page),
-                (v.slice().unwrap(), v_page),
-            ] {
-                assert_eq!(bytes.len(), 3 * page);
-                assert_eq!(bytes[2 * page..], bytes[..page]);
-                assert_ne!(bytes[page..2 * page], bytes[..page]);
+            let (mut k, mut v) = cache.write(layer);
+            for (half, page) in [(&mut k, k_page), (&mut v, v_page)] {
+                for (i, byte) in half.slice_mut::<u8>().unwrap().iter_mut().enumerate() {
+                    *byte = (i * 7 + i / page + layer) as u8;
+                }
             }
         }
+        let alike = |cache: &KvBuffers, page: usize| {
+            (0..2).all(|layer| {
+                let (k, v) = cache.read(layer);
+                [(k, k_page), (v, v_page)].iter().all(|(half, bytes)| {
+                    let all = half.slice::<u8>().unwrap();
+                    assert_eq!(all.len(), 3 * bytes);
+                    all[page * bytes..][..*bytes] == all[..*bytes]
+                })
+            })
+        };
+        assert!(!alike(&cache, 1) && !alike(&cache, 2));
+        cache.copy_page(0, 2).unwrap();
+        assert!(!alike(&cache, 1) && alike(&cache, 2));
+        let mut content = vec![0; cache.page_bytes()];
+        cache.read_page(2, &mut content).unwrap();
+        cache.write_page(1, &content).unwrap();
+        assert!(alike(&cache, 1) && alike(&cache, 2));
     }
 }

@@ -166,7 +166,8 @@ impl Guide {
 
     /// Has the next mask computed by a thread, so that it is there when it is wanted.
     pub(crate) fn prepare(&mut self, thread: &MaskThread) {
-        if self.mask.is_some() {
+        // It may be on its way already, where the last step chose a token without it.
+        if self.mask.is_some() || !matches!(self.state, State::Here(_)) {
             return;
         }
         let State::Here(matcher) = std::mem::replace(&mut self.state, State::Lost) else {

@@ -372,3 +372,57 @@ proptest! {
         prop_assert_eq!(walk(&mut straight, vocab, 7, 6), walk(&mut again, vocab, 7, 6));
     }
 }
+
+/// Bans take tokens of the form back, a given beginning is part of it, a healed token is not.
+#[test]
+fn a_form_goes_with_bans_beginnings_and_healing() {
+    let tokenizer = bytes();
+    let engine = engine(&tokenizer);
+    let encode = |text: &str| tokenizer.encode(text, Encode::TEXT).unwrap();
+    let mut suppressed = 0;
+    for n in 0..24 {
+        let plain = Request {
+            max_new_tokens: 40,
+            sampler: SamplerSettings {
+                seed: Some(n),
+                ..SamplerSettings::default()
+            },
+            grammar: Some(Grammar::Regex("[a-e]{4,9}\\.".to_owned())),
+            ..Request::new(encode(&format!("number {n}")))
+        };
+        let (banned, begun, healed) = (
+            Request {
+                banned_strings: vec!["a".to_owned(), "cd".to_owned()],
+                ..plain.clone()
+            },
+            Request {
+                prefix: encode("be"),
+                ..plain.clone()
+            },
+            Request {
+                token_healing: true,
+                ..plain.clone()
+            },
+        );
+        for (which, request) in [plain, banned, begun, healed].into_iter().enumerate() {
+            let stream = engine.submit(request).unwrap();
+            let answer = stream.wait();
+            assert_eq!(answer.done.reason, DoneReason::Grammar, "{which} {n}");
+            let form = answer
+                .text
+                .trim_start_matches(|c: char| which == 3 && !c.is_ascii_lowercase());
+            let letters = form.strip_suffix('.').unwrap();
+            assert!(letters.chars().all(|c| ('a'..='e').contains(&c)), "{form}");
+            assert!((4..=9).contains(&letters.len()), "{which}: {form}");
+            assert!(
+                which != 1 || !form.contains('a') && !form.contains("cd"),
+                "{form}"
+            );
+            assert!(which != 2 || form.starts_with("be"), "{form}");
+            suppressed += usize::from(which == 0 && form.contains('a'));
+        }
+    }
+    // The bans had something to take back.
+    assert!(suppressed > 5, "{suppressed}");
+    engine.drain();
+}

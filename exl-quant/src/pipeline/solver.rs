@@ -108,8 +108,8 @@ impl Moments {
     }
 }
 
-/// Memory of the machine that Hessians of `inputs` features, and matrices of `weights` elements, take
-/// at most with this many threads.
+/// Memory of the machine that is taken at most, in bytes: by Hessians of `inputs` features with their
+/// factors, and by work on matrices of `weights` elements with this many threads.
 pub(super) fn host_bytes(inputs: usize, weights: u64, threads: usize) -> (u64, u64) {
     host::bytes(inputs, weights, threads)
 }

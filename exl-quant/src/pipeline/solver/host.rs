@@ -21,8 +21,7 @@ const FACTOR: u64 = 20;
 /// And for the best factor so far.
 const BEST: u64 = 4;
 
-/// Memory that a conversion's mathematics takes at most, in bytes: Hessians of `inputs` features,
-/// and matrices of up to `weights` elements.
+/// As [`super::host_bytes`].
 pub(super) fn bytes(inputs: usize, weights: u64, threads: usize) -> (u64, u64) {
     let pairs = (inputs * inputs) as u64;
     let candidates = together((FACTOR * pairs) as usize, DAMPINGS.len()) as u64;

@@ -401,6 +401,9 @@ pub(crate) struct BenchArgs {
     /// Also run a step of each measurement part by part and say what takes the time
     #[arg(long)]
     pub(crate) profile: bool,
+    /// Also decode as jobs of the generator, with its scheduling, sampling and streaming
+    #[arg(long)]
+    pub(crate) jobs: bool,
     /// Write a report in Markdown
     #[arg(long, value_name = "FILE")]
     pub(crate) out: Option<PathBuf>,

@@ -13,8 +13,8 @@ const LENGTH: usize = 2048;
 /// Tokens for each feature of the widest input when the user names no number of rows. Beyond it time
 /// grows faster than quality: four times as many lower the divergence by a twentieth.
 const TOKENS_PER_INPUT: usize = 32;
-/// Tokens whatever the size.
-const LEAST_TOKENS: usize = 48 << 10;
+/// Tokens times weights that a model of any size can afford: a bitrate takes two cores a minute.
+const CHEAP: usize = 1_100_000_000_000;
 /// Rows at least, as every eighth is held out, and at most.
 const ROWS: (usize, usize) = (24, 100);
 /// Text as it stands: what looks like a special token is text, and nothing is added.
@@ -28,11 +28,19 @@ pub(crate) fn default_length(source: &ModelSource) -> usize {
     LENGTH.min(source.spec().max_context)
 }
 
-/// Calibration rows when none are asked for: enough for the widest input.
+/// Calibration rows when none are asked for: enough for the widest input, and more where they cost
+/// little.
 pub(crate) fn default_rows(source: &ModelSource, length: usize) -> usize {
     let linears = source.layout().iter().filter(|key| key.is_linear());
-    let inputs = linears.map(|key| key.shape[1]).max().unwrap_or(0);
-    let tokens = (TOKENS_PER_INPUT * inputs).max(LEAST_TOKENS);
+    let shapes = linears.map(|key| (key.shape[0], key.shape[1]));
+    let (inputs, weights) = shapes.fold((0, 0), |(inputs, weights), (n, k)| {
+        (k.max(inputs), weights + n * k)
+    });
+    rows(inputs, weights, length)
+}
+
+fn rows(inputs: usize, weights: usize, length: usize) -> usize {
+    let tokens = (TOKENS_PER_INPUT * inputs).max(CHEAP / weights.max(1));
     tokens.div_ceil(length.max(1)).clamp(ROWS.0, ROWS.1)
 }
 
@@ -96,4 +104,19 @@ fn dialogue(
     tokenizer
         .encode(&text, Encode::PROMPT)
         .map_err(|e| e.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_grow_with_inputs_and_where_they_are_cheap() {
+        assert_eq!(rows(704, 4_000_000, 2048), 100);
+        assert_eq!(rows(1536, 23_100_000, 2048), 24);
+        assert_eq!(rows(5632, 1_000_000_000, 2048), 88);
+        assert_eq!(rows(28672, 70_000_000_000, 2048), 100);
+        // Of a model that is all but empty, and of one without room.
+        assert_eq!(rows(0, 0, 0), 100);
+    }
 }

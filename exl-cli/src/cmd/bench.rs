@@ -1,5 +1,6 @@
 //! `exl bench`: how fast a model runs here, and how far that is from what memory allows.
 
+mod jobs;
 mod measure;
 mod plot;
 mod profile;
@@ -14,6 +15,7 @@ use crate::signal::{self, StopFlag};
 use crate::synth::{self, Recipe, Shape};
 use crate::ui::{self, Ui};
 use anyhow::{Context, Result};
+use jobs::JobSpeed;
 use measure::{Decode, Prefill, Settings};
 use profile::Profile;
 use serde::Serialize;
@@ -36,6 +38,8 @@ struct Report {
     load_seconds: f64,
     prefill: Vec<Prefill>,
     decode: Vec<Decode>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    jobs: Vec<JobSpeed>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     profiles: Vec<Profile>,
     /// Resident bytes after the measurements.
@@ -98,6 +102,7 @@ fn settings(args: &BenchArgs) -> Settings {
         steps: args.steps,
         repeats: args.repeats,
         profile: args.profile,
+        jobs: args.jobs,
         compute: args.compute.clone(),
         load: args.load,
     }

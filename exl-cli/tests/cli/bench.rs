@@ -24,6 +24,7 @@ fn bench_reports_prefill_and_decode() {
         "--repeats",
         "1",
         "--deterministic",
+        "--jobs",
         "--json",
         "--out",
         text(&report),
@@ -42,6 +43,16 @@ fn bench_reports_prefill_and_decode() {
             assert!(row[key].as_f64().unwrap() > 0.0, "{key} of {row}");
         }
         assert!(row["launches"].as_u64().unwrap() > 4);
+    }
+    // The same batches as jobs of the generator.
+    let jobs = json["jobs"].as_array().unwrap();
+    assert_eq!(jobs.len(), 4);
+    for (job, row) in jobs.iter().zip(decode) {
+        assert_eq!(
+            (&job["batch"], &job["context"]),
+            (&row["batch"], &row["context"])
+        );
+        assert!(job["tok_s"].as_f64().unwrap() > 0.0 && job["share"].as_f64().unwrap() > 0.0);
     }
     for key in ["weight_bytes", "memory_bytes"] {
         assert!(json[key].as_u64().unwrap() > 1_000_000, "{key}");

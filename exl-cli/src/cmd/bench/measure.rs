@@ -1,7 +1,7 @@
 //! Times prefill and decode steps of a loaded model.
 
-use super::Report;
 use super::profile::Profile;
+use super::{Report, jobs};
 use crate::args::{ComputeArgs, LoadArgs};
 use crate::failure::Interrupted;
 use crate::machine;
@@ -31,6 +31,7 @@ pub(super) struct Settings {
     pub(super) steps: usize,
     pub(super) repeats: usize,
     pub(super) profile: bool,
+    pub(super) jobs: bool,
     pub(super) compute: ComputeArgs,
     pub(super) load: LoadArgs,
 }
@@ -83,8 +84,14 @@ pub(super) fn measure(
     let kv_type = runner.options().kv_type;
     let cost = runner.model().cost(&decode_key(&runner, 1, 1), kv_type, 0);
     let resident = machine::resident();
+    let gpu_memory = gpu.map(|gpu| Taken::now(gpu, &need)).transpose()?;
+    let (device, cache_bytes) = (session::device_name(&runner), runner.memory().cache);
+    let jobs = match settings.jobs {
+        true => jobs::time(dir, runner, (settings, &decode), stop, ui)?,
+        false => Vec::new(),
+    };
     Ok(Report {
-        device: session::device_name(&runner),
+        device,
         model: String::new(),
         threads: session::threads(&settings.compute.device),
         activations: session::activations_name(&settings.compute),
@@ -96,11 +103,12 @@ pub(super) fn measure(
         load_seconds,
         prefill,
         decode,
+        jobs,
         profiles,
         memory_bytes: resident.map_or(0, |r| r.now),
         memory_peak_bytes: resident.map_or(0, |r| r.peak),
-        cache_bytes: runner.memory().cache,
-        gpu_memory: gpu.map(|gpu| Taken::now(gpu, &need)).transpose()?,
+        cache_bytes,
+        gpu_memory,
     })
 }
 
@@ -375,14 +383,14 @@ fn broken() -> anyhow::Error {
     anyhow!("the model computes NaN or infinity: its weights are damaged")
 }
 
-fn check(stop: &StopFlag) -> Result<()> {
+pub(super) fn check(stop: &StopFlag) -> Result<()> {
     if stop.is_set() {
         return Err(Interrupted("nothing was measured to the end".to_owned()).into());
     }
     Ok(())
 }
 
-fn median(mut values: Vec<f64>) -> f64 {
+pub(super) fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
     let middle = values.len() / 2;
     match values.len() {

@@ -10,7 +10,10 @@ pub(super) fn text(report: &Report) -> String {
         .iter()
         .map(|(k, v)| format!("{k:<16}{v}\n"))
         .collect::<String>();
-    for table in [prefill(report), decode(report)].into_iter().flatten() {
+    for table in [prefill(report), decode(report), jobs(report)]
+        .into_iter()
+        .flatten()
+    {
         text.push('\n');
         text.push_str(&table.render());
     }
@@ -26,8 +29,9 @@ pub(super) fn markdown(report: &Report) -> String {
     for (key, value) in facts(report).iter().skip(1) {
         text.push_str(&format!("- {key}: {value}\n"));
     }
-    let titles = ["## Prefill", "## Decode"];
-    for (title, table) in titles.iter().zip([prefill(report), decode(report)]) {
+    let titles = ["## Prefill", "## Decode", "## Jobs"];
+    let tables = [prefill(report), decode(report), jobs(report)];
+    for (title, table) in titles.iter().zip(tables) {
         if let Some(table) = table {
             text.push_str(&format!("\n{title}\n\n{}", table.markdown()));
         }
@@ -116,4 +120,18 @@ fn decode(report: &Report) -> Option<Table> {
         ]);
     }
     (!report.decode.is_empty()).then_some(table)
+}
+
+fn jobs(report: &Report) -> Option<Table> {
+    let names = ["jobs", "context", "tok/s", "of bare steps"];
+    let mut table = Table::new(&names.map(|name| (name, Align::Right)));
+    for row in &report.jobs {
+        table.row([
+            row.batch.to_string(),
+            row.context.to_string(),
+            format!("{:.1}", row.tok_s),
+            format!("{:.1}%", row.share * 100.0),
+        ]);
+    }
+    (!report.jobs.is_empty()).then_some(table)
 }

@@ -100,26 +100,37 @@ impl Exl2Linear {
         let n = self.outputs;
         let perm = self.perm();
         let mut out = vec![0; self.inputs * n];
-        let (mut row, mut word) = (0, 0);
-        for (g, group) in self.groups.iter().enumerate() {
-            let words = &self.q_weight[word * n..][..group.q_rows() * n];
-            let codes = unpack_codes(group.bits, n, words).expect("checked when it was read");
-            let scale_codes = unpack_scales(&self.q_scale[g * n / 8..][..n / 8]);
-            let scales: Vec<f32> = scale_codes
-                .iter()
-                .map(|&code| scale_f16(self.q_scale_max[g], code, 1.0).to_f32())
-                .collect();
-            let zero = 1 << (group.bits - 1);
-            for (i, codes) in codes.chunks_exact(n).enumerate() {
-                let target = perm[row + i] as usize * n;
-                for (j, &code) in codes.iter().enumerate() {
-                    // Exact in f32: at most 8 bits times 11.
-                    let product = (i32::from(code) - zero) as f32 * scales[j];
-                    out[target + j] = f16::from_f32(product).to_bits();
-                }
+        let mut features = perm.iter();
+        for g in 0..self.groups.len() {
+            for (row, &feature) in self.group_f16(g).chunks_exact(n).zip(&mut features) {
+                out[feature as usize * n..][..n].copy_from_slice(row);
             }
-            row += group.rows as usize;
-            word += group.q_rows();
+        }
+        out
+    }
+
+    /// The packed rows of group `g` as [`Exl2Linear::dequantize_f16`] decodes them, `[rows, N]`.
+    ///
+    /// # Panics
+    /// When there is no such group.
+    pub fn group_f16(&self, g: usize) -> Vec<u16> {
+        let (n, group) = (self.outputs, self.groups[g]);
+        let word: usize = self.groups[..g].iter().map(|g| g.q_rows()).sum();
+        let words = &self.q_weight[word * n..][..group.q_rows() * n];
+        let codes = unpack_codes(group.bits, n, words).expect("checked when it was read");
+        let scale_codes = unpack_scales(&self.q_scale[g * n / 8..][..n / 8]);
+        let scales: Vec<f32> = scale_codes
+            .iter()
+            .map(|&code| scale_f16(self.q_scale_max[g], code, 1.0).to_f32())
+            .collect();
+        let zero = 1 << (group.bits - 1);
+        let mut out = Vec::with_capacity(codes.len());
+        for codes in codes.chunks_exact(n) {
+            // Exact in f32: at most 8 bits times 11.
+            let products = codes.iter().zip(&scales);
+            out.extend(products.map(|(&code, scale)| {
+                f16::from_f32((i32::from(code) - zero) as f32 * scale).to_bits()
+            }));
         }
         out
     }

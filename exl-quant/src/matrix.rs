@@ -5,6 +5,7 @@
 
 use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
+use rayon::prelude::*;
 
 use crate::{Error, Result};
 
@@ -54,15 +55,18 @@ impl Matrix {
     pub fn transposed(&self) -> Matrix {
         let mut out = Matrix::zeros(self.cols, self.rows);
         const TILE: usize = 32;
-        for r0 in (0..self.rows).step_by(TILE) {
-            for c0 in (0..self.cols).step_by(TILE) {
+        let parts = out.data.par_chunks_mut((TILE * self.rows).max(1));
+        parts.enumerate().for_each(|(part, out)| {
+            let c0 = part * TILE;
+            for r0 in (0..self.rows).step_by(TILE) {
                 for r in r0..(r0 + TILE).min(self.rows) {
-                    for c in c0..(c0 + TILE).min(self.cols) {
-                        out.data[c * self.rows + r] = self.data[r * self.cols + c];
+                    let from = &self.row(r)[c0..(c0 + TILE).min(self.cols)];
+                    for (c, &x) in from.iter().enumerate() {
+                        out[c * self.rows + r] = x;
                     }
                 }
             }
-        }
+        });
         out
     }
 

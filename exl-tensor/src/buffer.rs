@@ -157,13 +157,18 @@ impl Buffer {
 
     /// Copies a slice of plain elements.
     pub fn from_slice<T: exl_kernels::Element>(data: &[T]) -> Self {
+        Self::from_vec(data.to_vec())
+    }
+
+    /// Keeps plain elements.
+    pub fn from_vec<T: exl_kernels::Element>(data: Vec<T>) -> Self {
         struct Owned<T>(Vec<T>);
         impl<T: exl_kernels::Element> AsRef<[u8]> for Owned<T> {
             fn as_ref(&self) -> &[u8] {
                 bytemuck::cast_slice(&self.0)
             }
         }
-        Self(Arc::new(SyncOwner(Owned(data.to_vec()))))
+        Self(Arc::new(SyncOwner(Owned(data))))
     }
 
     /// The bytes.

@@ -1,5 +1,6 @@
 //! Weights in the form the executors read.
 
+use half::slice::HalfFloatSliceExt;
 use std::collections::HashMap;
 use std::sync::Arc;
 
@@ -279,17 +280,19 @@ impl DenseWeight {
 }
 
 fn floats(bytes: &[u8], dtype: DType) -> Vec<f32> {
-    let two = |i: usize| u16::from_le_bytes([bytes[2 * i], bytes[2 * i + 1]]);
+    // Loops that compilers make wide: a layer of a large model has a billion weights.
+    let pairs = bytes.as_chunks::<2>().0.iter();
     match dtype {
-        DType::F32 => bytes
-            .chunks_exact(4)
-            .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
-            .collect(),
-        DType::F16 => (0..bytes.len() / 2)
-            .map(|i| half::f16::from_bits(two(i)).to_f32())
-            .collect(),
-        DType::Bf16 => (0..bytes.len() / 2)
-            .map(|i| half::bf16::from_bits(two(i)).to_f32())
+        DType::F32 => {
+            let words = bytes.as_chunks::<4>().0.iter();
+            words.map(|&b| f32::from_le_bytes(b)).collect()
+        }
+        DType::F16 => {
+            let halves: Vec<half::f16> = pairs.map(|&b| half::f16::from_le_bytes(b)).collect();
+            halves.to_f32_vec()
+        }
+        DType::Bf16 => pairs
+            .map(|&b| f32::from_bits(u32::from(u16::from_le_bytes(b)) << 16))
             .collect(),
         DType::I32 | DType::U8 => bytes.iter().map(|&b| f32::from(b)).collect(),
     }

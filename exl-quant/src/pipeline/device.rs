@@ -91,7 +91,7 @@ fn mixed<'a>(weights: impl Iterator<Item = &'a Weight>) -> bool {
 
 /// A dense weight in F32.
 fn wide(name: &str, weight: &Weight) -> Result<Weight> {
-    let data = Buffer::from_slice(&weight.to_f32(name)?);
+    let data = Buffer::from_vec(weight.to_f32(name)?);
     Ok(Weight::dense(name, DType::F32, &weight.shape(), data)?)
 }
 

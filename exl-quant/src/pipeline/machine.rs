@@ -199,8 +199,9 @@ fn part(b: &mut PlanBuilder, linear: &LinearSpec) -> Part {
 
 /// A decoded matrix `[inputs, padded outputs]` as the dense weight `[outputs, inputs]` of a plan.
 pub(super) fn dense(name: &str, matrix: &Matrix, outputs: usize) -> Result<Weight> {
-    let transposed = matrix.transposed();
-    let data = Buffer::from_slice(&transposed.data[..outputs * matrix.rows]);
+    let mut transposed = matrix.transposed();
+    transposed.data.truncate(outputs * matrix.rows);
+    let data = Buffer::from_vec(transposed.data);
     Ok(Weight::dense(
         name,
         DType::F32,

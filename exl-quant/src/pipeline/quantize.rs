@@ -5,6 +5,8 @@ use std::collections::HashMap;
 use exl_format::{Exl2Builder, Exl2Linear};
 use exl_models::{Module, WeightKey};
 use exl_tensor::Weights;
+use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
+use rayon::prelude::*;
 
 use super::logits::Head;
 use super::machine::{Machine, dense, padded};
@@ -176,7 +178,7 @@ impl Pass<'_> {
             let decoded = match (self.journal.load(name)?, &mut solver) {
                 (Some(stored), _) => {
                     self.same_layout(name, &stored.linear)?;
-                    decode(&stored.linear)?
+                    decode(&stored.linear)
                 }
                 (None, Some(solver)) => {
                     job.check()?;
@@ -192,7 +194,7 @@ impl Pass<'_> {
                     }
                     self.linear(job, &key, weights, &matrix, &mut **solver)?
                 }
-                (None, None) => decode(&self.journal.stored(name)?.linear)?,
+                (None, None) => decode(&self.journal.stored(name)?.linear),
             };
             weights.insert(name.clone(), dense(name, &decoded, key.shape[0])?);
         }
@@ -279,13 +281,29 @@ pub(super) fn pack(name: &str, q: &Quantized, bias: Option<Vec<u16>>) -> Result<
 }
 
 /// The weights a packed linear decodes to, `[inputs, outputs]`.
-pub(super) fn decode(linear: &Exl2Linear) -> Result<Matrix> {
-    let data = linear
-        .dequantize_f16()
+pub(super) fn decode(linear: &Exl2Linear) -> Matrix {
+    let n = linear.outputs;
+    let mut out = Matrix::zeros(linear.inputs, n);
+    let mut rows: Vec<Option<&mut [f32]>> = out.data.chunks_exact_mut(n).map(Some).collect();
+    let perm = linear.perm();
+    let mut perm = perm.iter();
+    let mut take = |count: usize| -> Vec<&mut [f32]> {
+        let features = perm.by_ref().take(count);
+        features.filter_map(|&f| rows[f as usize].take()).collect()
+    };
+    let groups: Vec<Vec<&mut [f32]>> = linear
+        .groups
         .iter()
-        .map(|&b| half::f16::from_bits(b).to_f32())
+        .map(|g| take(g.rows as usize))
         .collect();
-    Matrix::new(linear.inputs, linear.outputs, data)
+    groups.into_par_iter().enumerate().for_each(|(g, rows)| {
+        let decoded = linear.group_f16(g);
+        for (row, from) in rows.into_iter().zip(decoded.chunks_exact(n)) {
+            let from: &[half::f16] = from.reinterpret_cast();
+            from.convert_to_f32_slice(row);
+        }
+    });
+    out
 }
 
 /// Layouts by linear.

@@ -235,7 +235,7 @@ impl Recount<'_> {
             .get(name)
             .expect("a module is loaded with all its linears");
         let matrix = padded(name, weight)?;
-        let decoded = decode(&Exl2Linear::read(self.quantized.files(), name)?)?;
+        let decoded = decode(&Exl2Linear::read(self.quantized.files(), name)?);
         if (decoded.rows, decoded.cols) != (matrix.rows, matrix.cols) {
             let (rows, cols) = (matrix.rows, matrix.cols);
             return Err(Error::shape(

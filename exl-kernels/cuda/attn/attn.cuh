@@ -304,15 +304,16 @@ __device__ __forceinline__ void store_rows(const Attention& a, const Tile& tile,
     }
 }
 
-// The softmax of a row half over N raw products of this lane and its three neighbours, in place:
-// products become weights. Returns the factor of what was summed before.
-template <int N>
+// The softmax of a row over N raw products of this lane and of those whose numbers differ from its own
+// in the bits LOW .. HIGH / 2, in place: products become weights. Returns the factor of what was summed
+// before.
+template <int N, int LOW = 1, int HIGH = 4>
 __device__ __forceinline__ float soften(float (&raw)[N], float factor, float& most, float& sum) {
     float top = raw[0];
 #pragma unroll
     for (int i = 1; i < N; ++i) top = fmaxf(top, raw[i]);
-    top = fmaxf(top, __shfl_xor_sync(FULL_MASK, top, 1));
-    top = fmaxf(top, __shfl_xor_sync(FULL_MASK, top, 2));
+#pragma unroll
+    for (int d = LOW; d < HIGH; d *= 2) top = fmaxf(top, __shfl_xor_sync(FULL_MASK, top, d));
     const float next = fmaxf(most, ceilf(top * factor));
     // Nothing to see so far: any finite base gives weights of 0.
     const float base = (next == minus_infinity() ? 0.0f : next) - WEIGHT_SHIFT;

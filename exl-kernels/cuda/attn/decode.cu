@@ -21,6 +21,8 @@
 
 namespace {
 
+constexpr int ROWS = 16;   // query rows of a tile
+
 template <int D, int WARPS, int STAGES>
 struct Shape {
     static constexpr int STRIDE = D + 8;
@@ -56,7 +58,7 @@ __device__ __forceinline__ void copy_keys(__half* tile, const __half* rows, int 
 template <int D, int WARPS, int STAGES>
 struct Decode {
     using S = Shape<D, WARPS, STAGES>;
-    static constexpr int DIM = D, BLOCK_WARPS = WARPS, STRIDE = S::STRIDE;
+    static constexpr int DIM = D, BLOCK_WARPS = WARPS, TILE_ROWS = ROWS, STRIDE = S::STRIDE;
 
     const Attention& a;
     const Tile& tile;

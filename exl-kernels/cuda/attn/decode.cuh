@@ -1,10 +1,9 @@
-// What the kernels of few query rows share: tiles of 16 rows, the keys of a warp, the merge of warps and
-// of blocks (decode.cu, decode_quantized.cu).
+// What the kernels of few query rows share: the keys of a warp, the merge of warps and of blocks
+// (decode.cu, decode_quantized.cu).
 #pragma once
 
 #include "attn.cuh"
 
-constexpr int ROWS = 16;   // query rows of a tile
 constexpr int KEYS = 16;   // keys of a warp at a time
 
 // Block table entries of a sequence from page `from`, one per lane.
@@ -42,7 +41,7 @@ __device__ __forceinline__ Turns find_turns(const Tile& tile, const Chunks& chun
 // The kernel: Walk goes through the keys of a warp (decode.cu says what it has).
 template <class Walk>
 __device__ __forceinline__ void attend(const Attention& a) {
-    constexpr int D = Walk::DIM, WARPS = Walk::BLOCK_WARPS;
+    constexpr int D = Walk::DIM, WARPS = Walk::BLOCK_WARPS, ROWS = Walk::TILE_ROWS;
     extern __shared__ __align__(16) unsigned char memory[];
     __half* shared = reinterpret_cast<__half*>(memory);
     __shared__ float states[WARPS][ROWS][2], running[ROWS][2];
@@ -70,8 +69,8 @@ __device__ __forceinline__ void attend(const Attention& a) {
     Pages pages;
     pages.load(a, tile.seq, turns.first / PAGE_TOKENS);
     d.fill(pages, turns);
-    store_rows<D, WARPS, ROWS / WARPS, (D > 128 ? 2 : 4)>(a, tile, d.kv_head, d.warp,
-                                                        Walk::query_rows(shared));
+    constexpr int EACH = ROWS / WARPS, AT_ONCE = D > 128 || EACH < 4 ? 2 : 4;
+    store_rows<D, WARPS, EACH, AT_ONCE>(a, tile, d.kv_head, d.warp, Walk::query_rows(shared));
     __syncthreads();
     for (int chunk = split;; ++chunk) {
         d.clear();

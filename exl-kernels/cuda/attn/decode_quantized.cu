@@ -1,12 +1,14 @@
 // exl_attn_decode_*_q*: attention of few query rows per sequence over a quantized cache (src/kv.rs), on
 // tensor cores, the keys of a sequence spread over several blocks.
 //
-// What: tiles, chunks, softmax and merge are those of decode.cu. Codes go from memory to registers, 8
+// What: chunks, softmax and merge are those of decode.cu, tiles have 8 rows. Products are transposed,
+// keys by rows and values by rows, so that the cache is the operand of 16 and the rows are that of 8:
+// half the sums of decode.cu, and twice as many warps find room. Codes go from memory to registers, 8
 // or 16 bytes of a head at a time, and become operands there: a lane's part of an operand is values of
 // few consecutive places of a head, whatever their order is in the product. So of keys lane l has values
-// (l % 4) D / 4 ... of key l / 4, and the queries lie in shared memory in that order; of values it has
-// (l / 4) D / 8 ... of keys 2 (l % 4), + 1, + 8, + 9. Codes of a key are used up before those of the next
-// one are asked for, while the other operand's are under way.
+// (l % 4) D / 4 ... of keys l / 4 and + 8, and the queries lie in shared memory in that order; of values
+// it has (l / 4) D / 8 ... of keys 2 (l % 4), + 1, + 8, + 9. Codes of a key are used up before those of
+// the next one are asked for, while the other operand's are under way.
 //
 // Queries come transformed as the keys are (rope); the mean of values is transformed back before it is
 // written, by 16 lanes that have 64 values.
@@ -18,6 +20,9 @@
 #include "kv/kv.cuh"
 
 namespace {
+
+constexpr int ROWS = 8;   // query rows of a tile
+
 
 // 8 values of a head: codes, as 1024 + code in pairs (i, i + 4) of 16-bit floats.
 template <int BITS>
@@ -37,6 +42,13 @@ struct Octet {
         }
     }
 };
+
+// A matrix of 8 x 8 halves, of which lane l has columns 2 (l % 4), + 1 of row l / 4, with rows for columns.
+__device__ __forceinline__ u32 transposed(u32 v) {
+    u32 r;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(v));
+    return r;
+}
 
 __device__ __forceinline__ __half2 as_half2(u32 v) { return *reinterpret_cast<__half2*>(&v); }
 __device__ __forceinline__ u32 as_u32(__half2 v) { return *reinterpret_cast<u32*>(&v); }
@@ -129,7 +141,7 @@ struct ReorderedRows {
 
 template <int D, int WARPS, int K_BITS, int V_BITS>
 struct Walk {
-    static constexpr int DIM = D, BLOCK_WARPS = WARPS, STRIDE = D + 8;
+    static constexpr int DIM = D, BLOCK_WARPS = WARPS, TILE_ROWS = ROWS, STRIDE = D + 8;
     static constexpr int QUERIES = 2 * ROWS * STRIDE;   // halves
     // Octets of a lane in a key and in a value.
     static constexpr int K_OCTETS = D / 32, V_OCTETS = D / 64;
@@ -140,9 +152,9 @@ struct Walk {
     __half* shared;
     Codes<K_BITS, K_OCTETS> keys[2];
     Codes<V_BITS, V_OCTETS> vals[4];
-    // Of rows lane / 4 and lane / 4 + 8: maximum, sum of the weights of this lane's keys, values
-    // (2 (lane % 4) + i) D / 8 + n in values[n][i], i < 2, and of the other row in [n][2 + i].
-    float most[2], sum[2], values[D / 8][4];
+    // Of rows 2 (lane % 4) + h: maximum, sum of the weights of this lane's keys, values
+    // (lane / 4) D / 8 + 8 o + p in values[4 o + p][h], p < 4, and those four places on in [..][2 + h].
+    float most[2], sum[2], values[D / 16][4];
 
     __device__ __forceinline__ Walk(const Attention& a, const Tile& tile, __half* shared)
         : a(a), tile(tile), kv_head(blockIdx.y), warp(threadIdx.x / WARP), lane(threadIdx.x % WARP),
@@ -177,7 +189,7 @@ struct Walk {
             sum[h] = 0.0f;
         }
 #pragma unroll
-        for (int n = 0; n < D / 8; ++n) {
+        for (int n = 0; n < D / 16; ++n) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) values[n][i] = 0.0f;
         }
@@ -216,14 +228,17 @@ struct Walk {
         load_values(pages, t, 0);
     }
 
-    // Raw products of the 16 rows with 16 keys, as in decode.cu.
-    __device__ __forceinline__ void products(float (&raw)[2][4]) const {
-        const u32 high = smem_address(shared + lane % 16 * STRIDE + lane / 16 * 8);
+    // Raw products of 16 keys with the rows: raw[h][j] is row 2 (lane % 4) + h, key lane / 4 + 8 j.
+    __device__ __forceinline__ void products(float (&raw)[2][2]) const {
+        // Matrices of the rows by 8 columns each, 32 columns at a time.
+        const u32 high = smem_address(shared + lane % 8 * STRIDE + lane / 8 * 8);
         const u32 low = high + ROWS * STRIDE * 2;
         float large[2][4] = {}, small[2][4] = {};
 #pragma unroll
         for (int o = 0; o < K_OCTETS; ++o) {
-            u32 b[2][4];
+            u32 b[2][4], hi[4], lo[4];
+            ldmatrix_x4(hi, high + o * 64);
+            ldmatrix_x4(lo, low + o * 64);
 #pragma unroll
             for (int j = 0; j < 2; ++j) {
                 u32 pairs[4];
@@ -234,32 +249,42 @@ struct Walk {
                     b[j][p] = dequantize<K_BITS>(pairs[p], __low2half2(s), __high2half2(s));
                 }
             }
+            // Two sums of each, so that products need not wait for those before them.
 #pragma unroll
             for (int step = 0; step < 2; ++step) {
-                u32 hi[4], lo[4];
-                ldmatrix_x4(hi, high + (2 * o + step) * 32);
-                ldmatrix_x4(lo, low + (2 * o + step) * 32);
-#pragma unroll
-                for (int j = 0; j < 2; ++j) {
-                    mma_f16(large[j], hi, b[j][2 * step], b[j][2 * step + 1]);
-                    mma_f16(small[j], lo, b[j][2 * step], b[j][2 * step + 1]);
-                }
+                const u32 k[4] = {b[0][2 * step], b[1][2 * step], b[0][2 * step + 1], b[1][2 * step + 1]};
+                mma_f16(large[step], k, hi[2 * step], hi[2 * step + 1]);
+                mma_f16(small[step], k, lo[2 * step], lo[2 * step + 1]);
             }
         }
 #pragma unroll
-        for (int j = 0; j < 2; ++j) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) raw[i / 2][2 * j + i % 2] = large[j][i] + small[j][i];
+        for (int i = 0; i < 4; ++i) {
+            raw[i % 2][i / 2] = large[0][i] + large[1][i] + (small[0][i] + small[1][i]);
         }
     }
 
-    // values = values * keep + weights * V.
-    __device__ __forceinline__ void weigh(const float (&weights)[2][4], const float (&keep)[2]) {
-        u32 hi[4], lo[4];
+    // Products become weights; the factor of what was summed before.
+    __device__ __forceinline__ float weights(float (&raw)[2], int h, int key) {
+        const Row row = row_at<D>(shared + (lane % 4 * 2 + h) * STRIDE);
+        const int from = first_key(a, row.position);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const int h = i % 2, j = i / 2;
-            split(weights[h][2 * j], weights[h][2 * j + 1], hi[i], lo[i]);
+        for (int j = 0; j < 2; ++j) {
+            const int at = key + lane / 4 + 8 * j;
+            if (a.softcap > 0.0f) raw[j] = capped(a, raw[j], row.factor);
+            if (at > row.position || at < from) raw[j] = minus_infinity();
+        }
+        return soften<2, 4, 32>(raw, a.softcap > 0.0f ? 1.0f : row.factor, most[h], sum[h]);
+    }
+
+    // values = values * keep + weights * V.
+    __device__ __forceinline__ void weigh(const float (&weights)[2][2], const float (&keep)[2]) {
+        // Of rows by keys instead of keys by rows.
+        u32 hi[2], lo[2];
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+            split(weights[0][j], weights[1][j], hi[j], lo[j]);
+            hi[j] = transposed(hi[j]);
+            lo[j] = transposed(lo[j]);
         }
 #pragma unroll
         for (int o = 0; o < V_OCTETS; ++o) {
@@ -282,13 +307,14 @@ struct Walk {
                 }
             }
 #pragma unroll
-            for (int n = 0; n < 8; ++n) {
+            for (int p = 0; p < 4; ++p) {
+                const u32 v[4] = {b[p][0], b[p + 4][0], b[p][1], b[p + 4][1]};
                 float added[4] = {};
-                mma_f16(added, lo, b[n][0], b[n][1]);
-                mma_f16(added, hi, b[n][0], b[n][1]);
-                float(&to)[4] = values[8 * o + n];
+                mma_f16(added, v, lo[0], lo[1]);
+                mma_f16(added, v, hi[0], hi[1]);
+                float(&to)[4] = values[4 * o + p];
 #pragma unroll
-                for (int i = 0; i < 4; ++i) to[i] = fmaf(to[i], keep[i / 2], added[i]);
+                for (int i = 0; i < 4; ++i) to[i] = fmaf(to[i], keep[i % 2], added[i]);
             }
         }
     }
@@ -296,14 +322,11 @@ struct Walk {
     __device__ __forceinline__ void run(Pages& pages, const Turns& t) {
         for (int turn = 0; turn < t.count; ++turn) {
             const int key = t.first + turn * KEYS * WARPS;
-            float raw[2][4], keep[2];
+            float raw[2][2], keep[2];
             products(raw);
             load_keys(pages, t, turn + 1);
 #pragma unroll
-            for (int h = 0; h < 2; ++h) {
-                const Row row = row_at<D>(shared + (lane / 4 + 8 * h) * STRIDE);
-                keep[h] = soften(a, raw[h], row, key, true, most[h], sum[h]);
-            }
+            for (int h = 0; h < 2; ++h) keep[h] = weights(raw[h], h, key);
             weigh(raw, keep);
             load_values(pages, t, turn + 1);
         }
@@ -315,19 +338,22 @@ struct Walk {
         float* to = reinterpret_cast<float*>(shared + QUERIES) + warp * ROWS * STRIDE;
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-            const int row = lane / 4 + 8 * h;
+            const int row = lane % 4 * 2 + h;
             float all = sum[h];
-            all += __shfl_xor_sync(FULL_MASK, all, 1);
-            all += __shfl_xor_sync(FULL_MASK, all, 2);
-            if (lane % 4 == 0) {
+#pragma unroll
+            for (int d = 4; d < WARP; d *= 2) all += __shfl_xor_sync(FULL_MASK, all, d);
+            if (lane / 4 == 0) {
                 states[warp][row][0] = most[h];
                 states[warp][row][1] = all;
             }
+            float* at = to + row * STRIDE + lane / 4 * (D / 8);
 #pragma unroll
-            for (int n = 0; n < D / 8; ++n) {
+            for (int n = 0; n < D / 16; n += 4) {
 #pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    to[row * STRIDE + (lane % 4 * 2 + i) * (D / 8) + n] = values[n][2 * h + i];
+                for (int half = 0; half < 2; ++half) {
+                    const int i = 2 * half + h;
+                    *reinterpret_cast<float4*>(at + 2 * n + 4 * half) = make_float4(
+                        values[n][i], values[n + 1][i], values[n + 2][i], values[n + 3][i]);
                 }
             }
         }
@@ -341,10 +367,10 @@ struct Walk {
         exl_attn_decode_##D##_q##K_BITS##_q##V_BITS(ATTENTION_PARAMETERS) {                       \
         attend<Walk<D, WARPS, K_BITS, V_BITS>>(ATTENTION_ARGUMENTS);                              \
     }
-#define DECODES(K_BITS, V_BITS)                                                                   \
-    DECODE(64, 4, 3, K_BITS, V_BITS)                                                              \
-    DECODE(128, 4, 2, K_BITS, V_BITS)
-DECODES(8, 8)
-DECODES(6, 6)
-DECODES(4, 4)
-DECODES(8, 4)
+#define DECODES(K_BITS, V_BITS, BLOCKS_128)                                                       \
+    DECODE(64, 4, 4, K_BITS, V_BITS)                                                              \
+    DECODE(128, 4, BLOCKS_128, K_BITS, V_BITS)
+DECODES(8, 8, 3)
+DECODES(6, 6, 3)
+DECODES(4, 4, 4)
+DECODES(8, 4, 3)

@@ -26,32 +26,39 @@ __device__ __forceinline__ float nearest(float v, float low, float high) {
     return rintf(fminf(fmaxf(v, low), high));
 }
 
-// Squared error of one block.
-__device__ __forceinline__ float block_error(const float* y, int count, float step, float shift) {
+// Squared error of the first `count` values of one block.
+template <int N>
+__device__ __forceinline__ float block_error(const float (&y)[N], int count, float step, float shift) {
     const float inverse = 1.0f / step;
     float error = 0.0f;
-#pragma unroll 8
-    for (int i = 0; i < count; ++i) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
         const float q = nearest(fmaf(y[i], inverse, -shift), -8.0f, 7.0f) + shift;
         const float e = fmaf(q, step, -y[i]);
-        error = fmaf(e, e, error);
+        if (i < count) error = fmaf(e, e, error);
     }
     return error;
 }
 
-// Word of a group of 4-bit codes whose largest value is `most`. For whole warps.
+// Word of a group of 4-bit codes whose largest value is `most` and whose blocks have N values. For whole
+// warps. Candidates do not wait for each other.
+template <int N>
 __device__ __forceinline__ u32 search(const float* y, const Group& g, float most) {
     const int lane = threadIdx.x % WARP, block = lane / 4 % 4, choice = lane % 4;
-    const int from = block * g.block, count = min(g.block, g.len - from);
+    const int from = block * N, count = min(N, g.len - from);
     const float ratio = choice & 1 ? 0.6875f : 1.0f, shift = choice & 2 ? 1.5f : 0.0f;
     const int middle = __half_as_ushort(__float2half_rn(most * 0.125f)) >> 8;
-    float best = __int_as_float(0x7f800000);
+    float mine[N], best = __int_as_float(0x7f800000);
+#pragma unroll
+    for (int i = 0; i < N; ++i) mine[i] = i < count ? y[from + i] : 0.0f;
     u32 word = 0;
-    for (int top = max(middle - 3, 1); top <= min(middle + 3, 0x6f); ++top) {
+#pragma unroll
+    for (int t = -3; t <= 3; ++t) {
+        const int top = middle + t;
         const u32 scale = u32(top) << 8 | u32(lane / 16) << 15;
         float error = 0.0f;
         if (count > 0) {
-            error = block_error(y + from, count, __half2float(__ushort_as_half(scale)) * ratio, shift);
+            error = block_error(mine, count, __half2float(__ushort_as_half(scale)) * ratio, shift);
         }
         // The best choice of each block: the first of equal ones.
         int chosen = choice;
@@ -70,7 +77,7 @@ __device__ __forceinline__ u32 search(const float* y, const Group& g, float most
             error += __shfl_xor_sync(FULL_MASK, error, d);
             bits |= __shfl_xor_sync(FULL_MASK, bits, d);
         }
-        if (error < best) {
+        if (top >= 1 && top <= 0x6f && error < best) {
             best = error;
             word = scale | bits;
         }
@@ -78,6 +85,25 @@ __device__ __forceinline__ u32 search(const float* y, const Group& g, float most
     const float other = __shfl_xor_sync(FULL_MASK, best, 16);
     const u32 theirs = __shfl_xor_sync(FULL_MASK, word, 16);
     return other < best || (other == best && lane >= 16) ? theirs : word;
+}
+
+// The transform (kv.cuh) of a head of 64 or 128 values, one of each thread.
+__device__ __forceinline__ void hadamard_by_lanes(float* x, int dim, bool forward) {
+    const int i = threadIdx.x;
+    const bool there = i < dim;
+    float v = there ? x[i] : 0.0f;
+#pragma unroll
+    for (int d = 2; d < WARP; d *= 2) {
+        const float other = __shfl_xor_sync(FULL_MASK, v, d);
+        v = i & d ? other - v : v + other;
+    }
+    if (there) x[i] = v;
+    __syncthreads();
+    const float other = there ? x[i ^ WARP] : 0.0f;
+    v = i & WARP ? other - v : v + other;
+    __syncthreads();
+    if (there) x[i] = forward ? v : v * (1.0f / 32.0f);
+    __syncthreads();
 }
 
 // Encodes a group of transformed values. For whole warps.
@@ -101,7 +127,7 @@ __device__ __forceinline__ void encode(const float* head, int group, int dim, co
     if (!finite) {
         word = 0x7e00;
     } else if (f.bits == 4) {
-        word = most == 0.0f ? 0 : search(y, g, most);
+        word = most == 0.0f ? 0 : g.block == 8 ? search<8>(y, g, most) : search<16>(y, g, most);
     } else {
         const float scale = (high > -low ? -most : most) / zero;
         word = __half_as_ushort(__float2half_rn(scale));
@@ -134,7 +160,7 @@ __device__ __forceinline__ void encode(const float* head, int group, int dim, co
 
 }  // namespace
 
-extern "C" __global__ void __launch_bounds__(THREADS, 8)
+extern "C" __global__ void __launch_bounds__(THREADS, 4)
     exl_kv_append(float* q, const float* k, const float* v, const int* positions, const int* slots,
                   const float* inv_freq, u8* k_cache, u8* v_cache, int heads, int kv_heads,
                   int head_dim, int pairs, int interleaved, float factor, int k_bits, int v_bits) {
@@ -156,7 +182,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 8)
     }
     for (int i = 2 * turned + threadIdx.x; i < head_dim; i += THREADS) x[i] = from[i];
     __syncthreads();
-    hadamard<THREADS>(x, head_dim, !is_q, sync);
+    if (head_dim == 64 || head_dim == 128) {
+        hadamard_by_lanes(x, head_dim, !is_q);
+    } else {
+        hadamard<THREADS>(x, head_dim, !is_q, sync);
+    }
     if (is_q) {
         for (int i = threadIdx.x; i < head_dim; i += THREADS) q[at + i] = x[i];
         return;

@@ -5,8 +5,7 @@
 //! cache, and the kernels for 16-bit floats read them; their output is transformed back.
 
 use super::{
-    Choice, DECODE_ROWS, SHARED_OVERHEAD, Shape, Work, attention_launch, choose, many_rows, select,
-    split,
+    Choice, SHARED_OVERHEAD, Shape, Work, attention_launch, choose, many_rows, select, split,
 };
 use crate::cuda::launch::Args;
 use crate::cuda::lower::{Scratch, Target};
@@ -21,8 +20,14 @@ const APPEND_THREADS: usize = 128;
 const UNPACK_THREADS: usize = 256;
 /// Values that a thread of the unpacking takes.
 const UNPACK_EACH: usize = 16;
+/// Values of shared memory behind a head: compilers read the rest of a block before they know that it is
+/// not there.
+const PADDING: usize = 32;
 /// Most values of a head: they lie in shared memory that every GPU gives without being asked.
-const MAX_DIM: usize = (48 << 10) / 4;
+const MAX_DIM: usize = (48 << 10) / 4 - PADDING;
+
+/// Query rows of a tile.
+const ROWS: usize = 8;
 
 /// A kernel for heads of `dim` values in a cache of one type.
 pub(super) struct Fused {
@@ -47,14 +52,14 @@ const fn fused(dim: usize, blocks: usize, k: KvFormat, v: KvFormat, entry: &'sta
 pub(super) const FUSED: [Fused; 8] = {
     use KvFormat::{Q4, Q6, Q8};
     [
-        fused(64, 3, Q8, Q8, "exl_attn_decode_64_q8_q8"),
-        fused(64, 3, Q6, Q6, "exl_attn_decode_64_q6_q6"),
-        fused(64, 3, Q4, Q4, "exl_attn_decode_64_q4_q4"),
-        fused(64, 3, Q8, Q4, "exl_attn_decode_64_q8_q4"),
-        fused(128, 2, Q8, Q8, "exl_attn_decode_128_q8_q8"),
-        fused(128, 2, Q6, Q6, "exl_attn_decode_128_q6_q6"),
-        fused(128, 2, Q4, Q4, "exl_attn_decode_128_q4_q4"),
-        fused(128, 2, Q8, Q4, "exl_attn_decode_128_q8_q4"),
+        fused(64, 4, Q8, Q8, "exl_attn_decode_64_q8_q8"),
+        fused(64, 4, Q6, Q6, "exl_attn_decode_64_q6_q6"),
+        fused(64, 4, Q4, Q4, "exl_attn_decode_64_q4_q4"),
+        fused(64, 4, Q8, Q4, "exl_attn_decode_64_q8_q4"),
+        fused(128, 3, Q8, Q8, "exl_attn_decode_128_q8_q8"),
+        fused(128, 3, Q6, Q6, "exl_attn_decode_128_q6_q6"),
+        fused(128, 4, Q4, Q4, "exl_attn_decode_128_q4_q4"),
+        fused(128, 3, Q8, Q4, "exl_attn_decode_128_q8_q4"),
     ]
 };
 
@@ -62,7 +67,7 @@ impl Fused {
     /// Both terms of the queries, and the sums of all warps.
     fn shared(&self) -> usize {
         let row = self.dim + 8;
-        2 * 2 * DECODE_ROWS * row + self.warps * 4 * DECODE_ROWS * row
+        2 * 2 * ROWS * row + self.warps * 4 * ROWS * row
     }
 }
 
@@ -83,9 +88,9 @@ pub(super) fn direct(
     if !s.aligned || shared > props.shared_per_block as usize || many_rows(s, sms, deterministic) {
         return None;
     }
-    let each = (s.rows.div_ceil(s.seqs) * s.group()).div_ceil(DECODE_ROWS);
+    let each = (s.rows.div_ceil(s.seqs) * s.group()).div_ceil(ROWS);
     let together = props.shared_per_sm as usize / (shared + SHARED_OVERHEAD);
-    let slots = s.slots(DECODE_ROWS);
+    let slots = s.slots(ROWS);
     let work = Work {
         cells: slots * s.kv_heads,
         busy: each * s.seqs * s.kv_heads,
@@ -239,7 +244,7 @@ pub(super) fn rope_append(o: &RopeAppend<'_>, list: &mut Vec<Launch>) -> Result<
         kernel: APPEND,
         grid: [o.rows as u32, heads as u32, 1],
         block: [APPEND_THREADS as u32, 1, 1],
-        shared_bytes: 4 * o.head_dim as u32,
+        shared_bytes: 4 * (o.head_dim + PADDING) as u32,
         args: Args::new()
             .ptr(o.q.as_mem().as_ptr() as u64)
             .ptr(o.k.as_ptr() as u64)

@@ -482,6 +482,6 @@ fn appends_to_quantized_caches_have_a_block_per_head() {
     assert_eq!(list.len(), 1);
     assert_eq!(list[0].kernel, quantized::APPEND);
     assert_eq!(list[0].grid, [3, 48, 1]);
-    assert_eq!(list[0].shared_bytes, 512);
+    assert_eq!(list[0].shared_bytes, 640);
     assert_eq!(list[0].args.params().count(), 16);
 }

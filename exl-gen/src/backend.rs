@@ -24,6 +24,12 @@ pub trait Backend: Send {
     /// Most sequences of one step.
     fn max_seqs(&self) -> usize;
 
+    /// Time that one more token of a step takes, as a share of the time of a step of one. It decides how
+    /// many tokens are guessed ([`crate::Speculation`]).
+    fn row_cost(&self) -> f32 {
+        0.25
+    }
+
     /// Runs one step and gives the logits asked for, `[rows, vocab]`, slice by slice and token by
     /// token.
     ///

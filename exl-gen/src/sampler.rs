@@ -189,7 +189,9 @@ impl Sampler {
         if self.settings.is_on(Stage::Mirostat) {
             let (tau, eta) = (self.settings.mirostat_tau, self.settings.mirostat_eta);
             let error = f64::from(tau) + probability.log2();
-            self.mu.push((index + 1, mu + f64::from(eta) * error));
+            // The draw that heals the prompt has the last number and comes before the first.
+            self.mu
+                .push((index.wrapping_add(1), mu + f64::from(eta) * error));
         }
         Ok(Sampled {
             token,

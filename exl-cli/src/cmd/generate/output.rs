@@ -233,6 +233,9 @@ mod tests {
             prompt_tokens: 10,
             cached_tokens: 0,
             new_tokens: 21,
+            steps: 11,
+            drafted_tokens: 12,
+            accepted_tokens: 10,
             preemptions: 0,
             timings,
         };

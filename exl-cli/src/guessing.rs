@@ -28,6 +28,11 @@ impl Guessing {
         let draft = args.draft.clone().or(preset.draft.map(beside));
         let ngram = args.ngram.or(preset.ngram).map(|n| n as usize);
         let most = args.draft_tokens.or(preset.draft_tokens);
+        let rejection = args.draft_rejection || preset.draft_rejection;
+        if args.draft_rejection && draft.is_none() {
+            let why = "--draft-rejection needs --draft, whose guesses it keeps";
+            return Err(Usage(why.to_owned()).into());
+        }
         if draft.is_none() && ngram.is_none() {
             if args.draft_tokens.is_some() {
                 let why = "--draft-tokens needs --draft or --ngram, which say how to guess";
@@ -44,6 +49,7 @@ impl Guessing {
         };
         let speculation = Speculation {
             ngram,
+            rejection,
             most: most.map_or(base.most, |n| n as usize),
             ..base
         };
@@ -95,18 +101,26 @@ mod tests {
         let both = SamplingArgs {
             draft: Some("small".into()),
             draft_tokens: Some(5),
+            draft_rejection: true,
             ..ngrams
         };
         let found = of(both);
         assert_eq!((found.most(), found.draft), (5, Some("small".into())));
         let speculation = found.speculation.unwrap();
-        assert!(speculation.model && speculation.ngram == Some(4));
+        assert!(speculation.model && speculation.rejection && speculation.ngram == Some(4));
         let alone = SamplingArgs {
             draft_tokens: Some(5),
+            ..none.clone()
+        };
+        let without = SamplingArgs {
+            draft_rejection: true,
+            ngram: Some(3),
             ..none
         };
-        let error = Guessing::new(&alone).unwrap_err();
-        assert!(error.is::<Usage>(), "{error}");
+        for args in [alone, without] {
+            let error = Guessing::new(&args).unwrap_err();
+            assert!(error.is::<Usage>(), "{error}");
+        }
     }
 
     #[test]

@@ -1,8 +1,8 @@
 //! What guessing tokens gains:
 //!
-//! `cargo run --release -p exl-gen --example speculate -- run THREADS MODEL [DRAFT]` writes the same
+//! `cargo run --release -p exl-gen --example speculate -- run THREADS MODEL [DRAFT COST]` writes the same
 //! answers with and without guesses, by turns, and prints tokens per step, the share of right guesses and
-//! the time.
+//! the time. COST is the time of the draft model's step as a share of the model's.
 //!
 //! `... -- rows THREADS MODEL` prints what more tokens in a step cost.
 //!
@@ -37,14 +37,17 @@ fn main() -> Result<()> {
     let dirs: Vec<&Path> = rest.iter().map(Path::new).collect();
     match (what.as_str(), &dirs[..]) {
         ("run", [model]) => compare(threads, model, None),
-        ("run", [model, draft]) => compare(threads, model, Some(draft)),
+        ("run", [model, draft, cost]) => {
+            let cost = cost.to_string_lossy().parse()?;
+            compare(threads, model, Some((draft, cost)))
+        }
         ("rows", [model]) => rows(threads, model),
         ("rates", [model, draft]) => rates(threads, model, draft),
         _ => Err(USAGE.into()),
     }
 }
 
-const USAGE: &str = "usage: speculate run THREADS MODEL [DRAFT] | rows THREADS MODEL | \
+const USAGE: &str = "usage: speculate run THREADS MODEL [DRAFT COST] | rows THREADS MODEL | \
                      rates THREADS MODEL DRAFT";
 
 fn runner(threads: usize, dir: &Path, rows: usize) -> Result<Runner> {
@@ -61,7 +64,7 @@ fn runner(threads: usize, dir: &Path, rows: usize) -> Result<Runner> {
 fn engine(
     threads: usize,
     dir: &Path,
-    draft: Option<&Path>,
+    draft: Option<(&Path, f32)>,
 ) -> Result<(EngineHandle, Vec<Speculation>)> {
     let tokenizer = Arc::new(Tokenizer::open(dir)?);
     let model = runner(threads, dir, 600)?;
@@ -72,13 +75,15 @@ fn engine(
     let bytes = |runner: &Runner| runner.model().weights().bytes() as f32;
     let size = bytes(&model);
     let backend = Box::new(RunnerBackend::new(model));
-    let Some(draft) = draft else {
+    let Some((draft, cost)) = draft else {
         let engine = Engine::start(backend, tokenizer, options)?;
         return Ok((engine, vec![Speculation::ngrams()]));
     };
     let small = runner(threads, draft, 600)?;
-    let cost = bytes(&small) / size;
-    println!("the draft model's weights are {cost:.2} of the model's");
+    println!(
+        "the draft model's weights are {:.2} of the model's",
+        bytes(&small) / size
+    );
     let draft = DraftModel {
         backend: Box::new(RunnerBackend::new(small)),
         tokenizer: Arc::new(Tokenizer::open(draft)?),
@@ -89,7 +94,11 @@ fn engine(
         ..Speculation::model()
     };
     let engine = Engine::start_with_draft(backend, draft, tokenizer, options)?;
-    Ok((engine, vec![Speculation::model(), both]))
+    let rejection = Speculation {
+        rejection: true,
+        ..Speculation::model()
+    };
+    Ok((engine, vec![Speculation::model(), rejection, both]))
 }
 
 /// What one way of guessing did.
@@ -103,12 +112,13 @@ struct Sum {
     accepted: usize,
 }
 
-fn compare(threads: usize, dir: &Path, draft: Option<&Path>) -> Result<()> {
+fn compare(threads: usize, dir: &Path, draft: Option<(&Path, f32)>) -> Result<()> {
     let (engine, ways) = engine(threads, dir, draft)?;
     for (name, request) in requests(&engine)? {
         for speculation in &ways {
             let sum = turns(&engine, &request, speculation)?;
             let what = match (speculation.ngram, speculation.model) {
+                _ if speculation.rejection => "model with rejection",
                 (Some(_), true) => "n-grams and model",
                 (Some(_), false) => "n-grams",
                 (None, _) => "model",
@@ -187,7 +197,7 @@ fn turns(engine: &EngineHandle, request: &Request, speculation: &Speculation) ->
     let mut sum = Sum::default();
     for _ in 0..TURNS {
         let (plain, guessed) = (ask(None)?, ask(Some(speculation.clone()))?);
-        if plain.token_ids != guessed.token_ids {
+        if !speculation.rejection && plain.token_ids != guessed.token_ids {
             return Err("the texts differ".into());
         }
         sum.plain.push(plain.done.timings.decode.as_secs_f64());

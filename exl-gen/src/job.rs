@@ -307,7 +307,8 @@ impl Job {
         let needs_logits = self.logprobs.is_some()
             || self.lanes.len() > 1
             || self.heal.is_some()
-            || self.form.is_some();
+            || self.form.is_some()
+            || self.rejects();
         if needs_logits {
             return None;
         }
@@ -363,11 +364,20 @@ impl Job {
         {
             return failed(&error);
         }
-        let (index, history) = (self.draw_index(), &self.lanes[0].tokens);
-        let sampled = self.sampler.sample(row, history, &self.blocked, index);
-        match sampled {
-            Ok(sampled) => {
-                let token = sampled.token;
+        let (index, judged) = (self.draw_index(), self.take_judged());
+        let (history, blocked) = (&self.lanes[0].tokens, &self.blocked);
+        let sampler = &mut self.sampler;
+        let drawn = match &judged {
+            Some((guess, chances)) => {
+                sampler.judge(row, (history, blocked), index, (*guess, chances))
+            }
+            None => {
+                let sampled = sampler.sample(row, history, blocked, index);
+                sampled.map(|sampled| sampled.token)
+            }
+        };
+        match drawn {
+            Ok(token) => {
                 let logprobs = model.map(|(count, row)| logits::logprobs(&row, token, count));
                 self.take(token, logprobs, tokenizer)
             }

@@ -13,7 +13,8 @@ pub(crate) use pace::{Cost, Pace};
 
 /// How the next tokens of an answer are guessed. The model computes the guessed tokens in one step,
 /// and the sampler draws every one of them as it would have done without a guess; the first draw that
-/// differs from its guess ends the step's share. So the answer is the same, only sooner.
+/// differs from its guess ends the step's share. So the answer is the same, only sooner, unless
+/// [`Speculation::rejection`] is asked for.
 ///
 /// Where both sources are given, n-grams go first and the draft model guesses where they find nothing.
 /// Jobs with guidance draw without guesses.
@@ -24,6 +25,10 @@ pub struct Speculation {
     pub ngram: Option<usize>,
     /// Guesses with the engine's [`DraftModel`].
     pub model: bool,
+    /// Keeps the draft model's guesses by rejection sampling: more of them are right, and the
+    /// answer still has the distribution of the model, but for a seed it is another one, which depends
+    /// on where guesses were made. Greedy answers and those with mirostat or skew stay as they are.
+    pub rejection: bool,
     /// Most tokens guessed for one step. How many it is follows from how many were right lately.
     pub most: usize,
 }
@@ -37,6 +42,7 @@ impl Speculation {
         Self {
             ngram: Some(3),
             model: false,
+            rejection: false,
             most: 16,
         }
     }
@@ -46,6 +52,7 @@ impl Speculation {
         Self {
             ngram: None,
             model: true,
+            rejection: false,
             most: 8,
         }
     }

@@ -271,6 +271,7 @@ fn drawn_guesses_change_no_text() {
         speculation: Some(Speculation {
             ngram: (number % 2 == 0).then_some(1),
             model: true,
+            rejection: false,
             most: 5,
         }),
         ..request.clone()

@@ -156,6 +156,10 @@ pub(crate) struct SamplingArgs {
     #[arg(help_heading = GUESSES, long, value_name = "N", allow_negative_numbers = true,
           value_parser = clap::value_parser!(u32).range(1..=Speculation::LIMIT as i64))]
     pub(crate) draft_tokens: Option<u32>,
+    /// Keep guesses of --draft by rejection sampling: more of them, but a seed no longer gives the text
+    /// that it gives without guesses
+    #[arg(help_heading = GUESSES, long)]
+    pub(crate) draft_rejection: bool,
 }
 
 fn number(text: &str) -> Option<f32> {

@@ -163,7 +163,7 @@ impl Drafter {
             if turns.len() == self.backend.max_seqs() || left == 0 {
                 break;
             }
-            let Some(trail) = job.begin_trail(cost) else {
+            let Some(mut trail) = job.begin_trail(cost) else {
                 continue;
             };
             match self.place(job, &trail) {
@@ -181,15 +181,15 @@ impl Drafter {
                 }
                 // Other texts have all pages; this job draws without guesses.
                 Err(Trouble::OutOfPages) => {
-                    job.end_trail(&trail).map_err(failed)?;
+                    job.end_trail(&mut trail).map_err(failed)?;
                     self.forget(job.id);
                 }
                 Err(Trouble::Failed(error)) => return Err(error),
             }
         }
         self.run(&mut turns, jobs, tokenizer)?;
-        for turn in turns {
-            let (job, trail) = (&mut jobs[turn.job], &turn.trail);
+        for mut turn in turns {
+            let (job, trail) = (&mut jobs[turn.job], &mut turn.trail);
             job.end_trail(trail).map_err(failed)?;
             if let Some(held) = self.held.get_mut(&job.id) {
                 let computed = trail.before..turn.done.max(trail.before);

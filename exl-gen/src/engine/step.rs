@@ -145,6 +145,7 @@ impl Choice<'_> {
         let outcome = loop {
             let row = first + right;
             job.prepare_draw();
+            job.judge(&draft, right);
             let length = job.lanes[0].tokens.len();
             let outcome = match self.rows.token(row).filter(|_| drawn) {
                 Some(token) => job.take_drawn(token, self.tokenizer),

@@ -128,6 +128,7 @@ fn assert_schemas(tokenizer: &Arc<Tokenizer>, schemas: &[Json]) {
         Some(Speculation {
             ngram: (seed % 3 != 1).then_some(2),
             model: !seed.is_multiple_of(3),
+            rejection: false,
             most: 6,
         })
     };

@@ -3,6 +3,7 @@
 use exl_cache::{PAGE_TOKENS, pages_for};
 
 use super::Job;
+use crate::sampler::Chances;
 use crate::speculation::{Cost, Found, Ngrams, Pace};
 use crate::{Draw, Result, Speculation, Tokenizer};
 
@@ -17,6 +18,10 @@ pub(super) struct Drafting {
     source: Source,
     /// Tokens of the text that are as they were when n-grams and the draft model saw it last.
     stable: Stable,
+    /// What each guess of the draft was drawn from, where it is to be kept by rejection sampling.
+    chances: Vec<Option<Chances>>,
+    /// The guess that the next draw keeps or not.
+    judged: Option<(u32, Chances)>,
     /// Tokens guessed and computed, and of those the right ones.
     pub(super) guessed: usize,
     pub(super) right: usize,
@@ -46,6 +51,8 @@ pub(crate) struct Trail {
     most: usize,
     /// No more guesses are of use.
     over: bool,
+    /// What the guesses were drawn from; none for those that nothing was drawn for.
+    chances: Vec<Option<Chances>>,
 }
 
 impl Trail {
@@ -74,6 +81,8 @@ impl Drafting {
             model: Pace::default(),
             source: Source::Model,
             stable: Stable::default(),
+            chances: Vec::new(),
+            judged: None,
             guessed: 0,
             right: 0,
         }
@@ -139,6 +148,9 @@ impl Job {
     /// Guesses by what followed the last tokens before. Forgets an older draft.
     pub(crate) fn look_up(&mut self, cost: &Cost, tokenizer: &Tokenizer) {
         self.lanes[0].take_draft();
+        if let Some(drafting) = &mut self.drafting {
+            drafting.chances.clear();
+        }
         let most = self.draft_room();
         let lane = &mut self.lanes[0];
         let Some(drafting) = self.drafting.as_mut().filter(|_| most > 0) else {
@@ -192,6 +204,7 @@ impl Job {
             text,
             most,
             over: false,
+            chances: Vec::new(),
         })
     }
 
@@ -207,7 +220,7 @@ impl Job {
     /// What the draft model needs to know to draw the next guess itself; none where it cannot. It draws
     /// with the random number of the token it guesses, so where the models agree, so do the draws.
     pub(crate) fn guess_draw<'a>(&'a self, trail: &'a Trail) -> Option<Draw<'a>> {
-        if self.form.is_some() {
+        if self.form.is_some() || self.rejects() {
             return None;
         }
         let at = trail.text.len() - self.prompt;
@@ -242,9 +255,20 @@ impl Job {
         };
         let at = (trail.text.len() - self.prompt) as u64;
         let blocked = self.blocked_at(trail).to_vec();
-        let drawn = fits.and_then(|()| self.sampler.sample(row, &trail.text, &blocked, at));
+        let rejects = self.rejects();
+        let (sampler, text) = (&mut self.sampler, &trail.text);
+        let drawn = fits.and_then(|()| match rejects {
+            true => {
+                let drawn = sampler.guess(row, text, &blocked, at);
+                drawn.map(|(token, chances)| (token, Some(chances)))
+            }
+            false => {
+                let drawn = sampler.sample(row, text, &blocked, at);
+                drawn.map(|drawn| (drawn.token, None))
+            }
+        });
         match drawn {
-            Ok(drawn) => self.extend_trail(drawn.token, trail),
+            Ok((token, chances)) => self.extend_trail(token, chances, trail),
             Err(error) => {
                 // The guesses so far may be wrong, and what follows them impossible.
                 tracing::debug!("a draft ends: {error}");
@@ -256,24 +280,32 @@ impl Job {
     /// Takes a guess that the draft model drew; -1 where it could not.
     pub(crate) fn take_guess(&mut self, token: i32, trail: &mut Trail) {
         match u32::try_from(token) {
-            Ok(token) => self.extend_trail(token, trail),
+            Ok(token) => self.extend_trail(token, None, trail),
             Err(_) => trail.over = true,
         }
     }
 
-    fn extend_trail(&mut self, token: u32, trail: &mut Trail) {
-        // A guess that the answer ends needs no guess behind it.
+    fn extend_trail(&mut self, token: u32, chances: Option<Chances>, trail: &mut Trail) {
+        // A guess that the answer ends needs no guess behind it, nor a row of its own; but one that was
+        // drawn to be kept or not must not be dropped for what it is.
         if self.stop_tokens.contains(&token) {
             trail.over = true;
-            return;
+            if chances.is_none() {
+                return;
+            }
         }
         trail.text.push(token);
+        trail.chances.push(chances);
+        if trail.over {
+            return;
+        }
         let Some(form) = &mut self.form else {
             return;
         };
         let taken: Result<_> = form.follow_trail(token);
         match taken {
             Ok((forced, done)) => {
+                trail.chances.extend(forced.iter().map(|_| None));
                 trail.text.extend(forced);
                 trail.over |= done;
             }
@@ -288,7 +320,7 @@ impl Job {
     ///
     /// # Errors
     /// [`crate::Error::Grammar`] when the form cannot be taken back.
-    pub(crate) fn end_trail(&mut self, trail: &Trail) -> Result<()> {
+    pub(crate) fn end_trail(&mut self, trail: &mut Trail) -> Result<()> {
         if let Some(form) = &mut self.form {
             form.end_trail()?;
         }
@@ -297,8 +329,28 @@ impl Job {
         if let Some(drafting) = self.drafting.as_mut().filter(|_| !draft.is_empty()) {
             drafting.source = Source::Model;
             self.lanes[0].set_draft(draft.iter().copied());
+            drafting.chances = std::mem::take(&mut trail.chances);
         }
         Ok(())
+    }
+
+    /// Whether the draft model's guesses are kept by rejection sampling.
+    pub(super) fn rejects(&self) -> bool {
+        let drafting = self.drafting.as_ref();
+        drafting.is_some_and(|drafting| drafting.settings.rejection) && self.sampler.is_plain()
+    }
+
+    /// Says which token of the draft the next draw may keep.
+    pub(crate) fn judge(&mut self, draft: &[u32], place: usize) {
+        if let Some(drafting) = &mut self.drafting {
+            let chances = drafting.chances.get_mut(place).and_then(Option::take);
+            drafting.judged = draft.get(place).copied().zip(chances);
+        }
+    }
+
+    /// The guess that the next draw keeps or not, with what it was drawn from.
+    pub(super) fn take_judged(&mut self) -> Option<(u32, Chances)> {
+        self.drafting.as_mut()?.judged.take()
     }
 
     /// Notes that the first `right` of `guessed` tokens of a draft were drawn.

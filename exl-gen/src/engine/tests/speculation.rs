@@ -1,7 +1,7 @@
 //! Guesses change how soon an answer comes, and nothing else.
 
 use super::*;
-use crate::{DraftModel, Grammar, Guidance, Speculation, TokenLogprobs};
+use crate::{Answer, DraftModel, Grammar, Guidance, Speculation, TokenLogprobs};
 
 /// A model of habit: the last two tokens and the first one say what comes next most of the time, so
 /// that texts repeat themselves. Of `wrong` places in 8 it thinks otherwise.
@@ -22,6 +22,7 @@ fn habit(wrong: u32) -> impl Fn(&[u32], &mut [f32]) + Send + 'static {
 const BOTH: Speculation = Speculation {
     ngram: Some(2),
     model: true,
+    rejection: false,
     most: 7,
 };
 
@@ -115,6 +116,7 @@ fn right_guesses_save_steps() {
             Speculation {
                 ngram: Some(2),
                 model: false,
+                rejection: false,
                 most: 7,
             },
             0,
@@ -125,6 +127,7 @@ fn right_guesses_save_steps() {
             Speculation {
                 ngram: None,
                 model: true,
+                rejection: false,
                 most: 7,
             },
             0,
@@ -134,6 +137,7 @@ fn right_guesses_save_steps() {
             Speculation {
                 ngram: None,
                 model: true,
+                rejection: false,
                 most: 7,
             },
             2,
@@ -224,6 +228,7 @@ fn a_draft_model_of_another_vocabulary_is_refused() {
         let wrong = Speculation {
             ngram,
             model: false,
+            rejection: false,
             most,
         };
         let error = engine.submit(with(wrong, &noisy(vec![1], 1, 5)));
@@ -269,6 +274,36 @@ fn a_failing_draft_model_ends_those_it_guesses_for() {
     let answer = engine.submit(with(BOTH, &request)).unwrap().wait();
     assert_eq!(answer.done.reason, DoneReason::MaxTokens);
     assert_all_free(&engine);
+}
+
+#[test]
+fn a_job_can_be_aborted_in_any_step() {
+    let request = Request {
+        ignore_eos: true,
+        ..noisy(vec![1; 300], 1, 100)
+    };
+    let plain = start(SimBackend::new(VOCAB, 9, habit(0)));
+    let whole = plain.submit(request.clone()).unwrap().wait().token_ids;
+    for step in 0..14 {
+        let (gate, hook) = Gate::hook();
+        let model = SimBackend::new(VOCAB, 9, habit(0)).with_hook(hook);
+        let draft = SimBackend::new(VOCAB, 9, habit(1));
+        let engine = start_guessing(model, draft, 64);
+        let stream = engine.submit(with(BOTH, &request)).unwrap();
+        for _ in 0..step {
+            gate.wait();
+            gate.pass();
+        }
+        gate.wait();
+        stream.abort();
+        gate.pass();
+        drop(gate);
+        let answer = stream.wait();
+        assert_eq!(answer.done.reason, DoneReason::Aborted, "{step}");
+        assert!(whole.starts_with(&answer.token_ids), "{step}");
+        assert_all_free(&engine);
+    }
+    assert_all_free(&plain);
 }
 
 /// A cache of the draft model that is too small costs speed only.
@@ -321,32 +356,109 @@ fn the_draft_model_reads_the_right_text() {
 /// model knows little.
 #[test]
 fn guessed_answers_have_the_distribution_of_the_model() {
-    const TOKENS: usize = 6;
-    const RUNS: u64 = 6000;
-    let script = |shift: u32| {
-        move |context: &[u32], logits: &mut [f32]| {
-            logits.fill(f32::NEG_INFINITY);
-            let last = context[context.len() - 1];
-            for token in 0..TOKENS as u32 {
-                let place = (token * 5 + last * 3 + shift) % 7;
-                logits[token as usize] = place as f32 * 0.45;
-            }
-        }
+    let matched = assert_distribution(BOTH);
+    let rejection = Speculation {
+        ngram: None,
+        rejection: true,
+        ..BOTH
     };
-    let model = SimBackend::new(VOCAB, 40, script(0));
-    let draft = SimBackend::new(VOCAB, 40, script(1));
-    let engine = start_guessing(model, draft, 512);
-    let request = |seed| noisy(vec![2], seed, 4);
-    let mut counts = vec![0u64; TOKENS * TOKENS];
-    for batch in 0..RUNS / 500 {
-        let submit = |seed| engine.submit(with(BOTH, &request(seed))).unwrap();
-        let streams = (batch * 500..(batch + 1) * 500).map(submit);
-        for stream in streams.collect::<Vec<JobStream>>() {
-            let ids = stream.wait().token_ids;
-            counts[ids[1] as usize * TOKENS + ids[2] as usize] += 1;
+    let kept = assert_distribution(rejection);
+    // More guesses are right then.
+    assert!(kept > matched + 0.05, "{kept} {matched}");
+}
+
+const FACES: usize = 6;
+const RUNS: u64 = 6000;
+
+/// Each of six tokens with a probability that depends on the one before.
+fn dice(shift: u32) -> impl Fn(&[u32], &mut [f32]) + Send + 'static {
+    move |context: &[u32], logits: &mut [f32]| {
+        logits.fill(f32::NEG_INFINITY);
+        let last = context[context.len() - 1];
+        for token in 0..FACES as u32 {
+            let place = (token * 5 + last * 3 + shift) % 7;
+            logits[token as usize] = place as f32 * 0.45;
         }
     }
-    assert_all_free(&engine);
+}
+
+/// The probabilities after a token.
+fn odds(last: usize) -> Vec<f64> {
+    let mut row = vec![0.0; VOCAB];
+    dice(0)(&[last as u32], &mut row);
+    let row: Vec<f64> = row[..FACES].iter().map(|&l| f64::from(l).exp()).collect();
+    let sum: f64 = row.iter().sum();
+    row.into_iter().map(|p| p / sum).collect()
+}
+
+/// Answers of 4 tokens to the token 2.
+fn throw(engine: &EngineHandle, request: impl Fn(u64) -> Request, each: impl FnMut(Answer)) {
+    let mut each = each;
+    for batch in 0..RUNS / 500 {
+        let submit = |seed| engine.submit(request(seed)).unwrap();
+        let streams = (batch * 500..(batch + 1) * 500).map(submit);
+        let streams: Vec<JobStream> = streams.collect();
+        streams.into_iter().for_each(|stream| each(stream.wait()));
+    }
+    assert_all_free(engine);
+}
+
+/// A guess that would end the answer is kept or not like any other.
+#[test]
+fn rejected_ends_have_the_probability_of_the_model() {
+    let (model, draft) = (
+        SimBackend::new(VOCAB, 40, dice(0)),
+        SimBackend::new(VOCAB, 40, dice(1)),
+    );
+    let engine = start_guessing(model, draft, 512);
+    let speculation = Speculation {
+        rejection: true,
+        ..Speculation::model()
+    };
+    let request = |seed| Request {
+        stop_tokens: vec![5, 3],
+        ..with(speculation.clone(), &noisy(vec![2], seed, 5))
+    };
+    let mut ends = [0u64; 4];
+    throw(&engine, request, |answer| {
+        if let DoneReason::StopToken(_) = answer.done.reason {
+            ends[answer.done.new_tokens.min(4) - 1] += 1;
+        }
+    });
+    // The distribution over the tokens that go on, and what has ended before.
+    let (mut now, mut expected) = (vec![0.0; FACES], Vec::new());
+    now[2] = 1.0;
+    for _ in 0..3 {
+        let mut next = vec![0.0; FACES];
+        for (token, p) in now.iter().enumerate() {
+            let odds = odds(token);
+            next.iter_mut()
+                .zip(odds)
+                .for_each(|(next, q)| *next += p * q);
+        }
+        expected.push(next[5] + next[3]);
+        (next[5], next[3]) = (0.0, 0.0);
+        now = next;
+    }
+    for (found, p) in ends.iter().zip(expected) {
+        let (mean, runs) = (p * RUNS as f64, RUNS as f64);
+        let away = (*found as f64 - mean) / (runs * p * (1.0 - p)).sqrt();
+        // Beyond 3.3 with a probability of 0.001.
+        assert!(away.abs() < 3.3, "{ends:?}: {away} for {mean}");
+    }
+}
+
+/// Gives the share of right guesses.
+fn assert_distribution(speculation: Speculation) -> f64 {
+    let model = SimBackend::new(VOCAB, 40, dice(0));
+    let draft = SimBackend::new(VOCAB, 40, dice(1));
+    let engine = start_guessing(model, draft, 512);
+    let request = |seed| with(speculation.clone(), &noisy(vec![2], seed, 4));
+    let mut counts = vec![0u64; FACES * FACES];
+    throw(&engine, request, |answer| {
+        let ids = answer.token_ids;
+        counts[ids[1] as usize * FACES + ids[2] as usize] += 1;
+    });
     let stats = engine.stats();
     // Guesses were made, and many were wrong.
     assert!(stats.accepted_tokens > 100, "{stats:?}");
@@ -354,23 +466,17 @@ fn guessed_answers_have_the_distribution_of_the_model() {
         stats.drafted_tokens > stats.accepted_tokens + 100,
         "{stats:?}"
     );
-    let next = |last: usize| {
-        let mut row = vec![0.0; VOCAB];
-        script(0)(&[last as u32], &mut row);
-        let row: Vec<f64> = row[..TOKENS].iter().map(|&l| f64::from(l).exp()).collect();
-        let sum: f64 = row.iter().sum();
-        row.into_iter().map(|p| p / sum).collect::<Vec<f64>>()
-    };
-    let first = next(2);
+    let first = odds(2);
     let mut statistic = 0.0;
     for (pair, &count) in counts.iter().enumerate() {
-        let (a, b) = (pair / TOKENS, pair % TOKENS);
-        let second: f64 = (0..TOKENS).map(|x| first[x] * next(x)[a]).sum();
-        let expected = RUNS as f64 * second * next(a)[b];
+        let (a, b) = (pair / FACES, pair % FACES);
+        let second: f64 = (0..FACES).map(|x| first[x] * odds(x)[a]).sum();
+        let expected = RUNS as f64 * second * odds(a)[b];
         statistic += (count as f64 - expected).powi(2) / expected;
     }
     // 35 degrees of freedom: above 66.6 with a probability of 0.001.
     assert!(statistic < 66.6, "{statistic}");
+    stats.accepted_tokens as f64 / stats.drafted_tokens as f64
 }
 
 #[derive(Clone, Debug)]
@@ -446,7 +552,14 @@ impl Wish {
     }
 
     fn speculation(&self) -> Option<Speculation> {
-        let of = |ngram, model, most| Some(Speculation { ngram, model, most });
+        let of = |ngram, model, most| {
+            Some(Speculation {
+                ngram,
+                model,
+                rejection: false,
+                most,
+            })
+        };
         match self.speculation {
             0 => None,
             1 => of(Some(1), false, 16),

@@ -7,6 +7,7 @@ mod calibration;
 mod cmd;
 mod failure;
 mod grammar;
+mod guessing;
 mod hub;
 mod machine;
 mod memory;

@@ -50,6 +50,17 @@ pub(crate) fn check(need: &MemoryUse, what: &str, less: &str, gpu: Option<&Gpu>)
     }
 }
 
+/// What two models need side by side.
+pub(crate) fn sum(one: &MemoryUse, other: &MemoryUse) -> MemoryUse {
+    MemoryUse {
+        weights: one.weights + other.weights,
+        cache: one.cache + other.cache,
+        arena: one.arena + other.arena,
+        scratch: one.scratch + other.scratch,
+        step: one.step + other.step,
+    }
+}
+
 /// The parts of the sum, in words.
 pub(crate) fn parts(need: &MemoryUse) -> String {
     let mut text = format!(

@@ -40,7 +40,7 @@ pub(crate) fn settings(args: &SamplingArgs, files: &ModelFiles) -> Result<Sample
 }
 
 /// Reads a preset. Unknown keys are errors.
-fn preset(path: &Path) -> Result<SamplingArgs> {
+pub(crate) fn preset(path: &Path) -> Result<SamplingArgs> {
     let text = std::fs::read_to_string(path).context("the file cannot be read")?;
     let preset: SamplingArgs = match path.extension().and_then(|e| e.to_str()) {
         Some("json") => serde_json::from_str(&text)?,

@@ -2,12 +2,15 @@
 
 use crate::args::{ActivationMode, CacheArgs, ComputeArgs, Device, DeviceArgs, LoadArgs};
 use crate::failure::Interrupted;
+use crate::guessing::Guessing;
 use crate::machine;
 use crate::memory::{self, Taken};
 use crate::signal::StopFlag;
 use crate::ui::{self, Ui};
-use anyhow::{Result, bail};
-use exl_gen::{DiskOptions, Engine, EngineHandle, EngineOptions, RunnerBackend, Tokenizer};
+use anyhow::{Context, Result, bail};
+use exl_gen::{
+    DiskOptions, DraftModel, Engine, EngineHandle, EngineOptions, RunnerBackend, Tokenizer,
+};
 use exl_models::rope::RopeOptions;
 use exl_models::{Backend, LoadOptions, MemoryRequest, Model, ModelSource, Runner, RunnerOptions};
 use exl_tensor::{Activations, CudaOptions, Gpu, KvType, PAGE_TOKENS};
@@ -218,6 +221,10 @@ pub(crate) struct Room {
     pub(crate) cache: KvType,
     /// Where prefixes are kept, and how many bytes of them.
     pub(crate) disk: Option<(PathBuf, u64)>,
+    /// Most tokens guessed for one step of a sequence.
+    guesses: usize,
+    /// A model that guesses, and how to open it.
+    draft: Option<(PathBuf, LoadOptions)>,
 }
 
 impl Room {
@@ -233,6 +240,8 @@ impl Room {
             lengths,
             cache,
             disk: None,
+            guesses: 0,
+            draft: None,
         }
     }
 
@@ -240,6 +249,13 @@ impl Room {
     pub(crate) fn with_disk(mut self, args: &CacheArgs) -> Self {
         let bytes = (args.prefix_gb * 1e9) as u64;
         self.disk = args.prefix_dir.clone().map(|folder| (folder, bytes));
+        self
+    }
+
+    /// With room for guesses, and for the draft model.
+    pub(crate) fn with_guesses(mut self, guessing: &Guessing, options: &LoadOptions) -> Self {
+        self.guesses = guessing.most();
+        self.draft = guessing.draft.clone().map(|dir| (dir, options.clone()));
         self
     }
 
@@ -253,13 +269,17 @@ impl Room {
     }
 
     /// A runner's settings with its sizes: the largest step is a part of a prompt beside one token of
-    /// every sequence.
+    /// every sequence, and its guesses.
     fn sized(&self, options: RunnerOptions, prefill_rows: usize) -> RunnerOptions {
         let longest = self.lengths.iter().copied().max().unwrap_or(1);
         RunnerOptions {
             pages: self.pages(),
             max_seqs: self.seqs,
-            max_rows: prefill_rows.min(longest) + self.seqs,
+            max_rows: prefill_rows.min(longest) + self.seqs * (1 + self.guesses),
+            out_rows: match self.guesses {
+                0 => 0,
+                guesses => self.seqs * (1 + guesses),
+            },
             ..options
         }
     }
@@ -290,9 +310,18 @@ pub(crate) fn engine(
         source.files().dir().display(),
         room.pages() * PAGE_TOKENS
     );
-    let need = memory::needed(&source, &options.memory_request(), gpu)?;
+    let draft = room.draft.as_ref();
+    let draft = draft.map(|(dir, options)| Draft::open(dir, options, tokenizer, ui));
+    let draft = draft.transpose()?;
+    let mut need = memory::needed(&source, &options.memory_request(), gpu)?;
+    if let Some(draft) = &draft {
+        let more = memory::needed(&draft.source, &options.memory_request(), gpu)?;
+        need = memory::sum(&need, &more);
+    }
     memory::check(&need, &what, "--context", gpu)?;
     let loaded = load(&source, gpu, stop, ui)?;
+    let draft = draft.map(|draft| draft.load(&loaded, &options, gpu, (stop, ui)));
+    let draft = draft.transpose()?;
     let disk = disk(&source, &options, room.disk.as_ref())?;
     // The files that were repacked need not stay mapped.
     drop(source);
@@ -314,11 +343,53 @@ pub(crate) fn engine(
         disk,
         ..EngineOptions::default()
     };
-    Ok(Engine::start(
-        Box::new(RunnerBackend::new(runner)),
-        Arc::clone(tokenizer),
-        options,
-    )?)
+    let (backend, tokenizer) = (Box::new(RunnerBackend::new(runner)), Arc::clone(tokenizer));
+    Ok(match draft {
+        Some(draft) => Engine::start_with_draft(backend, draft, tokenizer, options)?,
+        None => Engine::start(backend, tokenizer, options)?,
+    })
+}
+
+/// A draft model whose files are open.
+struct Draft {
+    source: ModelSource,
+    tokenizer: Arc<Tokenizer>,
+}
+
+/// Least cost of a draft model's step: what is not the weights takes time as well.
+const LEAST_COST: f32 = 0.05;
+
+impl Draft {
+    /// Refuses a model of another vocabulary before anything is loaded.
+    fn open(dir: &Path, options: &LoadOptions, tokenizer: &Tokenizer, ui: &Ui) -> Result<Self> {
+        let what = || format!("--draft {}", dir.display());
+        let source = open(dir, options, ui).with_context(what)?;
+        let own = Arc::new(Tokenizer::open(dir).with_context(what)?);
+        DraftModel::compare(&own, tokenizer).with_context(what)?;
+        Ok(Self {
+            source,
+            tokenizer: own,
+        })
+    }
+
+    /// Loads it beside the model, with a cache of the same size.
+    fn load(
+        self,
+        model: &Loaded,
+        options: &RunnerOptions,
+        gpu: Option<&Gpu>,
+        (stop, ui): (&StopFlag, &Ui),
+    ) -> Result<DraftModel> {
+        let loaded = load(&self.source, gpu, stop, ui)?;
+        let bytes = |model: &Model| model.weights().bytes() as f32;
+        let cost = bytes(&loaded.model) / bytes(&model.model).max(1.0);
+        let runner = Runner::new(loaded.model, options.clone())?;
+        Ok(DraftModel {
+            backend: Box::new(RunnerBackend::new(runner)),
+            tokenizer: self.tokenizer,
+            cost: cost.max(LEAST_COST),
+        })
+    }
 }
 
 /// What keeps pages on disk. They depend on the weights and on how these compute: not on threads,

@@ -24,6 +24,12 @@ pub trait Backend: Send {
     /// Most sequences of one step.
     fn max_seqs(&self) -> usize;
 
+    /// Time that one more token of a step takes, as a share of the time of a step of one. It decides how
+    /// many tokens are guessed ([`crate::Speculation`]).
+    fn row_cost(&self) -> f32 {
+        CPU_ROW_COST
+    }
+
     /// Runs one step and gives the logits asked for, `[rows, vocab]`, slice by slice and token by
     /// token.
     ///
@@ -172,9 +178,21 @@ impl RunnerBackend {
     }
 }
 
+/// Measured on two cores: 0.14 to 0.20 for unquantized weights, 0.19 to 0.34 for EXL2 weights.
+const CPU_ROW_COST: f32 = 0.25;
+/// Of a model of 7B on an H200, where 8 sequences decode in 1.48 times the time of one.
+const GPU_ROW_COST: f32 = 0.07;
+
 impl Backend for RunnerBackend {
     fn vocab_size(&self) -> usize {
         self.runner.model().spec().vocab
+    }
+
+    fn row_cost(&self) -> f32 {
+        match self.runner.options().backend {
+            exl_models::Backend::Cuda(..) => GPU_ROW_COST,
+            _ => CPU_ROW_COST,
+        }
     }
 
     fn pages(&self) -> usize {

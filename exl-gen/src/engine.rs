@@ -9,9 +9,10 @@ use exl_cache::{CacheEvent, PAGE_TOKENS, PageTable, pages_for};
 use crate::job::{Job, Wires};
 use crate::request::{JobId, Request};
 use crate::stats::{Load, Stats};
-use crate::{Backend, Error, Result, Tokenizer};
+use crate::{Backend, DraftModel, Error, Result, Tokenizer};
 
 mod disk;
+mod draft;
 mod pages;
 mod queue;
 mod step;
@@ -22,6 +23,7 @@ mod worker;
 
 use disk::Disk;
 pub use disk::DiskOptions;
+use draft::Drafter;
 pub use stream::{Answer, JobStream};
 use worker::{Command, Worker};
 
@@ -72,6 +74,30 @@ impl Engine {
         tokenizer: Arc<Tokenizer>,
         options: EngineOptions,
     ) -> Result<EngineHandle> {
+        Self::launch(backend, None, tokenizer, &options)
+    }
+
+    /// As [`Engine::start`], with a model that guesses for jobs that want it
+    /// ([`crate::Speculation::model`]).
+    ///
+    /// # Errors
+    /// As [`Engine::start`]; [`Error::DraftModel`] when the draft model has another vocabulary.
+    pub fn start_with_draft(
+        backend: Box<dyn Backend>,
+        draft: DraftModel,
+        tokenizer: Arc<Tokenizer>,
+        options: EngineOptions,
+    ) -> Result<EngineHandle> {
+        draft.check(&tokenizer, backend.vocab_size())?;
+        Self::launch(backend, Some(draft), tokenizer, &options)
+    }
+
+    fn launch(
+        backend: Box<dyn Backend>,
+        draft: Option<DraftModel>,
+        tokenizer: Arc<Tokenizer>,
+        options: &EngineOptions,
+    ) -> Result<EngineHandle> {
         let refuse = |reason: &str| Error::Backend {
             reason: reason.to_owned(),
         };
@@ -82,6 +108,10 @@ impl Engine {
         let disk = options.disk.as_ref().filter(|_| options.prefix_reuse);
         let disk = disk
             .map(|disk| Disk::open(disk, backend.as_ref()))
+            .transpose()?;
+        let draft_vocab = draft.as_ref().map(|draft| draft.backend.vocab_size());
+        let drafter = draft
+            .map(|draft| Drafter::new(draft, options.chunk_rows, options.prefix_reuse))
             .transpose()?;
         let capacity = table.capacity() * PAGE_TOKENS;
         let shared = Arc::new(Shared {
@@ -101,6 +131,7 @@ impl Engine {
         });
         let inner = Inner {
             vocab: backend.vocab_size(),
+            draft_vocab,
             max_lanes: worker::max_lanes(backend.as_ref()),
             limit: options.max_seq_len.unwrap_or(capacity).min(capacity),
             max_waiting: options.max_waiting,
@@ -108,7 +139,8 @@ impl Engine {
             shared: Arc::clone(&shared),
             commands: {
                 let (sender, receiver) = channel();
-                let worker = Worker::new(backend, tokenizer, (table, disk), &options, shared);
+                let pages = (table, disk);
+                let worker = Worker::new(backend, tokenizer, pages, drafter, options, shared);
                 std::thread::Builder::new()
                     .name("exl-engine".to_owned())
                     .spawn(move || worker.run(&receiver))
@@ -143,6 +175,8 @@ impl Shared {
 #[derive(Debug)]
 struct Inner {
     vocab: usize,
+    /// Rows of the draft model's head, if there is one.
+    draft_vocab: Option<usize>,
     /// Most sequences of one job.
     max_lanes: usize,
     limit: usize,
@@ -170,7 +204,8 @@ impl EngineHandle {
     ///
     /// # Errors
     /// [`Error::EmptyPrompt`], [`Error::PromptTooLong`], [`Error::UnknownToken`],
-    /// [`Error::Setting`], [`Error::QueueFull`], and [`Error::Closed`] while draining.
+    /// [`Error::Setting`], [`Error::DraftModel`] where there is none, [`Error::QueueFull`], and
+    /// [`Error::Closed`] while draining.
     pub fn submit(&self, request: Request) -> Result<JobStream> {
         let inner = &*self.inner;
         // Before the queue's room: a drained engine is closed even when its queue is full.
@@ -230,7 +265,15 @@ impl EngineHandle {
             let reason = "guidance needs two sequences in one step".to_owned();
             return Err(Error::Backend { reason });
         }
-        let vocab = inner.vocab;
+        let guessing = request.speculation.as_ref().is_some_and(|s| s.model);
+        let vocab = match (guessing, inner.draft_vocab) {
+            (true, None) => {
+                let reason = "the engine has none".to_owned();
+                return Err(Error::DraftModel { reason });
+            }
+            (true, Some(vocab)) => vocab.min(inner.vocab),
+            (false, _) => inner.vocab,
+        };
         let tokens = request.prompt.iter().chain(&request.prefix);
         let mut tokens = tokens.chain(negative.into_iter().flatten());
         match tokens.find(|&&id| id as usize >= vocab) {

@@ -130,6 +130,12 @@ pub enum Error {
         /// Why.
         reason: String,
     },
+    /// A draft model that cannot guess for the engine's model.
+    #[error("the draft model cannot be used: {reason}")]
+    DraftModel {
+        /// Why.
+        reason: String,
+    },
     /// Page table.
     #[error(transparent)]
     Cache(#[from] exl_cache::Error),

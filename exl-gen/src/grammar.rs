@@ -1,5 +1,6 @@
 //! Answers of a given form: JSON schemas, regular expressions, grammars and lists of choices.
 
+use std::collections::VecDeque;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
@@ -98,6 +99,10 @@ pub struct Guide {
     kind: &'static str,
     state: State,
     mask: Option<SimpleVob>,
+    /// Tokens that may come next, each with the mask behind it if there is one already.
+    ahead: VecDeque<(u32, Option<SimpleVob>)>,
+    /// Tokens taken on trial, each with the mask before it.
+    trail: Option<Vec<(Option<SimpleVob>, u32)>>,
     /// A token that no tokenizer has: the end of the answer.
     end: u32,
     times: MaskTimes,
@@ -159,13 +164,16 @@ impl Guide {
             kind: grammar.kind(),
             state: State::Here(Box::new(matcher)),
             mask: None,
+            ahead: VecDeque::new(),
+            trail: None,
             end: vocabulary.end(),
             times: MaskTimes::default(),
         })
     }
 
-    /// Has the next mask computed by a thread, so that it is there when it is wanted.
-    pub(crate) fn prepare(&mut self, thread: &MaskThread) {
+    /// Has the next mask computed by a thread, so that it is there when it is wanted, and those behind
+    /// the tokens of a draft.
+    pub(crate) fn prepare(&mut self, thread: &MaskThread, draft: &[u32]) {
         // It may be on its way already, where the last step chose a token without it.
         if self.mask.is_some() || !matches!(self.state, State::Here(_)) {
             return;
@@ -174,7 +182,7 @@ impl Guide {
             return;
         };
         let (reply, receiver) = channel();
-        self.state = match thread.send(Task::new(matcher, reply)) {
+        self.state = match thread.send(Task::new(matcher, draft, reply)) {
             Ok(()) => State::Away(receiver),
             Err(matcher) => State::Here(matcher),
         };
@@ -231,8 +239,50 @@ impl Guide {
     /// [`Error::Grammar`] when it is not allowed.
     pub fn take(&mut self, token: u32) -> Result<()> {
         self.mask_away()?;
-        self.mask = None;
+        self.advance(token);
         self.with(|matcher| matcher.consume_token(token))
+    }
+
+    /// How many of the first tokens of a draft may come next.
+    ///
+    /// # Errors
+    /// As [`Guide::apply`].
+    pub(crate) fn fitting(&mut self, draft: &[u32]) -> Result<usize> {
+        self.with(|matcher| matcher.validate_tokens(draft))
+    }
+
+    /// Begins to take tokens on trial. Masks that are computed on the way are kept.
+    pub(crate) fn begin_trail(&mut self) {
+        self.trail = Some(Vec::new());
+    }
+
+    /// Takes back what was taken on trial.
+    ///
+    /// # Errors
+    /// As [`Guide::rollback`].
+    pub(crate) fn end_trail(&mut self) -> Result<()> {
+        let Some(trail) = self.trail.take() else {
+            return Ok(());
+        };
+        let last = self.mask.take();
+        self.rollback(trail.len())?;
+        let (masks, tokens): (Vec<_>, Vec<u32>) = trail.into_iter().unzip();
+        let mut masks = masks.into_iter().chain([last]);
+        self.mask = masks.next().flatten();
+        self.ahead = tokens.into_iter().zip(masks).collect();
+        Ok(())
+    }
+
+    /// Goes on to the mask behind a token, if there is one already.
+    fn advance(&mut self, token: u32) {
+        let before = self.mask.take();
+        if let Some(trail) = &mut self.trail {
+            trail.push((before, token));
+        }
+        match self.ahead.pop_front() {
+            Some((next, mask)) if next == token => self.mask = mask,
+            _ => self.ahead.clear(),
+        }
     }
 
     /// Takes the tokens that must come next, whatever the model says, and gives them.
@@ -247,9 +297,7 @@ impl Guide {
             let tokens = matcher.compute_ff_tokens();
             matcher.consume_tokens(&tokens).map(|()| tokens)
         })?;
-        if !tokens.is_empty() {
-            self.mask = None;
-        }
+        tokens.iter().for_each(|&token| self.advance(token));
         Ok(tokens)
     }
 
@@ -277,6 +325,7 @@ impl Guide {
     pub fn rollback(&mut self, tokens: usize) -> Result<()> {
         self.mask_away()?;
         self.mask = None;
+        self.ahead.clear();
         self.with(|matcher| matcher.rollback(tokens))
     }
 
@@ -290,6 +339,8 @@ impl Guide {
             kind: self.kind,
             state: State::Here(Box::new(matcher)),
             mask: self.mask.clone(),
+            ahead: self.ahead.clone(),
+            trail: None,
             end: self.end,
             times: MaskTimes::default(),
         })
@@ -327,11 +378,14 @@ impl Guide {
         };
         self.times.waited += begin.elapsed();
         self.state = State::Here(task.matcher);
-        if let Some(mask) = task.mask {
-            self.times.masks += 1;
-            self.times.computed += task.took;
+        self.times.masks += task.masks.len() as u64;
+        self.times.computed += task.took;
+        let mut masks = task.masks.into_iter();
+        if let Some(mask) = masks.next() {
             self.mask = Some(mask.map_err(|error| self.error(error))?);
         }
+        // Where a mask behind a guess fails, it fails again if that guess is right.
+        self.ahead = task.draft.into_iter().zip(masks.map(Result::ok)).collect();
         Ok(())
     }
 

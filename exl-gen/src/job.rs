@@ -10,11 +10,14 @@ use crate::schedule::{AGEING, Demand, MAX_LANES};
 use crate::{Draw, Error, Result, Sampler, Tokenizer};
 
 mod bans;
+mod draft;
 mod form;
 mod lane;
 mod logits;
 mod output;
 
+use draft::Drafting;
+pub(crate) use draft::Trail;
 use form::Form;
 pub(crate) use lane::Lane;
 use output::Output;
@@ -44,6 +47,9 @@ pub(crate) struct Job {
     logprobs: Option<usize>,
     sampler: Sampler,
     form: Option<Form>,
+    drafting: Option<Drafting>,
+    /// Steps that the job drew tokens after.
+    steps: usize,
     stop_tokens: Vec<u32>,
     /// Tokens that led to a banned string, by their place in the answer; places rise.
     explored: Vec<(usize, Vec<u32>)>,
@@ -159,6 +165,8 @@ impl Job {
             logprobs: request.logprobs,
             sampler,
             form,
+            drafting: request.speculation.map(Drafting::new),
+            steps: 0,
             stop_tokens,
             explored: Vec::new(),
             blocked: Vec::new(),
@@ -200,7 +208,10 @@ impl Job {
                 }
                 Demand::Prefill(rows)
             }
-            lanes => Demand::Decode { lanes: lanes.len() },
+            lanes => Demand::Decode {
+                lanes: lanes.len(),
+                draft: lanes[0].draft().len(),
+            },
         }
     }
 
@@ -274,6 +285,14 @@ impl Job {
         }
     }
 
+    /// Ends of the answer that the draw of token `at` must not give.
+    fn blocked_ends(&self, at: usize) -> &[u32] {
+        match at < self.min_new {
+            true => &self.stop_tokens,
+            false => &[],
+        }
+    }
+
     /// Number of the next draw. The one that heals the prompt comes before the first.
     fn draw_index(&self) -> u64 {
         match self.heal {
@@ -282,20 +301,24 @@ impl Job {
         }
     }
 
-    /// What the next draw needs to know, for a backend that draws by itself; none where it cannot,
-    /// or where the logits themselves are needed.
-    pub(crate) fn draw(&self) -> Option<Draw<'_>> {
+    /// What the draw after `drafted` tokens of the draft needs to know, for a backend that draws by
+    /// itself; none where it cannot, or where the logits themselves are needed.
+    pub(crate) fn draw(&self, drafted: usize) -> Option<Draw<'_>> {
         let needs_logits = self.logprobs.is_some()
             || self.lanes.len() > 1
             || self.heal.is_some()
-            || self.form.is_some();
+            || self.form.is_some()
+            || self.rejects();
         if needs_logits {
             return None;
         }
         Some(Draw {
-            params: self.sampler.params(self.draw_index())?,
-            recent: &self.lanes[0].tokens,
-            blocked: &self.blocked,
+            params: self.sampler.params(self.draw_index() + drafted as u64)?,
+            recent: self.lanes[0].text(drafted),
+            blocked: match drafted {
+                0 => &self.blocked,
+                more => self.blocked_ends(self.new_tokens() + more),
+            },
         })
     }
 
@@ -341,11 +364,20 @@ impl Job {
         {
             return failed(&error);
         }
-        let (index, history) = (self.draw_index(), &self.lanes[0].tokens);
-        let sampled = self.sampler.sample(row, history, &self.blocked, index);
-        match sampled {
-            Ok(sampled) => {
-                let token = sampled.token;
+        let (index, judged) = (self.draw_index(), self.take_judged());
+        let (history, blocked) = (&self.lanes[0].tokens, &self.blocked);
+        let sampler = &mut self.sampler;
+        let drawn = match &judged {
+            Some((guess, chances)) => {
+                sampler.judge(row, (history, blocked), index, (*guess, chances))
+            }
+            None => {
+                let sampled = sampler.sample(row, history, blocked, index);
+                sampled.map(|sampled| sampled.token)
+            }
+        };
+        match drawn {
+            Ok(token) => {
                 let logprobs = model.map(|(count, row)| logits::logprobs(&row, token, count));
                 self.take(token, logprobs, tokenizer)
             }
@@ -427,6 +459,9 @@ impl Job {
     fn rewind(&mut self, count: usize) {
         let answer = self.new_tokens() - count;
         let first = self.lanes[0].tokens[self.prompt + answer];
+        if let Some(drafting) = &mut self.drafting {
+            drafting.cut(self.prompt + answer);
+        }
         self.explored.retain(|(place, _)| *place <= answer);
         match self.explored.last_mut() {
             Some((place, tokens)) if *place == answer => tokens.push(first),
@@ -459,6 +494,12 @@ impl Job {
             } else {
                 0
             },
+            steps: self.steps,
+            drafted_tokens: self
+                .drafting
+                .as_ref()
+                .map_or(0, |drafting| drafting.guessed),
+            accepted_tokens: self.drafting.as_ref().map_or(0, |drafting| drafting.right),
             preemptions: self.preemptions,
             timings: Timings {
                 queued: started - self.submitted,
@@ -502,6 +543,9 @@ fn check(request: &Request) -> Result<()> {
     }
     if given > 0 && request.token_healing {
         return refuse("prefix tokens", given as f64, "none with token healing");
+    }
+    if let Some(speculation) = &request.speculation {
+        speculation.check()?;
     }
     if let Some(guidance) = &request.guidance {
         let scale = f64::from(guidance.scale);

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::time::Duration;
 
-use crate::{Grammar, SamplerSettings};
+use crate::{Grammar, SamplerSettings, Speculation};
 
 /// Number of a job, unique within an engine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -33,6 +33,8 @@ pub struct Request {
     pub token_healing: bool,
     /// How tokens are chosen.
     pub sampler: SamplerSettings,
+    /// Guesses tokens, to have several of them from one step. It does not change the answer.
+    pub speculation: Option<Speculation>,
     /// Steers away from another prompt.
     pub guidance: Option<Guidance>,
     /// The form the answer must have.
@@ -79,6 +81,7 @@ impl Request {
             prefix: Vec::new(),
             token_healing: false,
             sampler: SamplerSettings::default(),
+            speculation: None,
             guidance: None,
             grammar: None,
             prefer_end: false,
@@ -152,6 +155,12 @@ pub struct Done {
     pub cached_tokens: usize,
     /// Tokens drawn, a stop token included; those taken back are not counted.
     pub new_tokens: usize,
+    /// Steps of the model after which the job drew tokens.
+    pub steps: usize,
+    /// Tokens guessed and computed with others in one step ([`Speculation`]).
+    pub drafted_tokens: usize,
+    /// Of those, tokens that were right.
+    pub accepted_tokens: usize,
     /// Times the job gave its place to another one and came back.
     pub preemptions: usize,
     /// Time spent.

@@ -30,6 +30,13 @@ use tokens::TokenSet;
 /// What a token of an answer draws random numbers for, as word 2 of the counter.
 const DRAW: u32 = 0;
 const XTC: u32 = 1;
+/// A guess, whether it is kept, and what takes its place.
+const GUESS: u32 = 2;
+const KEEP: u32 = 3;
+const INSTEAD: u32 = 4;
+
+/// Tokens with their probabilities.
+pub(crate) type Chances = Vec<(u32, f64)>;
 
 /// A token and how likely it was.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -160,6 +167,100 @@ impl Sampler {
         blocked: &[u32],
         index: u64,
     ) -> Result<Sampled> {
+        if let Some(best) = self.narrow(logits, history, blocked, index)? {
+            return Ok(Sampled {
+                token: best,
+                probability: 1.0,
+            });
+        }
+        let mu = self.mu(index);
+        let u = self.philox.uniform(index, DRAW);
+        let u = match self.settings.skew {
+            0.0 => u,
+            skew => u.powf((-f64::from(skew)).exp()),
+        };
+        let (token, probability) = self.candidates.draw(u);
+        if self.settings.is_on(Stage::Mirostat) {
+            let (tau, eta) = (self.settings.mirostat_tau, self.settings.mirostat_eta);
+            let error = f64::from(tau) + probability.log2();
+            // The draw that heals the prompt has the last number and comes before the first.
+            self.mu
+                .push((index.wrapping_add(1), mu + f64::from(eta) * error));
+        }
+        Ok(Sampled {
+            token,
+            probability: probability as f32,
+        })
+    }
+
+    /// Whether tokens are drawn by their probabilities and nothing else, so that
+    /// [`Sampler::guess`] and [`Sampler::judge`] together draw as [`Sampler::sample`] does.
+    pub(crate) fn is_plain(&self) -> bool {
+        !self.greedy && self.settings.skew == 0.0 && !self.settings.is_on(Stage::Mirostat)
+    }
+
+    /// Guesses token `index` from the logits of a draft model; gives also what it was drawn from.
+    pub(crate) fn guess(
+        &mut self,
+        logits: &mut [f32],
+        history: &[u32],
+        blocked: &[u32],
+        index: u64,
+    ) -> Result<(u32, Chances)> {
+        if let Some(best) = self.narrow(logits, history, blocked, index)? {
+            return Ok((best, vec![(best, 1.0)]));
+        }
+        let (token, _) = self.candidates.draw(self.philox.uniform(index, GUESS));
+        Ok((token, self.candidates.probabilities()))
+    }
+
+    /// Rejection sampling: keeps a guess that was drawn from `chances` with the ratio of its
+    /// probabilities, else draws from what the guesses give too little of. The token has the
+    /// distribution of [`Sampler::sample`], but it is another one.
+    pub(crate) fn judge(
+        &mut self,
+        logits: &mut [f32],
+        (history, blocked): (&[u32], &[u32]),
+        index: u64,
+        (guess, chances): (u32, &Chances),
+    ) -> Result<u32> {
+        if let Some(best) = self.narrow(logits, history, blocked, index)? {
+            return Ok(best);
+        }
+        let mut guessed = chances.clone();
+        guessed.sort_unstable_by_key(|&(token, _)| token);
+        let chance = |token: u32| {
+            let place = guessed.binary_search_by_key(&token, |&(token, _)| token);
+            place.map_or(0.0, |place| guessed[place].1)
+        };
+        let own = self.candidates.probabilities();
+        let right = own.iter().find(|&&(token, _)| token == guess);
+        let right = right.map_or(0.0, |&(_, p)| p);
+        if self.philox.uniform(index, KEEP) * chance(guess) < right {
+            return Ok(guess);
+        }
+        let missing = |&(token, p): &(u32, f64)| (token, (p - chance(token)).max(0.0));
+        let rest: Chances = own.iter().map(missing).filter(|&(_, p)| p > 0.0).collect();
+        let total: f64 = rest.iter().map(|&(_, p)| p).sum();
+        let bound = self.philox.uniform(index, INSTEAD) * total;
+        let mut sum = 0.0;
+        let crosses = |&&(_, p): &&(u32, f64)| {
+            sum += p;
+            sum > bound
+        };
+        // Rounding may leave the sum short of the bound: the last one wins.
+        let chosen = rest.iter().find(crosses).or(rest.last());
+        Ok(chosen.map_or(guess, |&(token, _)| token))
+    }
+
+    /// All steps before the draw: leaves the candidates, or gives the token that greedy takes.
+    fn narrow(
+        &mut self,
+        logits: &mut [f32],
+        history: &[u32],
+        blocked: &[u32],
+        index: u64,
+    ) -> Result<Option<u32>> {
         let vocab = self.vocab.min(logits.len());
         let logits = &mut logits[..vocab];
         penalties::apply(&self.settings, logits, history);
@@ -170,31 +271,14 @@ impl Sampler {
         dry::apply(&self.settings, logits, history, &self.breakers);
         let best = likeliest(logits)?;
         if self.greedy {
-            return Ok(Sampled {
-                token: best,
-                probability: 1.0,
-            });
+            return Ok(Some(best));
         }
         self.candidates.load(logits);
         let mu = self.mu(index);
         for at in 0..self.stages.len() {
             self.run(self.stages[at], mu, index);
         }
-        let u = self.philox.uniform(index, DRAW);
-        let u = match self.settings.skew {
-            0.0 => u,
-            skew => u.powf((-f64::from(skew)).exp()),
-        };
-        let (token, probability) = self.candidates.draw(u);
-        if self.settings.is_on(Stage::Mirostat) {
-            let (tau, eta) = (self.settings.mirostat_tau, self.settings.mirostat_eta);
-            let error = f64::from(tau) + probability.log2();
-            self.mu.push((index + 1, mu + f64::from(eta) * error));
-        }
-        Ok(Sampled {
-            token,
-            probability: probability as f32,
-        })
+        Ok(None)
     }
 
     fn bias(&self, logits: &mut [f32]) {

@@ -21,6 +21,8 @@ pub(crate) enum Demand {
     Decode {
         /// Its sequences.
         lanes: usize,
+        /// Guessed tokens that the first of them would check as well.
+        draft: usize,
     },
     /// Up to that many prompt tokens in each sequence.
     Prefill([usize; MAX_LANES]),
@@ -34,18 +36,29 @@ pub(crate) struct Share {
     pub(crate) rows: usize,
 }
 
-/// Shares of a step for jobs in the order of precedence. Every decoding job is in each step; prompts
+/// Shares of a step for jobs in the order of precedence. Every decoding job is in each step. Their
+/// drafts get what is left, or half of it beside prompts. Those
 /// share the rest: each takes what it needs, but at most half of what is left while others wait, so
 /// that a short prompt does not wait for a long one.
 pub(crate) fn share(demands: &[Demand], limits: Limits) -> Vec<Share> {
     let mut shares = Vec::new();
     let mut rows = limits.rows;
     for (job, demand) in demands.iter().enumerate() {
-        if let Demand::Decode { lanes } = *demand
+        if let Demand::Decode { lanes, .. } = *demand
             && lanes <= rows
         {
             rows -= lanes;
             shares.extend((0..lanes).map(|lane| Share { job, lane, rows: 1 }));
+        }
+    }
+    let prompts = demands.iter().any(|one| matches!(one, Demand::Prefill(_)));
+    let mut drafts = if prompts { rows / 2 } else { rows };
+    for one in shares.iter_mut().filter(|one| one.lane == 0) {
+        if let Demand::Decode { draft, .. } = demands[one.job] {
+            let granted = draft.min(drafts);
+            drafts -= granted;
+            rows -= granted;
+            one.rows += granted;
         }
     }
     let mut wanted: Vec<Share> = Vec::new();
@@ -102,7 +115,11 @@ mod tests {
         shares.map(|one| (one.job, one.lane, one.rows)).collect()
     }
 
-    const ONE: Demand = Demand::Decode { lanes: 1 };
+    const ONE: Demand = decode(1, 0);
+
+    const fn decode(lanes: usize, draft: usize) -> Demand {
+        Demand::Decode { lanes, draft }
+    }
 
     fn prompt(rows: usize) -> Demand {
         Demand::Prefill([rows, 0])
@@ -133,12 +150,25 @@ mod tests {
 
     #[test]
     fn two_sequences_of_a_job_decode_together() {
-        let two = Demand::Decode { lanes: 2 };
+        let two = decode(2, 0);
         assert_eq!(shares(&[ONE, two, ONE], 2, 9), [(0, 0, 1), (2, 0, 1)]);
         assert_eq!(shares(&[two], 2, 9), [(0, 0, 1), (0, 1, 1)]);
         assert_eq!(
             shares(&[Demand::Prefill([8, 3])], 64, 64),
             [(0, 0, 8), (0, 1, 3)]
+        );
+    }
+
+    #[test]
+    fn drafts_get_what_is_left() {
+        let demands = [decode(1, 3), decode(1, 4)];
+        assert_eq!(shares(&demands, 20, 6), [(0, 0, 4), (1, 0, 5)]);
+        assert_eq!(shares(&demands, 7, 6), [(0, 0, 4), (1, 0, 3)]);
+        assert_eq!(shares(&demands, 2, 6), [(0, 0, 1), (1, 0, 1)]);
+        // Half of it beside a prompt.
+        assert_eq!(
+            shares(&[decode(1, 9), prompt(50)], 11, 6),
+            [(0, 0, 6), (1, 0, 5)]
         );
     }
 
@@ -156,7 +186,8 @@ mod tests {
     fn demand() -> impl Strategy<Value = Demand> {
         prop_oneof![
             1 => Just(Demand::Nothing),
-            3 => (1usize..=MAX_LANES).prop_map(|lanes| Demand::Decode { lanes }),
+            3 => (1usize..=MAX_LANES, 0usize..70)
+                .prop_map(|(lanes, draft)| Demand::Decode { lanes, draft }),
             3 => (1usize..2000, 0usize..2000).prop_map(|(a, b)| Demand::Prefill([a, b])),
         ]
     }
@@ -178,7 +209,10 @@ mod tests {
                 prop_assert!(!std::mem::replace(&mut seen[job][lane], true));
                 match demands[job] {
                     Demand::Nothing => prop_assert!(false),
-                    Demand::Decode { lanes } => prop_assert!(rows == 1 && lane < lanes),
+                    Demand::Decode { lanes, draft } => {
+                        let most = if lane == 0 { 1 + draft } else { 1 };
+                        prop_assert!((1..=most).contains(&rows) && lane < lanes);
+                    }
                     Demand::Prefill(lanes) => {
                         prop_assert!(rows >= 1 && rows <= lanes[lane]);
                         prompt += rows;
@@ -188,7 +222,7 @@ mod tests {
             prop_assert!(prompt <= chunk);
             // Both sequences of a job, or none.
             for (seen, demand) in seen.iter().zip(&demands) {
-                if matches!(demand, Demand::Decode { lanes: 2 }) {
+                if matches!(demand, Demand::Decode { lanes: 2, .. }) {
                     prop_assert_eq!(seen[0], seen[1]);
                 }
             }

@@ -144,6 +144,11 @@ impl Backend for SimBackend {
         self.max_seqs
     }
 
+    /// Nothing: tests want guesses in large steps, too.
+    fn row_cost(&self) -> f32 {
+        0.0
+    }
+
     fn page_bytes(&self) -> usize {
         4 * PAGE_TOKENS
     }

@@ -23,6 +23,14 @@ pub struct Stats {
     pub preemptions: u64,
     /// Tokens drawn.
     pub new_tokens: u64,
+    /// Tokens guessed and computed with others in one step ([`crate::Speculation`]).
+    pub drafted_tokens: u64,
+    /// Of those, tokens that were right.
+    pub accepted_tokens: u64,
+    /// Steps of the draft model.
+    pub draft_steps: u64,
+    /// Time spent on guessing.
+    pub drafting: Duration,
     /// Time inside the backend.
     pub busy: Duration,
     /// What the masks of ended jobs with a grammar took.
@@ -44,4 +52,6 @@ pub struct Load {
     pub kept_pages: usize,
     /// Cache pages in all.
     pub pages: usize,
+    /// Pages of the draft model's cache that jobs own.
+    pub draft_pages: usize,
 }

@@ -6,8 +6,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use exl_gen::{
-    ChatInput, ChatTemplates, DoneReason, Encode, Engine, EngineHandle, EngineOptions, Request,
-    RunnerBackend, SamplerSettings, Tokenizer,
+    ChatInput, ChatTemplates, DoneReason, DraftModel, Encode, Engine, EngineHandle, EngineOptions,
+    Request, RunnerBackend, SamplerSettings, Speculation, Tokenizer,
 };
 use exl_models::{LoadOptions, Model, Runner, RunnerOptions};
 
@@ -99,6 +99,65 @@ fn greedy_tokens_are_those_of_transformers() {
     assert_eq!(first, None, "first difference; gaps: {}", golden["gaps"]);
     assert_eq!(answer.token_ids.len(), expected.len());
     engine.drain();
+}
+
+/// Guessed tokens go through the model side by side, and the text is the same to the last one.
+#[test]
+fn guesses_change_no_text() {
+    let Some(dir) = dir() else {
+        return;
+    };
+    let tokenizer = Arc::new(Tokenizer::open(dir).unwrap());
+    let model = Arc::new(Model::open(dir, &LoadOptions::default()).unwrap());
+    let runner = |kv_type| {
+        let options = RunnerOptions {
+            kv_type,
+            threads: 2,
+            ..RunnerOptions::default()
+        };
+        Box::new(RunnerBackend::new(
+            Runner::new(Arc::clone(&model), options).unwrap(),
+        ))
+    };
+    for kv_type in [exl_tensor::KvType::F16, exl_tensor::KvType::Q4] {
+        let draft = DraftModel {
+            backend: runner(exl_tensor::KvType::Q4),
+            tokenizer: Arc::clone(&tokenizer),
+            cost: 0.0,
+        };
+        let options = EngineOptions::default();
+        let engine =
+            Engine::start_with_draft(runner(kv_type), draft, Arc::clone(&tokenizer), options);
+        let engine = engine.unwrap();
+        let settings = [SamplerSettings::greedy(), SamplerSettings::default()];
+        for (seed, sampler) in (1..).zip(settings) {
+            let sampler = SamplerSettings {
+                seed: Some(seed),
+                ..sampler
+            };
+            let request = Request {
+                sampler,
+                ..greedy(passage(&engine, 500, 200), 120)
+            };
+            let ask = |speculation| {
+                let request = Request {
+                    speculation,
+                    ..request.clone()
+                };
+                engine.submit(request).unwrap().wait()
+            };
+            let plain = ask(None);
+            assert_eq!(plain.done.steps, 120);
+            for speculation in [Speculation::ngrams(), Speculation::model()] {
+                let guessed = ask(Some(speculation.clone()));
+                assert_eq!(guessed.token_ids, plain.token_ids, "{speculation:?}");
+                assert_eq!(guessed.text, plain.text);
+                let done = guessed.done;
+                assert!(!speculation.model || done.steps < 60, "{done:?}");
+            }
+        }
+        engine.drain();
+    }
 }
 
 #[test]

@@ -7,8 +7,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use exl_gen::{
-    Answer, Backend, BackendError, DoneReason, Draw, Engine, EngineHandle, EngineOptions,
-    LogitRows, Mirostat, Request, RunnerBackend, SamplerSettings, SeqSlice, Tokenizer,
+    Answer, Backend, BackendError, DoneReason, DraftModel, Draw, Engine, EngineHandle,
+    EngineOptions, LogitRows, Mirostat, Request, RunnerBackend, SamplerSettings, SeqSlice,
+    Speculation, Tokenizer,
 };
 use exl_models::{Backend as Device, LoadOptions, ModelSource, Runner, RunnerOptions};
 use exl_tensor::{CudaOptions, Gpu};
@@ -81,6 +82,10 @@ impl<F: FnMut(&mut Vec<i32>) + Send> Backend for Only<F> {
 
     fn copy_page(&mut self, from: u32, to: u32) -> Result<(), BackendError> {
         self.0.copy_page(from, to)
+    }
+
+    fn row_cost(&self) -> f32 {
+        0.0
     }
 
     fn draws(&self) -> bool {
@@ -240,6 +245,48 @@ fn neighbours_of_a_sampled_job_are_drawn() {
     for ((request, a), b) in requests.iter().zip(&sampled).zip(&drawn) {
         assert_eq!(a.token_ids, b.token_ids, "{request:?}");
         assert_eq!(a.done.reason, b.done.reason, "{request:?}");
+    }
+}
+
+/// Guesses, too, are drawn where the logits are, and checked there; nobody asks for logits.
+#[test]
+fn drawn_guesses_change_no_text() {
+    let requests = requests();
+    let sampled = answers(&start(runner(Device::Cpu)), &requests);
+    let only = || {
+        let runner = runner(Device::Cpu).with_draws(true);
+        Box::new(Only(runner, |_: &mut Vec<i32>| {}, Vec::new()))
+    };
+    let draft = DraftModel {
+        backend: only(),
+        tokenizer: tokenizer(),
+        cost: 0.0,
+    };
+    let options = EngineOptions {
+        chunk_rows: 8,
+        ..EngineOptions::default()
+    };
+    let engine = Engine::start_with_draft(only(), draft, tokenizer(), options).unwrap();
+    let guessing = |(number, request): (usize, &Request)| Request {
+        speculation: Some(Speculation {
+            ngram: (number % 2 == 0).then_some(1),
+            model: true,
+            rejection: false,
+            most: 5,
+        }),
+        ..request.clone()
+    };
+    let guessing: Vec<Request> = requests.iter().enumerate().map(guessing).collect();
+    let drawn = answers(&engine, &guessing);
+    for ((request, a), b) in requests.iter().zip(&sampled).zip(&drawn) {
+        assert_eq!(a.token_ids, b.token_ids, "{request:?}");
+        assert_eq!(a.done.reason, b.done.reason, "{request:?}");
+    }
+    let stats = engine.stats();
+    assert!(4 * stats.accepted_tokens > stats.new_tokens, "{stats:?}");
+    // The model guesses for itself, so its guesses are right wherever it makes them.
+    for answer in drawn.iter().skip(1).step_by(2) {
+        assert_eq!(answer.done.accepted_tokens, answer.done.drafted_tokens);
     }
 }
 

@@ -2,13 +2,14 @@
 
 use clap::Args;
 use clap::builder::NonEmptyStringValueParser;
-use exl_gen::Stage;
+use exl_gen::{Speculation, Stage};
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 const HEADING: &str = "Sampling (defaults: the model's generation_config.json)";
+const GUESSES: &str = "Speculation (docs/speculation.md)";
 const MORE: &str = "More sampling (formulas: docs/sampling.md)";
 
 /// Unset values come from the preset, then from the model's generation_config.json, then from
@@ -140,6 +141,25 @@ pub(crate) struct SamplingArgs {
     #[arg(help_heading = MORE, long, value_name = "STEP,...", value_delimiter = ',')]
     #[serde(deserialize_with = "stages")]
     pub(crate) sampler_order: Vec<Stage>,
+    /// A smaller model with the same vocabulary: it guesses tokens, which the model checks several at a
+    /// time. The text stays the same
+    #[arg(help_heading = GUESSES, long, value_name = "DIR")]
+    pub(crate) draft: Option<PathBuf>,
+    /// Guess what followed the last N or more tokens [default: 3] where they stood before, in the prompt
+    /// or the answer; with --draft, that model guesses where they did not
+    #[arg(help_heading = GUESSES, long, value_name = "N", num_args = 0..=1,
+          default_missing_value = "3", allow_negative_numbers = true,
+          value_parser = clap::value_parser!(u32).range(1..=Speculation::LIMIT as i64))]
+    pub(crate) ngram: Option<u32>,
+    /// Tokens to guess for one step at most; fewer when guesses are wrong
+    /// [default: 16 with --ngram, 8 with --draft]
+    #[arg(help_heading = GUESSES, long, value_name = "N", allow_negative_numbers = true,
+          value_parser = clap::value_parser!(u32).range(1..=Speculation::LIMIT as i64))]
+    pub(crate) draft_tokens: Option<u32>,
+    /// Keep guesses of --draft by rejection sampling: more of them, but a seed no longer gives the text
+    /// that it gives without guesses
+    #[arg(help_heading = GUESSES, long)]
+    pub(crate) draft_rejection: bool,
 }
 
 fn number(text: &str) -> Option<f32> {

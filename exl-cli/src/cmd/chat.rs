@@ -8,6 +8,7 @@ mod voice;
 use crate::answer;
 use crate::args::ChatArgs;
 use crate::grammar;
+use crate::guessing::Guessing;
 use crate::sampling;
 use crate::session::{self, Room};
 use crate::signal::{self, StopFlag};
@@ -41,10 +42,14 @@ pub(crate) fn run(args: &ChatArgs, ui: &Ui) -> Result<()> {
         StopFlag::default()
     };
     let context = context.unwrap_or(DEFAULT_CONTEXT.min(source.spec().max_context));
-    let room = Room::one(context, args.cache.mode).with_disk(&args.cache);
+    let guessing = Guessing::new(&args.sampling)?;
+    let room = Room::one(context, args.cache.mode)
+        .with_disk(&args.cache)
+        .with_guesses(&guessing, &options);
     let engine = session::engine(source, &tokenizer, &room, &args.compute, &stop, ui)?;
     let wishes = Wishes {
         sampler,
+        speculation: guessing.speculation,
         grammar: form,
         prefer_end: args.form.prefer_end,
         begin: answer::begin(&args.answer, &tokenizer)?,

@@ -6,6 +6,7 @@ use crate::answer;
 use crate::args::GenerateArgs;
 use crate::failure::{Interrupted, Usage};
 use crate::grammar;
+use crate::guessing::Guessing;
 use crate::sampling;
 use crate::session::{self, Room};
 use crate::signal::{self, StopFlag};
@@ -44,8 +45,14 @@ pub(crate) fn run(args: &GenerateArgs, ui: &Ui) -> Result<()> {
     let jobs = jobs(args, &source, &tokenizer, ui)?;
     let sampler = sampling::settings(&args.sampling, source.files())?;
     let given = Given::new(args, &tokenizer)?;
+    let guessing = &given.guessing;
+    if guessing.most() > 0 && given.negative.is_some() {
+        ui.note("--negative reads two sequences side by side: nothing is guessed");
+    }
     let lengths = given.lengths(&jobs);
-    let room = Room::of(lengths, args.cache.mode).with_disk(&args.cache);
+    let room = Room::of(lengths, args.cache.mode)
+        .with_disk(&args.cache)
+        .with_guesses(guessing, &options);
     let engine = session::engine(source, &tokenizer, &room, &args.compute, &stop, ui)?;
     let mut streams = Vec::new();
     for (number, job) in (1..).zip(&jobs) {
@@ -72,6 +79,7 @@ struct Given {
     begin: Vec<u32>,
     negative: Option<Vec<u32>>,
     form: Option<Grammar>,
+    guessing: Guessing,
 }
 
 impl Given {
@@ -89,6 +97,7 @@ impl Given {
             begin: answer::begin(&args.answer, tokenizer)?,
             negative,
             form: grammar::grammar(&args.form, tokenizer)?,
+            guessing: Guessing::new(&args.sampling)?,
         })
     }
 
@@ -112,6 +121,7 @@ impl Given {
             prefix: self.begin.clone(),
             token_healing: extra.heal,
             sampler: sampler.clone(),
+            speculation: self.guessing.speculation.clone(),
             guidance: self.negative.clone().map(|negative| Guidance {
                 negative,
                 scale: extra.guidance,

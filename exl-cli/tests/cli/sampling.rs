@@ -1,6 +1,6 @@
 //! Samplers, presets and forms of answers, from the command line to the text.
 
-use crate::support::{Outcome, TempDir, demo, exl, run, run_with_input, text};
+use crate::support::{Outcome, TempDir, copy_demo, demo, exl, run, run_with_input, text};
 
 fn generate(more: &[&str]) -> Outcome {
     let base = [
@@ -152,4 +152,77 @@ fn wrong_forms_are_refused_before_the_model_is_loaded() {
         "{}",
         outcome.stderr
     );
+}
+
+#[test]
+fn guesses_change_the_steps_and_not_the_text() {
+    let last = |more: &[&str]| {
+        let prompt = "one two three four five six; one two three four five six; one two";
+        let base = ["-n", "60", "-p", prompt, "--ignore-eos", "-t", "0.5"];
+        let outcome = generate(&[&base[..], more].concat()).success();
+        let lines = outcome.stdout.lines();
+        let lines: Vec<serde_json::Value> = lines
+            .map(|line| serde_json::from_str(line).unwrap())
+            .collect();
+        let texts = lines.iter().filter(|line| line["job"] == 1);
+        let text: String = texts.filter_map(|line| line["text"].as_str()).collect();
+        let mut done = lines.into_iter().filter(|line| line["done"] == true);
+        (text, done.find(|line| line["job"] == 1).unwrap())
+    };
+    let (plain, done) = last(&[]);
+    assert_eq!(
+        (&done["steps"], &done["drafted_tokens"]),
+        (&60.into(), &0.into())
+    );
+    let temp = TempDir::new();
+    let preset = temp.join("p.toml");
+    std::fs::write(&preset, "ngram = 1\n").unwrap();
+    for more in [
+        &["--ngram", "2"][..],
+        &["--draft", demo()],
+        &["--draft", demo(), "--ngram", "--draft-tokens", "3"],
+        &["--preset", text(&preset)],
+    ] {
+        let (guessed, done) = last(more);
+        assert_eq!(guessed, plain, "{more:?}");
+        let number = |key: &str| done[key].as_u64().unwrap();
+        assert!(number("drafted_tokens") > 0, "{more:?}: {done}");
+        assert_eq!(number("steps") + number("accepted_tokens"), 60, "{more:?}");
+    }
+    generate(&["--draft-tokens", "3"]).failure(2, &["--draft", "--ngram"]);
+    generate(&["--ngram", "0"]).failure(2, &["--ngram"]);
+    generate(&["--draft", "nowhere"]).failure(1, &["--draft nowhere"]);
+}
+
+#[test]
+fn a_draft_model_of_another_vocabulary_is_refused() {
+    let temp = TempDir::new();
+    let other = copy_demo(&temp);
+    let path = other.join("tokenizer.json");
+    let mut tokenizer: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    let vocab = tokenizer["model"]["vocab"].as_object_mut().unwrap();
+    let names: Vec<String> = vocab.keys().take(2).cloned().collect();
+    let (a, b) = (vocab[&names[0]].clone(), vocab[&names[1]].clone());
+    vocab.insert(names[0].clone(), b);
+    vocab.insert(names[1].clone(), a);
+    std::fs::write(&path, tokenizer.to_string()).unwrap();
+    let outcome = generate(&["--draft", text(&other)]).failure(1, &["--draft"]);
+    assert!(outcome.stderr.contains("token 0 is"), "{}", outcome.stderr);
+}
+
+#[test]
+fn a_chat_tells_what_came_of_guesses() {
+    let mut chat = exl([
+        "chat",
+        "-m",
+        demo(),
+        "--greedy",
+        "--draft",
+        demo(),
+        "-n",
+        "40",
+    ]);
+    let chat = run_with_input(&mut chat, "Who are you?\n/stats\n").success();
+    assert!(chat.stderr.contains("guesses right"), "{}", chat.stderr);
 }

@@ -124,6 +124,7 @@ impl Worker {
             self.release(lane, false);
             lane.leave();
         }
+        self.forget_draft(job.id);
         job.preemptions += 1;
         self.shared.stats().preemptions += 1;
         self.enter_queue();
@@ -172,6 +173,7 @@ impl Worker {
             };
             let (cached, len) = (one.cached, one.tokens.len());
             self.table.extend(seq, len)?;
+            // A draft is written to the page of the last token, too.
             if len - cached == 1 {
                 for copy in self.table.prepare_write(seq, cached, len)? {
                     self.copy(copy)?;
@@ -247,7 +249,8 @@ impl Worker {
         let demand = |job: &Job| match job.demand() {
             Demand::Prefill(mut wanted) => {
                 for (rows, lane) in wanted.iter_mut().zip(&job.lanes) {
-                    *rows = claim(&self.table, lane, *rows, &mut writing);
+                    let pages = lane.seq.and_then(|seq| self.table.block_table(seq).ok());
+                    *rows = claim(pages, lane.cached, *rows, &mut writing);
                 }
                 match wanted.iter().all(|&rows| rows == 0) {
                     true => Demand::Nothing,
@@ -260,20 +263,25 @@ impl Worker {
     }
 }
 
-/// Rows of a lane that can be written before a page which another one writes.
-fn claim(table: &PageTable, lane: &Lane, rows: usize, writing: &mut HashSet<u32>) -> usize {
-    let pages = lane.seq.and_then(|seq| table.block_table(seq).ok());
+/// Rows of a sequence with `cached` tokens in the cache that can be written before a page which another
+/// one writes.
+pub(super) fn claim(
+    pages: Option<&[u32]>,
+    cached: usize,
+    rows: usize,
+    writing: &mut HashSet<u32>,
+) -> usize {
     let (Some(pages), true) = (pages, rows > 0) else {
         return 0;
     };
-    let first = lane.cached / PAGE_TOKENS;
+    let first = cached / PAGE_TOKENS;
     for (place, page) in pages.iter().enumerate().skip(first) {
-        let start = (place * PAGE_TOKENS).max(lane.cached);
-        if start >= lane.cached + rows {
+        let start = (place * PAGE_TOKENS).max(cached);
+        if start >= cached + rows {
             break;
         }
         if !writing.insert(*page) {
-            return start - lane.cached;
+            return start - cached;
         }
     }
     rows

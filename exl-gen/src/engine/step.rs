@@ -1,7 +1,6 @@
 //! One step: what goes into the backend and what comes out of it.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::slice::{ChunksExact, Iter};
 use std::time::Instant;
 
 use exl_cache::PageTable;
@@ -12,7 +11,7 @@ use crate::grammar::MaskThread;
 use crate::job::{Job, Outcome};
 use crate::request::DoneReason;
 use crate::schedule::{Share, share};
-use crate::{Backend, BackendError, Draw, LogitRows, SeqSlice};
+use crate::{Backend, BackendError, Draw, LogitRows, SeqSlice, Tokenizer};
 
 impl Worker {
     /// One step of the backend for all running jobs, and a draw for each that is ready.
@@ -40,48 +39,46 @@ impl Worker {
     fn forward(&mut self, shares: &[Share]) -> Result<Vec<(usize, DoneReason)>, BackendError> {
         let begin = Instant::now();
         for one in shares.iter().filter(|one| one.lane == 0) {
-            self.running[one.job].prepare_draw();
+            let job = &mut self.running[one.job];
+            job.lanes[0].trim_draft(one.rows - 1);
+            job.prepare_draw();
         }
         self.prepare_masks(shares);
+        let slices = slices(&self.running, &self.table, shares)?;
+        let draws: Vec<Option<Draw<'_>>> = shares
+            .iter()
+            .filter(|one| draws(&self.running[one.job], one))
+            .flat_map(|one| {
+                let job = &self.running[one.job];
+                (0..=job.lanes[one.lane].draft().len()).map(|drafted| job.draw(drafted))
+            })
+            .collect();
         let tokens = self.tokenizer.vocab_size();
-        let mut rows = step(
-            self.backend.as_mut(),
-            (&self.running, shares),
-            &self.table,
-            tokens,
-        )?;
+        let rows = run(self.backend.as_mut(), &slices, draws, tokens)?;
         let busy = begin.elapsed();
+        let mut choice = Choice {
+            rows,
+            next: 0,
+            table: &mut self.table,
+            row: &mut self.row,
+            tokenizer: &self.tokenizer,
+        };
         let mut ends = Vec::new();
-        let (mut prompt, mut new) = (0, 0);
+        let mut counts = Counts::default();
         for one in shares {
             let job = &mut self.running[one.job];
-            let lane = &job.lanes[one.lane];
-            let written = &lane.tokens[lane.cached..lane.cached + one.rows];
-            let seq = lane.seq.ok_or_else(|| without_pages(job))?;
-            self.table
-                .commit(seq, written)
-                .map_err(|error| BackendError(error.to_string()))?;
-            prompt += job.advance(one.lane, one.rows);
-            if !job.is_ready() {
-                continue;
-            }
-            let before = job.new_tokens();
-            let outcome = match rows.next(job) {
-                Row::Logits(rows) => job.sample(&rows, &mut self.row, &self.tokenizer),
-                Row::Token(token) => job.take_drawn(token, &self.tokenizer),
-            };
-            new += job.new_tokens().saturating_sub(before);
-            match outcome {
-                Outcome::Next => {}
+            match choice.follow(job, one, &mut counts)? {
                 Outcome::Done(reason) => ends.push((one.job, reason)),
-                Outcome::Rewound(_) => rewind(&mut self.table, job)?,
+                Outcome::Next | Outcome::Rewound(_) => {}
             }
         }
         let mut stats = self.shared.stats();
         stats.steps += 1;
         stats.busy += busy;
-        stats.prompt_tokens += prompt as u64;
-        stats.new_tokens += new as u64;
+        stats.prompt_tokens += counts.prompt as u64;
+        stats.new_tokens += counts.new as u64;
+        stats.drafted_tokens += counts.drafted as u64;
+        stats.accepted_tokens += counts.accepted as u64;
         Ok(ends)
     }
 
@@ -103,6 +100,97 @@ impl Worker {
     }
 }
 
+/// Tokens of a step.
+#[derive(Default)]
+struct Counts {
+    prompt: usize,
+    new: usize,
+    drafted: usize,
+    accepted: usize,
+}
+
+/// What becomes of a step, job by job.
+struct Choice<'a> {
+    rows: Rows<'a>,
+    /// The next row of them.
+    next: usize,
+    table: &'a mut PageTable,
+    /// For scratch.
+    row: &'a mut Vec<f32>,
+    tokenizer: &'a Tokenizer,
+}
+
+impl Choice<'_> {
+    /// Notes what a share has put into the cache, and draws the job's next tokens if they can be drawn:
+    /// one, and one more for each that is the one of its draft.
+    fn follow(
+        &mut self,
+        job: &mut Job,
+        one: &Share,
+        counts: &mut Counts,
+    ) -> Result<Outcome, BackendError> {
+        let draft = job.lanes[one.lane].take_draft();
+        let rows = one.rows - draft.len();
+        self.commit(job, one.lane, rows)?;
+        counts.prompt += job.advance(one.lane, rows);
+        if !job.is_ready() {
+            return Ok(Outcome::Next);
+        }
+        let first = self.next;
+        self.next += job.lanes.len() + draft.len();
+        let drawn = job.draw(0).is_some();
+        job.count_step();
+        let before = job.new_tokens();
+        let mut right = 0;
+        let outcome = loop {
+            let row = first + right;
+            job.prepare_draw();
+            job.judge(&draft, right);
+            let length = job.lanes[0].tokens.len();
+            let outcome = match self.rows.token(row).filter(|_| drawn) {
+                Some(token) => job.take_drawn(token, self.tokenizer),
+                None => {
+                    let rows = self.rows.logits(row, job.lanes.len());
+                    job.sample(&rows, self.row, self.tokenizer)
+                }
+            };
+            if matches!(outcome, Outcome::Rewound(_)) {
+                rewind(self.table, job)?;
+                break outcome;
+            }
+            let fresh = &job.lanes[0].tokens[length..];
+            let pairs = fresh.iter().zip(&draft[right..]);
+            let agreed = pairs.take_while(|(a, b)| a == b).count();
+            right += agreed;
+            if outcome != Outcome::Next {
+                break outcome;
+            }
+            // What the draft guessed is in the cache already; the next row follows it.
+            let all = agreed == fresh.len() && agreed > 0;
+            if agreed > 0 {
+                self.commit(job, 0, agreed)?;
+                job.advance(0, agreed);
+            }
+            if !all {
+                break outcome;
+            }
+        };
+        job.note_draft(draft.len(), right);
+        counts.new += job.new_tokens().saturating_sub(before);
+        counts.drafted += draft.len();
+        counts.accepted += right;
+        Ok(outcome)
+    }
+
+    fn commit(&mut self, job: &Job, lane: usize, rows: usize) -> Result<(), BackendError> {
+        let lane = &job.lanes[lane];
+        let seq = lane.seq.ok_or_else(|| without_pages(job))?;
+        self.table
+            .commit(seq, &lane.tokens[lane.cached..lane.cached + rows])
+            .map_err(|error| BackendError(error.to_string()))
+    }
+}
+
 /// Takes back in the cache what a job took back.
 fn rewind(table: &mut PageTable, job: &Job) -> Result<(), BackendError> {
     for lane in &job.lanes {
@@ -114,52 +202,35 @@ fn rewind(table: &mut PageTable, job: &Job) -> Result<(), BackendError> {
     Ok(())
 }
 
-/// What a step gives for each row that is followed by a draw.
-enum Rows<'a> {
-    /// Logits, to be sampled here.
-    Logits(ChunksExact<'a, f32>),
-    /// A token drawn by the backend.
-    Tokens(Iter<'a, i32>),
-    /// Both, of which each job takes what it can.
-    Both(Iter<'a, i32>, ChunksExact<'a, f32>),
-}
-
-/// What one job chooses from.
-enum Row<'a> {
-    /// A row for each of its lanes.
-    Logits(Vec<&'a [f32]>),
-    Token(i32),
+/// What a step gives for each row that is followed by a draw: logits, to be sampled here, a token
+/// drawn by the backend, or both. Their numbers were checked.
+pub(super) struct Rows<'a> {
+    tokens: &'a [i32],
+    logits: &'a [f32],
+    vocab: usize,
 }
 
 impl<'a> Rows<'a> {
-    /// The numbers of rows were checked.
-    fn next(&mut self, job: &Job) -> Row<'a> {
-        let lanes = job.lanes.len();
-        match self {
-            Self::Logits(rows) => Row::Logits(rows.by_ref().take(lanes).collect()),
-            Self::Tokens(tokens) => Row::Token(tokens.next().copied().unwrap_or(-1)),
-            Self::Both(tokens, rows) => {
-                let drawn = tokens.by_ref().take(lanes).last();
-                let rows: Vec<&[f32]> = rows.by_ref().take(lanes).collect();
-                match (job.draw(), drawn) {
-                    (Some(_), Some(&token)) => Row::Token(token),
-                    _ => Row::Logits(rows),
-                }
-            }
-        }
+    /// The token that the backend drew for a row, if it did.
+    pub(super) fn token(&self, row: usize) -> Option<i32> {
+        self.tokens.get(row).copied()
+    }
+
+    /// The logits of `count` rows.
+    pub(super) fn logits(&self, row: usize, count: usize) -> Vec<&'a [f32]> {
+        let logits = &self.logits[row * self.vocab..(row + count) * self.vocab];
+        logits.chunks_exact(self.vocab).collect()
     }
 }
 
-/// One step of the backend, which draws the tokens it can.
-fn step<'a>(
+/// One step of the backend, which draws the tokens it can: `draws` has an entry for each row with
+/// logits, none where it cannot.
+pub(super) fn run<'a>(
     backend: &'a mut dyn Backend,
-    (running, shares): (&[Job], &[Share]),
-    table: &PageTable,
+    slices: &[SeqSlice<'_>],
+    draws: Vec<Option<Draw<'_>>>,
     tokens: usize,
 ) -> Result<Rows<'a>, BackendError> {
-    let slices = slices(running, table, shares)?;
-    let ready = shares.iter().filter(|one| draws(&running[one.job], one));
-    let draws: Vec<Option<Draw<'_>>> = ready.map(|one| running[one.job].draw()).collect();
     let (wanted, vocab) = (draws.len(), backend.vocab_size());
     let complete = |found: usize, one: usize, what: &str| match found == wanted * one {
         true => Ok(()),
@@ -168,32 +239,35 @@ fn step<'a>(
             "{found} {what} for {wanted} rows of {one}"
         ))),
     };
+    let mut rows = Rows {
+        tokens: &[],
+        logits: &[],
+        vocab: vocab.max(1),
+    };
     match Chooser::of(backend.draws(), draws.iter().map(Option::is_some)) {
         Chooser::Host => {
-            let logits = backend.step(&slices)?;
-            complete(logits.len(), vocab, "logits")?;
-            Ok(Rows::Logits(logits.chunks_exact(vocab.max(1))))
+            rows.logits = backend.step(slices)?;
+            complete(rows.logits.len(), vocab, "logits")?;
         }
         Chooser::Device => {
             let draws: Vec<Draw<'_>> = draws.into_iter().flatten().collect();
-            let drawn = backend.step_drawn(&slices, &draws, tokens)?;
-            complete(drawn.len(), 1, "tokens")?;
-            Ok(Rows::Tokens(drawn.iter()))
+            rows.tokens = backend.step_drawn(slices, &draws, tokens)?;
+            complete(rows.tokens.len(), 1, "tokens")?;
         }
         Chooser::Both => {
-            let mixed = backend.step_mixed(&slices, &draws, tokens)?;
-            complete(mixed.tokens.len(), 1, "tokens")?;
-            complete(mixed.logits.len(), vocab, "logits")?;
-            let rows = mixed.logits.chunks_exact(vocab.max(1));
-            Ok(Rows::Both(mixed.tokens.iter(), rows))
+            let mixed = backend.step_mixed(slices, &draws, tokens)?;
+            (rows.tokens, rows.logits) = (mixed.tokens, mixed.logits);
+            complete(rows.tokens.len(), 1, "tokens")?;
+            complete(rows.logits.len(), vocab, "logits")?;
         }
     }
+    Ok(rows)
 }
 
-/// Whether a share ends with a token that the next one of its job is drawn after. The lanes of a job
+/// Whether a share has all of a text that the next token of its job is drawn after. The lanes of a job
 /// come to that in one step.
 fn draws(job: &Job, one: &Share) -> bool {
-    one.rows == job.lanes[one.lane].pending()
+    one.rows >= job.lanes[one.lane].pending()
 }
 
 fn slices<'a>(
@@ -209,10 +283,11 @@ fn slices<'a>(
             .and_then(Result::ok)
             .ok_or_else(|| without_pages(job))?;
         Ok(SeqSlice {
-            tokens: &lane.tokens[lane.cached..lane.cached + one.rows],
+            tokens: lane.rows(one.rows),
             start: lane.cached,
             pages,
             logits: match draws(job, one) {
+                true if !lane.draft().is_empty() => LogitRows::All,
                 true => LogitRows::Last,
                 false => LogitRows::None,
             },
@@ -221,7 +296,7 @@ fn slices<'a>(
     shares.iter().map(slice).collect()
 }
 
-fn without_pages(job: &Job) -> BackendError {
+pub(super) fn without_pages(job: &Job) -> BackendError {
     BackendError(format!("job {} runs without pages", job.id))
 }
 

@@ -134,6 +134,9 @@ impl JobStream {
             prompt_tokens: self.prompt,
             cached_tokens: 0,
             new_tokens: self.tokens,
+            steps: 0,
+            drafted_tokens: 0,
+            accepted_tokens: 0,
             preemptions: 0,
             timings: Timings::default(),
         }

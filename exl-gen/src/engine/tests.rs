@@ -12,6 +12,7 @@ mod cache;
 mod disk;
 mod features;
 mod order;
+mod speculation;
 
 /// Special tokens of the tests' tokenizer.
 const BOS: u32 = 260;
@@ -93,6 +94,7 @@ fn assert_all_free(engine: &EngineHandle) {
     engine.drain();
     let load = engine.load();
     assert_eq!(load.free_pages, load.pages, "pages leaked");
+    assert_eq!(load.draft_pages, 0, "pages of the draft model leaked");
     assert_eq!((load.running, load.waiting), (0, 0));
 }
 

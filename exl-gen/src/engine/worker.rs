@@ -10,6 +10,7 @@ use std::time::Instant;
 use exl_cache::{CacheEvent, PageTable};
 
 use super::disk::Disk;
+use super::draft::Drafter;
 use super::queue::Queue;
 use super::{EngineOptions, Shared};
 use crate::grammar::MaskThread;
@@ -63,6 +64,8 @@ pub(super) struct Worker {
     pub(super) row: Vec<f32>,
     /// Started with the first job that has a grammar.
     pub(super) masks: Option<MaskThread>,
+    /// The draft model.
+    pub(super) drafter: Option<Drafter>,
 }
 
 impl Worker {
@@ -70,6 +73,7 @@ impl Worker {
         backend: Box<dyn Backend>,
         tokenizer: Arc<Tokenizer>,
         (mut table, disk): (PageTable, Option<Disk>),
+        drafter: Option<Drafter>,
         options: &EngineOptions,
         shared: Arc<Shared>,
     ) -> Self {
@@ -94,6 +98,7 @@ impl Worker {
             listener: options.cache_events.clone(),
             row: Vec::new(),
             masks: None,
+            drafter,
         }
     }
 
@@ -105,6 +110,7 @@ impl Worker {
             self.admit();
             self.reuse();
             self.grow();
+            self.draft();
             self.step();
             self.report();
             self.save(false);
@@ -194,6 +200,7 @@ impl Worker {
         for lane in &mut job.lanes {
             self.release(lane, failed);
         }
+        self.forget_draft(job.id);
         {
             let mut stats = self.shared.stats();
             stats.masks.add(job.mask_times());
@@ -212,6 +219,7 @@ impl Worker {
         stats.load.running = self.running.len();
         stats.load.free_pages = self.table.free_pages();
         stats.load.kept_pages = self.table.kept_pages();
+        stats.load.draft_pages = self.drafter.as_ref().map_or(0, Drafter::used_pages);
     }
 
     /// Tells who wants to know what changed in the cache.

@@ -4,8 +4,8 @@ use super::*;
 use crate::sim::SimBackend;
 use crate::tokenizer::tests::{byte_level, fallback, llama_decoder, make};
 use crate::{
-    Answer, DoneReason, Encode, Engine, EngineHandle, EngineOptions, Philox, Request,
-    SamplerSettings,
+    Answer, DoneReason, DraftModel, Encode, Engine, EngineHandle, EngineOptions, Philox, Request,
+    SamplerSettings, Speculation,
 };
 use std::sync::Arc;
 
@@ -24,7 +24,7 @@ fn pieces() -> Arc<Tokenizer> {
 
 /// A model that likes any token as well as another, in an order that depends on the context, but
 /// the end of a text and of a string more.
-fn engine(tokenizer: &Arc<Tokenizer>) -> EngineHandle {
+fn backend(tokenizer: &Arc<Tokenizer>, accent: f32) -> Box<SimBackend> {
     let liked: Vec<u32> = ["\"", "]", "}"]
         .iter()
         .map(|text| {
@@ -46,17 +46,30 @@ fn engine(tokenizer: &Arc<Tokenizer>) -> EngineHandle {
         let philox = Philox::new(seed);
         for (id, logit) in (0..).zip(logits.iter_mut()) {
             *logit = philox.uniform(id, 0) as f32 * 4.0;
+            *logit += philox.uniform(id, 1) as f32 * accent;
         }
         for &id in &liked {
             logits[id as usize] += 3.0;
         }
     });
-    Engine::start(
-        Box::new(backend),
-        Arc::clone(tokenizer),
-        EngineOptions::default(),
-    )
-    .unwrap()
+    Box::new(backend)
+}
+
+fn engine(tokenizer: &Arc<Tokenizer>) -> EngineHandle {
+    let options = EngineOptions::default();
+    Engine::start(backend(tokenizer, 0.0), Arc::clone(tokenizer), options).unwrap()
+}
+
+/// With a draft model that thinks a little differently.
+fn guessing(tokenizer: &Arc<Tokenizer>) -> EngineHandle {
+    let draft = DraftModel {
+        backend: backend(tokenizer, 0.6),
+        tokenizer: Arc::clone(tokenizer),
+        cost: 0.05,
+    };
+    let options = EngineOptions::default();
+    let model = backend(tokenizer, 0.0);
+    Engine::start_with_draft(model, draft, Arc::clone(tokenizer), options).unwrap()
 }
 
 fn request(tokenizer: &Tokenizer, grammar: Grammar, seed: u64) -> Request {
@@ -107,21 +120,57 @@ fn assert_valid(schema: &Json, answer: &Answer) {
     }
 }
 
-/// Answers to many schemas in one batch, so that their masks are computed beside each other.
+/// Answers to many schemas in one batch, so that their masks are computed beside each other; with
+/// guesses they are the same.
 fn assert_schemas(tokenizer: &Arc<Tokenizer>, schemas: &[Json]) {
-    let engine = engine(tokenizer);
+    let plain = answers(tokenizer, engine(tokenizer), schemas, |_| None);
+    let sources = |seed: u64| {
+        Some(Speculation {
+            ngram: (seed % 3 != 1).then_some(2),
+            model: !seed.is_multiple_of(3),
+            rejection: false,
+            most: 6,
+        })
+    };
+    let guessed = answers(tokenizer, guessing(tokenizer), schemas, sources);
+    for (plain, guessed) in plain.iter().zip(&guessed) {
+        assert_eq!(plain.token_ids, guessed.token_ids);
+        assert_eq!(plain.done.reason, guessed.done.reason);
+    }
+    let drafted: usize = guessed.iter().map(|a| a.done.drafted_tokens).sum();
+    let accepted: usize = guessed.iter().map(|a| a.done.accepted_tokens).sum();
+    assert!(
+        accepted > 2 * schemas.len() && drafted > accepted,
+        "{accepted} of {drafted}"
+    );
+}
+
+fn answers(
+    tokenizer: &Arc<Tokenizer>,
+    engine: EngineHandle,
+    schemas: &[Json],
+    speculation: impl Fn(u64) -> Option<Speculation>,
+) -> Vec<Answer> {
     let submit = |(seed, schema): (u64, &Json)| {
         let grammar = Grammar::JsonSchema(schema.clone());
-        engine.submit(request(tokenizer, grammar, seed)).unwrap()
+        let request = Request {
+            speculation: speculation(seed),
+            ..request(tokenizer, grammar, seed)
+        };
+        engine.submit(request).unwrap()
     };
+    let mut answers = Vec::new();
     for (number, schemas) in (0u64..).zip(schemas.chunks(8)) {
         let streams: Vec<_> = (number..).zip(schemas).map(submit).collect();
         for (schema, stream) in schemas.iter().zip(streams) {
-            assert_valid(schema, &stream.wait());
+            let answer = stream.wait();
+            assert_valid(schema, &answer);
+            answers.push(answer);
         }
     }
     engine.drain();
     assert!(engine.stats().masks.masks > schemas.len() as u64);
+    answers
 }
 
 #[test]

@@ -29,6 +29,32 @@ impl Form {
         self.guide.apply(logits, ends)
     }
 
+    /// Whether the tokens that the answer was made to begin with were followed.
+    pub(super) fn has_begun(&self) -> bool {
+        self.begun
+    }
+
+    /// How many of the first tokens of a draft may come next.
+    pub(super) fn fitting(&mut self, draft: &[u32]) -> Result<usize> {
+        self.guide.fitting(draft)
+    }
+
+    /// Begins to follow guesses.
+    pub(super) fn begin_trail(&mut self) {
+        self.guide.begin_trail();
+    }
+
+    /// Follows a guess; gives what must come then, and whether the answer is over with that.
+    pub(super) fn follow_trail(&mut self, token: u32) -> Result<(Vec<u32>, bool)> {
+        self.guide.take(token)?;
+        self.forced()
+    }
+
+    /// Takes the guesses back.
+    pub(super) fn end_trail(&mut self) -> Result<()> {
+        self.guide.end_trail()
+    }
+
     /// Takes the tokens that there is no alternative to, and whether the answer is over with them.
     fn forced(&mut self) -> Result<(Vec<u32>, bool)> {
         let forced = self.guide.take_forced()?;
@@ -38,10 +64,11 @@ impl Form {
 }
 
 impl Job {
-    /// Has the mask for the next token computed while the model computes its logits.
+    /// Has the masks for the next token and for those of its draft computed while the model computes
+    /// their logits.
     pub(crate) fn prepare_mask(&mut self, thread: &MaskThread) {
         if let Some(form) = &mut self.form {
-            form.guide.prepare(thread);
+            form.guide.prepare(thread, self.lanes[0].draft());
         }
     }
 

@@ -8,6 +8,8 @@ use exl_cache::{Prefix, SeqId};
 pub(crate) struct Lane {
     /// The text so far.
     pub(crate) tokens: Vec<u32>,
+    /// The text with the draft that the next step checks; empty without one.
+    ahead: Vec<u32>,
     /// Tokens whose keys and values are in the cache.
     pub(crate) cached: usize,
     pub(crate) seq: Option<SeqId>,
@@ -20,6 +22,7 @@ impl Lane {
         Self {
             prefix: Prefix::new(None, &tokens),
             tokens,
+            ahead: Vec::new(),
             cached: 0,
             seq: None,
         }
@@ -30,9 +33,50 @@ impl Lane {
         self.tokens.len() - self.cached
     }
 
+    /// Guesses what follows the text, for the next step to check.
+    pub(crate) fn set_draft(&mut self, draft: impl IntoIterator<Item = u32>) {
+        self.ahead.clear();
+        self.ahead.extend_from_slice(&self.tokens);
+        self.ahead.extend(draft);
+    }
+
+    /// What is guessed to follow the text.
+    pub(crate) fn draft(&self) -> &[u32] {
+        self.ahead.get(self.tokens.len()..).unwrap_or_default()
+    }
+
+    /// Leaves at most `len` tokens of the draft.
+    pub(crate) fn trim_draft(&mut self, len: usize) {
+        self.ahead.truncate(self.tokens.len() + len);
+    }
+
+    /// The draft, which is then over.
+    pub(crate) fn take_draft(&mut self) -> Vec<u32> {
+        let draft = self.draft().to_vec();
+        self.ahead.clear();
+        draft
+    }
+
+    /// The next `rows` tokens that go through the model, those of the draft among them.
+    pub(crate) fn rows(&self, rows: usize) -> &[u32] {
+        match self.draft().is_empty() {
+            true => &self.tokens[self.cached..self.cached + rows],
+            false => &self.ahead[self.cached..self.cached + rows],
+        }
+    }
+
+    /// The text with `drafted` tokens of its draft.
+    pub(crate) fn text(&self, drafted: usize) -> &[u32] {
+        match drafted {
+            0 => &self.tokens,
+            more => &self.ahead[..self.tokens.len() + more],
+        }
+    }
+
     /// Forgets its place in the cache; all of it is a prompt when it comes back.
     pub(crate) fn leave(&mut self) {
         self.prefix = Prefix::new(None, &self.tokens);
+        self.ahead.clear();
         self.cached = 0;
         self.seq = None;
     }

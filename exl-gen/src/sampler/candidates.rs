@@ -204,7 +204,7 @@ impl Candidates {
         last
     }
 
-    #[cfg(test)]
+    /// All that can be drawn with its probability, likeliest first.
     pub(super) fn probabilities(&mut self) -> Vec<(u32, f64)> {
         let (count, total) = (self.items.len(), self.total());
         self.sort(count);

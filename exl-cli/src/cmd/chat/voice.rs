@@ -2,12 +2,13 @@
 
 use super::conversation::Conversation;
 use crate::args::AnswerArgs;
+use crate::guessing;
 use crate::signal::StopFlag;
 use crate::ui;
 use anyhow::{Result, bail};
 use exl_gen::{
     ChatInput, ChatTemplate, Done, DoneReason, Encode, EngineHandle, Event, Grammar, Request,
-    SamplerSettings,
+    SamplerSettings, Speculation,
 };
 use serde_json::{Value, json};
 use std::time::Duration;
@@ -32,6 +33,7 @@ pub(super) struct Voice {
 /// What every reply should be like.
 pub(super) struct Wishes {
     pub(super) sampler: SamplerSettings,
+    pub(super) speculation: Option<Speculation>,
     /// The form of every reply.
     pub(super) grammar: Option<Grammar>,
     pub(super) prefer_end: bool,
@@ -119,6 +121,7 @@ impl Voice {
                 seed,
                 ..wishes.sampler.clone()
             },
+            speculation: wishes.speculation.clone(),
             grammar: wishes.grammar.clone(),
             prefer_end: wishes.prefer_end,
             ..Request::new(prompt.tokens)
@@ -166,7 +169,7 @@ impl Voice {
             }
         };
         format!(
-            "{size}; last reply: {} tokens known, {} read at {:.1} tok/s, {} written at {:.1} tok/s",
+            "{size}; last reply: {} tokens known, {} read at {:.1} tok/s, {} written at {:.1} tok/s{}",
             done.cached_tokens,
             done.prompt_tokens - done.cached_tokens,
             rate(
@@ -174,7 +177,8 @@ impl Voice {
                 done.timings.prefill
             ),
             done.new_tokens,
-            rate(done.new_tokens.saturating_sub(1), done.timings.decode)
+            rate(done.new_tokens.saturating_sub(1), done.timings.decode),
+            guessing::told(done)
         )
     }
 }

@@ -1,5 +1,6 @@
 //! Events as text or as JSON lines.
 
+use crate::guessing;
 use crate::ui::{self, Ui};
 use anyhow::{Result, bail};
 use exl_gen::{Done, DoneReason, Event, TokenLogprobs};
@@ -132,7 +133,7 @@ impl<'a> Output<'a> {
 fn summary(number: usize, done: &Done) -> String {
     let (prefill, decode) = (done.timings.prefill, done.timings.decode);
     format!(
-        "prompt {}: {} tokens read in {} ({:.1} tok/s), {} written in {} ({:.1} tok/s), ended by {}",
+        "prompt {}: {} tokens read in {} ({:.1} tok/s), {} written in {} ({:.1} tok/s){}, ended by {}",
         number + 1,
         done.prompt_tokens,
         ui::duration(prefill),
@@ -140,6 +141,7 @@ fn summary(number: usize, done: &Done) -> String {
         done.new_tokens,
         ui::duration(decode),
         decode_rate(done),
+        guessing::told(done),
         reason(&done.reason).replace('_', " ")
     )
 }
@@ -166,6 +168,9 @@ fn done_line(number: usize, seed: u64, done: &Done) -> Value {
         "prompt_tokens": done.prompt_tokens,
         "cached_tokens": done.cached_tokens,
         "new_tokens": done.new_tokens,
+        "steps": done.steps,
+        "drafted_tokens": done.drafted_tokens,
+        "accepted_tokens": done.accepted_tokens,
         "queue_seconds": done.timings.queued.as_secs_f64(),
         "prefill_seconds": done.timings.prefill.as_secs_f64(),
         "decode_seconds": done.timings.decode.as_secs_f64(),
@@ -233,6 +238,9 @@ mod tests {
             prompt_tokens: 10,
             cached_tokens: 0,
             new_tokens: 21,
+            steps: 11,
+            drafted_tokens: 12,
+            accepted_tokens: 10,
             preemptions: 0,
             timings,
         };
@@ -248,5 +256,15 @@ mod tests {
             (&20.0.into(), &10.0.into())
         );
         assert!(summary(0, &done).contains("ended by stop string"));
+        assert_eq!(
+            (
+                &line["steps"],
+                &line["drafted_tokens"],
+                &line["accepted_tokens"]
+            ),
+            (&11.into(), &12.into(), &10.into())
+        );
+        let guesses = "1.91 a step (10 of 12 guesses right)";
+        assert!(summary(0, &done).contains(guesses), "{}", summary(0, &done));
     }
 }

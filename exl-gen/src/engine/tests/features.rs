@@ -217,6 +217,15 @@ fn a_prompt_may_end_within_a_word() {
     assert_eq!(answer.text, "hexx");
     assert_eq!(answer.token_ids, [the, tokens("xx")].concat());
     assert_eq!((answer.done.prompt_tokens, answer.done.new_tokens), (2, 3));
+    // Mirostat learns from that draw before the first one.
+    let mut learning = request.clone();
+    learning.sampler = SamplerSettings {
+        mirostat: crate::Mirostat::V2,
+        seed: Some(1),
+        ..SamplerSettings::neutral()
+    };
+    let answer = engine.submit(learning).unwrap().wait();
+    assert_eq!(answer.done.reason, DoneReason::StopToken(EOS));
     // The token itself may come again; a special one and a lone one stay.
     let same = Request {
         prompt: [vec![BOS], tokens("z")].concat(),

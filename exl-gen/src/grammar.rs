@@ -1,6 +1,5 @@
 //! Answers of a given form: JSON schemas, regular expressions, grammars and lists of choices.
 
-use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
 use llguidance::Matcher;
@@ -107,8 +106,8 @@ pub struct Guide {
 enum State {
     Here(Box<Matcher>),
     /// On the thread that computes its mask.
-    Away(Receiver<Task>),
-    /// Nowhere: that thread ended.
+    Away(Task),
+    /// Nowhere: that thread panicked.
     Lost,
 }
 
@@ -173,11 +172,7 @@ impl Guide {
         let State::Here(matcher) = std::mem::replace(&mut self.state, State::Lost) else {
             return;
         };
-        let (reply, receiver) = channel();
-        self.state = match thread.send(Task::new(matcher, reply)) {
-            Ok(()) => State::Away(receiver),
-            Err(matcher) => State::Here(matcher),
-        };
+        self.state = State::Away(thread.send(matcher));
     }
 
     /// Excludes every token that may not come next; `ends` are the tokens that end an answer, which
@@ -315,21 +310,23 @@ impl Guide {
         Ok(self.mask.insert(mask))
     }
 
-    /// Waits for a mask that a thread computes, if one does.
+    /// Gets the parser back from the thread, with its mask if that was begun.
     fn mask_away(&mut self) -> Result<()> {
-        let State::Away(receiver) = &self.state else {
+        if !matches!(self.state, State::Away(_)) {
+            return Ok(());
+        }
+        let State::Away(task) = std::mem::replace(&mut self.state, State::Lost) else {
             return Ok(());
         };
         let begin = Instant::now();
-        let Ok(task) = receiver.recv() else {
-            self.state = State::Lost;
-            return Err(self.error("the thread that computes masks ended"));
+        let Some(masked) = task.finish() else {
+            return Err(self.error("the thread that computes masks panicked"));
         };
         self.times.waited += begin.elapsed();
-        self.state = State::Here(task.matcher);
-        if let Some(mask) = task.mask {
+        self.state = State::Here(masked.matcher);
+        if let Some(mask) = masked.mask {
             self.times.masks += 1;
-            self.times.computed += task.took;
+            self.times.computed += masked.took;
             self.mask = Some(mask.map_err(|error| self.error(error))?);
         }
         Ok(())

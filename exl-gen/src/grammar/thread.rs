@@ -1,61 +1,200 @@
 //! A thread that computes masks while the model computes logits.
 
 use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use llguidance::Matcher;
 use llguidance::toktrie::SimpleVob;
 
-/// A parser on its way to its mask and back.
-pub(super) struct Task {
+/// What comes back from the thread.
+pub(super) struct Masked {
     pub(super) matcher: Box<Matcher>,
+    /// None where the thread had not begun, and for a parser that has come to its end.
     pub(super) mask: Option<Result<SimpleVob, String>>,
     pub(super) took: Duration,
-    reply: Option<Sender<Task>>,
 }
 
-impl Task {
-    pub(super) fn new(matcher: Box<Matcher>, reply: Sender<Self>) -> Self {
-        Self {
-            matcher,
-            mask: None,
-            took: Duration::ZERO,
-            reply: Some(reply),
+/// Where a parser is that was sent to the thread.
+enum State {
+    /// Nobody works on it yet.
+    Waiting(Box<Matcher>),
+    /// The thread does.
+    Running,
+    Done(Box<Masked>),
+    /// Taken back, or lost when the thread panicked.
+    Gone,
+}
+
+struct Slot {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+impl Slot {
+    /// A state is replaced as a whole, so it is sound even if a thread died while it held the lock.
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn set(&self, state: State) {
+        *self.state() = state;
+        self.changed.notify_all();
+    }
+
+    /// The parser, if nobody works on it; `next` is then its state.
+    fn claim(&self, next: State) -> Option<Box<Matcher>> {
+        let mut state = self.state();
+        match std::mem::replace(&mut *state, next) {
+            State::Waiting(matcher) => Some(matcher),
+            other => {
+                *state = other;
+                None
+            }
         }
     }
 
-    fn run(mut self) {
+    /// Computes the mask unless the parser was taken back.
+    fn run(&self) {
+        let Some(mut matcher) = self.claim(State::Running) else {
+            return;
+        };
+        // Whoever waits is told even when this panics.
+        let mut result = OnDrop(self, State::Gone);
         let begin = Instant::now();
-        // One that has come to its end has no next token.
-        if !self.matcher.is_stopped() {
-            let mask = self.matcher.compute_mask();
-            self.mask = Some(mask.map_err(|error| error.to_string()));
+        // A parser that has come to its end has no next token.
+        let mask = (!matcher.is_stopped()).then(|| {
+            let mask = matcher.compute_mask();
+            mask.map_err(|error| error.to_string())
+        });
+        result.1 = State::Done(Box::new(Masked {
+            matcher,
+            mask,
+            took: begin.elapsed(),
+        }));
+    }
+}
+
+/// Sets the state of a slot at the end of its life.
+struct OnDrop<'a>(&'a Slot, State);
+
+impl Drop for OnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.set(std::mem::replace(&mut self.1, State::Gone));
+    }
+}
+
+/// A parser that was sent to the thread; dropped, it need not be worked on any more.
+pub(super) struct Task(Arc<Slot>);
+
+impl Task {
+    /// Waits for the thread if it works on the parser, and takes it back as it is if the thread has
+    /// not begun: waiting until a thread is scheduled can take far longer than a mask. None when the
+    /// thread lost it.
+    pub(super) fn finish(self) -> Option<Masked> {
+        if let Some(matcher) = self.0.claim(State::Gone) {
+            return Some(Masked {
+                matcher,
+                mask: None,
+                took: Duration::ZERO,
+            });
         }
-        self.took = begin.elapsed();
-        if let Some(reply) = self.reply.take() {
-            // Nobody waits any more where the answer was broken off.
-            let _ = reply.send(self);
+        let waiting = self.0.changed.wait_while(self.0.state(), |state| {
+            matches!(state, State::Running | State::Waiting(_))
+        });
+        let mut state = waiting.unwrap_or_else(PoisonError::into_inner);
+        match std::mem::replace(&mut *state, State::Gone) {
+            State::Done(masked) => Some(*masked),
+            _ => None,
         }
+    }
+}
+
+impl Drop for Task {
+    fn drop(&mut self) {
+        drop(self.0.claim(State::Gone));
     }
 }
 
 /// The thread; it ends with this.
 pub(crate) struct MaskThread {
-    tasks: Sender<Task>,
+    slots: Sender<Arc<Slot>>,
 }
 
 impl MaskThread {
     /// Starts it.
     pub(crate) fn start() -> std::io::Result<Self> {
-        let (tasks, receiver) = channel::<Task>();
+        let (slots, receiver) = channel::<Arc<Slot>>();
         std::thread::Builder::new()
             .name("exl-masks".to_owned())
-            .spawn(move || receiver.into_iter().for_each(Task::run))?;
-        Ok(Self { tasks })
+            .spawn(move || receiver.into_iter().for_each(|slot| slot.run()))?;
+        Ok(Self { slots })
     }
 
-    /// Hands over a task; gives the parser back when the thread is gone.
-    pub(super) fn send(&self, task: Task) -> Result<(), Box<Matcher>> {
-        self.tasks.send(task).map_err(|error| error.0.matcher)
+    /// Hands over a parser. If the thread is gone, it comes back with [`Task::finish`].
+    pub(super) fn send(&self, matcher: Box<Matcher>) -> Task {
+        let slot = Arc::new(Slot {
+            state: Mutex::new(State::Waiting(matcher)),
+            changed: Condvar::new(),
+        });
+        let task = Task(Arc::clone(&slot));
+        // What a thread that is gone does not begin is taken back.
+        let _ = self.slots.send(slot);
+        task
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::{Grammar, Tokenizer};
+
+    fn matcher() -> Box<Matcher> {
+        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../testdata/demo-4m");
+        let tokenizer = Tokenizer::open(&dir).unwrap();
+        let grammar = Grammar::Regex("[a-z]+".to_owned()).compiled().unwrap();
+        let vocabulary = tokenizer.vocabulary().unwrap();
+        Box::new(Matcher::new(vocabulary.factory().create_parser(grammar)))
+    }
+
+    #[test]
+    fn a_thread_that_has_not_begun_gives_the_parser_back() {
+        // A thread that never begins.
+        let (slots, receiver) = channel();
+        let thread = MaskThread { slots };
+        let task = thread.send(matcher());
+        let slot = receiver.recv().unwrap();
+        let back = task.finish().unwrap();
+        assert!(back.mask.is_none() && !back.matcher.is_stopped());
+        // It comes too late.
+        slot.run();
+        assert!(matches!(*slot.state(), State::Gone));
+        // A dropped task is not worked on, and a thread that is gone takes nothing.
+        drop(thread.send(matcher()));
+        assert!(matches!(*receiver.recv().unwrap().state(), State::Gone));
+        drop(receiver);
+        assert!(thread.send(matcher()).finish().is_some());
+    }
+
+    #[test]
+    fn the_thread_gives_the_mask_that_the_parser_gives() {
+        let mut alone = matcher();
+        let expected = alone.compute_mask().unwrap();
+        let (slots, receiver) = channel();
+        let task = MaskThread { slots }.send(matcher());
+        std::thread::spawn(move || receiver.into_iter().for_each(|slot: Arc<Slot>| slot.run()))
+            .join()
+            .unwrap();
+        let masked = task.finish().unwrap();
+        assert_eq!(masked.mask.unwrap().unwrap(), expected);
+        // A parser that was lost is not waited for.
+        let (slots, receiver) = channel();
+        let task = MaskThread { slots }.send(matcher());
+        let slot: Arc<Slot> = receiver.recv().unwrap();
+        drop(slot.claim(State::Running));
+        drop(OnDrop(&slot, State::Gone));
+        assert!(task.finish().is_none());
     }
 }

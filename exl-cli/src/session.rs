@@ -1,15 +1,19 @@
 //! From flags to a loaded model that can run.
 
-use crate::args::{ActivationMode, CacheArgs, ComputeArgs, Device, DeviceArgs, LoadArgs};
+use crate::args::{ActivationMode, CacheArgs, ComputeArgs, Device, DeviceArgs, LoadArgs, Lora};
 use crate::failure::Interrupted;
 use crate::machine;
 use crate::memory::{self, Taken};
 use crate::signal::StopFlag;
 use crate::ui::{self, Ui};
 use anyhow::{Result, bail};
-use exl_gen::{DiskOptions, Engine, EngineHandle, EngineOptions, RunnerBackend, Tokenizer};
+use exl_gen::{
+    AdapterUse, DiskOptions, Engine, EngineHandle, EngineOptions, RunnerBackend, Tokenizer,
+};
 use exl_models::rope::RopeOptions;
-use exl_models::{Backend, LoadOptions, MemoryRequest, Model, ModelSource, Runner, RunnerOptions};
+use exl_models::{
+    Adapter, Backend, LoadOptions, MemoryRequest, Model, ModelSource, Runner, RunnerOptions,
+};
 use exl_tensor::{Activations, CudaOptions, Gpu, KvType, PAGE_TOKENS};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
@@ -218,6 +222,8 @@ pub(crate) struct Room {
     pub(crate) cache: KvType,
     /// Where prefixes are kept, and how many bytes of them.
     pub(crate) disk: Option<(PathBuf, u64)>,
+    /// Adapters that requests may use.
+    pub(crate) adapters: Vec<Lora>,
 }
 
 impl Room {
@@ -233,6 +239,7 @@ impl Room {
             lengths,
             cache,
             disk: None,
+            adapters: Vec::new(),
         }
     }
 
@@ -240,6 +247,12 @@ impl Room {
     pub(crate) fn with_disk(mut self, args: &CacheArgs) -> Self {
         let bytes = (args.prefix_gb * 1e9) as u64;
         self.disk = args.prefix_dir.clone().map(|folder| (folder, bytes));
+        self
+    }
+
+    /// With adapters that flags name.
+    pub(crate) fn with_adapters(mut self, adapters: &[Lora]) -> Self {
+        self.adapters = adapters.to_vec();
         self
     }
 
@@ -284,13 +297,19 @@ pub(crate) fn engine(
     let gpu = gpu(compute.device.device, ui)?;
     let gpu = gpu.as_ref();
     let prefill_rows = prefill_rows(gpu);
-    let options = room.sized(runner_options(compute, room.cache, gpu), prefill_rows);
+    let mut options = room.sized(runner_options(compute, room.cache, gpu), prefill_rows);
     let what = format!(
         "{} with {} tokens of context",
         source.files().dir().display(),
         room.pages() * PAGE_TOKENS
     );
-    let need = memory::needed(&source, &options.memory_request(), gpu)?;
+    for lora in &room.adapters {
+        let adapter = Adapter::open(&lora.dir, source.spec())?;
+        options.adapters.push(Arc::new(adapter));
+    }
+    let mut need = memory::needed(&source, &options.memory_request(), gpu)?;
+    let adapters = options.adapters.iter().map(|a| a.weights().bytes() as u64);
+    need.weights += adapters.sum::<u64>();
     memory::check(&need, &what, "--context", gpu)?;
     let loaded = load(&source, gpu, stop, ui)?;
     let disk = disk(&source, &options, room.disk.as_ref())?;
@@ -315,10 +334,24 @@ pub(crate) fn engine(
         ..EngineOptions::default()
     };
     Ok(Engine::start(
-        Box::new(RunnerBackend::new(runner)),
+        Box::new(RunnerBackend::new(runner).with_adapter_names(room.adapters.iter().map(name))),
         Arc::clone(tokenizer),
         options,
     )?)
+}
+
+/// What requests call an adapter.
+fn name(lora: &Lora) -> String {
+    lora.dir.display().to_string()
+}
+
+/// The adapters of a request.
+pub(crate) fn uses(adapters: &[Lora]) -> Vec<AdapterUse> {
+    let one = |lora: &Lora| AdapterUse {
+        name: name(lora),
+        scale: lora.scale,
+    };
+    adapters.iter().map(one).collect()
 }
 
 /// What keeps pages on disk. They depend on the weights and on how these compute: not on threads,

@@ -10,11 +10,13 @@ use crate::schedule::{AGEING, Demand, MAX_LANES};
 use crate::{Draw, Error, Result, Sampler, Tokenizer};
 
 mod bans;
+mod extras;
 mod form;
 mod lane;
 mod logits;
 mod output;
 
+pub(crate) use extras::Extras;
 use form::Form;
 pub(crate) use lane::Lane;
 use output::Output;
@@ -44,6 +46,7 @@ pub(crate) struct Job {
     logprobs: Option<usize>,
     sampler: Sampler,
     form: Option<Form>,
+    extras: Extras,
     stop_tokens: Vec<u32>,
     /// Tokens that led to a banned string, by their place in the answer; places rise.
     explored: Vec<(usize, Vec<u32>)>,
@@ -159,6 +162,7 @@ impl Job {
             logprobs: request.logprobs,
             sampler,
             form,
+            extras: Extras::default(),
             stop_tokens,
             explored: Vec::new(),
             blocked: Vec::new(),

@@ -41,7 +41,9 @@ pub(crate) fn run(args: &ChatArgs, ui: &Ui) -> Result<()> {
         StopFlag::default()
     };
     let context = context.unwrap_or(DEFAULT_CONTEXT.min(source.spec().max_context));
-    let room = Room::one(context, args.cache.mode).with_disk(&args.cache);
+    let room = Room::one(context, args.cache.mode)
+        .with_disk(&args.cache)
+        .with_adapters(&args.lora.lora);
     let engine = session::engine(source, &tokenizer, &room, &args.compute, &stop, ui)?;
     let wishes = Wishes {
         sampler,
@@ -49,6 +51,7 @@ pub(crate) fn run(args: &ChatArgs, ui: &Ui) -> Result<()> {
         prefer_end: args.form.prefer_end,
         begin: answer::begin(&args.answer, &tokenizer)?,
         answer: args.answer.clone(),
+        adapters: session::uses(&args.lora.lora),
     };
     let voice = Voice::new(
         engine,

@@ -252,6 +252,7 @@ fn time_prefill(
                 start: first,
                 pages: &pages,
                 logits,
+                extras: Default::default(),
             }])?;
             if last {
                 check_finite(out)?;
@@ -294,6 +295,7 @@ fn time_decode(
                     start: context + step,
                     pages: &pages[seq],
                     logits: LogitRows::Last,
+                    extras: Default::default(),
                 })
                 .collect();
             decode_step(runner, &slices)?;
@@ -352,6 +354,7 @@ fn decode_key(runner: &Runner, batch: usize, pages_per_seq: usize) -> PlanKey {
         pages_per_seq: pages_per_seq.next_power_of_two(),
         out_rows: batch,
         sample: draws(runner).then_some(sample),
+        extras: Default::default(),
     }
 }
 

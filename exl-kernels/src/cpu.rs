@@ -92,7 +92,8 @@ impl Cpu {
             | Op::Sample(_)
             | Op::HessianFactor(_)
             | Op::HessianLoss(_)
-            | Op::Gptq(_) => 0,
+            | Op::Gptq(_)
+            | Op::Refine(_) => 0,
         };
         4 * words.next_multiple_of(16)
     }
@@ -160,7 +161,9 @@ impl Cpu {
             Op::HessianSyrk(op) => syrk::run(op, self),
             Op::Sample(op) => ops::sample(op),
             // The quantizer computes these on the CPU with code of its own over its own matrices.
-            Op::HessianFactor(_) | Op::HessianLoss(_) | Op::Gptq(_) => reference::quantizer(op),
+            Op::HessianFactor(_) | Op::HessianLoss(_) | Op::Gptq(_) | Op::Refine(_) => {
+                reference::quantizer(op)
+            }
             Op::Dequant(op) => {
                 let matrix = op.matrix.host_quant();
                 let matrix = matrix.ok_or_else(|| Error::not_on_host("dequant"))?;

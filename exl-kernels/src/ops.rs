@@ -12,7 +12,7 @@ mod sample;
 
 pub use check::check;
 pub(crate) use check::repeated_slot;
-pub use gptq::{Gptq, GptqGroup, HessianFactor, HessianLoss};
+pub use gptq::{Gptq, GptqGroup, HessianFactor, HessianLoss, Refine};
 pub(crate) use sample::sample;
 pub use sample::{SAMPLE_WORDS, Sample, SampleParams};
 
@@ -352,6 +352,7 @@ pub enum Op<'a> {
     HessianFactor(HessianFactor<'a>),
     HessianLoss(HessianLoss<'a>),
     Gptq(Gptq<'a>),
+    Refine(Refine<'a>),
 }
 
 impl Op<'_> {
@@ -374,6 +375,7 @@ impl Op<'_> {
             Op::HessianFactor(_) => "hessian_factor",
             Op::HessianLoss(_) => "hessian_loss",
             Op::Gptq(_) => "gptq",
+            Op::Refine(_) => "refine",
         }
     }
 }

@@ -31,7 +31,7 @@ pub fn run(op: &mut Op<'_>) -> Result<()> {
         Op::HessianSyrk(op) => hessian_syrk(op),
         Op::Dequant(op) => dequant(op),
         Op::Sample(op) => ops::sample(op),
-        Op::HessianFactor(_) | Op::HessianLoss(_) | Op::Gptq(_) => quantizer(op),
+        Op::HessianFactor(_) | Op::HessianLoss(_) | Op::Gptq(_) | Op::Refine(_) => quantizer(op),
     }
 }
 
@@ -41,6 +41,7 @@ pub(crate) fn quantizer(op: &mut Op<'_>) -> Result<()> {
         Op::HessianFactor(op) => gptq::hessian_factor(op),
         Op::HessianLoss(op) => gptq::hessian_loss(op),
         Op::Gptq(op) => gptq::gptq(op),
+        Op::Refine(op) => gptq::refine(op),
         other => Err(Error::Unsupported {
             op: other.name(),
             what: "running it as an op of the quantizer".to_owned(),

@@ -93,6 +93,7 @@ fn outputs<'a, 'b>(op: &'a mut Op<'b>) -> Vec<&'a mut MemMut<'b>> {
             &mut o.scale_max,
             &mut o.decoded,
         ],
+        Op::Refine(o) => vec![&mut o.new_codes, &mut o.new_decoded],
         other => panic!("{} has outputs that this test does not know", other.name()),
     }
 }

@@ -1,5 +1,5 @@
 //! The steps of quantizing one matrix on a GPU, as sums of their kernels' times: Hessian, factor, scale
-//! search, rounding with error compensation, loss. Without a GPU there is nothing to measure.
+//! search, rounding with error compensation, descent over the codes, loss. Without a GPU there is nothing to measure.
 
 #[path = "data/noise.rs"]
 mod data;
@@ -17,6 +17,8 @@ use data::noise;
 const TOKENS: usize = 2048;
 /// Inputs and outputs of a layer's matrices.
 const SHAPES: [(usize, usize); 3] = [(2048, 2048), (4096, 4096), (11008, 4096)];
+/// Rounds of descent, as in a conversion.
+const ROUNDS: usize = 2;
 const DAMPING: f64 = 0.02;
 
 fn device() -> Option<Arc<Device>> {
@@ -102,6 +104,15 @@ fn steps(c: &mut Criterion) {
             });
         }
         let id = format!("{inputs}x{outputs}");
+        let groups = vec![GptqGroup { rows: 128, bits: 3 }; inputs / 128];
+        let codes = kernels.round(&weight, &factor, &groups).expect("memory");
+        bench(c, ("gpu refine", &id), inputs * inputs * outputs, || {
+            let h = (&hessian, 1.0 / TOKENS as f64, DAMPING);
+            let how = (&groups[..], ROUNDS);
+            let better = kernels.refine(&weight, h, &factor, how, &codes);
+            better.expect("sizes agree");
+            seconds(&kernels, |_| true)
+        });
         bench(c, ("gpu loss", &id), inputs * inputs * outputs, || {
             let scale = 1.0 / TOKENS as f64;
             let loss = kernels.loss(&hessian, scale, &weight, decoded.as_ref());

@@ -11,11 +11,11 @@ use crate::quantized::Quantized;
 use crate::scales::{code_range, scale_value};
 
 /// Rounds over all rows.
-const ROUNDS: usize = 2;
+pub(crate) const ROUNDS: usize = 2;
 /// Columns that a thread works on at a time.
 const BLOCK: usize = 64;
-/// Matrices with more inputs stay as GPTQ rounds them: the work grows with the square of the
-/// inputs, and the gain is least where they are many.
+/// On the CPU, matrices with more inputs stay as GPTQ rounds them: the work grows with the square of
+/// the inputs, and the gain is least where they are many.
 pub(crate) const MOST_INPUTS: usize = 8192;
 
 /// Rows whose changes reach all others in one product.

@@ -6,7 +6,7 @@
 
 use super::Case;
 use super::data::Rng;
-use crate::ops::{Gptq, GptqGroup, HessianFactor, HessianLoss, Op};
+use crate::ops::{Gptq, GptqGroup, HessianFactor, HessianLoss, Op, Refine};
 use crate::{Mem, MemMut};
 
 pub(super) fn cases(quick: bool) -> Vec<Case> {
@@ -22,6 +22,8 @@ pub(super) fn cases(quick: bool) -> Vec<Case> {
     ];
     let layouts = LAYOUTS.iter().enumerate();
     list.extend(layouts.map(|(i, &layout)| rounding(i, layout)));
+    let layouts = LAYOUTS.iter().enumerate();
+    list.extend(layouts.map(|(i, &layout)| refining(i, layout)));
     if !quick {
         list.push(factor(320));
         list.push(loss((320, 1000), true));
@@ -223,27 +225,121 @@ fn round(
     ])
 }
 
+fn refining(index: usize, (what, layout, outputs): Layout) -> Case {
+    // As for rounding.
+    Case::new(format!("refine::{what}/n={outputs}"), 0.0, move |run| {
+        refine(run, layout, outputs, REFINE_SEEDS[index], 0.0)
+    })
+}
+
+/// As [`SEEDS`], for [`refine`].
+const REFINE_SEEDS: [u64; 8] = [1, 2, 1, 4, 5, 6, 7, 8];
+
+/// Rounds a matrix with the reference and runs a [`Refine`] over it; weights are off by up to the
+/// share `noise`. The last of the outputs is the number of codes that changed.
+fn refine(
+    run: super::Run<'_>,
+    layout: &[(usize, u8)],
+    outputs: usize,
+    seed: u64,
+    noise: f32,
+) -> crate::Result<Vec<Vec<f32>>> {
+    let mut rng = Rng::new(seed);
+    let groups: Vec<GptqGroup> = layout
+        .iter()
+        .map(|&(rows, bits)| GptqGroup { rows, bits })
+        .collect();
+    let k = groups.iter().map(|g| g.rows).sum();
+    let (upper, order) = upper(k, &mut rng)?;
+    let h = hessian(k, &mut rng);
+    let mut weight = weights(k, outputs, &mut rng);
+    let (mut codes, mut new_codes) = (vec![0u8; k * outputs], vec![0xffu8; k * outputs]);
+    let mut scale_codes = vec![0u8; groups.len() * outputs];
+    let mut scale_max = vec![0i32; groups.len()];
+    let mut decoded = vec![0.0; k * outputs];
+    let mut new_decoded = vec![f32::NAN; k * outputs];
+    crate::reference::run(&mut Op::Gptq(Gptq {
+        weight: Mem::host(&weight),
+        upper: Mem::host(&upper),
+        order: Mem::host(&order),
+        groups: &groups,
+        codes: MemMut::host(&mut codes),
+        scale_codes: MemMut::host(&mut scale_codes),
+        scale_max: MemMut::host(&mut scale_max),
+        decoded: MemMut::host(&mut decoded),
+        inputs: k,
+        outputs,
+    }))?;
+    for v in &mut weight {
+        *v *= 1.0 + noise * (rng.next() as f32 / 2f32.powi(31) - 1.0);
+    }
+    run(&mut Op::Refine(Refine {
+        weight: Mem::host(&weight),
+        h: Mem::host(&h),
+        order: Mem::host(&order),
+        groups: &groups,
+        codes: Mem::host(&codes),
+        scale_codes: Mem::host(&scale_codes),
+        scale_max: Mem::host(&scale_max),
+        decoded: Mem::host(&decoded),
+        new_codes: MemMut::host(&mut new_codes),
+        new_decoded: MemMut::host(&mut new_decoded),
+        inputs: k,
+        outputs,
+        rounds: 2,
+        scale: 0.5,
+        lambda: 0.004,
+    }))?;
+    let changed = codes.iter().zip(&new_codes).filter(|(a, b)| a != b);
+    let changed = vec![changed.count() as f32];
+    let new_codes = new_codes.iter().map(|&b| f32::from(b)).collect();
+    Ok(vec![new_codes, new_decoded, changed])
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::reference;
 
+    type Outcome = Vec<Vec<f32>>;
+
+    /// Whether what 32-bit arithmetic may be off by changes nothing.
+    fn stands(run: impl Fn(f32) -> Outcome) -> bool {
+        let exact = run(0.0);
+        [3e-7, 1e-6].iter().all(|&noise| run(noise) == exact)
+    }
+
     /// What 32-bit arithmetic may be off by changes no code and no scale of the cases.
     #[test]
     fn no_rounding_is_in_the_balance() {
         for (i, (what, layout, outputs)) in LAYOUTS.into_iter().enumerate() {
-            let run =
-                |seed, noise| round(&mut reference::run, layout, outputs, seed, noise).unwrap();
-            let good = |seed| {
-                let exact = run(seed, 0.0);
-                [3e-7, 1e-6].iter().all(|&noise| run(seed, noise) == exact)
+            let rounds = |seed| {
+                stands(|noise| round(&mut reference::run, layout, outputs, seed, noise).unwrap())
             };
-            assert!(
-                good(SEEDS[i]),
-                "{what}: the seed {} hangs on a rounding; {:?} does not",
-                SEEDS[i],
-                (1..200).find(|&seed| good(seed))
-            );
+            let refines = |seed| {
+                stands(|noise| refine(&mut reference::run, layout, outputs, seed, noise).unwrap())
+            };
+            let tried = [
+                (SEEDS[i], &rounds as &dyn Fn(u64) -> bool),
+                (REFINE_SEEDS[i], &refines),
+            ];
+            for (seed, good) in tried {
+                assert!(
+                    good(seed),
+                    "{what}: the seed {seed} hangs on a rounding; {:?} does not",
+                    (1..200).find(|&seed| good(seed))
+                );
+            }
+        }
+    }
+
+    /// Cases in which nothing is left to better would show nothing.
+    #[test]
+    fn refining_changes_codes() {
+        for (i, (what, layout, outputs)) in LAYOUTS.into_iter().enumerate() {
+            let run = &mut reference::run;
+            let found = refine(run, layout, outputs, REFINE_SEEDS[i], 0.0).unwrap();
+            assert!(found[2][0] > 0.0, "{what}: no code changed");
         }
     }
 }

@@ -72,6 +72,7 @@ pub fn lower(op: &Op<'_>, target: &Target<'_>, list: &mut Vec<Launch>) -> Result
         Op::HessianFactor(o) => quant::hessian_factor(o, target, list),
         Op::HessianLoss(o) => quant::hessian_loss(o, target, list),
         Op::Gptq(o) => quant::gptq(o, target, list),
+        Op::Refine(o) => quant::refine(o, target, list),
         Op::Linear(o) => linear::linear(o, target, list),
         Op::GateUp(o) => linear::gate_up(o, target, list),
         Op::Dequant(o) => linear::dequant(o, target, list),
@@ -96,6 +97,7 @@ pub fn scratch_bytes(op: &Op<'_>, props: &DeviceProps) -> u64 {
         Op::HessianFactor(o) => quant::hessian_factor_scratch(o),
         Op::HessianLoss(o) => quant::hessian_loss_scratch(o),
         Op::Gptq(o) => quant::gptq_scratch(o),
+        Op::Refine(o) => quant::refine_scratch(o),
         Op::Embed(_)
         | Op::RmsNorm(_)
         | Op::GatherRows(_)

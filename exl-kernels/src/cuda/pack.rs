@@ -1,7 +1,7 @@
 //! The kernel pack: compiled kernels for every supported GPU.
 //!
 //! A safetensors file whose tensors, named as in `sm_90a/qgemm/decode.cubin`, are images compressed
-//! with zlib: machine code for `sm_` architectures, PTX for `compute_` ones. The
+//! with zstd: machine code for `sm_` architectures, PTX for `compute_` ones. The
 //! metadata hold a manifest in JSON. `cargo xtask kernels` writes it and `build.rs` embeds it.
 
 mod architecture;
@@ -11,9 +11,11 @@ mod tests;
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+use std::io::Read;
 use std::ops::Range;
 use std::path::Path;
 
+use ruzstd::decoding::StreamingDecoder;
 use safetensors::SafeTensors;
 use serde::Deserialize;
 
@@ -27,7 +29,7 @@ use architecture::Architecture;
 include!(concat!(env!("OUT_DIR"), "/pack.rs"));
 
 /// The only version of the manifest that is known.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 /// No image is larger than this when it is unpacked.
 const MAX_IMAGE_BYTES: usize = 64 << 20;
 /// A kernel pack. Images are unpacked when they are asked for.
@@ -185,8 +187,11 @@ impl Pack {
             return Err(damaged(format!("{name} cannot unpack to {size} bytes")));
         }
         // Takes memory as it goes, up to that size.
-        let image = miniz_oxide::inflate::decompress_to_vec_zlib_with_limit(packed, size)
-            .map_err(|e| damaged(format!("{name}: {e}")))?;
+        let mut image = Vec::new();
+        let problem = |e: &dyn fmt::Display| damaged(format!("{name}: {e}"));
+        let decoder = StreamingDecoder::new(packed).map_err(|e| problem(&e))?;
+        let mut decoder = decoder.take(size as u64 + 1);
+        decoder.read_to_end(&mut image).map_err(|e| problem(&e))?;
         if image.len() != size {
             let found = image.len();
             return Err(damaged(format!(

@@ -7,7 +7,9 @@ use std::sync::Arc;
 use super::lower::quant::factor_scratch;
 use super::lower::{COUNTERS, Scratch, Target, lower, scratch_bytes};
 use super::{Device, DeviceRegion, Event, Kernel, ReadyLaunch};
-use crate::ops::{GatherRows, Gptq, GptqGroup, HessianFactor, HessianLoss, HessianSyrk, Op};
+use crate::ops::{
+    GatherRows, Gptq, GptqGroup, HessianFactor, HessianLoss, HessianSyrk, Op, Refine,
+};
 use crate::{DType, Error, Result};
 
 /// Rows of a matrix whose diagonal elements are gathered at once: their indices fit 32 bits for
@@ -279,6 +281,58 @@ impl CudaQuantizer {
         Ok(out)
     }
 
+    /// Betters the codes of `rounded`, made of `weight` with the order of `factor`, in `rounds` rounds
+    /// against `scale h + lambda I`.
+    ///
+    /// # Errors
+    /// As [`CudaQuantizer::round`].
+    pub fn refine(
+        &mut self,
+        weight: &DeviceMatrix,
+        (h, scale, lambda): (&DeviceMatrix, f64, f64),
+        factor: &DeviceFactor,
+        (groups, rounds): (&[GptqGroup], usize),
+        rounded: &DeviceCodes,
+    ) -> Result<DeviceCodes> {
+        let (inputs, outputs) = weight.shape();
+        let region = |bytes: usize| DeviceRegion::alone(&self.device, bytes, "a quantized matrix");
+        let new = DeviceCodes {
+            codes: region(inputs * outputs)?,
+            scale_codes: rounded.scale_codes.clone(),
+            scale_max: rounded.scale_max.clone(),
+            decoded: DeviceMatrix {
+                region: region(4 * inputs * outputs)?,
+                rows: inputs,
+                cols: outputs,
+            },
+        };
+        let mut op = Op::Refine(Refine {
+            weight: weight.mem()?,
+            h: h.mem()?,
+            order: whole(&factor.order, DType::I32)?,
+            groups,
+            codes: whole(&rounded.codes, DType::U8)?,
+            scale_codes: whole(&rounded.scale_codes, DType::U8)?,
+            scale_max: whole(&rounded.scale_max, DType::I32)?,
+            decoded: rounded.decoded.mem()?,
+            // SAFETY: nothing else has the new regions.
+            new_codes: unsafe { new.codes.mem_mut(0, new.codes.bytes(), DType::U8) }?,
+            // SAFETY: as above.
+            new_decoded: unsafe {
+                let region = &new.decoded.region;
+                region.mem_mut(0, region.bytes(), DType::F32)
+            }?,
+            inputs,
+            outputs,
+            rounds,
+            scale,
+            lambda,
+        });
+        self.run(&mut op)?;
+        drop(op);
+        Ok(new)
+    }
+
     /// Copies codes and scales to the host.
     ///
     /// # Errors
@@ -391,6 +445,11 @@ fn time_each(device: &Device, launches: &[ReadyLaunch]) -> Result<Vec<(Kernel, f
             Ok((launch.kernel(), seconds))
         })
         .collect()
+}
+
+/// All of a region.
+fn whole(region: &DeviceRegion, dtype: DType) -> Result<crate::Mem<'_>> {
+    region.mem(0, region.bytes(), dtype)
 }
 
 fn check_order(order: &[u32], dim: usize) -> Result<()> {

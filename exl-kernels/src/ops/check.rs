@@ -1,7 +1,7 @@
 //! Size and type checks that touch no data.
 
 use super::gptq::groups_fit;
-use super::{Gptq, Matrix, Op, SAMPLE_WORDS};
+use super::{Gptq, GptqGroup, Matrix, Op, Refine, SAMPLE_WORDS};
 use crate::mem::{DType, Mem, MemMut};
 use crate::{Error, KvFormat, KvType, Result};
 
@@ -130,21 +130,42 @@ pub fn check(op: &Op<'_>) -> Result<()> {
             c.write("out", &o.out, F32, &[1])
         }
         Op::Gptq(o) => gptq(&c, o),
+        Op::Refine(o) => refine(&c, o),
     }
 }
 
-fn gptq(c: &Check, o: &Gptq<'_>) -> Result<()> {
-    let whole = [o.inputs, o.outputs];
+/// What ops over a rounded matrix of `inputs` rows in groups ask for.
+fn grouped(c: &Check, groups: &[GptqGroup], (inputs, outputs): (usize, usize)) -> Result<()> {
     c.rule(
         "groups",
-        groups_fit(o.groups, o.inputs),
+        groups_fit(groups, inputs),
         "groups of multiples of 32 rows and known widths that cover the inputs",
     )?;
     c.rule(
         "outputs",
-        o.outputs > 0 && o.outputs.is_multiple_of(32),
+        outputs > 0 && outputs.is_multiple_of(32),
         "a multiple of 32",
-    )?;
+    )
+}
+
+fn refine(c: &Check, o: &Refine<'_>) -> Result<()> {
+    let whole = [o.inputs, o.outputs];
+    let scales = [o.groups.len(), o.outputs];
+    grouped(c, o.groups, (o.inputs, o.outputs))?;
+    c.read("weight", &o.weight, F32, &whole)?;
+    c.read("h", &o.h, F32, &[o.inputs, o.inputs])?;
+    c.read("order", &o.order, INT, &[o.inputs])?;
+    c.read("codes", &o.codes, BYTES, &whole)?;
+    c.read("scale_codes", &o.scale_codes, BYTES, &scales)?;
+    c.read("scale_max", &o.scale_max, INT, &[o.groups.len()])?;
+    c.read("decoded", &o.decoded, F32, &whole)?;
+    c.write("new_codes", &o.new_codes, BYTES, &whole)?;
+    c.write("new_decoded", &o.new_decoded, F32, &whole)
+}
+
+fn gptq(c: &Check, o: &Gptq<'_>) -> Result<()> {
+    let whole = [o.inputs, o.outputs];
+    grouped(c, o.groups, (o.inputs, o.outputs))?;
     c.read("weight", &o.weight, F32, &whole)?;
     c.read("upper", &o.upper, F32, &[o.inputs, o.inputs])?;
     c.read("order", &o.order, INT, &[o.inputs])?;

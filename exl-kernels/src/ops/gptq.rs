@@ -75,6 +75,44 @@ pub struct Gptq<'a> {
     pub outputs: usize,
 }
 
+/// Betters the codes of a rounded matrix by coordinate descent, scales unchanged: `rounds` times over
+/// all rows in packed order, each code is set to what is best for its column given all others. With
+/// `H = scale h + lambda I` and `D = weight - decoded`, both in packed order, that is the code nearest
+/// to `decoded[r] + (H D)[r] / H[r][r]`; codes whose scale or `H[r][r]` is not positive stay.
+#[derive(Debug)]
+pub struct Refine<'a> {
+    /// F32 `[inputs, outputs]`.
+    pub weight: Mem<'a>,
+    /// F32 `[inputs, inputs]`, symmetric, in the order of the features.
+    pub h: Mem<'a>,
+    /// I32 `[inputs]`: feature of each packed row, as in [`Gptq`].
+    pub order: Mem<'a>,
+    /// The groups in packed order.
+    pub groups: &'a [GptqGroup],
+    /// U8 `[inputs, outputs]`: as [`Gptq`] leaves them, like the next three.
+    pub codes: Mem<'a>,
+    /// U8 `[groups, outputs]`.
+    pub scale_codes: Mem<'a>,
+    /// I32 `[groups]`.
+    pub scale_max: Mem<'a>,
+    /// F32 `[inputs, outputs]`, in the order of the features.
+    pub decoded: Mem<'a>,
+    /// U8 `[inputs, outputs]`.
+    pub new_codes: MemMut<'a>,
+    /// F32 `[inputs, outputs]`: what they decode to, in the order of the features.
+    pub new_decoded: MemMut<'a>,
+    /// Input features.
+    pub inputs: usize,
+    /// Output features, a multiple of 32.
+    pub outputs: usize,
+    /// Rounds over all rows.
+    pub rounds: usize,
+    /// Multiplies `h`.
+    pub scale: f64,
+    /// Added to the diagonal.
+    pub lambda: f64,
+}
+
 /// `out = scale tr(D^T h D)` with `D = a - b`: the squared output error of a change of weights.
 #[derive(Debug)]
 pub struct HessianLoss<'a> {

@@ -5,7 +5,7 @@ use half::f16;
 use super::{floats, index};
 use crate::Result;
 use crate::ops::gptq::{FINALISTS, GRID, MAXIMA_RANGE, maxima, panels, range, ratios};
-use crate::ops::{Gptq, HessianFactor, HessianLoss};
+use crate::ops::{Gptq, HessianFactor, HessianLoss, Refine};
 
 /// Smallest and largest `h` of the format's grid.
 const H_MIN: f64 = 1.0 / 16_777_216.0;
@@ -103,6 +103,49 @@ pub(super) fn gptq(op: &mut Gptq<'_>) -> Result<()> {
                     w[later * n + c] -= u[r * k + later] * error;
                 }
             }
+        }
+    }
+    Ok(())
+}
+
+pub(super) fn refine(op: &mut Refine<'_>) -> Result<()> {
+    let (weight, h, old) = (floats(&op.weight)?, floats(&op.h)?, floats(&op.decoded)?);
+    let (k, n) = (op.inputs, op.outputs);
+    let order = op.order.slice::<i32>()?;
+    let features = (0..k).map(|r| index(order, r, k, "refine.order"));
+    let features: Vec<usize> = features.collect::<Result<_>>()?;
+    // D, and the group and width of every row.
+    let mut left: Vec<f64> = weight.iter().zip(&old).map(|(w, d)| w - d).collect();
+    let groups: Vec<(usize, u8)> = op
+        .groups
+        .iter()
+        .enumerate()
+        .flat_map(|(g, group)| std::iter::repeat_n((g, group.bits), group.rows))
+        .collect();
+    let (scale_codes, maxima) = (op.scale_codes.slice::<u8>()?, op.scale_max.slice::<i32>()?);
+    let codes = op.new_codes.slice_mut::<u8>()?;
+    codes.copy_from_slice(op.codes.slice::<u8>()?);
+    let decoded = op.new_decoded.slice_mut::<f32>()?;
+    decoded.copy_from_slice(op.decoded.slice::<f32>()?);
+    for r in (0..op.rounds).flat_map(|_| 0..k) {
+        let (g, bits) = groups[r];
+        let (lo, hi) = code_range(bits);
+        let largest = f64::from(f16::from_bits(maxima[g] as u16)) / 256.0;
+        let row = features[r];
+        let curve = h[row * k + row] * op.scale + op.lambda;
+        for c in 0..n {
+            let scale = scale_value(largest, scale_codes[g * n + c]);
+            if curve <= 0.0 || scale <= 0.0 {
+                continue;
+            }
+            let dot: f64 = (0..k).map(|j| h[row * k + j] * left[j * n + c]).sum();
+            let at = row * n + c;
+            let pull = dot * op.scale + op.lambda * left[at];
+            let best = f64::from(decoded[at]) + pull / curve;
+            let q = (best / scale).round_ties_even().clamp(lo, hi);
+            codes[r * n + c] = (q - lo) as u8;
+            decoded[at] = rounded(q * scale) as f32;
+            left[at] = weight[at] - f64::from(decoded[at]);
         }
     }
     Ok(())

@@ -115,7 +115,7 @@ rows embed,rms_norm,gather_rows,scale_logits
 linear linear,gate_up,dequant
 attention rope_append,paged_attn
 sample sample
-quantizer hessian_syrk,hessian_factor,hessian_loss,gptq
+quantizer hessian_syrk,hessian_factor,hessian_loss,gptq,refine
 FAMILIES
 fi
 finish

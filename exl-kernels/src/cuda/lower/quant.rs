@@ -1,5 +1,6 @@
 //! The quantizer's ops (cuda/quant): long lists of launches, each small.
 
+mod refine;
 #[cfg(test)]
 mod tests;
 
@@ -9,6 +10,8 @@ use crate::cuda::{Kernel, Launch};
 use crate::ops::gptq::{FINALISTS, GRID, MAXIMA, maxima, panels, range, ratios};
 use crate::ops::{Gptq, HessianFactor, HessianLoss};
 use crate::{Error, Mem, MemMut, Result};
+
+pub(super) use refine::{refine, refine_scratch};
 
 const GATHER: Kernel = Kernel::new("quant/gptq", "exl_gptq_gather");
 const ROUND: Kernel = Kernel::new("quant/gptq", "exl_gptq_round");
@@ -41,6 +44,11 @@ pub(crate) static KERNELS: &[Kernel] = &[
     FACTOR_STORE,
     LOSS_TILES,
     LOSS_SUM,
+    refine::LOAD,
+    refine::BEGIN,
+    refine::PULL,
+    refine::SETTLE,
+    refine::PASS,
 ];
 
 const THREADS: u32 = 256;

@@ -3,7 +3,8 @@
 use super::spans::Access;
 use crate::ops::{
     Dequant, Embed, GateUp, Gated, GatherRows, Gptq, HessianFactor, HessianLoss, HessianSyrk,
-    Linear, LinearPart, Matrix, Op, PagedAttn, RmsNorm, RopeAppend, Sample, ScaleLogits, ScaleRows,
+    Linear, LinearPart, Matrix, Op, PagedAttn, Refine, RmsNorm, RopeAppend, Sample, ScaleLogits,
+    ScaleRows,
 };
 use crate::{Mem, MemMut, Result};
 
@@ -95,6 +96,18 @@ pub(super) fn translate<'h: 'd, 'd>(op: &Op<'h>, t: &mut impl Translate<'h, 'd>)
             scale_codes: t.write(&o.scale_codes, Access::Write)?,
             scale_max: t.write(&o.scale_max, Access::Write)?,
             decoded: t.write(&o.decoded, Access::Write)?,
+            ..*o
+        })),
+        Op::Refine(o) => Ok(Op::Refine(Refine {
+            weight: t.read(&o.weight)?,
+            h: t.read(&o.h)?,
+            order: t.read(&o.order)?,
+            codes: t.read(&o.codes)?,
+            scale_codes: t.read(&o.scale_codes)?,
+            scale_max: t.read(&o.scale_max)?,
+            decoded: t.read(&o.decoded)?,
+            new_codes: t.write(&o.new_codes, Access::Write)?,
+            new_decoded: t.write(&o.new_decoded, Access::Write)?,
             ..*o
         })),
         Op::Dequant(o) => Ok(Op::Dequant(Dequant {

@@ -5,7 +5,6 @@
 use exl_kernels::cuda::{CudaQuantizer, DeviceCodes, DeviceFactor, DeviceMatrix, DeviceRegion};
 use exl_kernels::ops::GptqGroup;
 use exl_tensor::Gpu;
-use rayon::prelude::*;
 
 use super::{DAMPINGS, Rounded, Rows, Solver, gpu_error, open};
 use crate::gptq::check_weight;
@@ -13,8 +12,8 @@ use crate::hessian::not_finite;
 use crate::linalg::damped;
 use crate::measure::{Curve, curve_of, sample_columns};
 use crate::quantized::{Quantized, Stats};
-use crate::refine::{MOST_INPUTS, refine};
-use crate::{Layout, Matrix, Part, Result, SAMPLE_COLUMNS, order_by};
+use crate::refine::ROUNDS;
+use crate::{GroupSpec, Layout, Matrix, Part, Result, SAMPLE_COLUMNS, order_by};
 
 const HESSIAN: &str = "the Hessian of a layer's inputs";
 const MATRIX: &str = "a matrix to quantize";
@@ -137,15 +136,6 @@ impl GpuSolver {
         self.factor.as_ref().expect("a damping was chosen")
     }
 
-    /// The mean over training rows, on the host.
-    fn mean(&self) -> Result<Vec<f32>> {
-        let sum = self.kernels.download(&self.sums[0].matrix);
-        let mut mean = sum.map_err(gpu_error)?;
-        let scale = 1.0 / self.sums[0].tokens as f32;
-        mean.par_iter_mut().for_each(|x| *x *= scale);
-        Ok(mean)
-    }
-
     fn upload(&self, matrix: &Matrix) -> Result<DeviceMatrix> {
         let shape = (matrix.rows, matrix.cols);
         let placed = self.kernels.upload(&matrix.data, shape, MATRIX);
@@ -153,16 +143,24 @@ impl GpuSolver {
     }
 
     fn rounded(&mut self, weight: &DeviceMatrix, layout: &Layout) -> Result<DeviceCodes> {
-        let groups: Vec<GptqGroup> = layout
-            .groups()
-            .iter()
-            .map(|g| GptqGroup {
-                rows: g.rows,
-                bits: g.bits,
-            })
-            .collect();
         let factor = &self.factor.as_ref().expect("a damping was chosen").factor;
-        let codes = self.kernels.round(weight, factor, &groups);
+        let codes = self.kernels.round(weight, factor, &groups(layout));
+        codes.map_err(gpu_error)
+    }
+
+    fn refined(
+        &mut self,
+        weight: &DeviceMatrix,
+        layout: &Layout,
+        rounded: &DeviceCodes,
+    ) -> Result<DeviceCodes> {
+        let used = self.factor.as_ref().expect("a damping was chosen");
+        let mean = self.diagonal.iter().map(|&x| f64::from(x)).sum::<f64>();
+        let lambda = used.damping * mean / self.diagonal.len() as f64;
+        let sum = &self.sums[0];
+        let h = (&sum.matrix, 1.0 / sum.tokens as f64, lambda);
+        let how = (&groups(layout)[..], ROUNDS);
+        let codes = self.kernels.refine(weight, h, &used.factor, how, rounded);
         codes.map_err(gpu_error)
     }
 
@@ -267,47 +265,43 @@ impl Solver for GpuSolver {
     ) -> Result<Rounded> {
         check_weight(name, weight, layout)?;
         let placed = self.upload(weight)?;
-        let codes = self.rounded(&placed, layout)?;
-        let host = self.kernels.codes(&codes).map_err(gpu_error)?;
-        let (damping, damping_retries) = self.damping();
-        let quantized = Quantized {
-            inputs: weight.rows,
-            outputs: weight.cols,
-            layout: layout.clone(),
-            order: self.order.clone(),
-            codes: host.codes,
-            scale_codes: host.scale_codes,
-            scale_max: host.scale_max,
-            stats: Stats {
-                underflows: host.underflows,
-                damping,
-                damping_retries,
-            },
-        };
-        let decoded = self.kernels.download(codes.decoded()).map_err(gpu_error)?;
-        let decoded = Matrix::new(weight.rows, weight.cols, decoded)?;
-        if weight.rows <= MOST_INPUTS {
-            let mut refined = quantized.clone();
-            refine(&mut refined, (weight, &decoded), &self.mean()?, damping);
-            let better = refined.dequantize();
-            let placed_better = self.upload(&better)?;
-            let before = self.loss(Rows::HoldOut, &placed, Some(codes.decoded()))?;
-            if self.loss(Rows::HoldOut, &placed, Some(&placed_better))? < before {
-                let losses = self.judge_placed(&placed, &placed_better, rows)?;
-                return Ok(Rounded {
-                    quantized: refined,
-                    decoded: better,
-                    losses,
-                });
-            }
+        let mut codes = self.rounded(&placed, layout)?;
+        let better = self.refined(&placed, layout, &codes)?;
+        let before = self.loss(Rows::HoldOut, &placed, Some(codes.decoded()))?;
+        if self.loss(Rows::HoldOut, &placed, Some(better.decoded()))? < before {
+            codes = better;
         }
         let losses = self.judge_placed(&placed, codes.decoded(), rows)?;
+        let host = self.kernels.codes(&codes).map_err(gpu_error)?;
+        let (damping, damping_retries) = self.damping();
+        let decoded = self.kernels.download(codes.decoded()).map_err(gpu_error)?;
         Ok(Rounded {
-            quantized,
-            decoded,
+            quantized: Quantized {
+                inputs: weight.rows,
+                outputs: weight.cols,
+                layout: layout.clone(),
+                order: self.order.clone(),
+                codes: host.codes,
+                scale_codes: host.scale_codes,
+                scale_max: host.scale_max,
+                stats: Stats {
+                    underflows: host.underflows,
+                    damping,
+                    damping_retries,
+                },
+            },
+            decoded: Matrix::new(weight.rows, weight.cols, decoded)?,
             losses,
         })
     }
+}
+
+fn groups(layout: &Layout) -> Vec<GptqGroup> {
+    let group = |g: &GroupSpec| GptqGroup {
+        rows: g.rows,
+        bits: g.bits,
+    };
+    layout.groups().iter().map(group).collect()
 }
 
 /// Rows of errors that wait for a product, at most: groups of layouts that are measured have 128.
@@ -318,7 +312,8 @@ const COLUMN_WORDS: u64 = 40;
 /// Device memory of Hessians with `inputs` features and of matrices with `weights` elements and
 /// `outputs` columns, the largest of each.
 pub(super) fn bytes(inputs: usize, weights: u64, outputs: u64) -> u64 {
-    // The matrix, its working copy, what it decodes to, codes and their scales.
-    let rounding = 14 * weights + 4 * (PANEL_ROWS + COLUMN_WORDS) * outputs;
+    // The matrix, its working copy, what it decodes to, codes and their scales; the codes bettered and
+    // what those decode to.
+    let rounding = 19 * weights + 4 * (PANEL_ROWS + COLUMN_WORDS) * outputs;
     CudaQuantizer::hessian_bytes(inputs) + rounding
 }

@@ -1,12 +1,13 @@
 //! The ops that GPUs run against the quantizer of the CPU: first the ops' own host implementation,
 //! which the GPU's kernels are compared with, then a GPU itself when there is one.
 
-use exl_kernels::ops::{Gptq, GptqGroup, HessianFactor, Op};
+use exl_kernels::ops::{Gptq, GptqGroup, HessianFactor, Op, Refine};
 use exl_kernels::{Mem, MemMut, reference};
 
 use super::gpu::GpuMoments;
 use super::host::HostSolver;
 use super::*;
+use crate::refine::{ROUNDS, refine};
 use crate::testing::{noise, normal};
 use crate::{Factor, Hessian, Quantizer, activity_order};
 
@@ -93,6 +94,44 @@ const LAYOUTS: [&str; 4] = [
     "1x3b_256g",
 ];
 
+/// Betters a matrix that [`by_ops`] rounded by the op's implementation on the host.
+fn refined_by_ops(h: &Hessian, weight: &Matrix, q: &Quantized, lambda: f64) -> Quantized {
+    let (k, n) = (q.inputs, q.outputs);
+    let packed: Vec<i32> = q.order.iter().map(|&o| o as i32).collect();
+    let scale_max: Vec<i32> = q.scale_max.iter().map(|&m| i32::from(m)).collect();
+    let group = |g: &crate::GroupSpec| GptqGroup {
+        rows: g.rows,
+        bits: g.bits,
+    };
+    let groups: Vec<GptqGroup> = q.layout.groups().iter().map(group).collect();
+    let decoded = q.dequantize();
+    let (mut new_codes, mut new_decoded) = (vec![0; k * n], vec![0.0; k * n]);
+    let op = Refine {
+        weight: Mem::host(&weight.data),
+        h: Mem::host(h.data()),
+        order: Mem::host(&packed),
+        groups: &groups,
+        codes: Mem::host(&q.codes),
+        scale_codes: Mem::host(&q.scale_codes),
+        scale_max: Mem::host(&scale_max),
+        decoded: Mem::host(&decoded.data),
+        new_codes: MemMut::host(&mut new_codes),
+        new_decoded: MemMut::host(&mut new_decoded),
+        inputs: k,
+        outputs: n,
+        rounds: ROUNDS,
+        scale: 1.0,
+        lambda,
+    };
+    reference::run(&mut Op::Refine(op)).unwrap();
+    let better = Quantized {
+        codes: new_codes,
+        ..q.clone()
+    };
+    assert_eq!(better.dequantize().data, new_decoded);
+    better
+}
+
 /// Share of elements that are equal.
 fn agreement<T: PartialEq>(a: &[T], b: &[T]) -> f64 {
     let same = a.iter().zip(b).filter(|(x, y)| x == y).count();
@@ -135,6 +174,15 @@ fn the_ops_round_as_the_quantizer_does() {
         };
         let (a, b) = (loss(&ours), loss(&theirs));
         assert!((a - b).abs() < 2e-3 * a, "{text}: {a} {b}");
+
+        // And better the same codes alike.
+        let mut better = theirs.clone();
+        let decoded = theirs.dequantize();
+        refine(&mut better, (&weight, &decoded), set.train.data(), 0.02);
+        let by_ops = refined_by_ops(&set.train, &weight, &theirs, 0.02 * mean);
+        let same = agreement(&better.codes, &by_ops.codes);
+        assert!(same > 0.99, "{text}: {same}");
+        assert!(agreement(&theirs.codes, &by_ops.codes) < same, "{text}");
     }
 }
 

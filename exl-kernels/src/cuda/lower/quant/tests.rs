@@ -1,7 +1,7 @@
 use super::*;
 use crate::cuda::DeviceProps;
 use crate::cuda::lower::{Scratch, lower, scratch_bytes};
-use crate::ops::{GptqGroup, Op};
+use crate::ops::{GptqGroup, Op, Refine};
 use crate::{DType, Place};
 
 fn read(at: usize, elements: usize, dtype: DType) -> Mem<'static> {
@@ -140,6 +140,62 @@ fn a_factor_takes_three_launches_a_block() {
     assert_eq!(list[1] - list[0], 8 * 160 * 160);
     assert_eq!(factor_scratch(160), 8 * (160 * 160 + 160 * 64));
     assert_eq!(launches(&factor(32)).len(), 3);
+}
+
+fn refinement(groups: &[GptqGroup], outputs: usize) -> Op<'_> {
+    let k = groups.iter().map(|g| g.rows).sum();
+    Op::Refine(Refine {
+        weight: read(1 << 40, k * outputs, DType::F32),
+        h: read(2 << 40, k * k, DType::F32),
+        order: read(3 << 40, k, DType::I32),
+        groups,
+        codes: read(4 << 40, k * outputs, DType::U8),
+        scale_codes: read(5 << 40, groups.len() * outputs, DType::U8),
+        scale_max: read(6 << 40, groups.len(), DType::I32),
+        decoded: read(7 << 40, k * outputs, DType::F32),
+        new_codes: write(10 << 40, k * outputs, DType::U8),
+        new_decoded: write(11 << 40, k * outputs, DType::F32),
+        inputs: k,
+        outputs,
+        rounds: 2,
+        scale: 0.5,
+        lambda: 0.25,
+    })
+}
+
+#[test]
+fn a_refinement_settles_panel_after_panel() {
+    let group = |rows, bits| GptqGroup { rows, bits };
+    let groups = [group(32, 5), group(64, 4), group(64, 3)];
+    let op = refinement(&groups, 192);
+    let list = launches(&op);
+    let kernels: Vec<Kernel> = list.iter().map(|l| l.kernel).collect();
+    let round = [refine::SETTLE, refine::PASS, refine::SETTLE, refine::PASS];
+    let mut want = vec![refine::LOAD, refine::BEGIN, refine::PULL];
+    want.extend([round, round].concat());
+    assert_eq!(kernels, want);
+    assert_eq!((list[2].grid, list[3].grid), ([2, 2, 1], [6, 1, 1]));
+    // The first panel has a step of the first group, two of the second and one of the third, the
+    // second panel one of the third.
+    let pair = |low: u64, high: u64| low | high << 32;
+    let words = list[3].args.words();
+    let steps = [pair(0, 1), pair(1, 2), pair(5, 4), pair(4, 3)];
+    assert_eq!(words[8..], [&[0, 128, 160, 192], &steps[..]].concat());
+    let words = list[5].args.words();
+    let steps = [pair(2, 0), 0, pair(3, 0), 0];
+    assert_eq!(words[8..], [&[128, 160, 160, 192], &steps[..]].concat());
+    assert_eq!(list[6].args.words()[3..], [128, 160, 160, 192]);
+    // Parts of scratch memory lie one after the other.
+    let Op::Refine(o) = &op else { unreachable!() };
+    let s = refine::Space::new(o, 4096);
+    assert_eq!(s.pull - s.packed, 4 * 160 * 160);
+    assert_eq!(s.change - s.pull, 4 * 160 * 192);
+    assert_eq!(s.end - s.change, 4 * 128 * 192);
+    assert_eq!(refine_scratch(o), s.end - 4096);
+    // One panel has no rows to pass changes on to.
+    let groups = [group(96, 4)];
+    let kernels = launches(&refinement(&groups, 32)).len();
+    assert_eq!(kernels, 3 + 2);
 }
 
 #[test]

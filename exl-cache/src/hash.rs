@@ -55,6 +55,25 @@ impl fmt::Debug for PageHash {
     }
 }
 
+/// Ids for `count` vectors that stand in place of tokens, from their `content`: above all token ids,
+/// other ones for other contents. Two contents have the same ids with a probability of 2^-31 for each
+/// vector.
+pub fn vector_ids(content: impl IntoIterator<Item = f32>, count: usize) -> Vec<u32> {
+    let mut hasher = Blake2b::<U16>::new();
+    for value in content {
+        hasher.update(value.to_le_bytes());
+    }
+    let all: [u8; 16] = hasher.finalize().into();
+    let id = |at: usize| {
+        let one = PageHash::of(Some(PageHash(all)), &[at as u32]).0;
+        u32::from_le_bytes([one[0], one[1], one[2], one[3]]) | FIRST_VECTOR
+    };
+    (0..count).map(id).collect()
+}
+
+/// Least id of a vector.
+const FIRST_VECTOR: u32 = 1 << 31;
+
 /// A text to be admitted: how long it is, and the names of the full pages that others may share.
 ///
 /// The last token is always computed, because its logits are wanted, so a page that ends with it has
@@ -80,6 +99,14 @@ impl Prefix {
             hashes,
             tokens: tokens.len(),
         }
+    }
+
+    /// Names only pages that end within the first `tokens` tokens: what follows is not to be found in
+    /// the cache, but computed.
+    #[must_use]
+    pub fn up_to(mut self, tokens: usize) -> Self {
+        self.hashes.truncate(tokens / PAGE_TOKENS);
+        self
     }
 
     /// Tokens of the text.
@@ -110,6 +137,20 @@ mod tests {
     }
 
     #[test]
+    fn vectors_have_ids_by_their_content() {
+        let content = |n: u32| (0..64).map(move |i| (i + n) as f32);
+        let ids = vector_ids(content(0), 4);
+        assert_eq!(ids, vector_ids(content(0), 4));
+        assert!(ids.iter().all(|&id| id >= FIRST_VECTOR));
+        // Every id depends on all of the content, and no two are alike.
+        let others = vector_ids(content(1), 4);
+        let mut all = [ids, others].concat();
+        all.sort_unstable();
+        all.dedup();
+        assert_eq!(all.len(), 8);
+    }
+
+    #[test]
     fn a_prefix_names_all_full_pages_but_that_of_the_last_token() {
         let tokens: Vec<u32> = (0..513).collect();
         let named = |n: usize| Prefix::new(None, &tokens[..n]).hashes.len();
@@ -122,6 +163,9 @@ mod tests {
             plain.hashes[1],
             PageHash::of(Some(plain.hashes[0]), &tokens[256..512])
         );
+        for (tokens, pages) in [(0, 0), (255, 0), (256, 1), (511, 1), (512, 2), (600, 2)] {
+            assert_eq!(plain.clone().up_to(tokens).hashes.len(), pages);
+        }
         let other = Prefix::new(Some(PageHash::root("adapter")), &tokens);
         assert!(plain.hashes.iter().all(|hash| !other.hashes.contains(hash)));
     }

@@ -11,5 +11,5 @@ pub use disk::{DiskPage, DiskTier};
 pub use error::{Error, Result};
 pub use events::CacheEvent;
 pub use exl_tensor::PAGE_TOKENS;
-pub use hash::{PageHash, Prefix};
+pub use hash::{PageHash, Prefix, vector_ids};
 pub use table::{Match, PageCopy, PageId, PageTable, SeqId, pages_for};

@@ -4,6 +4,7 @@ mod answer;
 mod compare;
 mod convert;
 mod grammar;
+mod lora;
 mod rewrite;
 mod sampling;
 
@@ -11,6 +12,7 @@ pub(crate) use answer::{AnswerArgs, PromptArgs};
 pub(crate) use compare::CompareArgs;
 pub(crate) use convert::{ConvertArgs, Fit};
 pub(crate) use grammar::GrammarArgs;
+pub(crate) use lora::{Lora, LoraArgs};
 pub(crate) use rewrite::exllama_short_flags;
 pub(crate) use sampling::SamplingArgs;
 
@@ -218,6 +220,8 @@ pub(crate) struct GenerateArgs {
           allow_negative_numbers = true, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) max_tokens: u32,
     #[command(flatten)]
+    pub(crate) lora: LoraArgs,
+    #[command(flatten)]
     pub(crate) sampling: SamplingArgs,
     #[command(flatten)]
     pub(crate) form: GrammarArgs,
@@ -293,6 +297,8 @@ pub(crate) struct ChatArgs {
     #[arg(short = 'n', long, value_name = "N", default_value_t = 1024,
           allow_negative_numbers = true, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) max_tokens: u32,
+    #[command(flatten)]
+    pub(crate) lora: LoraArgs,
     #[command(flatten)]
     pub(crate) sampling: SamplingArgs,
     #[command(flatten)]

@@ -1,6 +1,6 @@
 //! From flags to a loaded model that can run.
 
-use crate::args::{ActivationMode, CacheArgs, ComputeArgs, Device, DeviceArgs, LoadArgs};
+use crate::args::{ActivationMode, CacheArgs, ComputeArgs, Device, DeviceArgs, LoadArgs, Lora};
 use crate::failure::Interrupted;
 use crate::guessing::Guessing;
 use crate::machine;
@@ -9,10 +9,13 @@ use crate::signal::StopFlag;
 use crate::ui::{self, Ui};
 use anyhow::{Context, Result, bail};
 use exl_gen::{
-    DiskOptions, DraftModel, Engine, EngineHandle, EngineOptions, RunnerBackend, Tokenizer,
+    AdapterUse, DiskOptions, DraftModel, Engine, EngineHandle, EngineOptions, RunnerBackend,
+    Tokenizer,
 };
 use exl_models::rope::RopeOptions;
-use exl_models::{Backend, LoadOptions, MemoryRequest, Model, ModelSource, Runner, RunnerOptions};
+use exl_models::{
+    Adapter, Backend, LoadOptions, MemoryRequest, Model, ModelSource, Runner, RunnerOptions,
+};
 use exl_tensor::{Activations, CudaOptions, Gpu, KvType, PAGE_TOKENS};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
@@ -225,6 +228,8 @@ pub(crate) struct Room {
     guesses: usize,
     /// A model that guesses, and how to open it.
     draft: Option<(PathBuf, LoadOptions)>,
+    /// Adapters that requests may use.
+    pub(crate) adapters: Vec<Lora>,
 }
 
 impl Room {
@@ -242,6 +247,7 @@ impl Room {
             disk: None,
             guesses: 0,
             draft: None,
+            adapters: Vec::new(),
         }
     }
 
@@ -256,6 +262,12 @@ impl Room {
     pub(crate) fn with_guesses(mut self, guessing: &Guessing, options: &LoadOptions) -> Self {
         self.guesses = guessing.most();
         self.draft = guessing.draft.clone().map(|dir| (dir, options.clone()));
+        self
+    }
+
+    /// With adapters that flags name.
+    pub(crate) fn with_adapters(mut self, adapters: &[Lora]) -> Self {
+        self.adapters = adapters.to_vec();
         self
     }
 
@@ -304,7 +316,7 @@ pub(crate) fn engine(
     let gpu = gpu(compute.device.device, ui)?;
     let gpu = gpu.as_ref();
     let prefill_rows = prefill_rows(gpu);
-    let options = room.sized(runner_options(compute, room.cache, gpu), prefill_rows);
+    let mut options = room.sized(runner_options(compute, room.cache, gpu), prefill_rows);
     let what = format!(
         "{} with {} tokens of context",
         source.files().dir().display(),
@@ -313,14 +325,22 @@ pub(crate) fn engine(
     let draft = room.draft.as_ref();
     let draft = draft.map(|(dir, options)| Draft::open(dir, options, tokenizer, ui));
     let draft = draft.transpose()?;
+    // The draft model has no part in the adapters.
+    let plain = options.clone();
+    for lora in &room.adapters {
+        let adapter = Adapter::open(&lora.dir, source.spec())?;
+        options.adapters.push(Arc::new(adapter));
+    }
     let mut need = memory::needed(&source, &options.memory_request(), gpu)?;
+    let adapters = options.adapters.iter().map(|a| a.weights().bytes() as u64);
+    need.weights += adapters.sum::<u64>();
     if let Some(draft) = &draft {
-        let more = memory::needed(&draft.source, &options.memory_request(), gpu)?;
+        let more = memory::needed(&draft.source, &plain.memory_request(), gpu)?;
         need = memory::sum(&need, &more);
     }
     memory::check(&need, &what, "--context", gpu)?;
     let loaded = load(&source, gpu, stop, ui)?;
-    let draft = draft.map(|draft| draft.load(&loaded, &options, gpu, (stop, ui)));
+    let draft = draft.map(|draft| draft.load(&loaded, &plain, gpu, (stop, ui)));
     let draft = draft.transpose()?;
     let disk = disk(&source, &options, room.disk.as_ref())?;
     // The files that were repacked need not stay mapped.
@@ -343,7 +363,8 @@ pub(crate) fn engine(
         disk,
         ..EngineOptions::default()
     };
-    let (backend, tokenizer) = (Box::new(RunnerBackend::new(runner)), Arc::clone(tokenizer));
+    let backend = RunnerBackend::new(runner).with_adapter_names(room.adapters.iter().map(name));
+    let (backend, tokenizer) = (Box::new(backend), Arc::clone(tokenizer));
     Ok(match draft {
         Some(draft) => Engine::start_with_draft(backend, draft, tokenizer, options)?,
         None => Engine::start(backend, tokenizer, options)?,
@@ -390,6 +411,20 @@ impl Draft {
             cost: cost.max(LEAST_COST),
         })
     }
+}
+
+/// What requests call an adapter.
+fn name(lora: &Lora) -> String {
+    lora.dir.display().to_string()
+}
+
+/// The adapters of a request.
+pub(crate) fn uses(adapters: &[Lora]) -> Vec<AdapterUse> {
+    let one = |lora: &Lora| AdapterUse {
+        name: name(lora),
+        scale: lora.scale,
+    };
+    adapters.iter().map(one).collect()
 }
 
 /// What keeps pages on disk. They depend on the weights and on how these compute: not on threads,

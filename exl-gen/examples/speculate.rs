@@ -17,7 +17,8 @@ use std::time::{Duration, Instant};
 
 use exl_gen::{
     DoneReason, DraftModel, Encode, Engine, EngineHandle, EngineOptions, Grammar, LogitRows,
-    Request, RunnerBackend, Sampler, SamplerSettings, SeqSlice, Speculation, Tokenizer,
+    Request, RunnerBackend, Sampler, SamplerSettings, SeqSlice, SliceExtras, Speculation,
+    Tokenizer,
 };
 use exl_models::{LoadOptions, Model, Runner, RunnerOptions};
 
@@ -226,6 +227,7 @@ fn rows(threads: usize, dir: &Path) -> Result<()> {
             start,
             pages: &pages,
             logits: LogitRows::All,
+            extras: SliceExtras::default(),
         }])?;
         Ok(begin.elapsed())
     };
@@ -265,6 +267,7 @@ fn rates(threads: usize, dir: &Path, draft: &Path) -> Result<()> {
             start: 0,
             pages: &[0, 1],
             logits: LogitRows::All,
+            extras: SliceExtras::default(),
         };
         let mut runner = runner(threads, dir, LENGTH)?;
         let vocab = runner.model().spec().vocab;

@@ -1,6 +1,8 @@
 //! What the engine needs of a model.
 
-pub use exl_models::{Draw, LogitRows, SampleParams, SeqSlice};
+use std::sync::Arc;
+
+pub use exl_models::{Draw, LogitRows, SampleParams, SeqSlice, SliceExtras, Vectors};
 
 /// A step that did not work; the jobs in it fail, the engine goes on.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -42,6 +44,27 @@ pub trait Backend: Send {
     /// # Errors
     /// [`BackendError`]; what the page holds is then undefined.
     fn copy_page(&mut self, from: u32, to: u32) -> Result<(), BackendError>;
+
+    /// Adapters that requests may name; slices name them by their place in this list.
+    fn adapters(&self) -> Vec<AdapterInfo> {
+        Vec::new()
+    }
+
+    /// Width of hidden states; 0 where slices can have no vectors and hidden states are not told.
+    fn hidden_size(&self) -> usize {
+        0
+    }
+
+    /// The hidden states that the slices of the last step asked for, `[positions, hidden_size]`, slice
+    /// by slice.
+    ///
+    /// # Errors
+    /// [`BackendError`]; always, where [`Backend::hidden_size`] is 0.
+    fn hidden(&mut self) -> Result<&[f32], BackendError> {
+        Err(BackendError(
+            "the backend tells no hidden states".to_owned(),
+        ))
+    }
 
     /// Bytes of a page's content, for [`Backend::read_page`]; 0 where that does not work.
     fn page_bytes(&self) -> usize {
@@ -110,6 +133,15 @@ pub struct Mixed<'a> {
     pub logits: &'a [f32],
 }
 
+/// An adapter of a backend.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AdapterInfo {
+    /// What requests call it.
+    pub name: String,
+    /// What it computes: texts in the cache are kept apart by it.
+    pub fingerprint: String,
+}
+
 /// Who chooses the tokens of a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Chooser {
@@ -143,6 +175,7 @@ pub struct RunnerBackend {
     runner: exl_models::Runner,
     draws: bool,
     drawn: Vec<i32>,
+    adapters: Vec<AdapterInfo>,
 }
 
 impl RunnerBackend {
@@ -150,11 +183,26 @@ impl RunnerBackend {
     /// when that is a GPU, so that no logits are copied; on the CPU the engine's sampler is faster.
     pub fn new(runner: exl_models::Runner) -> Self {
         let draws = matches!(runner.options().backend, exl_models::Backend::Cuda(..));
+        let adapters = runner.options().adapters.iter().enumerate();
+        let info = |(at, adapter): (usize, &Arc<exl_models::Adapter>)| AdapterInfo {
+            name: at.to_string(),
+            fingerprint: adapter.fingerprint().to_owned(),
+        };
         Self {
+            adapters: adapters.map(info).collect(),
             runner,
             draws,
             drawn: Vec::new(),
         }
+    }
+
+    /// Names the runner's adapters, in their order; they are called by their numbers otherwise.
+    #[must_use]
+    pub fn with_adapter_names(mut self, names: impl IntoIterator<Item = String>) -> Self {
+        for (adapter, name) in self.adapters.iter_mut().zip(names) {
+            adapter.name = name;
+        }
+        self
     }
 
     /// Draws tokens where the logits are, or not, whatever the device.
@@ -211,6 +259,19 @@ impl Backend for RunnerBackend {
         self.runner
             .step(seqs)
             .map_err(|error| BackendError(error.to_string()))
+    }
+
+    fn adapters(&self) -> Vec<AdapterInfo> {
+        self.adapters.clone()
+    }
+
+    fn hidden_size(&self) -> usize {
+        self.runner.model().spec().hidden
+    }
+
+    fn hidden(&mut self) -> Result<&[f32], BackendError> {
+        let hidden = self.runner.hidden();
+        hidden.map_err(|error| BackendError(error.to_string()))
     }
 
     fn page_bytes(&self) -> usize {

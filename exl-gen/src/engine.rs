@@ -6,10 +6,10 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use exl_cache::{CacheEvent, PAGE_TOKENS, PageTable, pages_for};
 
-use crate::job::{Job, Wires};
+use crate::job::{Extras, Job, Wires};
 use crate::request::{JobId, Request};
 use crate::stats::{Load, Stats};
-use crate::{Backend, DraftModel, Error, Result, Tokenizer};
+use crate::{AdapterInfo, Backend, DraftModel, Error, Result, Tokenizer};
 
 mod disk;
 mod draft;
@@ -132,6 +132,8 @@ impl Engine {
         let inner = Inner {
             vocab: backend.vocab_size(),
             draft_vocab,
+            adapters: backend.adapters(),
+            hidden_size: backend.hidden_size(),
             max_lanes: worker::max_lanes(backend.as_ref()),
             limit: options.max_seq_len.unwrap_or(capacity).min(capacity),
             max_waiting: options.max_waiting,
@@ -177,6 +179,8 @@ struct Inner {
     vocab: usize,
     /// Rows of the draft model's head, if there is one.
     draft_vocab: Option<usize>,
+    adapters: Vec<AdapterInfo>,
+    hidden_size: usize,
     /// Most sequences of one job.
     max_lanes: usize,
     limit: usize,
@@ -204,8 +208,8 @@ impl EngineHandle {
     ///
     /// # Errors
     /// [`Error::EmptyPrompt`], [`Error::PromptTooLong`], [`Error::UnknownToken`],
-    /// [`Error::Setting`], [`Error::DraftModel`] where there is none, [`Error::QueueFull`], and
-    /// [`Error::Closed`] while draining.
+    /// [`Error::Setting`], [`Error::UnknownAdapter`], [`Error::Extras`], [`Error::DraftModel`] where
+    /// there is none, [`Error::QueueFull`], and [`Error::Closed`] while draining.
     pub fn submit(&self, request: Request) -> Result<JobStream> {
         let inner = &*self.inner;
         // Before the queue's room: a drained engine is closed even when its queue is full.
@@ -213,6 +217,7 @@ impl EngineHandle {
             return Err(Error::Closed);
         }
         self.check(&request)?;
+        let extras = Extras::new(&request, &inner.adapters, inner.hidden_size)?;
         let id = JobId(inner.shared.next.fetch_add(1, Ordering::Relaxed));
         let (sender, receiver) = channel();
         let cancelled = Arc::new(AtomicBool::new(false));
@@ -225,7 +230,8 @@ impl EngineHandle {
                 events: sender,
                 cancelled: Arc::clone(&cancelled),
             },
-        )?;
+        )?
+        .with_extras(extras);
         let full = |waiting| (waiting < inner.max_waiting).then_some(waiting + 1);
         inner
             .shared
@@ -274,7 +280,11 @@ impl EngineHandle {
             (true, Some(vocab)) => vocab.min(inner.vocab),
             (false, _) => inner.vocab,
         };
-        let tokens = request.prompt.iter().chain(&request.prefix);
+        // What stands where vectors are does not matter.
+        let replaced = |at: &usize| request.vectors.iter().any(|v| v.positions().contains(at));
+        let prompt = request.prompt.iter().enumerate();
+        let prompt = prompt.filter(|(at, _)| !replaced(at)).map(|(_, id)| id);
+        let tokens = prompt.chain(&request.prefix);
         let mut tokens = tokens.chain(negative.into_iter().flatten());
         match tokens.find(|&&id| id as usize >= vocab) {
             Some(&id) => Err(Error::UnknownToken { id, vocab }),

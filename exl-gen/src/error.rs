@@ -136,6 +136,20 @@ pub enum Error {
         /// Why.
         reason: String,
     },
+    /// An adapter that the backend does not have.
+    #[error("there is no adapter {name:?}, there are: {known}")]
+    UnknownAdapter {
+        /// The name asked for.
+        name: String,
+        /// Those there are.
+        known: String,
+    },
+    /// Vectors or hidden states that a request cannot have.
+    #[error("{what}")]
+    Extras {
+        /// What is wrong.
+        what: String,
+    },
     /// Page table.
     #[error(transparent)]
     Cache(#[from] exl_cache::Error),

@@ -1,7 +1,6 @@
 //! Answers of a given form: JSON schemas, regular expressions, grammars and lists of choices.
 
 use std::collections::VecDeque;
-use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
 use llguidance::Matcher;
@@ -112,8 +111,8 @@ pub struct Guide {
 enum State {
     Here(Box<Matcher>),
     /// On the thread that computes its mask.
-    Away(Receiver<Task>),
-    /// Nowhere: that thread ended.
+    Away(Task),
+    /// Nowhere: that thread panicked.
     Lost,
 }
 
@@ -181,11 +180,7 @@ impl Guide {
         let State::Here(matcher) = std::mem::replace(&mut self.state, State::Lost) else {
             return;
         };
-        let (reply, receiver) = channel();
-        self.state = match thread.send(Task::new(matcher, draft, reply)) {
-            Ok(()) => State::Away(receiver),
-            Err(matcher) => State::Here(matcher),
-        };
+        self.state = State::Away(thread.send(matcher, draft));
     }
 
     /// Excludes every token that may not come next; `ends` are the tokens that end an answer, which
@@ -366,26 +361,32 @@ impl Guide {
         Ok(self.mask.insert(mask))
     }
 
-    /// Waits for a mask that a thread computes, if one does.
+    /// Gets the parser back from the thread, with its mask if that was begun.
     fn mask_away(&mut self) -> Result<()> {
-        let State::Away(receiver) = &self.state else {
+        if !matches!(self.state, State::Away(_)) {
+            return Ok(());
+        }
+        let State::Away(task) = std::mem::replace(&mut self.state, State::Lost) else {
             return Ok(());
         };
         let begin = Instant::now();
-        let Ok(task) = receiver.recv() else {
-            self.state = State::Lost;
-            return Err(self.error("the thread that computes masks ended"));
+        let Some(masked) = task.finish() else {
+            return Err(self.error("the thread that computes masks panicked"));
         };
         self.times.waited += begin.elapsed();
-        self.state = State::Here(task.matcher);
-        self.times.masks += task.masks.len() as u64;
-        self.times.computed += task.took;
-        let mut masks = task.masks.into_iter();
+        self.state = State::Here(masked.matcher);
+        self.times.masks += masked.masks.len() as u64;
+        self.times.computed += masked.took;
+        let mut masks = masked.masks.into_iter();
         if let Some(mask) = masks.next() {
             self.mask = Some(mask.map_err(|error| self.error(error))?);
         }
         // Where a mask behind a guess fails, it fails again if that guess is right.
-        self.ahead = task.draft.into_iter().zip(masks.map(Result::ok)).collect();
+        self.ahead = masked
+            .draft
+            .into_iter()
+            .zip(masks.map(Result::ok))
+            .collect();
         Ok(())
     }
 

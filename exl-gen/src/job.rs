@@ -11,6 +11,7 @@ use crate::{Draw, Error, Result, Sampler, Tokenizer};
 
 mod bans;
 mod draft;
+mod extras;
 mod form;
 mod lane;
 mod logits;
@@ -18,6 +19,7 @@ mod output;
 
 use draft::Drafting;
 pub(crate) use draft::Trail;
+pub(crate) use extras::Extras;
 use form::Form;
 pub(crate) use lane::Lane;
 use output::Output;
@@ -50,6 +52,7 @@ pub(crate) struct Job {
     drafting: Option<Drafting>,
     /// Steps that the job drew tokens after.
     steps: usize,
+    extras: Extras,
     stop_tokens: Vec<u32>,
     /// Tokens that led to a banned string, by their place in the answer; places rise.
     explored: Vec<(usize, Vec<u32>)>,
@@ -114,6 +117,8 @@ impl Job {
         wires: Wires,
     ) -> Result<Self> {
         check(&request)?;
+        // Guesses are tokens; what stands where vectors are is none.
+        let speculation = request.speculation.filter(|_| request.vectors.is_empty());
         let sampler = Sampler::new(request.sampler, tokenizer.vocab_size())?;
         let form = request.grammar.as_ref();
         let form = form.map(|grammar| Form::new(grammar, request.prefer_end, tokenizer));
@@ -165,8 +170,9 @@ impl Job {
             logprobs: request.logprobs,
             sampler,
             form,
-            drafting: request.speculation.map(Drafting::new),
+            drafting: speculation.map(Drafting::new),
             steps: 0,
+            extras: Extras::default(),
             stop_tokens,
             explored: Vec::new(),
             blocked: Vec::new(),

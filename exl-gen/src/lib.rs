@@ -17,12 +17,15 @@ mod template;
 mod tokenizer;
 
 pub use backend::{
-    Backend, BackendError, Draw, LogitRows, Mixed, RunnerBackend, SampleParams, SeqSlice,
+    AdapterInfo, Backend, BackendError, Draw, LogitRows, Mixed, RunnerBackend, SampleParams,
+    SeqSlice, SliceExtras, Vectors,
 };
 pub use engine::{Answer, DiskOptions, Engine, EngineHandle, EngineOptions, JobStream};
 pub use error::{Error, Result};
 pub use grammar::{Grammar, Guide, MaskTimes};
-pub use request::{Done, DoneReason, Event, Guidance, JobId, Request, Timings, TokenLogprobs};
+pub use request::{
+    AdapterUse, Done, DoneReason, Event, Guidance, JobId, Request, Timings, TokenLogprobs,
+};
 pub use sampler::{Mirostat, Philox, Sampled, Sampler, SamplerSettings, Stage};
 pub use speculation::{DraftModel, Speculation};
 pub use stats::{Load, Stats};

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::time::Duration;
 
-use crate::{Grammar, SamplerSettings, Speculation};
+use crate::{Grammar, SamplerSettings, Speculation, Vectors};
 
 /// Number of a job, unique within an engine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -33,7 +33,8 @@ pub struct Request {
     pub token_healing: bool,
     /// How tokens are chosen.
     pub sampler: SamplerSettings,
-    /// Guesses tokens, to have several of them from one step. It does not change the answer.
+    /// Guesses tokens, to have several of them from one step. It does not change the answer. Jobs with
+    /// vectors go without.
     pub speculation: Option<Speculation>,
     /// Steers away from another prompt.
     pub guidance: Option<Guidance>,
@@ -59,6 +60,23 @@ pub struct Request {
     pub priority: i32,
     /// The job ends when it is older than this.
     pub deadline: Option<Duration>,
+    /// Adapters of the backend ([`crate::Backend::adapters`]); what they do is summed.
+    pub adapters: Vec<AdapterUse>,
+    /// Hidden states in place of tokens of the prompt, in the order of their positions. The prompt has
+    /// some token for each; which one does not matter.
+    pub vectors: Vec<Vectors>,
+    /// Positions of the prompt, rising, whose last hidden states are told ([`Event::Hidden`]). From the
+    /// first of them on nothing is taken from the cache. Not together with `token_healing`.
+    pub hidden: Vec<usize>,
+}
+
+/// An adapter and how much of it is added.
+#[derive(Clone, Debug, PartialEq)]
+pub struct AdapterUse {
+    /// Its name.
+    pub name: String,
+    /// 1 is what it was trained for.
+    pub scale: f32,
 }
 
 /// Classifier-free guidance: tokens are drawn from `scale` times the log-probabilities after the
@@ -93,6 +111,9 @@ impl Request {
             logprobs: None,
             priority: 0,
             deadline: None,
+            adapters: Vec::new(),
+            vectors: Vec::new(),
+            hidden: Vec::new(),
         }
     }
 }
@@ -112,6 +133,13 @@ pub enum Event {
         done: usize,
         /// Tokens of the prompt.
         total: usize,
+    },
+    /// The last hidden state of a position of the prompt, behind the final norm.
+    Hidden {
+        /// The position.
+        position: usize,
+        /// As wide as the model's hidden states.
+        values: Vec<f32>,
     },
     /// New text, always whole characters.
     Text {

@@ -158,6 +158,7 @@ fn gap_after(runner: &mut Runner, ids: &[u32]) -> f32 {
         start: 0,
         pages: &[1, 2, 3],
         logits: LogitRows::Last,
+        extras: Default::default(),
     };
     let mut logits = runner.step(&[slice]).unwrap().to_vec();
     logits.sort_by(|a, b| b.total_cmp(a));

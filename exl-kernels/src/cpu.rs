@@ -85,6 +85,8 @@ impl Cpu {
             Op::Embed(_)
             | Op::GatherRows(_)
             | Op::ScaleLogits(_)
+            | Op::ScaleRows(_)
+            | Op::Gated(_)
             | Op::HessianSyrk(_)
             | Op::Dequant(_)
             | Op::Sample(_)
@@ -154,6 +156,8 @@ impl Cpu {
             Op::PagedAttn(op) => paged_attn::run(op, self),
             Op::GatherRows(op) => rows::gather_rows(op, self),
             Op::ScaleLogits(op) => rows::scale_logits(op, self),
+            Op::ScaleRows(op) => rows::scale_rows(op, self),
+            Op::Gated(op) => rows::gated(op, self),
             Op::HessianSyrk(op) => syrk::run(op, self),
             Op::Sample(op) => ops::sample(op),
             // The quantizer computes these on the CPU with code of its own over its own matrices.

@@ -269,6 +269,45 @@ pub struct ScaleLogits<'a> {
     pub softcap: f32,
 }
 
+/// `out[r, :] = x[r, :] * scales[r, column] + add[r, :]`: the share that each row takes of something.
+/// Where the scale is 0 nothing is taken, not even what is no number. `out` may equal `x` or `add`.
+#[derive(Debug)]
+pub struct ScaleRows<'a> {
+    /// F32 `[rows, dim]`.
+    pub x: Mem<'a>,
+    /// F32 `[rows, columns]`.
+    pub scales: Mem<'a>,
+    /// F32 `[rows, dim]`.
+    pub add: Option<Mem<'a>>,
+    /// F32 `[rows, dim]`.
+    pub out: MemMut<'a>,
+    /// Number of rows.
+    pub rows: usize,
+    /// Row length.
+    pub dim: usize,
+    /// Scales of a row.
+    pub columns: usize,
+    /// Which of them is taken.
+    pub column: usize,
+}
+
+/// `out = act(gate) * up`, element by element. `out` may equal `gate` or `up`.
+#[derive(Debug)]
+pub struct Gated<'a> {
+    /// F32 `[rows, dim]`.
+    pub gate: Mem<'a>,
+    /// F32 `[rows, dim]`.
+    pub up: Mem<'a>,
+    /// F32 `[rows, dim]`.
+    pub out: MemMut<'a>,
+    /// Number of rows.
+    pub rows: usize,
+    /// Row length.
+    pub dim: usize,
+    /// Activation of the gate.
+    pub act: Activation,
+}
+
 /// `h += x^T x`, the Hessian of the squared output error of a linear layer (both triangles).
 #[derive(Debug)]
 pub struct HessianSyrk<'a> {
@@ -305,6 +344,8 @@ pub enum Op<'a> {
     PagedAttn(PagedAttn<'a>),
     GatherRows(GatherRows<'a>),
     ScaleLogits(ScaleLogits<'a>),
+    ScaleRows(ScaleRows<'a>),
+    Gated(Gated<'a>),
     HessianSyrk(HessianSyrk<'a>),
     Dequant(Dequant<'a>),
     Sample(Sample<'a>),
@@ -326,6 +367,8 @@ impl Op<'_> {
             Op::PagedAttn(_) => "paged_attn",
             Op::GatherRows(_) => "gather_rows",
             Op::ScaleLogits(_) => "scale_logits",
+            Op::ScaleRows(_) => "scale_rows",
+            Op::Gated(_) => "gated",
             Op::HessianSyrk(_) => "hessian_syrk",
             Op::Dequant(_) => "dequant",
             Op::Sample(_) => "sample",

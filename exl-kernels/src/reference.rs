@@ -6,8 +6,8 @@ pub(crate) mod kv;
 use half::{bf16, f16};
 
 use crate::ops::{
-    Activation, Dequant, Embed, GateUp, GatherRows, HessianSyrk, Linear, Matrix, Op, PAGE_TOKENS,
-    PagedAttn, RmsNorm, RopeAppend, RopeStyle, ScaleLogits,
+    Activation, Dequant, Embed, GateUp, Gated, GatherRows, HessianSyrk, Linear, Matrix, Op,
+    PAGE_TOKENS, PagedAttn, RmsNorm, RopeAppend, RopeStyle, ScaleLogits, ScaleRows,
 };
 use crate::{DType, Error, Mem, MemMut, Result, ops};
 
@@ -26,6 +26,8 @@ pub fn run(op: &mut Op<'_>) -> Result<()> {
         Op::PagedAttn(op) => paged_attn(op),
         Op::GatherRows(op) => gather_rows(op),
         Op::ScaleLogits(op) => scale_logits(op),
+        Op::ScaleRows(op) => scale_rows(op),
+        Op::Gated(op) => gated(op),
         Op::HessianSyrk(op) => hessian_syrk(op),
         Op::Dequant(op) => dequant(op),
         Op::Sample(op) => ops::sample(op),
@@ -351,6 +353,29 @@ fn scale_logits(op: &mut ScaleLogits<'_>) -> Result<()> {
     for x in op.x.slice_mut::<f32>()? {
         let y = f64::from(*x) * scale;
         *x = if cap > 0.0 { cap * (y / cap).tanh() } else { y } as f32;
+    }
+    Ok(())
+}
+
+fn scale_rows(op: &mut ScaleRows<'_>) -> Result<()> {
+    let (x, scales) = (floats(&op.x)?, floats(&op.scales)?);
+    let add = op.add.as_ref().map(floats).transpose()?;
+    let out = op.out.slice_mut::<f32>()?;
+    for r in 0..op.rows {
+        let scale = scales[r * op.columns + op.column];
+        for i in r * op.dim..(r + 1) * op.dim {
+            let taken = if scale == 0.0 { 0.0 } else { x[i] * scale };
+            out[i] = (taken + add.as_ref().map_or(0.0, |add| add[i])) as f32;
+        }
+    }
+    Ok(())
+}
+
+fn gated(op: &mut Gated<'_>) -> Result<()> {
+    let (gate, up) = (floats(&op.gate)?, floats(&op.up)?);
+    let out = op.out.slice_mut::<f32>()?.iter_mut();
+    for ((out, g), u) in out.zip(gate).zip(up) {
+        *out = (activate(op.act, g) * u) as f32;
     }
     Ok(())
 }

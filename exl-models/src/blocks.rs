@@ -13,10 +13,12 @@ use exl_tensor::{Part, PlanBuilder, Slot};
 use crate::Spec;
 use crate::spec::{LayerSpec, LinearSpec, NormSpec};
 
-/// Embeds the step's tokens: `[rows, hidden]`.
+/// Embeds the step's tokens, with vectors in place of some if the key says so: `[rows, hidden]`.
 pub fn embed(b: &mut PlanBuilder, spec: &Spec) -> Slot {
     let table = b.weight(&spec.embed.key, &[spec.vocab, spec.hidden]);
-    b.embed(table, spec.embed.scale)
+    let hidden = b.embed(table, spec.embed.scale);
+    b.take_vectors(hidden);
+    hidden
 }
 
 /// A norm over the rows of `x`.
@@ -44,7 +46,7 @@ pub fn layer(
 }
 
 /// The whole model: tokens of the step in, logits out unless no row wants them, and the tokens
-/// drawn from them if the key asks for that.
+/// drawn from them if the key asks for that; last hidden states of the rows that the key names.
 ///
 /// The last MLP runs only for the rows that get logits: nothing else reads its result.
 pub fn decoder(b: &mut PlanBuilder, spec: &Spec) {
@@ -64,6 +66,12 @@ pub fn decoder(b: &mut PlanBuilder, spec: &Spec) {
         if let Some(tokens) = b.sample(out) {
             b.output("tokens", tokens);
         }
+    }
+    if b.key().extras.hidden_rows > 0 {
+        let rows = b.gather_hidden_rows(hidden);
+        let rows = mlp(b, last, rows);
+        let out = norm(b, &spec.final_norm, rows);
+        b.output("hidden", out);
     }
 }
 

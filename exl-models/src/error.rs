@@ -75,6 +75,14 @@ pub enum Error {
         /// The value.
         value: f32,
     },
+    /// An adapter that cannot be used.
+    #[error("{file}: {what}")]
+    Adapter {
+        /// Its configuration or its weights.
+        file: PathBuf,
+        /// What is wrong, and which entry or tensor it is about.
+        what: String,
+    },
     /// A step that the runner cannot run.
     #[error("step: {0}")]
     Step(String),

@@ -1,6 +1,7 @@
 #![doc = include_str!("../README.md")]
 #![forbid(unsafe_code)]
 
+mod adapter;
 pub mod arch;
 pub mod blocks;
 mod error;
@@ -12,6 +13,7 @@ pub mod rope;
 mod runner;
 mod spec;
 
+pub use adapter::Adapter;
 pub use arch::{Arch, detect, parse};
 pub use error::{Error, Result};
 /// How long a part of a step took.
@@ -19,5 +21,7 @@ pub use exl_tensor::PartTime;
 pub use layout::{Module, Site, WeightKey, WeightKind, layout, sites};
 pub use load::{LoadOptions, ModelSource, Progress, Storage, check_finite};
 pub use model::{BlockPart, MemoryRequest, MemoryUse, Model, block_plan, memory_for, plan};
-pub use runner::{Backend, Draw, LogitRows, Runner, RunnerOptions, SampleParams, SeqSlice};
+pub use runner::{
+    Backend, Draw, LogitRows, Runner, RunnerOptions, SampleParams, SeqSlice, SliceExtras, Vectors,
+};
 pub use spec::{AttnSpec, EmbedSpec, HeadSpec, LayerSpec, LinearSpec, MlpSpec, NormSpec, Spec};

@@ -13,6 +13,7 @@ mod sketch;
 
 pub use finite::check_finite;
 pub use probe::Storage;
+pub(crate) use read::dtype;
 
 use std::collections::HashMap;
 use std::ops::ControlFlow;

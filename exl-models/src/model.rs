@@ -4,8 +4,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use exl_tensor::{
-    CostReport, DeviceProps, GpuSketch, KvShape, KvType, PAGE_TOKENS, Phase, Plan, PlanBuilder,
-    PlanKey, PlanMemory, SampleShape, StepBlock, Weights,
+    CostReport, DeviceProps, GpuSketch, KvShape, KvType, PAGE_TOKENS, Phase, Plan, PlanAdapter,
+    PlanBuilder, PlanKey, PlanMemory, SampleShape, StepBlock, Weights,
 };
 
 use crate::load::{LoadOptions, ModelSource, Progress};
@@ -99,6 +99,7 @@ impl MemoryRequest {
             pages_per_seq: pages_per_seq.next_power_of_two(),
             out_rows: out_rows.min(rows),
             sample: sample.filter(|_| out_rows <= seqs),
+            extras: Default::default(),
         };
         [
             step(Phase::Prefill, rows, self.out_rows.max(seqs)),
@@ -150,7 +151,8 @@ impl Model {
 
     /// The forward pass for one shape. Output `logits` `[out_rows, vocab]`, absent when no row
     /// wants any; with [`PlanKey::sample`] also `tokens` I32 `[out_rows, 1]`, for which penalties
-    /// and blocked ids are applied to the logits.
+    /// and blocked ids are applied to the logits; with [`exl_tensor::PlanExtras::hidden_rows`] also
+    /// `hidden` `[hidden_rows, hidden]`, the states behind the final norm.
     pub fn plan(&self, key: &PlanKey) -> Plan {
         plan(&self.spec, key)
     }
@@ -167,9 +169,15 @@ impl Model {
     }
 }
 
-/// The forward pass of a spec for one shape. It has no taps: those are in [`block_plan`]s.
+/// The forward pass of a spec for one shape. It has no taps: those are in [`block_plan`]s. A key with
+/// adapters is recorded without what they add; [`Runner`](crate::Runner) knows them.
 pub fn plan(spec: &Spec, key: &PlanKey) -> Plan {
-    let mut b = PlanBuilder::new(key.clone(), false);
+    plan_adapted(spec, key, Vec::new())
+}
+
+/// As [`plan`], with the adapters of the key, in its order.
+pub(crate) fn plan_adapted(spec: &Spec, key: &PlanKey, adapters: Vec<PlanAdapter>) -> Plan {
+    let mut b = PlanBuilder::new(key.clone(), false).with_adapters(adapters);
     blocks::decoder(&mut b, spec);
     b.finish()
 }

@@ -1,9 +1,12 @@
 //! Runs steps of a model: plans by shape, the KV cache, the executor.
 
+mod adapted;
 mod draw;
+mod extras;
 mod pages;
 mod plans;
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
 use exl_tensor::{
@@ -12,11 +15,13 @@ use exl_tensor::{
 };
 
 use crate::model::{MemoryRequest, MemoryUse, Model};
-use crate::{Error, Result};
+use crate::{Adapter, Error, Result};
+use adapted::Adapted;
 use pages::PageUses;
 use plans::PlanCache;
 
 pub use draw::{Draw, SampleParams};
+pub use extras::{SliceExtras, Vectors};
 
 /// Which rows of a slice get logits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,6 +46,8 @@ pub struct SeqSlice<'a> {
     pub pages: &'a [u32],
     /// Rows that get logits.
     pub logits: LogitRows,
+    /// What only some sequences have; nothing by default.
+    pub extras: SliceExtras<'a>,
 }
 
 /// Kernels that run the plans.
@@ -79,6 +86,8 @@ pub struct RunnerOptions {
     pub backend: Backend,
     /// Plans kept ready; the least recently used one goes first.
     pub plans: usize,
+    /// Adapters that sequences may use, by their number here.
+    pub adapters: Vec<Arc<Adapter>>,
 }
 
 impl Default for RunnerOptions {
@@ -95,6 +104,7 @@ impl Default for RunnerOptions {
             activations: Activations::Exact16,
             backend: Backend::Cpu,
             plans: 32,
+            adapters: Vec::new(),
         }
     }
 }
@@ -116,12 +126,14 @@ impl RunnerOptions {
 /// A model with a cache and an executor.
 #[derive(Debug)]
 pub struct Runner {
-    model: Arc<Model>,
+    model: Adapted,
     options: RunnerOptions,
     executor: Box<dyn Executor>,
     kv: KvBuffers,
     plans: PlanCache,
     uses: PageUses,
+    /// Shape of the last step.
+    last: Option<PlanKey>,
     /// Of the last step, while parts are timed.
     times: Option<Vec<PartTime>>,
 }
@@ -139,7 +151,12 @@ impl Runner {
                 options.pages, options.max_rows, options.max_seqs
             )));
         }
+        let gpu = match &options.backend {
+            Backend::Cuda(gpu, _) => Some(gpu),
+            Backend::Cpu | Backend::Reference => None,
+        };
         let shape = model.kv_shape(options.kv_type);
+        let model = Adapted::new(model, &options.adapters, gpu)?;
         let mut kv = match &options.backend {
             Backend::Cuda(gpu, _) => KvBuffers::on_gpu(gpu, shape, options.pages)?,
             Backend::Cpu | Backend::Reference => KvBuffers::new(shape, options.pages)?,
@@ -162,13 +179,14 @@ impl Runner {
             kv,
             plans,
             uses,
+            last: None,
             times: None,
         })
     }
 
     /// The model.
     pub fn model(&self) -> &Arc<Model> {
-        &self.model
+        self.model.base()
     }
 
     /// The settings.
@@ -242,7 +260,7 @@ impl Runner {
         draws: &[Draw<'_>],
         tokens: usize,
     ) -> Result<&[i32]> {
-        let shape = draw::shape(draws, tokens.min(self.model.spec().vocab))?;
+        let shape = draw::shape(draws, tokens.min(self.model().spec().vocab))?;
         let key = self.key(slices, Some(shape))?;
         self.run(&key, slices, draws)?;
         let ready = self.plans.ready(&self.model, &key)?;
@@ -276,7 +294,7 @@ impl Runner {
         let chosen = self.step_drawn(slices, &all, tokens)?;
         drawn.clear();
         drawn.extend_from_slice(chosen);
-        let shape = draw::shape(&all, tokens.min(self.model.spec().vocab))?;
+        let shape = draw::shape(&all, tokens.min(self.model().spec().vocab))?;
         let key = self.key(slices, Some(shape))?;
         let ready = self.plans.ready(&self.model, &key)?;
         match ready.logits {
@@ -285,12 +303,37 @@ impl Runner {
         }
     }
 
+    /// Last hidden states of the last step, `[rows, hidden]`, behind the final norm: of the rows that
+    /// asked for them ([`SliceExtras::hidden`]), slice by slice; valid until the next step.
+    ///
+    /// # Errors
+    /// [`Error::Exec`] when they cannot be copied from the device.
+    pub fn hidden(&mut self) -> Result<&[f32]> {
+        let Some(key) = self.last.clone() else {
+            return Ok(&[]);
+        };
+        let ready = self.plans.ready(&self.model, &key)?;
+        match ready.hidden {
+            Some(slot) => Ok(self.executor.values(&ready.bound, slot)?),
+            None => Ok(&[]),
+        }
+    }
+
     fn run(&mut self, key: &PlanKey, slices: &[SeqSlice<'_>], draws: &[Draw<'_>]) -> Result<()> {
         self.uses.check(slices)?;
         let ready = self.plans.ready(&self.model, key)?;
-        let seqs: Vec<StepSeq<'_>> = slices.iter().map(step_seq).collect();
-        ready.step.fill_drawn(&seqs, draws)?;
+        let tokens: Vec<Cow<'_, [u32]>> = slices.iter().map(extras::tokens).collect();
+        let pairs = slices.iter().zip(&tokens);
+        let seqs: Vec<StepSeq<'_>> = pairs.map(|(s, tokens)| step_seq(s, tokens)).collect();
+        let rows: Vec<_> = slices.iter().map(extras::rows).collect();
+        let extras: Vec<_> = slices.iter().zip(&rows).map(extras::of_step).collect();
+        ready.step.fill_all(&seqs, draws, &extras)?;
         self.executor.prepare(&ready.bound)?;
+        if let Some(slot) = ready.vectors {
+            let values = extras::vectors(slices, ready.bound.plan().slot(slot).dim);
+            self.executor.write(&ready.bound, slot, &values)?;
+        }
+        self.last = Some(key.clone());
         let (bound, step) = (&ready.bound, &ready.step);
         match &mut self.times {
             Some(times) => *times = self.executor.profile(bound, step, &mut self.kv)?,
@@ -329,16 +372,22 @@ impl Runner {
             pages_per_seq: pages.next_power_of_two(),
             out_rows,
             sample: sample.filter(|_| out_rows > 0),
+            extras: extras::of_key(slices),
         })
     }
 
     fn check(&self, index: usize, slice: &SeqSlice<'_>) -> Result<()> {
         let refuse = |what: String| Err(Error::Step(format!("sequence {index}: {what}")));
-        let vocab = self.model.spec().vocab;
+        let spec = self.model().spec();
+        let vocab = spec.vocab;
         if slice.tokens.is_empty() {
             return refuse("no tokens".to_owned());
         }
-        if let Some(token) = slice.tokens.iter().find(|&&t| t as usize >= vocab) {
+        if let Err(what) = extras::check(slice, spec.hidden, self.options.adapters.len()) {
+            return refuse(what);
+        }
+        let tokens = extras::tokens(slice);
+        if let Some(token) = tokens.iter().find(|&&t| t as usize >= vocab) {
             return refuse(format!("token {token}, the vocabulary has {vocab}"));
         }
         let needed = pages_needed(slice);
@@ -358,12 +407,14 @@ impl Runner {
 /// An executor with memory for the largest steps.
 fn on_gpu(
     (gpu, how): (&Gpu, CudaOptions),
-    model: &Model,
+    model: &Adapted,
     options: &RunnerOptions,
     kv: &mut KvBuffers,
 ) -> Result<CudaExecutor> {
     let mut executor = CudaExecutor::new(gpu, how)?;
-    for key in options.memory_request().steps(Some(model.spec().vocab)) {
+    let vocab = model.base().spec().vocab;
+    for mut key in options.memory_request().steps(Some(vocab)) {
+        key.extras.adapters = (0..options.adapters.len() as u32).collect();
         let plan = Arc::new(model.plan(&key));
         executor.reserve(&Bound::new(plan, model.weights())?, kv)?;
     }
@@ -383,10 +434,10 @@ fn out_rows(slice: &SeqSlice<'_>) -> usize {
     }
 }
 
-fn step_seq<'a>(slice: &SeqSlice<'a>) -> StepSeq<'a> {
+fn step_seq<'a>(slice: &SeqSlice<'a>, tokens: &'a [u32]) -> StepSeq<'a> {
     let n = slice.tokens.len();
     StepSeq {
-        tokens: slice.tokens,
+        tokens,
         start: slice.start,
         // Pages beyond those in use may not fit the plan's block table.
         pages: &slice.pages[..pages_needed(slice)],

@@ -1,7 +1,7 @@
 //! What a plan costs, exactly and without running it.
 
 use crate::plan::{PlanOp, PlanPart};
-use crate::{KvShape, PAGE_TOKENS, Plan, StepBlock, WeightId};
+use crate::{KvShape, PAGE_TOKENS, Plan, Slot, StepBlock, WeightId};
 
 /// Bytes moved and arithmetic done.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -105,6 +105,11 @@ impl Meter<'_> {
         id.map_or(0, |w| self.weight(w))
     }
 
+    fn elements(&self, slot: Slot) -> u64 {
+        let info = self.plan.slot(slot);
+        (info.rows * info.dim) as u64
+    }
+
     fn activations(&self, op: &PlanOp) -> u64 {
         op.reads()
             .iter()
@@ -164,6 +169,8 @@ impl Meter<'_> {
             }
             PlanOp::PagedAttn { args, .. } => self.attention(args, &mut cost),
             PlanOp::GatherRows { .. } => {}
+            PlanOp::ScaleRows { out, .. } => cost.flops = 2 * self.elements(*out),
+            PlanOp::Gated { out, .. } => cost.flops = 2 * self.elements(*out),
             PlanOp::ScaleLogits { rows, dim, .. } => cost.flops = (rows * dim) as u64,
             // Every logit is compared once; most are not changed, and none is read twice.
             PlanOp::Sample {

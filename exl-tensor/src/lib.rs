@@ -29,8 +29,8 @@ pub use exl_kernels::{DType, Exl2Parts, GptqParts, Group, KvFormat, KvType};
 pub use gpu::{Gpu, GpuPart, GpuTaken, gpu_kernels};
 pub use kv::{KvBuffers, KvShape};
 pub use plan::{
-    AttnArgs, GateUpArgs, Part, Phase, Plan, PlanBuilder, PlanKey, PlanOp, RopeArgs, SampleShape,
-    Slot, SlotInfo, WeightId, WeightInfo,
+    AttnArgs, GateUpArgs, Part, Phase, Plan, PlanAdapter, PlanBuilder, PlanExtras, PlanKey, PlanOp,
+    RopeArgs, RowSet, SampleShape, Slot, SlotInfo, WeightId, WeightInfo,
 };
-pub use step::{StepBlock, StepDraw, StepField, StepSeq};
+pub use step::{StepBlock, StepDraw, StepExtras, StepField, StepSeq};
 pub use weight::{DenseWeight, QuantKind, QuantWeight, Weight, Weights};

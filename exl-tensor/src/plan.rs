@@ -3,11 +3,12 @@
 mod builder;
 mod text;
 
-pub use builder::{AttnArgs, GateUpArgs, Part, PlanBuilder, RopeArgs};
+pub use builder::{AttnArgs, GateUpArgs, Part, PlanAdapter, PlanBuilder, RopeArgs};
 
 use exl_kernels::DType;
 use exl_kernels::ops::{Activation, RopeStyle};
 
+use crate::StepField;
 use crate::arena::ArenaLayout;
 
 /// A region of the arena.
@@ -44,6 +45,50 @@ pub struct PlanKey {
     pub out_rows: usize,
     /// Set when the plan also chooses the next token of every row that gets logits.
     pub sample: Option<SampleShape>,
+    /// What only some steps have.
+    pub extras: PlanExtras,
+}
+
+/// What a step has beyond tokens in and logits out.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub struct PlanExtras {
+    /// Adapters that some of its rows use, as numbers of whoever records plans, rising.
+    pub adapters: Vec<u32>,
+    /// Some of its rows have vectors in place of tokens.
+    pub vectors: bool,
+    /// Rows whose last hidden state is wanted.
+    pub hidden_rows: usize,
+}
+
+impl PlanExtras {
+    /// Scales of a row ([`PlanOp::ScaleRows`]): one of each adapter, and with vectors the share of its
+    /// token's embedding.
+    pub fn scales(&self) -> usize {
+        self.adapters.len() + usize::from(self.vectors)
+    }
+}
+
+/// Rows of a step that an op works on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum RowSet {
+    /// All of them.
+    #[default]
+    All,
+    /// Those that get logits.
+    Out,
+    /// Those whose last hidden state is wanted.
+    Hidden,
+}
+
+impl RowSet {
+    /// The step's array of their scales.
+    pub(crate) fn scales(self) -> StepField {
+        match self {
+            Self::All => StepField::RowScales,
+            Self::Out => StepField::OutRowScales,
+            Self::Hidden => StepField::HiddenRowScales,
+        }
+    }
 }
 
 /// Sizes of the choice of tokens: widths of the step's arrays that [`PlanOp::Sample`] reads.
@@ -158,6 +203,20 @@ pub enum PlanOp {
         out: Slot,
         rows: usize,
         dim: usize,
+        set: RowSet,
+    },
+    ScaleRows {
+        x: Slot,
+        add: Option<Slot>,
+        out: Slot,
+        set: RowSet,
+        column: usize,
+    },
+    Gated {
+        gate: Slot,
+        up: Slot,
+        out: Slot,
+        act: Activation,
     },
     ScaleLogits {
         x: Slot,
@@ -222,6 +281,8 @@ impl PlanOp {
             PlanOp::RopeAppend { .. } => "rope_append",
             PlanOp::PagedAttn { .. } => "paged_attn",
             PlanOp::GatherRows { .. } => "gather_rows",
+            PlanOp::ScaleRows { .. } => "scale_rows",
+            PlanOp::Gated { .. } => "gated",
             PlanOp::ScaleLogits { .. } => "scale_logits",
             PlanOp::Sample { .. } => "sample",
         }
@@ -238,6 +299,8 @@ impl PlanOp {
             PlanOp::Linear { x, parts, .. } => std::iter::once(*x)
                 .chain(parts.iter().filter_map(|p| p.residual))
                 .collect(),
+            PlanOp::ScaleRows { x, add, .. } => std::iter::once(*x).chain(*add).collect(),
+            PlanOp::Gated { gate, up, .. } => vec![*gate, *up],
             PlanOp::RopeAppend { q, k, v, .. } => vec![*q, *k, *v],
             PlanOp::PagedAttn { q, .. } => vec![*q],
             PlanOp::Sample { logits, .. } => vec![*logits],
@@ -251,7 +314,9 @@ impl PlanOp {
             | PlanOp::RmsNorm { out, .. }
             | PlanOp::GateUp { out, .. }
             | PlanOp::PagedAttn { out, .. }
-            | PlanOp::GatherRows { out, .. } => vec![*out],
+            | PlanOp::GatherRows { out, .. }
+            | PlanOp::ScaleRows { out, .. }
+            | PlanOp::Gated { out, .. } => vec![*out],
             PlanOp::Linear { parts, .. } => parts.iter().map(|p| p.out).collect(),
             PlanOp::RopeAppend { q, .. } => vec![*q],
             PlanOp::ScaleLogits { x, .. } => vec![*x],

@@ -1,5 +1,7 @@
 //! Everything that changes from step to step, in one buffer at fixed offsets.
 
+mod extras;
+
 use exl_kernels::ops::{PAGE_TOKENS, SAMPLE_WORDS, SampleParams};
 use exl_kernels::{DType, Mem};
 
@@ -29,6 +31,24 @@ pub enum StepField {
     Recent,
     /// `[out_rows, blocked]` ids that must not be drawn, then -1.
     Blocked,
+    /// `[hidden_rows]` rows whose last hidden state is wanted.
+    HiddenRows,
+    /// F32 `[rows, scales]` ([`crate::PlanExtras::scales`]): how much each row has of each adapter,
+    /// then whether it has a token (1) or a vector (0).
+    RowScales,
+    /// F32 `[out_rows, scales]`: those of the rows that get logits.
+    OutRowScales,
+    /// F32 `[hidden_rows, scales]`: those of the rows whose hidden state is wanted.
+    HiddenRowScales,
+}
+
+impl StepField {
+    pub(crate) fn dtype(self) -> DType {
+        match self {
+            Self::RowScales | Self::OutRowScales | Self::HiddenRowScales => DType::F32,
+            _ => DType::I32,
+        }
+    }
 }
 
 /// One sequence's share of a step.
@@ -44,6 +64,17 @@ pub struct StepSeq<'a> {
     pub logits: (usize, usize),
 }
 
+/// What a sequence has in a step beyond tokens and logits; nothing by default.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct StepExtras<'a> {
+    /// Its adapters, numbers of the key, and how much of each is added.
+    pub adapters: &'a [(u32, f32)],
+    /// Which of its new rows have vectors in place of tokens, as ranges of indices.
+    pub vectors: &'a [(usize, usize)],
+    /// Which of its new rows' last hidden states are wanted, rising.
+    pub hidden: &'a [usize],
+}
+
 /// How the token of one row of logits is chosen.
 #[derive(Clone, Copy, Debug)]
 pub struct StepDraw<'a> {
@@ -55,7 +86,7 @@ pub struct StepDraw<'a> {
     pub blocked: &'a [u32],
 }
 
-/// The step's integers (I32) for plans of one key.
+/// The step's integers (I32), and scales (F32), for plans of one key.
 #[derive(Debug)]
 pub struct StepBlock {
     key: PlanKey,
@@ -77,7 +108,7 @@ impl StepBlock {
 
     /// Bytes of a block for this key.
     pub fn bytes_for(key: &PlanKey) -> usize {
-        let (start, len) = offset(key, StepField::Blocked);
+        let (start, len) = offset(key, StepField::HiddenRowScales);
         start + len * 4
     }
 
@@ -103,10 +134,26 @@ impl StepBlock {
     /// As [`StepBlock::fill`]; also [`Error::Step`] when draws are missing or too many, or when one
     /// does not fit the shape: penalties that reach back beyond the window, too many blocked ids.
     pub fn fill_drawn(&mut self, seqs: &[StepSeq<'_>], draws: &[StepDraw<'_>]) -> Result<()> {
+        self.fill_all(seqs, draws, &[])
+    }
+
+    /// As [`StepBlock::fill_drawn`], with the extras of each sequence, in their order; none where the
+    /// list is shorter.
+    ///
+    /// # Errors
+    /// As [`StepBlock::fill_drawn`]; also [`Error::Step`] for extras that are not those of the key.
+    pub fn fill_all(
+        &mut self,
+        seqs: &[StepSeq<'_>],
+        draws: &[StepDraw<'_>],
+        extras: &[StepExtras<'_>],
+    ) -> Result<()> {
         self.check(seqs)?;
         self.check_draws(seqs, draws)?;
+        extras::check(&self.key, seqs, extras)?;
         self.set_seqs(seqs);
         self.set_draws(draws);
+        self.set_extras(seqs, extras);
         Ok(())
     }
 
@@ -239,12 +286,14 @@ impl StepBlock {
     /// An array of the block for kernels.
     pub fn mem(&self, field: StepField) -> Mem<'_> {
         let (start, len) = offset(&self.key, field);
-        self.data.mem(start, len * 4, DType::I32)
+        self.data.mem(start, len * 4, field.dtype())
     }
 
-    /// An array of the block.
+    /// An array of the block, scales as their bits.
     pub fn field(&self, field: StepField) -> &[i32] {
-        self.mem(field)
+        let (start, len) = offset(&self.key, field);
+        self.data
+            .mem(start, len * 4, DType::I32)
             .slice()
             .expect("the step block is host I32 memory")
     }
@@ -274,6 +323,7 @@ fn offset(key: &PlanKey, field: StepField) -> (usize, usize) {
     let (draws, window, blocked) = key
         .sample
         .map_or((0, 0, 0), |s| (key.out_rows, s.window, s.blocked));
+    let scales = key.extras.scales();
     let sizes = [
         (StepField::Tokens, key.rows),
         (StepField::Positions, key.rows),
@@ -285,6 +335,10 @@ fn offset(key: &PlanKey, field: StepField) -> (usize, usize) {
         (StepField::SampleParams, draws * SAMPLE_WORDS),
         (StepField::Recent, draws * window),
         (StepField::Blocked, draws * blocked),
+        (StepField::HiddenRows, key.extras.hidden_rows),
+        (StepField::RowScales, key.rows * scales),
+        (StepField::OutRowScales, key.out_rows * scales),
+        (StepField::HiddenRowScales, key.extras.hidden_rows * scales),
     ];
     let mut start = 0;
     for (f, len) in sizes {

@@ -119,6 +119,7 @@ fn key(rows: usize, out_rows: usize) -> PlanKey {
         pages_per_seq: 2,
         out_rows,
         sample: None,
+        extras: Default::default(),
     }
 }
 

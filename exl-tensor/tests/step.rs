@@ -14,6 +14,7 @@ fn key(rows: usize, seqs: usize, pages_per_seq: usize, out_rows: usize) -> PlanK
         pages_per_seq,
         out_rows,
         sample: None,
+        extras: Default::default(),
     }
 }
 

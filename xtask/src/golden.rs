@@ -6,11 +6,12 @@ use xshell::{Shell, cmd};
 const VENV: &str = "target/golden-venv";
 const SCRIPTS: &str = "exl-models/tests/golden";
 /// Pinned, so that the fixtures can be made again bit for bit on the same machine.
-const PACKAGES: [&str; 4] = [
+const PACKAGES: [&str; 5] = [
     "torch==2.15.0",
     "transformers==4.57.1",
     "numpy==2.4.6",
     "safetensors==0.8.0",
+    "peft==0.21.2",
 ];
 
 /// Runs the scripts that compute golden fixtures, in an environment of their own.

@@ -45,7 +45,8 @@ pub(crate) fn run(args: &ChatArgs, ui: &Ui) -> Result<()> {
     let guessing = Guessing::new(&args.sampling)?;
     let room = Room::one(context, args.cache.mode)
         .with_disk(&args.cache)
-        .with_guesses(&guessing, &options);
+        .with_guesses(&guessing, &options)
+        .with_adapters(&args.lora.lora);
     let engine = session::engine(source, &tokenizer, &room, &args.compute, &stop, ui)?;
     let wishes = Wishes {
         sampler,
@@ -54,6 +55,7 @@ pub(crate) fn run(args: &ChatArgs, ui: &Ui) -> Result<()> {
         prefer_end: args.form.prefer_end,
         begin: answer::begin(&args.answer, &tokenizer)?,
         answer: args.answer.clone(),
+        adapters: session::uses(&args.lora.lora),
     };
     let voice = Voice::new(
         engine,

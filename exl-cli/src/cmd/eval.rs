@@ -266,6 +266,7 @@ impl Evaluation<'_> {
                     start,
                     pages,
                     logits: LogitRows::All,
+                    extras: Default::default(),
                 })
                 .collect();
             let out = judged.step(&slices)?;
@@ -299,6 +300,7 @@ impl Evaluation<'_> {
                 start,
                 pages: &pages,
                 logits: LogitRows::All,
+                extras: Default::default(),
             };
             let quantized = match &mut judged {
                 Judged::Runner(runner) => runner.step(&[slice])?,

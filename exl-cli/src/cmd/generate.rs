@@ -52,7 +52,8 @@ pub(crate) fn run(args: &GenerateArgs, ui: &Ui) -> Result<()> {
     let lengths = given.lengths(&jobs);
     let room = Room::of(lengths, args.cache.mode)
         .with_disk(&args.cache)
-        .with_guesses(guessing, &options);
+        .with_guesses(guessing, &options)
+        .with_adapters(&args.lora.lora);
     let engine = session::engine(source, &tokenizer, &room, &args.compute, &stop, ui)?;
     let mut streams = Vec::new();
     for (number, job) in (1..).zip(&jobs) {
@@ -132,6 +133,7 @@ impl Given {
             banned_strings: answer.ban.clone(),
             ignore_eos: args.ignore_eos,
             logprobs: extra.logprobs.map(|count| count as usize),
+            adapters: session::uses(&args.lora.lora),
             ..Request::new(job.tokens.clone())
         }
     }

@@ -8,6 +8,7 @@ mod chat;
 mod convert;
 mod demo;
 mod help;
+mod lora;
 mod pull;
 mod sampling;
 mod support;

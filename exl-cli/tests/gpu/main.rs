@@ -14,6 +14,8 @@ mod conformance;
 mod draws;
 #[path = "../../../exl-gen/tests/gpu.rs"]
 mod engine;
+#[path = "../../../exl-models/tests/it/extras.rs"]
+mod extras;
 #[path = "../../../exl-models/tests/it/golden.rs"]
 mod golden;
 #[path = "../../../exl-models/tests/it/gpu.rs"]

@@ -13,7 +13,9 @@ use crate::job::{Job, Trail};
 use crate::request::{DoneReason, JobId};
 use crate::schedule::Demand;
 use crate::speculation::Cost;
-use crate::{Backend, BackendError, DraftModel, Draw, LogitRows, Result, SeqSlice, Tokenizer};
+use crate::{
+    Backend, BackendError, DraftModel, Draw, LogitRows, Result, SeqSlice, SliceExtras, Tokenizer,
+};
 
 impl Worker {
     /// Guesses tokens for the jobs that are about to draw one.
@@ -117,6 +119,7 @@ impl Turn {
                 true => LogitRows::Last,
                 false => LogitRows::None,
             },
+            extras: SliceExtras::default(),
         })
     }
 }

@@ -210,8 +210,7 @@ impl Worker {
                 cached = disk.fetch(&mut self.table, self.backend.as_mut(), seq)?;
             }
             let one = &self.running[at].lanes[lane];
-            // The last token is computed in any case, for its logits.
-            let next = &one.tokens[cached..one.tokens.len() - 1];
+            let next = &one.tokens[cached..one.findable().max(cached)];
             if let Some(found) = self.table.find_match(seq, next)? {
                 if let Some(copy) = found.copy() {
                     self.copy(copy)?;

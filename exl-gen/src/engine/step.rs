@@ -56,6 +56,11 @@ impl Worker {
         let tokens = self.tokenizer.vocab_size();
         let rows = run(self.backend.as_mut(), &slices, draws, tokens)?;
         let busy = begin.elapsed();
+        let hidden: Vec<(usize, usize)> = shares
+            .iter()
+            .filter(|one| one.lane == 0)
+            .map(|one| (one.job, self.running[one.job].hidden_in(one.rows)))
+            .collect();
         let mut choice = Choice {
             rows,
             next: 0,
@@ -72,6 +77,7 @@ impl Worker {
                 Outcome::Next | Outcome::Rewound(_) => {}
             }
         }
+        self.tell_hidden(&hidden)?;
         let mut stats = self.shared.stats();
         stats.steps += 1;
         stats.busy += busy;
@@ -80,6 +86,27 @@ impl Worker {
         stats.drafted_tokens += counts.drafted as u64;
         stats.accepted_tokens += counts.accepted as u64;
         Ok(ends)
+    }
+
+    /// Passes on the hidden states of a step: by job, how many it wants.
+    fn tell_hidden(&mut self, wanted: &[(usize, usize)]) -> Result<(), BackendError> {
+        let count: usize = wanted.iter().map(|(_, count)| count).sum();
+        if count == 0 {
+            return Ok(());
+        }
+        let width = self.backend.hidden_size();
+        let mut values = self.backend.hidden()?;
+        if values.len() != count * width {
+            let found = values.len();
+            let what = format!("{found} values for {count} hidden states of {width}");
+            return Err(BackendError(what));
+        }
+        for &(job, count) in wanted {
+            let (own, rest) = values.split_at(count * width);
+            self.running[job].tell_hidden(count, own);
+            values = rest;
+        }
+        Ok(())
     }
 
     /// Begins the masks of the jobs that will choose a token after this step.
@@ -291,6 +318,7 @@ fn slices<'a>(
                 true => LogitRows::Last,
                 false => LogitRows::None,
             },
+            extras: job.slice_extras(one.lane),
         })
     };
     shares.iter().map(slice).collect()

@@ -1,6 +1,6 @@
 //! A sequence of a job.
 
-use exl_cache::{Prefix, SeqId};
+use exl_cache::{PageHash, Prefix, SeqId};
 
 /// A text that goes through the model for a job: its prompt and the answer, or the negative prompt
 /// and the answer.
@@ -15,6 +15,10 @@ pub(crate) struct Lane {
     pub(crate) seq: Option<SeqId>,
     /// Names of its pages, for the page table.
     pub(crate) prefix: Prefix,
+    /// What keeps it apart from texts with other adapters.
+    pub(crate) root: Option<PageHash>,
+    /// Tokens that may be found in the cache; all but the last when absent.
+    pub(crate) limit: Option<usize>,
 }
 
 impl Lane {
@@ -25,6 +29,8 @@ impl Lane {
             ahead: Vec::new(),
             cached: 0,
             seq: None,
+            root: None,
+            limit: None,
         }
     }
 
@@ -73,9 +79,16 @@ impl Lane {
         }
     }
 
+    /// Its first tokens, as many as may be found in the cache: the last token is computed in any case,
+    /// for its logits.
+    pub(crate) fn findable(&self) -> usize {
+        let all = self.tokens.len().saturating_sub(1);
+        self.limit.map_or(all, |limit| limit.min(all))
+    }
+
     /// Forgets its place in the cache; all of it is a prompt when it comes back.
     pub(crate) fn leave(&mut self) {
-        self.prefix = Prefix::new(None, &self.tokens);
+        self.prefix = Prefix::new(self.root, &self.tokens).up_to(self.findable());
         self.ahead.clear();
         self.cached = 0;
         self.seq = None;

@@ -2,7 +2,10 @@
 
 use super::data::{Exl2, Rng, STORAGE, Stored};
 use super::{Case, Run};
-use crate::ops::{Dequant, Embed, GatherRows, HessianSyrk, Matrix, Op, RmsNorm, ScaleLogits};
+use crate::ops::{
+    Activation, Dequant, Embed, Gated, GatherRows, HessianSyrk, Matrix, Op, RmsNorm, ScaleLogits,
+    ScaleRows,
+};
 use crate::{DType, GptqParts, Mem, MemMut, QuantMatrix, Result};
 
 pub(super) fn cases() -> Vec<Case> {
@@ -30,6 +33,12 @@ pub(super) fn cases() -> Vec<Case> {
         list.push(gather_rows(rows, dim));
         list.push(scale_logits(rows, dim, 0.0));
         list.push(scale_logits(rows, dim, 30.0));
+    }
+    for (rows, dim) in [(1, 5), (9, 130), (3, 1536), (2, 5000)] {
+        list.extend([false, true].map(|add| scale_rows((rows, dim), add)));
+        for act in [Activation::Silu, Activation::GeluTanh, Activation::Gelu] {
+            list.push(gated((rows, dim), act));
+        }
     }
     for (rows, dim) in [(1, 3), (50, 64), (33, 200), (300, 450)] {
         list.push(hessian(rows, dim));
@@ -129,6 +138,66 @@ fn scale_logits(rows: usize, dim: usize, softcap: f32) -> Case {
         };
         run(&mut Op::ScaleLogits(op))?;
         Ok(vec![x])
+    })
+}
+
+/// Some rows have the scale 0 and hold what is no number.
+fn scale_rows((rows, dim): (usize, usize), add: bool) -> Case {
+    let name = format!("scale_rows::rows={rows}/dim={dim}/add={add}");
+    // Measured up to 1.2e-7.
+    Case::new(name, 5e-7, move |run| {
+        let mut rng = Rng::new(6);
+        let (columns, column) = (3, 1);
+        let mut x = rng.floats(rows * dim);
+        let mut scales = rng.floats(rows * columns);
+        for r in (0..rows).skip(1).step_by(2) {
+            scales[r * columns + column] = 0.0;
+            x[r * dim] = f32::NAN;
+        }
+        // In place of what is added, or apart.
+        let mut out = match add {
+            true => rng.floats(rows * dim),
+            false => vec![f32::NAN; rows * dim],
+        };
+        let (place, bytes) = (crate::Place::Host, rows * dim * 4);
+        // SAFETY: the vector outlives the op, which allows its output to be what it adds.
+        let target = unsafe { MemMut::from_raw(out.as_mut_ptr().cast(), bytes, DType::F32, place) };
+        // SAFETY: as above.
+        let source = unsafe { Mem::from_raw(out.as_ptr().cast(), bytes, DType::F32, place) };
+        run(&mut Op::ScaleRows(ScaleRows {
+            x: Mem::host(&x),
+            scales: Mem::host(&scales),
+            add: add.then_some(source),
+            out: target,
+            rows,
+            dim,
+            columns,
+            column,
+        }))?;
+        Ok(vec![out])
+    })
+}
+
+fn gated((rows, dim): (usize, usize), act: Activation) -> Case {
+    let name = format!("gated::{act:?}/rows={rows}/dim={dim}");
+    // Measured up to 9.2e-8.
+    Case::new(name, 5e-7, move |run| {
+        let mut rng = Rng::new(7);
+        let (gate, mut out) = (rng.floats(rows * dim), rng.floats(rows * dim));
+        let (place, bytes) = (crate::Place::Host, rows * dim * 4);
+        // SAFETY: the vector outlives the op, which allows its output to be one of its inputs.
+        let target = unsafe { MemMut::from_raw(out.as_mut_ptr().cast(), bytes, DType::F32, place) };
+        // SAFETY: as above.
+        let up = unsafe { Mem::from_raw(out.as_ptr().cast(), bytes, DType::F32, place) };
+        run(&mut Op::Gated(Gated {
+            gate: Mem::host(&gate),
+            up,
+            out: target,
+            rows,
+            dim,
+            act,
+        }))?;
+        Ok(vec![out])
     })
 }
 

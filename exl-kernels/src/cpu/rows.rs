@@ -4,12 +4,13 @@ use half::f16;
 use half::slice::HalfFloatSliceExt;
 
 use super::dense::Dense;
-use super::{Cpu, Isa};
+use super::{Cpu, Isa, math};
 use crate::kv::{Codec, PageLayout};
 use crate::ops::{
-    self, Embed, GatherRows, PAGE_TOKENS, RmsNorm, RopeAppend, RopeStyle, ScaleLogits,
+    self, Embed, Gated, GatherRows, PAGE_TOKENS, RmsNorm, RopeAppend, RopeStyle, ScaleLogits,
+    ScaleRows,
 };
-use crate::{Error, KvFormat, MemMut, Result};
+use crate::{Error, KvFormat, Mem, MemMut, Result};
 
 /// Elements below which waking the other threads costs more than it saves.
 const PARALLEL: usize = 16384;
@@ -27,6 +28,13 @@ impl<T> Rows<T> {
     unsafe fn range(&self, start: usize, len: usize) -> &mut [T] {
         // SAFETY: the caller's promise.
         unsafe { std::slice::from_raw_parts_mut(self.0.add(start), len) }
+    }
+
+    /// # Safety
+    /// In bounds.
+    unsafe fn at(&self, index: usize) -> *mut T {
+        // SAFETY: the caller's promise.
+        unsafe { self.0.add(index) }
     }
 }
 
@@ -175,6 +183,60 @@ pub(super) fn scale_logits(op: &mut ScaleLogits<'_>, cpu: &Cpu) -> Result<()> {
             } else {
                 scaled
             };
+        }
+    });
+    Ok(())
+}
+
+pub(super) fn scale_rows(op: &mut ScaleRows<'_>, cpu: &Cpu) -> Result<()> {
+    let (dim, columns, column) = (op.dim, op.columns, op.column);
+    let scales = op.scales.slice::<f32>()?;
+    let x = Rows(op.x.slice::<f32>()?.as_ptr().cast_mut());
+    let add = op.add.as_ref().map(Mem::slice::<f32>).transpose()?;
+    let add = add.map(|add| Rows(add.as_ptr().cast_mut()));
+    let out = Rows(op.out.slice_mut::<f32>()?.as_mut_ptr());
+    for_rows(cpu, op.rows, dim, |r| {
+        let scale = scales[r * columns + column];
+        for i in r * dim..(r + 1) * dim {
+            // SAFETY: `check` bounded the rows; each task has its own, and an element is read before
+            // it is written, so that the regions may coincide.
+            unsafe {
+                let taken = match scale {
+                    0.0 => 0.0,
+                    scale => x.at(i).read() * scale,
+                };
+                let more = add.as_ref().map_or(0.0, |add| add.at(i).read());
+                out.at(i).write(taken + more);
+            }
+        }
+    });
+    Ok(())
+}
+
+pub(super) fn gated(op: &mut Gated<'_>, cpu: &Cpu) -> Result<()> {
+    let (dim, act) = (op.dim, op.act);
+    let gate = Rows(op.gate.slice::<f32>()?.as_ptr().cast_mut());
+    let up = Rows(op.up.slice::<f32>()?.as_ptr().cast_mut());
+    let out = Rows(op.out.slice_mut::<f32>()?.as_mut_ptr());
+    for_rows(cpu, op.rows, dim, |r| {
+        // Copies of a stretch of both, because `out` may be one of them.
+        const STRETCH: usize = 256;
+        let (mut g, mut u) = ([0f32; STRETCH], [0f32; STRETCH]);
+        for first in (0..dim).step_by(STRETCH) {
+            let (at, count) = (r * dim + first, STRETCH.min(dim - first));
+            // SAFETY: `check` bounded the rows; each task has its own, and the stretches that were
+            // read are not looked at again once `out` is written.
+            unsafe {
+                g[..count].copy_from_slice(gate.range(at, count));
+                u[..count].copy_from_slice(up.range(at, count));
+                math::gated(
+                    act,
+                    &g[..count],
+                    &u[..count],
+                    out.range(at, count),
+                    cpu.isa(),
+                );
+            }
         }
     });
     Ok(())

@@ -65,6 +65,8 @@ pub fn lower(op: &Op<'_>, target: &Target<'_>, list: &mut Vec<Launch>) -> Result
         Op::RmsNorm(o) => rows::rms_norm(o, target, list),
         Op::GatherRows(o) => rows::gather_rows(o, target, list),
         Op::ScaleLogits(o) => rows::scale_logits(o, target, list),
+        Op::ScaleRows(o) => rows::scale_rows(o, target, list),
+        Op::Gated(o) => rows::gated(o, target, list),
         Op::HessianSyrk(o) => gemm::hessian_syrk(o, target, list),
         Op::Sample(o) => sample::sample(o, target, list),
         Op::HessianFactor(o) => quant::hessian_factor(o, target, list),
@@ -100,6 +102,8 @@ pub fn scratch_bytes(op: &Op<'_>, props: &DeviceProps) -> u64 {
         | Op::RmsNorm(_)
         | Op::GatherRows(_)
         | Op::ScaleLogits(_)
+        | Op::ScaleRows(_)
+        | Op::Gated(_)
         | Op::HessianSyrk(_)
         | Op::Dequant(_)
         | Op::RopeAppend(_) => 0,

@@ -85,6 +85,18 @@ pub fn check(op: &Op<'_>) -> Result<()> {
             c.write("out", &o.out, F32, &[o.rows, o.dim])
         }
         Op::ScaleLogits(o) => c.write("x", &o.x, F32, &[o.rows, o.dim]),
+        Op::ScaleRows(o) => {
+            c.read("x", &o.x, F32, &[o.rows, o.dim])?;
+            c.rule("column", o.column < o.columns, "one of the columns")?;
+            c.read("scales", &o.scales, F32, &[o.rows, o.columns])?;
+            c.optional("add", &o.add, F32, &[o.rows, o.dim])?;
+            c.write("out", &o.out, F32, &[o.rows, o.dim])
+        }
+        Op::Gated(o) => {
+            c.read("gate", &o.gate, F32, &[o.rows, o.dim])?;
+            c.read("up", &o.up, F32, &[o.rows, o.dim])?;
+            c.write("out", &o.out, F32, &[o.rows, o.dim])
+        }
         Op::HessianSyrk(o) => {
             c.read("x", &o.x, F32, &[o.rows, o.dim])?;
             c.write("h", &o.h, F32, &[o.dim, o.dim])

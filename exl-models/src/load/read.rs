@@ -181,7 +181,7 @@ pub(super) fn dense_view(
 }
 
 /// Element type of a dense weight.
-pub(super) fn dtype(view: &TensorView) -> Result<DType> {
+pub(crate) fn dtype(view: &TensorView) -> Result<DType> {
     match view.dtype {
         exl_format::Dtype::F32 => Ok(DType::F32),
         exl_format::Dtype::F16 => Ok(DType::F16),

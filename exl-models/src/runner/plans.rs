@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use exl_tensor::{Bound, PlanKey, Slot, StepBlock};
 
-use crate::{Model, Result};
+use super::Adapted;
+use crate::Result;
 
 /// A recorded plan with its weights and step block.
 #[derive(Debug)]
@@ -16,6 +17,10 @@ pub(super) struct Ready {
     pub(super) logits: Option<Slot>,
     /// Where the tokens lie, if the plan draws any.
     pub(super) tokens: Option<Slot>,
+    /// Where last hidden states lie, if any are wanted.
+    pub(super) hidden: Option<Slot>,
+    /// Where vectors go, if there are any.
+    pub(super) vectors: Option<Slot>,
 }
 
 #[derive(Debug)]
@@ -36,7 +41,7 @@ impl PlanCache {
     }
 
     /// The plan for a shape, recorded now if need be.
-    pub(super) fn ready(&mut self, model: &Model, key: &PlanKey) -> Result<&mut Ready> {
+    pub(super) fn ready(&mut self, model: &Adapted, key: &PlanKey) -> Result<&mut Ready> {
         self.clock += 1;
         if !self.entries.contains_key(key) {
             let ready = Ready::new(model, key)?;
@@ -68,15 +73,15 @@ impl PlanCache {
 }
 
 impl Ready {
-    fn new(model: &Model, key: &PlanKey) -> Result<Self> {
+    fn new(model: &Adapted, key: &PlanKey) -> Result<Self> {
         let plan = Arc::new(model.plan(key));
-        let (logits, tokens) = (plan.output("logits"), plan.output("tokens"));
-        let step = StepBlock::new(key)?;
         Ok(Self {
+            step: StepBlock::new(key)?,
+            logits: plan.output("logits"),
+            tokens: plan.output("tokens"),
+            hidden: plan.output("hidden"),
+            vectors: plan.input("vectors"),
             bound: Bound::new(plan, model.weights())?,
-            step,
-            logits,
-            tokens,
         })
     }
 }
@@ -84,14 +89,15 @@ impl Ready {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::LoadOptions;
+    use crate::{LoadOptions, Model};
     use exl_tensor::Phase;
     use std::path::Path;
 
     #[test]
     fn the_least_recently_used_plan_goes_first() {
         let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/llama-plain-tiny");
-        let model = Model::open(&dir, &LoadOptions::default()).unwrap();
+        let model = Arc::new(Model::open(&dir, &LoadOptions::default()).unwrap());
+        let model = Adapted::new(model, &[], None).unwrap();
         let key = |rows| PlanKey {
             phase: Phase::Prefill,
             rows,
@@ -99,6 +105,7 @@ mod tests {
             pages_per_seq: 1,
             out_rows: 1,
             sample: None,
+            extras: Default::default(),
         };
         let mut cache = PlanCache::new(2);
         for rows in [3, 4, 3, 5] {

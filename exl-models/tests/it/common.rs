@@ -38,7 +38,7 @@ pub(crate) fn dir(case: &str) -> PathBuf {
 }
 
 /// Where tests may write.
-fn scratch() -> PathBuf {
+pub(crate) fn scratch() -> PathBuf {
     match std::env::var_os("EXL_TEST_ROOT") {
         Some(_) => std::env::temp_dir().join("exl-tests"),
         None => PathBuf::from(env!("CARGO_TARGET_TMPDIR")),

@@ -34,6 +34,7 @@ fn drawn_tokens_follow_from_the_logits() {
         start: 0,
         pages,
         logits,
+        extras: Default::default(),
     };
     let slices = [
         slice(a, &[1], LogitRows::None),
@@ -85,6 +86,7 @@ fn a_step_without_logits_draws_nothing() {
         start: 0,
         pages: &[1],
         logits: LogitRows::None,
+        extras: Default::default(),
     };
     assert_eq!(runner.step_drawn(&[slice], &[], 9).unwrap(), [0i32; 0]);
     let last = SeqSlice {
@@ -113,6 +115,7 @@ fn a_plan_that_draws_is_the_plan_with_one_op_more() {
         pages_per_seq: 1,
         out_rows: 2,
         sample: None,
+        extras: Default::default(),
     };
     let plain = golden.model.plan(&key);
     let shape = SampleShape {

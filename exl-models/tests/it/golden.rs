@@ -23,6 +23,7 @@ pub(crate) fn in_pieces(runner: &mut Runner, ids: &[u32], size: usize) -> Vec<f3
             start: i * size,
             pages: &pages,
             logits: LogitRows::All,
+            extras: Default::default(),
         };
         all.extend_from_slice(runner.step(&[slice]).unwrap());
     }
@@ -109,6 +110,7 @@ fn sequences_in_one_step_do_not_touch_each_other() {
             _ => &[4],
         },
         logits,
+        extras: Default::default(),
     };
     runner
         .step(&[
@@ -137,6 +139,7 @@ fn impossible_steps_are_refused() {
             start,
             pages,
             logits: LogitRows::Last,
+            extras: Default::default(),
         };
         runner.step(&[slice]).unwrap_err().to_string()
     };
@@ -166,6 +169,7 @@ fn a_page_that_is_written_has_one_user() {
         start,
         pages,
         logits: LogitRows::None,
+        extras: Default::default(),
     };
     let mut message = |slices: &[SeqSlice<'_>]| {
         let result = runner.step(slices).map(|_| ());
@@ -268,6 +272,7 @@ fn memory_is_what_was_announced() {
         start: 0,
         pages: &[0],
         logits: LogitRows::Last,
+        extras: Default::default(),
     };
     runner.step(&[slice]).unwrap();
     let used = runner.memory();

@@ -14,6 +14,7 @@ use exl_tensor::{
 };
 
 use crate::common::{CASES, dir, golden, root, runner};
+use crate::extras;
 use crate::golden::in_pieces;
 use crate::quantized::written;
 
@@ -109,6 +110,7 @@ fn gpu_ops_of_whole_plans_agree_with_the_cpus() {
             pages_per_seq: 1,
             out_rows: 40,
             sample: None,
+            extras: Default::default(),
         };
         let mut step = StepBlock::new(&key).unwrap();
         let tokens = &golden.ids[..40];
@@ -189,6 +191,7 @@ fn gpu_memory_is_what_was_announced() {
                 start,
                 pages: &[2],
                 logits: LogitRows::Last,
+                extras: Default::default(),
             };
             runner.step(&[slice]).unwrap();
         }
@@ -255,6 +258,7 @@ fn gpu_distributions_are_the_cpus() {
             start: 0,
             pages: &[1],
             logits: LogitRows::All,
+            extras: Default::default(),
         };
         runner.step(&[slice]).unwrap().to_vec()
     };
@@ -264,4 +268,43 @@ fn gpu_distributions_are_the_cpus() {
     println!("{}: KL {kl:.1e}, same top-1 {same:.3}", dir.display());
     // 120 rows are a prompt, for which operands are rounded to 16 bits.
     assert!(kl < 1e-5 && same > 0.98, "KL {kl:e}, top-1 {same}");
+}
+
+/// Adapters, vectors in place of tokens and hidden states, as on the CPU.
+#[test]
+fn gpu_extras_equal_transformers() {
+    let Some(gpu) = gpu() else { return };
+    let fixture = extras::fixture();
+    let model = on_gpu(&dir("llama-plain"), &gpu);
+    let adapters = ["plain", "patterns"].map(|name| extras::adapter(name, &model));
+    let mut tested = extras::runner(&model, cuda(&gpu, true), &adapters);
+    let ids = extras::ids(&fixture);
+    for size in [ids.len(), 7, 1] {
+        let found = extras::side_by_side(&mut tested, &ids, &extras::USES, size);
+        for (found, name) in found[1..].iter().zip(extras::NAMES) {
+            let error = extras::error(found, &extras::floats(&fixture, name));
+            println!("{name} in pieces of {size}: {error:.1e}");
+            assert!(error <= 2.0 * EXACT, "{name} in pieces of {size}: {error}");
+        }
+        let found = extras::with_vectors(&mut tested, &fixture, size);
+        let error = extras::error(&found, &extras::floats(&fixture, "with_vectors"));
+        println!("vectors in pieces of {size}: {error:.1e}");
+        assert!(error <= 2.0 * EXACT, "vectors in pieces of {size}: {error}");
+    }
+    let (found, expected) = extras::hidden(&mut tested, &fixture);
+    let error = extras::error(&found, &expected);
+    assert!(error <= 2.0 * EXACT, "hidden states: {error}");
+    for format in ["exl2", "gptq"] {
+        let dir = written("llama-plain", format, &format!("gpu-adapted-{format}"));
+        let host = Arc::new(Model::open(&dir, &LoadOptions::default()).unwrap());
+        let mut right = extras::runner(&host, Backend::Cpu, &adapters);
+        let mut tested = extras::runner(&on_gpu(&dir, &gpu), cuda(&gpu, true), &adapters);
+        for size in [ids.len(), 1] {
+            let expected = extras::side_by_side(&mut right, &ids, &extras::USES, size);
+            let found = extras::side_by_side(&mut tested, &ids, &extras::USES, size);
+            let error = difference(&found.concat(), &expected.concat());
+            println!("{format} in pieces of {size}: {error:.1e}");
+            assert!(error <= CLOSE, "{format} in pieces of {size}: {error}");
+        }
+    }
 }

@@ -43,6 +43,7 @@ fn two_hundred_greedy_tokens_equal_transformers() {
             start,
             pages: &pages,
             logits: LogitRows::Last,
+            extras: Default::default(),
         };
         let logits = runner.step(&[slice]).unwrap();
         let found = argmax(logits);

@@ -4,6 +4,7 @@
 mod bad_input;
 mod common;
 mod drawn;
+mod extras;
 mod golden;
 mod gpu;
 mod greedy;

@@ -17,6 +17,7 @@ fn key(phase: Phase, rows: usize, seqs: usize, out_rows: usize) -> PlanKey {
         pages_per_seq: 1,
         out_rows,
         sample: None,
+        extras: Default::default(),
     }
 }
 

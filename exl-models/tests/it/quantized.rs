@@ -121,7 +121,7 @@ pub(crate) fn written(case: &str, format: &str, name: &str) -> PathBuf {
 }
 
 /// The same model with every quantized weight decoded.
-fn decoded(model: &Model) -> Model {
+pub(crate) fn decoded(model: &Model) -> Model {
     let mut weights = model.weights().clone();
     for key in layout(model.spec()).iter().filter(|k| k.is_linear()) {
         let values = model
@@ -148,6 +148,7 @@ fn logits(model: Arc<Model>, backend: Backend, ids: &[u32], size: usize) -> Vec<
             start: i * size,
             pages: &[1],
             logits: LogitRows::All,
+            extras: Default::default(),
         };
         all.extend_from_slice(runner.step(&[slice]).unwrap());
     }
@@ -215,6 +216,7 @@ fn prepared_plans_over_quantized_weights_need_no_more_scratch_memory() {
                 pages_per_seq: 1,
                 out_rows: 1,
                 sample: None,
+                extras: Default::default(),
             };
             let bound = Bound::new(Arc::new(model.plan(&key)), model.weights()).unwrap();
             let mut step = StepBlock::new(&key).unwrap();

@@ -76,6 +76,7 @@ impl Forward {
             pages_per_seq: length.div_ceil(PAGE_TOKENS),
             out_rows: 0,
             sample: None,
+            extras: Default::default(),
         };
         let cpu = Cpu::new(CpuOptions {
             threads: 0,

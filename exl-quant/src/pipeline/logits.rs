@@ -136,5 +136,6 @@ fn head_key(rows: usize) -> PlanKey {
         pages_per_seq: 1,
         out_rows: 0,
         sample: None,
+        extras: Default::default(),
     }
 }

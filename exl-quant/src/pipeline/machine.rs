@@ -77,6 +77,7 @@ impl Machine {
             pages_per_seq: length.div_ceil(PAGE_TOKENS),
             out_rows: 0,
             sample: None,
+            extras: Default::default(),
         }
     }
 

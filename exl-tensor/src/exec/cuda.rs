@@ -492,7 +492,7 @@ impl Arena for Space<'_> {
     fn step<'a>(&'a self, step: &'a StepBlock, field: StepField) -> Mem<'a> {
         let (offset, bytes) = step.range(field);
         self.step
-            .mem(offset, bytes, DType::I32)
+            .mem(offset, bytes, field.dtype())
             .expect("the step block was prepared for the plan")
     }
 }

@@ -4,7 +4,7 @@ use exl_kernels::ops::{self, LinearPart, Op};
 use exl_kernels::{DType, KvType, Mem, MemMut};
 
 use super::Bound;
-use crate::plan::{AttnOp, GateUpOp, PlanOp, PlanPart, RopeOp};
+use crate::plan::{AttnOp, GateUpOp, PlanOp, PlanPart, RopeOp, RowSet};
 use crate::{KvBuffers, Slot, StepBlock, StepField, WeightId};
 
 /// Memory that holds the slots of a plan.
@@ -134,13 +134,49 @@ impl<'a> Regions<'a> {
                 let kind = kv.shape().kv;
                 self.attention((*q, *out), step, (kv.read(*layer), kind), args)
             }
-            PlanOp::GatherRows { x, out, rows, dim } => Op::GatherRows(ops::GatherRows {
+            PlanOp::GatherRows {
+                x,
+                out,
+                rows,
+                dim,
+                set,
+            } => Op::GatherRows(ops::GatherRows {
                 x: self.mem(*x),
-                index: self.arena.step(step, StepField::OutRows),
+                index: self.arena.step(
+                    step,
+                    match set {
+                        RowSet::Hidden => StepField::HiddenRows,
+                        RowSet::All | RowSet::Out => StepField::OutRows,
+                    },
+                ),
                 out: self.mem_mut(*out),
                 x_rows: self.bound.plan().slot(*x).rows,
                 rows: *rows,
                 dim: *dim,
+            }),
+            PlanOp::ScaleRows {
+                x,
+                add,
+                out,
+                set,
+                column,
+            } => Op::ScaleRows(ops::ScaleRows {
+                x: self.mem(*x),
+                scales: self.arena.step(step, set.scales()),
+                add: add.map(|add| self.mem(add)),
+                out: self.mem_mut(*out),
+                rows: self.bound.plan().slot(*out).rows,
+                dim: self.bound.plan().slot(*out).dim,
+                columns: step.key().extras.scales(),
+                column: *column,
+            }),
+            PlanOp::Gated { gate, up, out, act } => Op::Gated(ops::Gated {
+                gate: self.mem(*gate),
+                up: self.mem(*up),
+                out: self.mem_mut(*out),
+                rows: self.bound.plan().slot(*out).rows,
+                dim: self.bound.plan().slot(*out).dim,
+                act: *act,
             }),
             PlanOp::ScaleLogits {
                 x,

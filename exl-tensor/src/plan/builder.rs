@@ -1,14 +1,18 @@
 //! Records a plan: what architecture code talks to.
 
+mod adapters;
+
 use std::collections::HashMap;
 
 use exl_kernels::DType;
 use exl_kernels::ops::{Activation, RopeStyle};
 
 use super::{
-    AttnOp, GateUpOp, Plan, PlanKey, PlanOp, PlanPart, RopeOp, Slot, SlotInfo, WeightId, WeightInfo,
+    AttnOp, GateUpOp, Plan, PlanKey, PlanOp, PlanPart, RopeOp, RowSet, Slot, SlotInfo, WeightId,
+    WeightInfo,
 };
 use crate::arena::ArenaLayout;
+pub use adapters::PlanAdapter;
 
 /// One product of [`PlanBuilder::linear`].
 #[derive(Clone, Debug)]
@@ -77,6 +81,10 @@ pub struct PlanBuilder {
     outputs: Vec<(String, Slot)>,
     taps: Vec<(String, Slot)>,
     tapping: bool,
+    /// Those of the key, in its order.
+    adapters: Vec<PlanAdapter>,
+    /// Rows that the ops being recorded work on.
+    set: RowSet,
 }
 
 impl PlanBuilder {
@@ -92,6 +100,8 @@ impl PlanBuilder {
             outputs: Vec::new(),
             taps: Vec::new(),
             tapping,
+            adapters: Vec::new(),
+            set: RowSet::All,
         }
     }
 
@@ -189,8 +199,20 @@ impl PlanBuilder {
         });
     }
 
-    /// Products of one input with several matrices; one output slot each.
+    /// Products of one input with several matrices, and what adapters add to them; one output slot
+    /// each.
     pub fn linear(&mut self, x: Slot, parts: &[Part]) -> Vec<Slot> {
+        let outs = self.products(x, parts);
+        let targets: Vec<(WeightId, Slot)> = parts
+            .iter()
+            .map(|p| p.weight)
+            .zip(outs.iter().copied())
+            .collect();
+        self.adapt(x, &targets);
+        outs
+    }
+
+    fn products(&mut self, x: Slot, parts: &[Part]) -> Vec<Slot> {
         let rows = self.rows(x);
         let plan_parts: Vec<PlanPart> = parts
             .iter()
@@ -217,8 +239,14 @@ impl PlanBuilder {
         outs
     }
 
-    /// `residual += x W^T + bias`, in place; returns `residual`.
+    /// `residual += x W^T + bias`, and what adapters add, in place; returns `residual`.
     pub fn linear_add(&mut self, x: Slot, part: &Part, residual: Slot) -> Slot {
+        self.product_add(x, part, residual);
+        self.adapt(x, &[(part.weight, residual)]);
+        residual
+    }
+
+    fn product_add(&mut self, x: Slot, part: &Part, residual: Slot) -> Slot {
         let (outputs, _) = self.matrix_shape(part.weight);
         let part = PlanPart {
             weight: part.weight,
@@ -236,8 +264,16 @@ impl PlanBuilder {
         residual
     }
 
-    /// Gated half of an MLP.
+    /// Gated half of an MLP. What an adapter adds comes before the activation, so then the two products
+    /// stand alone.
     pub fn gate_up(&mut self, x: Slot, args: &GateUpArgs) -> Slot {
+        if self.is_adapted(args.gate.weight) || self.is_adapted(args.up.weight) {
+            let both = self.linear(x, &[args.gate.clone(), args.up.clone()]);
+            let (gate, up, act) = (both[0], both[1], args.act);
+            let out = gate;
+            self.push(PlanOp::Gated { gate, up, out, act });
+            return out;
+        }
         let (outputs, _) = self.matrix_shape(args.up.weight);
         let (rows, inputs) = (self.rows(x), self.dim(x));
         let out = self.new_slot("gate_up", rows, outputs);
@@ -301,10 +337,27 @@ impl PlanBuilder {
 
     /// The rows that get logits.
     pub fn gather_out_rows(&mut self, x: Slot) -> Slot {
+        self.gather(x, (RowSet::Out, self.key.out_rows), "out_rows")
+    }
+
+    /// The rows whose last hidden state is wanted.
+    pub fn gather_hidden_rows(&mut self, x: Slot) -> Slot {
+        let rows = self.key.extras.hidden_rows;
+        self.gather(x, (RowSet::Hidden, rows), "hidden_rows")
+    }
+
+    /// What is recorded from here on works on the rows that were gathered.
+    fn gather(&mut self, x: Slot, (set, rows): (RowSet, usize), name: &str) -> Slot {
         let dim = self.dim(x);
-        let rows = self.key.out_rows;
-        let out = self.new_slot("out_rows", rows, dim);
-        self.push(PlanOp::GatherRows { x, out, rows, dim });
+        let out = self.new_slot(name, rows, dim);
+        self.push(PlanOp::GatherRows {
+            x,
+            out,
+            rows,
+            dim,
+            set,
+        });
+        self.set = set;
         out
     }
 

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use super::{Phase, Plan, PlanKey, PlanOp, SampleShape, Slot, WeightId};
+use super::{Phase, Plan, PlanKey, PlanOp, RowSet, SampleShape, Slot, WeightId};
 
 impl fmt::Display for PlanKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -16,9 +16,19 @@ impl fmt::Display for PlanKey {
             "{phase} rows={} seqs={} pages_per_seq={} out_rows={}",
             self.rows, self.seqs, self.pages_per_seq, self.out_rows
         )?;
-        match &self.sample {
-            Some(shape) => write!(f, " {shape}"),
-            None => Ok(()),
+        if let Some(shape) = &self.sample {
+            write!(f, " {shape}")?;
+        }
+        let extras = &self.extras;
+        if !extras.adapters.is_empty() {
+            write!(f, " adapters={:?}", extras.adapters)?;
+        }
+        if extras.vectors {
+            write!(f, " vectors")?;
+        }
+        match extras.hidden_rows {
+            0 => Ok(()),
+            rows => write!(f, " hidden_rows={rows}"),
         }
     }
 }
@@ -170,7 +180,31 @@ impl fmt::Display for OpText<'_> {
                 args.softcap,
                 args.window
             ),
-            PlanOp::GatherRows { x, out, .. } => write!(f, "{} = gather_rows({x})", self.out(*out)),
+            PlanOp::GatherRows { x, out, set, .. } => {
+                let which = if *set == RowSet::Hidden {
+                    " hidden"
+                } else {
+                    ""
+                };
+                write!(f, "{} = gather_rows({x}){which}", self.out(*out))
+            }
+            PlanOp::ScaleRows {
+                x,
+                add,
+                out,
+                column,
+                ..
+            } => {
+                let add = add.map(|a| format!(" + {a}")).unwrap_or_default();
+                write!(
+                    f,
+                    "{} = scale_rows({x}) column={column}{add}",
+                    self.out(*out)
+                )
+            }
+            PlanOp::Gated { gate, up, out, act } => {
+                write!(f, "{} = gated({gate}, {up}) act={act:?}", self.out(*out))
+            }
             PlanOp::ScaleLogits {
                 x, scale, softcap, ..
             } => {

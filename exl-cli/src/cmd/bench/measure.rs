@@ -260,6 +260,7 @@ fn time_prefill(
                 start: first,
                 pages: &pages,
                 logits,
+                extras: Default::default(),
             }])?;
             if last {
                 check_finite(out)?;
@@ -302,6 +303,7 @@ fn time_decode(
                     start: context + step,
                     pages: &pages[seq],
                     logits: LogitRows::Last,
+                    extras: Default::default(),
                 })
                 .collect();
             decode_step(runner, &slices)?;
@@ -360,6 +362,7 @@ fn decode_key(runner: &Runner, batch: usize, pages_per_seq: usize) -> PlanKey {
         pages_per_seq: pages_per_seq.next_power_of_two(),
         out_rows: batch,
         sample: draws(runner).then_some(sample),
+        extras: Default::default(),
     }
 }
 

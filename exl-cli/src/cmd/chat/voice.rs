@@ -7,8 +7,8 @@ use crate::signal::StopFlag;
 use crate::ui;
 use anyhow::{Result, bail};
 use exl_gen::{
-    ChatInput, ChatTemplate, Done, DoneReason, Encode, EngineHandle, Event, Grammar, Request,
-    SamplerSettings, Speculation,
+    AdapterUse, ChatInput, ChatTemplate, Done, DoneReason, Encode, EngineHandle, Event, Grammar,
+    Request, SamplerSettings, Speculation,
 };
 use serde_json::{Value, json};
 use std::time::Duration;
@@ -40,6 +40,7 @@ pub(super) struct Wishes {
     pub(super) answer: AnswerArgs,
     /// Tokens that every reply begins with.
     pub(super) begin: Vec<u32>,
+    pub(super) adapters: Vec<AdapterUse>,
 }
 
 /// A rendered conversation.
@@ -124,6 +125,7 @@ impl Voice {
             speculation: wishes.speculation.clone(),
             grammar: wishes.grammar.clone(),
             prefer_end: wishes.prefer_end,
+            adapters: wishes.adapters.clone(),
             ..Request::new(prompt.tokens)
         })?;
         let mut text = String::new();

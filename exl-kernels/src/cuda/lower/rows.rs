@@ -1,4 +1,4 @@
-//! Ops that work row by row: embedding, norm, row gathering, logit scaling. One launch each.
+//! Ops that work row by row: embedding, norm, row gathering, scaling, gates. One launch each.
 //!
 //! The kernel depends on the length of a row, never on the number of rows, so that a row's result
 //! is the same in every batch.
@@ -38,6 +38,8 @@ pub(crate) static KERNELS: &[Kernel] = &[
     TAKE[1],
     TAKE[2],
     SCALE_LOGITS,
+    SCALE_ROWS,
+    GATED,
 ];
 
 /// A norm kernel and the rows that it takes.
@@ -118,6 +120,9 @@ const SCALE_LOGITS: Kernel = Kernel::new("act/scale_logits", "exl_scale_logits")
 const SCALE_THREADS: u32 = 256;
 /// Elements that one block takes.
 const SCALE_CHUNK: usize = 1024;
+
+const SCALE_ROWS: Kernel = Kernel::new("act/scale_rows", "exl_scale_rows");
+const GATED: Kernel = Kernel::new("act/gated", "exl_gated");
 
 /// Index of a kernel's instance for an element type.
 fn instance(dtype: DType) -> usize {
@@ -256,6 +261,65 @@ pub(super) fn scale_logits(
             .float(o.scale)
             .float(o.softcap)
             .int(usize::from(aligned(&[x]))),
+    });
+    Ok(())
+}
+
+pub(super) fn scale_rows(
+    o: &ops::ScaleRows<'_>,
+    _target: &Target<'_>,
+    list: &mut Vec<Launch>,
+) -> Result<()> {
+    check_sizes("scale_rows", &[o.rows, o.dim, o.columns])?;
+    if o.rows == 0 || o.dim == 0 {
+        return Ok(());
+    }
+    let (x, out) = (o.x.as_ptr() as u64, o.out.as_mem().as_ptr() as u64);
+    let add = o.add.as_ref().map_or(0, |add| add.as_ptr() as u64);
+    let vectors = o.dim.is_multiple_of(4) && aligned(&[x, add, out]);
+    list.push(Launch {
+        kernel: SCALE_ROWS,
+        grid: [o.rows as u32, o.dim.div_ceil(SCALE_CHUNK) as u32, 1],
+        block: [SCALE_THREADS, 1, 1],
+        shared_bytes: 0,
+        args: Args::new()
+            .ptr(x)
+            .ptr(o.scales.as_ptr() as u64)
+            .ptr(add)
+            .ptr(out)
+            .int(o.dim)
+            .int(o.columns)
+            .int(o.column)
+            .int(usize::from(vectors)),
+    });
+    Ok(())
+}
+
+pub(super) fn gated(
+    o: &ops::Gated<'_>,
+    _target: &Target<'_>,
+    list: &mut Vec<Launch>,
+) -> Result<()> {
+    let count = o.out.len();
+    let blocks = count.div_ceil(SCALE_CHUNK);
+    check_sizes("gated", &[blocks])?;
+    if count == 0 {
+        return Ok(());
+    }
+    let (gate, up) = (o.gate.as_ptr() as u64, o.up.as_ptr() as u64);
+    let out = o.out.as_mem().as_ptr() as u64;
+    list.push(Launch {
+        kernel: GATED,
+        grid: [blocks as u32, 1, 1],
+        block: [SCALE_THREADS, 1, 1],
+        shared_bytes: 0,
+        args: Args::new()
+            .ptr(gate)
+            .ptr(up)
+            .ptr(out)
+            .long(count as u64)
+            .int(super::linear::activation_code(o.act))
+            .int(usize::from(aligned(&[gate, up, out]))),
     });
     Ok(())
 }

@@ -2,8 +2,9 @@
 
 use super::spans::Access;
 use crate::ops::{
-    Dequant, Embed, GateUp, GatherRows, Gptq, HessianFactor, HessianLoss, HessianSyrk, Linear,
-    LinearPart, Matrix, Op, PagedAttn, Refine, RmsNorm, RopeAppend, Sample, ScaleLogits,
+    Dequant, Embed, GateUp, Gated, GatherRows, Gptq, HessianFactor, HessianLoss, HessianSyrk,
+    Linear, LinearPart, Matrix, Op, PagedAttn, Refine, RmsNorm, RopeAppend, Sample, ScaleLogits,
+    ScaleRows,
 };
 use crate::{Mem, MemMut, Result};
 
@@ -45,6 +46,19 @@ pub(super) fn translate<'h: 'd, 'd>(op: &Op<'h>, t: &mut impl Translate<'h, 'd>)
         })),
         Op::ScaleLogits(o) => Ok(Op::ScaleLogits(ScaleLogits {
             x: t.write(&o.x, Access::Update)?,
+            ..*o
+        })),
+        Op::ScaleRows(o) => Ok(Op::ScaleRows(ScaleRows {
+            x: t.read(&o.x)?,
+            scales: t.read(&o.scales)?,
+            add: t.optional(&o.add)?,
+            out: t.write(&o.out, Access::Write)?,
+            ..*o
+        })),
+        Op::Gated(o) => Ok(Op::Gated(Gated {
+            gate: t.read(&o.gate)?,
+            up: t.read(&o.up)?,
+            out: t.write(&o.out, Access::Write)?,
             ..*o
         })),
         Op::HessianSyrk(o) => Ok(Op::HessianSyrk(HessianSyrk {

@@ -174,6 +174,41 @@ fn logits_are_scaled_four_by_four() {
 }
 
 #[test]
+fn rows_are_scaled_and_gated_four_by_four() {
+    let scale = |at: usize, rows: usize, dim: usize| {
+        launch(&Op::ScaleRows(ops::ScaleRows {
+            x: read(at, rows * dim, DType::F32),
+            scales: read(4 * BASE, rows * 2, DType::F32),
+            add: None,
+            out: write(2 * BASE, rows * dim),
+            rows,
+            dim,
+            columns: 2,
+            column: 1,
+        }))
+    };
+    let all = scale(BASE, 3, 5120).unwrap();
+    assert_eq!((all.grid, all.kernel.entry), ([3, 5, 1], "exl_scale_rows"));
+    assert_eq!(all.args.words()[2], 0);
+    assert_eq!(all.args.words()[4..], [5120, 2, 1, 1]);
+    assert_eq!(scale(BASE + 4, 3, 5120).unwrap().args.words()[7], 0);
+    assert_eq!(scale(BASE, 3, 5).unwrap().args.words()[7], 0);
+    assert_eq!(scale(BASE, 0, 5), None);
+
+    let gated = launch(&Op::Gated(ops::Gated {
+        gate: read(BASE, 3 * 1000, DType::F32),
+        up: read(2 * BASE, 3 * 1000, DType::F32),
+        out: write(2 * BASE, 3 * 1000),
+        rows: 3,
+        dim: 1000,
+        act: ops::Activation::GeluTanh,
+    }))
+    .unwrap();
+    assert_eq!((gated.grid, gated.kernel.entry), ([3, 1, 1], "exl_gated"));
+    assert_eq!(gated.args.words()[3..], [3000, 1, 1]);
+}
+
+#[test]
 fn sizes_beyond_32_bits_are_refused() {
     let rows = 1 << 31;
     let op = Op::GatherRows(ops::GatherRows {

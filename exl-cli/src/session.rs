@@ -9,7 +9,8 @@ use crate::signal::StopFlag;
 use crate::ui::{self, Ui};
 use anyhow::{Context, Result, bail};
 use exl_gen::{
-    DiskOptions, DraftModel, Engine, EngineHandle, EngineOptions, RunnerBackend, Tokenizer,
+    Backend as _, DiskOptions, DraftModel, Engine, EngineHandle, EngineOptions, RunnerBackend,
+    Tokenizer,
 };
 use exl_models::rope::RopeOptions;
 use exl_models::{Backend, LoadOptions, MemoryRequest, Model, ModelSource, Runner, RunnerOptions};
@@ -344,6 +345,14 @@ pub(crate) fn engine(
         ..EngineOptions::default()
     };
     let (backend, tokenizer) = (Box::new(RunnerBackend::new(runner)), Arc::clone(tokenizer));
+    if let Some(draft) = &draft
+        && draft.cost + backend.row_cost() >= 1.0
+    {
+        ui.note(&format!(
+            "--draft: its weights are {:.0}% of the model's; so slow a model is not asked to guess",
+            100.0 * draft.cost
+        ));
+    }
     Ok(match draft {
         Some(draft) => Engine::start_with_draft(backend, draft, tokenizer, options)?,
         None => Engine::start(backend, tokenizer, options)?,

@@ -9,8 +9,8 @@ use crate::signal::StopFlag;
 use crate::ui::{self, Ui};
 use anyhow::{Context, Result, bail};
 use exl_gen::{
-    AdapterUse, DiskOptions, DraftModel, Engine, EngineHandle, EngineOptions, RunnerBackend,
-    Tokenizer,
+    AdapterUse, Backend as _, DiskOptions, DraftModel, Engine, EngineHandle, EngineOptions,
+    RunnerBackend, Tokenizer,
 };
 use exl_models::rope::RopeOptions;
 use exl_models::{
@@ -365,6 +365,14 @@ pub(crate) fn engine(
     };
     let backend = RunnerBackend::new(runner).with_adapter_names(room.adapters.iter().map(name));
     let (backend, tokenizer) = (Box::new(backend), Arc::clone(tokenizer));
+    if let Some(draft) = &draft
+        && draft.cost + backend.row_cost() >= 1.0
+    {
+        ui.note(&format!(
+            "--draft: its weights are {:.0}% of the model's; so slow a model is not asked to guess",
+            100.0 * draft.cost
+        ));
+    }
     Ok(match draft {
         Some(draft) => Engine::start_with_draft(backend, draft, tokenizer, options)?,
         None => Engine::start(backend, tokenizer, options)?,

@@ -154,6 +154,41 @@ fn wrong_forms_are_refused_before_the_model_is_loaded() {
     );
 }
 
+/// The demo model without its other layers, which guesses badly but fast.
+fn first_layer(temp: &TempDir) -> std::path::PathBuf {
+    let small = copy_demo(temp);
+    let path = small.join("config.json");
+    let mut config: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    config["num_hidden_layers"] = 1.into();
+    std::fs::write(&path, config.to_string()).unwrap();
+    let path = small.join("model.safetensors");
+    let file = std::fs::read(&path).unwrap();
+    let length = u64::from_le_bytes(file[..8].try_into().unwrap()) as usize;
+    let header: serde_json::Map<String, serde_json::Value> =
+        serde_json::from_slice(&file[8..8 + length]).unwrap();
+    let (mut kept, mut data) = (serde_json::Map::new(), Vec::new());
+    for (name, mut tensor) in header {
+        let layer = name.strip_prefix("model.layers.");
+        if name == "__metadata__" || layer.is_some_and(|rest| !rest.starts_with("0.")) {
+            continue;
+        }
+        let at = |n: usize| tensor["data_offsets"][n].as_u64().unwrap() as usize + 8 + length;
+        let bytes = &file[at(0)..at(1)];
+        tensor["data_offsets"] = serde_json::json!([data.len(), data.len() + bytes.len()]);
+        data.extend_from_slice(bytes);
+        kept.insert(name, tensor);
+    }
+    let header = serde_json::Value::Object(kept).to_string();
+    let parts = [
+        &(header.len() as u64).to_le_bytes(),
+        header.as_bytes(),
+        &data,
+    ];
+    std::fs::write(&path, parts.concat()).unwrap();
+    small
+}
+
 #[test]
 fn guesses_change_the_steps_and_not_the_text() {
     let last = |more: &[&str]| {
@@ -170,25 +205,39 @@ fn guesses_change_the_steps_and_not_the_text() {
         (text, done.find(|line| line["job"] == 1).unwrap())
     };
     let (plain, done) = last(&[]);
+    let temp = TempDir::new();
+    let small = first_layer(&temp);
     assert_eq!(
         (&done["steps"], &done["drafted_tokens"]),
         (&60.into(), &0.into())
     );
-    let temp = TempDir::new();
     let preset = temp.join("p.toml");
     std::fs::write(&preset, "ngram = 1\n").unwrap();
     for more in [
         &["--ngram", "2"][..],
-        &["--draft", demo()],
-        &["--draft", demo(), "--ngram", "--draft-tokens", "3"],
+        &["--draft", text(&small)],
+        &["--draft", text(&small), "--ngram", "--draft-tokens", "3"],
         &["--preset", text(&preset)],
     ] {
         let (guessed, done) = last(more);
         assert_eq!(guessed, plain, "{more:?}");
         let number = |key: &str| done[key].as_u64().unwrap();
-        assert!(number("drafted_tokens") > 0, "{more:?}: {done}");
+        // For two jobs at once this draft model does not pay; a chat is one.
+        let lookup = more.len() != 2 || more[0] != "--draft";
+        assert!(number("drafted_tokens") > 0 || !lookup, "{more:?}: {done}");
         assert_eq!(number("steps") + number("accepted_tokens"), 60, "{more:?}");
     }
+    let slow = generate(&["-n", "20", "--draft", demo()]).success();
+    assert!(
+        slow.stderr.contains("100% of the model's"),
+        "{}",
+        slow.stderr
+    );
+    assert!(
+        slow.stdout.contains("\"drafted_tokens\":0"),
+        "{}",
+        slow.stdout
+    );
     generate(&["--draft-tokens", "3"]).failure(2, &["--draft", "--ngram"]);
     generate(&["--ngram", "0"]).failure(2, &["--ngram"]);
     generate(&["--draft", "nowhere"]).failure(1, &["--draft nowhere"]);
@@ -213,16 +262,10 @@ fn a_draft_model_of_another_vocabulary_is_refused() {
 
 #[test]
 fn a_chat_tells_what_came_of_guesses() {
-    let mut chat = exl([
-        "chat",
-        "-m",
-        demo(),
-        "--greedy",
-        "--draft",
-        demo(),
-        "-n",
-        "40",
-    ]);
+    let temp = TempDir::new();
+    let small = first_layer(&temp);
+    let mut chat = exl(["chat", "-m", demo(), "--greedy", "-n", "40"]);
+    chat.args(["--draft", text(&small)]);
     let chat = run_with_input(&mut chat, "Who are you?\n/stats\n").success();
     assert!(chat.stderr.contains("guesses right"), "{}", chat.stderr);
 }

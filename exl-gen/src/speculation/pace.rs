@@ -4,8 +4,10 @@
 const WEIGHT: f64 = 0.15;
 /// Rate before anything is known.
 const START: f64 = 0.7;
-/// Of so many turns in which guessing does not pay, one is used to see whether it does again.
+/// Of so many turns in which guessing does not pay, one is used to see whether it does again. A draft
+/// model has to read what was written since.
 const RETRY: u32 = 16;
+const RETRY_MODEL: u32 = 64;
 
 /// What a step costs, in steps of one token.
 #[derive(Clone, Copy, Debug)]
@@ -62,8 +64,13 @@ impl Pace {
         if best.0 > 0 || most == 0 {
             return best.0;
         }
+        // What would not pay even if it were right need not be tried.
+        if cost.step(1) >= 2.0 * cost.step(0) {
+            return 0;
+        }
         self.skipped += 1;
-        usize::from(self.skipped.is_multiple_of(RETRY))
+        let retry = if cost.guess > 0.0 { RETRY_MODEL } else { RETRY };
+        usize::from(self.skipped.is_multiple_of(retry))
     }
 
     /// Notes that the first `right` of `guesses` were. Those behind a wrong one say nothing.
@@ -133,5 +140,13 @@ mod tests {
         assert!(length(1, 0.0) > length(8, 0.0));
         assert!(length(1, 0.0) > length(1, 0.3));
         assert_eq!(length(1, 1.0), 0);
+        // A draft model as slow as the model is never asked.
+        let cost = Cost {
+            jobs: 1,
+            row: 0.2,
+            guess: 0.8,
+        };
+        let mut pace = Pace::default();
+        assert!((0..1000).all(|_| pace.length(16, &cost) == 0));
     }
 }

@@ -119,7 +119,7 @@ impl Job {
         check(&request)?;
         // Guesses are tokens; what stands where vectors are is none.
         let speculation = request.speculation.filter(|_| request.vectors.is_empty());
-        let sampler = Sampler::new(request.sampler, tokenizer.vocab_size())?;
+        let sampler = Sampler::for_tokenizer(request.sampler, tokenizer)?;
         let form = request.grammar.as_ref();
         let form = form.map(|grammar| Form::new(grammar, request.prefer_end, tokenizer));
         let form = form.transpose()?;

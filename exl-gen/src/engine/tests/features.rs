@@ -327,3 +327,27 @@ fn guidance_steers_away_from_another_prompt() {
     ));
     assert_all_free(&engine);
 }
+
+/// What the tokenizer's tokens spell decides what XTC never excludes: here the line break, which the
+/// model likes best.
+#[test]
+fn samplers_know_what_the_tokens_spell() {
+    let line = encode_plain("\n")[0];
+    let other = encode_plain("a")[0];
+    let likes = move |_: &[u32], logits: &mut [f32]| {
+        logits.fill(-20.0);
+        logits[line as usize] = 2.0;
+        logits[other as usize] = 1.0;
+    };
+    let engine = start(SimBackend::new(VOCAB, 4, likes));
+    let mut request = Request::new(encode("b"));
+    request.max_new_tokens = 40;
+    request.sampler = SamplerSettings {
+        xtc_probability: 1.0,
+        xtc_threshold: 0.05,
+        seed: Some(3),
+        ..SamplerSettings::default()
+    };
+    let answer = engine.submit(request).unwrap().wait();
+    assert!(answer.token_ids.contains(&line), "{:?}", answer.token_ids);
+}

@@ -328,7 +328,11 @@ pub(crate) fn engine(
     // The draft model has no part in the adapters.
     let plain = options.clone();
     for lora in &room.adapters {
-        let adapter = Adapter::open(&lora.dir, source.spec())?;
+        let what = || {
+            let dir = lora.dir.display();
+            format!("--lora {dir} must be a folder in PEFT's files, made for this model")
+        };
+        let adapter = Adapter::open(&lora.dir, source.spec()).with_context(what)?;
         options.adapters.push(Arc::new(adapter));
     }
     let mut need = memory::needed(&source, &options.memory_request(), gpu)?;

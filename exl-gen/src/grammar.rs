@@ -101,7 +101,7 @@ pub struct Guide {
     /// Tokens that may come next, each with the mask behind it if there is one already.
     ahead: VecDeque<(u32, Option<SimpleVob>)>,
     /// Tokens taken on trial, each with the mask before it.
-    trail: Option<Vec<(Option<SimpleVob>, u32)>>,
+    trail: Option<Trail>,
     /// A token that no tokenizer has: the end of the answer.
     end: u32,
     times: MaskTimes,
@@ -114,6 +114,14 @@ enum State {
     Away(Task),
     /// Nowhere: that thread panicked.
     Lost,
+}
+
+/// Tokens taken on trial.
+struct Trail {
+    /// The parser before them: an error on the way stays with the one that went.
+    before: Box<Matcher>,
+    /// Each with the mask before it, if that was computed.
+    steps: Vec<(Option<SimpleVob>, u32)>,
 }
 
 /// What masks took.
@@ -247,32 +255,36 @@ impl Guide {
     }
 
     /// Begins to take tokens on trial. Masks that are computed on the way are kept.
-    pub(crate) fn begin_trail(&mut self) {
-        self.trail = Some(Vec::new());
+    ///
+    /// # Errors
+    /// As [`Guide::apply`].
+    pub(crate) fn begin_trail(&mut self) -> Result<()> {
+        let before = self.with(|matcher| Ok::<_, String>(matcher.deep_clone()))?;
+        self.trail = Some(Trail {
+            before: Box::new(before),
+            steps: Vec::new(),
+        });
+        Ok(())
     }
 
     /// Takes back what was taken on trial.
-    ///
-    /// # Errors
-    /// As [`Guide::rollback`].
-    pub(crate) fn end_trail(&mut self) -> Result<()> {
+    pub(crate) fn end_trail(&mut self) {
         let Some(trail) = self.trail.take() else {
-            return Ok(());
+            return;
         };
         let last = self.mask.take();
-        self.rollback(trail.len())?;
-        let (masks, tokens): (Vec<_>, Vec<u32>) = trail.into_iter().unzip();
+        self.state = State::Here(trail.before);
+        let (masks, tokens): (Vec<_>, Vec<u32>) = trail.steps.into_iter().unzip();
         let mut masks = masks.into_iter().chain([last]);
         self.mask = masks.next().flatten();
         self.ahead = tokens.into_iter().zip(masks).collect();
-        Ok(())
     }
 
     /// Goes on to the mask behind a token, if there is one already.
     fn advance(&mut self, token: u32) {
         let before = self.mask.take();
         if let Some(trail) = &mut self.trail {
-            trail.push((before, token));
+            trail.steps.push((before, token));
         }
         match self.ahead.pop_front() {
             Some((next, mask)) if next == token => self.mask = mask,

@@ -85,7 +85,14 @@ impl Adapter {
             };
             let rank = rank((&a, &b), shapes[linear])?;
             let factor = config.factor(linear, rank, &path)?;
-            for part in [linear.as_bytes(), &factor.to_le_bytes(), &a.data, &b.data] {
+            let kinds = format!("{:?} {:?} {:?} {:?}", a.dtype, a.shape, b.dtype, b.shape);
+            for part in [
+                linear.as_bytes(),
+                &factor.to_le_bytes(),
+                kinds.as_bytes(),
+                &a.data,
+                &b.data,
+            ] {
                 hasher.update(&(part.len() as u64).to_le_bytes());
                 hasher.update(part);
             }

@@ -184,7 +184,7 @@ impl Drafter {
                 }
                 // Other texts have all pages; this job draws without guesses.
                 Err(Trouble::OutOfPages) => {
-                    job.end_trail(&mut trail).map_err(failed)?;
+                    job.end_trail(&mut trail);
                     self.forget(job.id);
                 }
                 Err(Trouble::Failed(error)) => return Err(error),
@@ -193,7 +193,7 @@ impl Drafter {
         self.run(&mut turns, jobs, tokenizer)?;
         for mut turn in turns {
             let (job, trail) = (&mut jobs[turn.job], &mut turn.trail);
-            job.end_trail(trail).map_err(failed)?;
+            job.end_trail(trail);
             if let Some(held) = self.held.get_mut(&job.id) {
                 let computed = trail.before..turn.done.max(trail.before);
                 held.guesses = trail.text[computed].to_vec();

@@ -29,26 +29,23 @@ impl Masked {
         }
     }
 
-    /// Goes along the draft, and back.
+    /// Goes along the draft. A copy does, as an error stays with a parser.
     fn follow(&mut self) {
         let mut draft = self.draft.iter();
-        let mut taken = 0;
+        let mut copy = (!self.draft.is_empty()).then(|| self.matcher.deep_clone());
+        let matcher = copy.as_mut().unwrap_or(&mut self.matcher);
         // One that has come to its end has no next token.
-        while !self.matcher.is_stopped() {
-            let mask = self.matcher.compute_mask();
+        while !matcher.is_stopped() {
+            let mask = matcher.compute_mask();
             let next = draft.next().copied();
             let fits = |token: &u32| mask.as_ref().is_ok_and(|mask| mask.is_allowed(*token));
             let next = next.filter(fits);
             self.masks.push(mask.map_err(|error| error.to_string()));
             let Some(token) = next else { break };
-            if let Err(error) = self.matcher.consume_token(token) {
+            if let Err(error) = matcher.consume_token(token) {
                 self.masks.push(Err(error.to_string()));
-                return;
+                break;
             }
-            taken += 1;
-        }
-        if let Err(error) = self.matcher.rollback(taken) {
-            self.masks = vec![Err(error.to_string())];
         }
     }
 }

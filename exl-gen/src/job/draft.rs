@@ -196,7 +196,8 @@ impl Job {
         }
         self.prepare_draw();
         if let Some(form) = &mut self.form {
-            form.begin_trail();
+            // A form that cannot go on says so when the next token is drawn.
+            form.begin_trail().ok()?;
         }
         let text = self.lanes[0].tokens.clone();
         Some(Trail {
@@ -317,12 +318,9 @@ impl Job {
     }
 
     /// Ends a turn of guessing: its guesses are the draft.
-    ///
-    /// # Errors
-    /// [`crate::Error::Grammar`] when the form cannot be taken back.
-    pub(crate) fn end_trail(&mut self, trail: &mut Trail) -> Result<()> {
+    pub(crate) fn end_trail(&mut self, trail: &mut Trail) {
         if let Some(form) = &mut self.form {
-            form.end_trail()?;
+            form.end_trail();
         }
         let draft = trail.draft();
         let draft = &draft[..draft.len().min(trail.most)];
@@ -331,7 +329,6 @@ impl Job {
             self.lanes[0].set_draft(draft.iter().copied());
             drafting.chances = std::mem::take(&mut trail.chances);
         }
-        Ok(())
     }
 
     /// Whether the draft model's guesses are kept by rejection sampling.

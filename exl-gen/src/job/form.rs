@@ -40,8 +40,8 @@ impl Form {
     }
 
     /// Begins to follow guesses.
-    pub(super) fn begin_trail(&mut self) {
-        self.guide.begin_trail();
+    pub(super) fn begin_trail(&mut self) -> Result<()> {
+        self.guide.begin_trail()
     }
 
     /// Follows a guess; gives what must come then, and whether the answer is over with that.
@@ -51,8 +51,8 @@ impl Form {
     }
 
     /// Takes the guesses back.
-    pub(super) fn end_trail(&mut self) -> Result<()> {
-        self.guide.end_trail()
+    pub(super) fn end_trail(&mut self) {
+        self.guide.end_trail();
     }
 
     /// Takes the tokens that there is no alternative to, and whether the answer is over with them.

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use exl_format::read_json;
-use regex::Regex;
+use regex::{Regex, RegexBuilder};
 use serde_json::{Map, Value};
 
 use super::{config_path, refuse};
@@ -87,9 +87,26 @@ impl Config {
             })
         };
         Ok(Self {
-            rank: number("r")? as usize,
+            rank: match number("r")? {
+                r if r >= 1.0 && r.fract() == 0.0 => r as usize,
+                _ => {
+                    let what = format!(
+                        "r: expected a whole number from 1 on, found {}",
+                        shown(&json, "r")
+                    );
+                    return Err(refuse(&path, &what));
+                }
+            },
             alpha: number("lora_alpha")?,
-            stabilized: json.get("use_rslora").and_then(Value::as_bool) == Some(true),
+            stabilized: match json.get("use_rslora") {
+                None | Some(Value::Null) => false,
+                Some(Value::Bool(on)) => *on,
+                Some(_) => {
+                    let found = shown(&json, "use_rslora");
+                    let what = format!("use_rslora: expected true or false, found {found}");
+                    return Err(refuse(&path, &what));
+                }
+            },
             ranks: patterns(&path, &json, "rank_pattern")?,
             alphas: patterns(&path, &json, "alpha_pattern")?,
             path,
@@ -117,9 +134,18 @@ impl Config {
         } else {
             wanted
         };
-        Ok((of(&self.alphas, self.alpha) / by) as f32)
+        let factor = (of(&self.alphas, self.alpha) / by) as f32;
+        if !factor.is_finite() {
+            let what = format!("{linear}: lora_alpha over the rank is beyond 32-bit numbers");
+            return Err(refuse(&self.path, &what));
+        }
+        Ok(factor)
     }
 }
+
+/// Patterns of one kind, and bytes that a compiled one takes, at most.
+const MOST_PATTERNS: usize = 4096;
+const PATTERN_BYTES: usize = 64 << 10;
 
 /// Values by patterns of names: as a whole, or from a dot on.
 fn patterns(path: &Path, json: &Map<String, Value>, key: &str) -> Result<Vec<(Regex, f64)>> {
@@ -130,13 +156,25 @@ fn patterns(path: &Path, json: &Map<String, Value>, key: &str) -> Result<Vec<(Re
         Some(other) => return Err(wrong(format!("expected an object, found {other}"))),
     };
     let pair = |(pattern, value): (&String, &Value)| {
-        let regex = Regex::new(&format!(r"^(?:.*\.)?(?:{pattern})$"));
+        // By itself first: an error then shows the pattern as it is in the file.
+        let regex = compiled(pattern).and_then(|_| compiled(&format!(r"^(?:.*\.)?(?:{pattern})$")));
         let regex = regex.map_err(|error| wrong(error.to_string()))?;
         let value = value.as_f64().filter(|v| v.is_finite());
         let value = value.ok_or_else(|| wrong(format!("{pattern} has no number")))?;
         Ok((regex, value))
     };
+    if map.len() > MOST_PATTERNS {
+        return Err(wrong(format!(
+            "{} patterns, more than {MOST_PATTERNS}",
+            map.len()
+        )));
+    }
     map.iter().map(pair).collect()
+}
+
+/// A pattern that takes little memory: names of linears are simple.
+fn compiled(pattern: &str) -> std::result::Result<Regex, regex::Error> {
+    RegexBuilder::new(pattern).size_limit(PATTERN_BYTES).build()
 }
 
 fn is_off(value: Option<&Value>) -> bool {

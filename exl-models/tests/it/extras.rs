@@ -361,7 +361,9 @@ fn adapters_that_are_no_plain_lora_are_refused() {
         let found = Adapter::open(dir, source.spec());
         found.err().map(|e| e.to_string()).expect("a refusal")
     };
-    let settings: [(&str, Value, &str); 6] = [
+    let many: serde_json::Map<String, Value> =
+        (0..5000).map(|i| (format!("p{i}"), json!(4))).collect();
+    let settings: [(&str, Value, &str); 12] = [
         (
             "peft_type",
             json!("IA3"),
@@ -384,9 +386,33 @@ fn adapters_that_are_no_plain_lora_are_refused() {
             "\"pissa\" changes the weights",
         ),
         ("r", json!(5), "has rank 4"),
+        (
+            "r",
+            json!(4.7),
+            "r: expected a whole number from 1 on, found 4.7",
+        ),
+        (
+            "use_rslora",
+            json!("yes"),
+            "use_rslora: expected true or false",
+        ),
+        ("lora_alpha", json!(1e300), "beyond 32-bit numbers"),
+        // What would take a gigabyte of memory, or a minute, is refused.
+        (
+            "rank_pattern",
+            json!({ r"(\w{60}){60}": 4 }),
+            "rank_pattern: ",
+        ),
+        (
+            "alpha_pattern",
+            Value::Object(many),
+            "5000 patterns, more than 4096",
+        ),
+        ("rank_pattern", json!({ "a(": 4 }), "a("),
     ];
     for (key, value, expected) in settings {
-        let dir = damaged(key, |json| json[key] = value.clone(), |_| ());
+        let name = format!("{key}-{}", expected.len());
+        let dir = damaged(&name, |json| json[key] = value.clone(), |_| ());
         let text = refusal(&dir);
         assert!(text.contains(expected), "{text}");
     }

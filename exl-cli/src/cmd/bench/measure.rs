@@ -116,9 +116,11 @@ pub(super) fn measure(
 fn runner_options(settings: &Settings, gpu: Option<&Gpu>) -> RunnerOptions {
     let batch = settings.batch.iter().copied().max().unwrap_or(1);
     let prompt = settings.prefill.iter().copied().max().unwrap_or(1);
+    // The generator keeps half of a step's rows for prompts.
+    let least = if settings.jobs { 2 * batch } else { batch };
     RunnerOptions {
         pages: pages(settings),
-        max_rows: session::prefill_rows(gpu).min(prompt).max(batch),
+        max_rows: session::prefill_rows(gpu).min(prompt).max(least),
         max_seqs: batch,
         ..session::runner_options(&settings.compute, settings.cache, gpu)
     }

@@ -224,11 +224,11 @@ pub(super) fn gated(op: &mut Gated<'_>, cpu: &Cpu) -> Result<()> {
         let (mut g, mut u) = ([0f32; STRETCH], [0f32; STRETCH]);
         for first in (0..dim).step_by(STRETCH) {
             let (at, count) = (r * dim + first, STRETCH.min(dim - first));
-            // SAFETY: `check` bounded the rows; each task has its own, and the stretches that were
-            // read are not looked at again once `out` is written.
+            // SAFETY: `check` bounded the rows; each task has its own. The stretches are read through
+            // pointers and not looked at again once `out` is written.
             unsafe {
-                g[..count].copy_from_slice(gate.range(at, count));
-                u[..count].copy_from_slice(up.range(at, count));
+                std::ptr::copy_nonoverlapping(gate.at(at), g.as_mut_ptr(), count);
+                std::ptr::copy_nonoverlapping(up.at(at), u.as_mut_ptr(), count);
                 math::gated(
                     act,
                     &g[..count],

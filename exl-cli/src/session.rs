@@ -7,7 +7,7 @@ use crate::machine;
 use crate::memory::{self, Taken};
 use crate::signal::StopFlag;
 use crate::ui::{self, Ui};
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use exl_gen::{
     AdapterUse, Backend as _, DiskOptions, DraftModel, Engine, EngineHandle, EngineOptions,
     RunnerBackend, Tokenizer,
@@ -328,11 +328,10 @@ pub(crate) fn engine(
     // The draft model has no part in the adapters.
     let plain = options.clone();
     for lora in &room.adapters {
-        let what = || {
-            let dir = lora.dir.display();
-            format!("--lora {dir} must be a folder in PEFT's files, made for this model")
+        let refuse = |error| {
+            anyhow!("--lora takes a folder of PEFT's files that were made for this model: {error}")
         };
-        let adapter = Adapter::open(&lora.dir, source.spec()).with_context(what)?;
+        let adapter = Adapter::open(&lora.dir, source.spec()).map_err(refuse)?;
         options.adapters.push(Arc::new(adapter));
     }
     let mut need = memory::needed(&source, &options.memory_request(), gpu)?;

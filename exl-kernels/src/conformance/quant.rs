@@ -190,39 +190,68 @@ fn round(
     noise: f32,
 ) -> crate::Result<Vec<Vec<f32>>> {
     let mut rng = Rng::new(seed);
-    let groups: Vec<GptqGroup> = layout
-        .iter()
-        .map(|&(rows, bits)| GptqGroup { rows, bits })
-        .collect();
+    let groups = groups(layout);
     let k = groups.iter().map(|g| g.rows).sum();
     let (upper, order) = upper(k, &mut rng)?;
     let mut weight = weights(k, outputs, &mut rng);
-    for v in &mut weight {
-        *v *= 1.0 + noise * (rng.next() as f32 / 2f32.powi(31) - 1.0);
-    }
-    let mut codes = vec![0xffu8; k * outputs];
-    let mut scale_codes = vec![0xffu8; groups.len() * outputs];
-    let mut scale_max = vec![-1i32; groups.len()];
-    let mut decoded = vec![f32::NAN; k * outputs];
-    run(&mut Op::Gptq(Gptq {
-        weight: Mem::host(&weight),
-        upper: Mem::host(&upper),
-        order: Mem::host(&order),
-        groups: &groups,
-        codes: MemMut::host(&mut codes),
-        scale_codes: MemMut::host(&mut scale_codes),
-        scale_max: MemMut::host(&mut scale_max),
-        decoded: MemMut::host(&mut decoded),
-        inputs: k,
-        outputs,
-    }))?;
+    shake(&mut weight, noise, &mut rng);
+    let q = rounded(run, &weight, (&upper, &order), &groups)?;
     let bytes = |list: &[u8]| list.iter().map(|&b| f32::from(b)).collect::<Vec<f32>>();
     Ok(vec![
-        scale_max.iter().map(|&v| v as f32).collect(),
-        bytes(&scale_codes),
-        bytes(&codes),
-        decoded,
+        q.scale_max.iter().map(|&v| v as f32).collect(),
+        bytes(&q.scale_codes),
+        bytes(&q.codes),
+        q.decoded,
     ])
+}
+
+fn groups(layout: &[(usize, u8)]) -> Vec<GptqGroup> {
+    let group = |&(rows, bits): &(usize, u8)| GptqGroup { rows, bits };
+    layout.iter().map(group).collect()
+}
+
+/// Moves weights by up to the share `noise`.
+fn shake(weight: &mut [f32], noise: f32, rng: &mut Rng) {
+    for v in weight {
+        *v *= 1.0 + noise * (rng.next() as f32 / 2f32.powi(31) - 1.0);
+    }
+}
+
+/// The results of a [`Gptq`].
+struct Rounded {
+    codes: Vec<u8>,
+    scale_codes: Vec<u8>,
+    scale_max: Vec<i32>,
+    decoded: Vec<f32>,
+}
+
+fn rounded(
+    run: super::Run<'_>,
+    weight: &[f32],
+    (upper, order): (&[f32], &[i32]),
+    groups: &[GptqGroup],
+) -> crate::Result<Rounded> {
+    let inputs = order.len();
+    let outputs = weight.len() / inputs;
+    let mut q = Rounded {
+        codes: vec![0xff; weight.len()],
+        scale_codes: vec![0xff; groups.len() * outputs],
+        scale_max: vec![-1; groups.len()],
+        decoded: vec![f32::NAN; weight.len()],
+    };
+    run(&mut Op::Gptq(Gptq {
+        weight: Mem::host(weight),
+        upper: Mem::host(upper),
+        order: Mem::host(order),
+        groups,
+        codes: MemMut::host(&mut q.codes),
+        scale_codes: MemMut::host(&mut q.scale_codes),
+        scale_max: MemMut::host(&mut q.scale_max),
+        decoded: MemMut::host(&mut q.decoded),
+        inputs,
+        outputs,
+    }))?;
+    Ok(q)
 }
 
 fn refining(index: usize, (what, layout, outputs): Layout) -> Case {
@@ -245,43 +274,29 @@ fn refine(
     noise: f32,
 ) -> crate::Result<Vec<Vec<f32>>> {
     let mut rng = Rng::new(seed);
-    let groups: Vec<GptqGroup> = layout
-        .iter()
-        .map(|&(rows, bits)| GptqGroup { rows, bits })
-        .collect();
+    let groups = groups(layout);
     let k = groups.iter().map(|g| g.rows).sum();
     let (upper, order) = upper(k, &mut rng)?;
     let h = hessian(k, &mut rng);
     let mut weight = weights(k, outputs, &mut rng);
-    let (mut codes, mut new_codes) = (vec![0u8; k * outputs], vec![0xffu8; k * outputs]);
-    let mut scale_codes = vec![0u8; groups.len() * outputs];
-    let mut scale_max = vec![0i32; groups.len()];
-    let mut decoded = vec![0.0; k * outputs];
+    let q = rounded(
+        &mut crate::reference::run,
+        &weight,
+        (&upper, &order),
+        &groups,
+    )?;
+    shake(&mut weight, noise, &mut rng);
+    let mut new_codes = vec![0xffu8; k * outputs];
     let mut new_decoded = vec![f32::NAN; k * outputs];
-    crate::reference::run(&mut Op::Gptq(Gptq {
-        weight: Mem::host(&weight),
-        upper: Mem::host(&upper),
-        order: Mem::host(&order),
-        groups: &groups,
-        codes: MemMut::host(&mut codes),
-        scale_codes: MemMut::host(&mut scale_codes),
-        scale_max: MemMut::host(&mut scale_max),
-        decoded: MemMut::host(&mut decoded),
-        inputs: k,
-        outputs,
-    }))?;
-    for v in &mut weight {
-        *v *= 1.0 + noise * (rng.next() as f32 / 2f32.powi(31) - 1.0);
-    }
     run(&mut Op::Refine(Refine {
         weight: Mem::host(&weight),
         h: Mem::host(&h),
         order: Mem::host(&order),
         groups: &groups,
-        codes: Mem::host(&codes),
-        scale_codes: Mem::host(&scale_codes),
-        scale_max: Mem::host(&scale_max),
-        decoded: Mem::host(&decoded),
+        codes: Mem::host(&q.codes),
+        scale_codes: Mem::host(&q.scale_codes),
+        scale_max: Mem::host(&q.scale_max),
+        decoded: Mem::host(&q.decoded),
         new_codes: MemMut::host(&mut new_codes),
         new_decoded: MemMut::host(&mut new_decoded),
         inputs: k,
@@ -290,7 +305,7 @@ fn refine(
         scale: 0.5,
         lambda: 0.004,
     }))?;
-    let changed = codes.iter().zip(&new_codes).filter(|(a, b)| a != b);
+    let changed = q.codes.iter().zip(&new_codes).filter(|(a, b)| a != b);
     let changed = vec![changed.count() as f32];
     let new_codes = new_codes.iter().map(|&b| f32::from(b)).collect();
     Ok(vec![new_codes, new_decoded, changed])

@@ -259,20 +259,16 @@ impl CudaQuantizer {
             },
         };
         // SAFETY: nothing else has the new regions.
-        let whole = |r: &DeviceRegion, dtype| unsafe {
-            let (address, place) = (r.address() as usize, r.place());
-            let pointer = std::ptr::with_exposed_provenance_mut(address);
-            crate::MemMut::from_raw(pointer, r.bytes(), dtype, place)
-        };
+        let new = |region, dtype| unsafe { whole_mut(region, dtype) };
         let mut op = Op::Gptq(Gptq {
             weight: weight.mem()?,
             upper: factor.upper.mem()?,
-            order: factor.order.mem(0, factor.order.bytes(), DType::I32)?,
+            order: whole(&factor.order, DType::I32)?,
             groups,
-            codes: whole(&out.codes, DType::U8),
-            scale_codes: whole(&out.scale_codes, DType::U8),
-            scale_max: whole(&out.scale_max, DType::I32),
-            decoded: whole(&out.decoded.region, DType::F32),
+            codes: new(&out.codes, DType::U8)?,
+            scale_codes: new(&out.scale_codes, DType::U8)?,
+            scale_max: new(&out.scale_max, DType::I32)?,
+            decoded: new(&out.decoded.region, DType::F32)?,
             inputs,
             outputs,
         });
@@ -316,12 +312,9 @@ impl CudaQuantizer {
             scale_max: whole(&rounded.scale_max, DType::I32)?,
             decoded: rounded.decoded.mem()?,
             // SAFETY: nothing else has the new regions.
-            new_codes: unsafe { new.codes.mem_mut(0, new.codes.bytes(), DType::U8) }?,
+            new_codes: unsafe { whole_mut(&new.codes, DType::U8) }?,
             // SAFETY: as above.
-            new_decoded: unsafe {
-                let region = &new.decoded.region;
-                region.mem_mut(0, region.bytes(), DType::F32)
-            }?,
+            new_decoded: unsafe { whole_mut(&new.decoded.region, DType::F32) }?,
             inputs,
             outputs,
             rounds,
@@ -450,6 +443,15 @@ fn time_each(device: &Device, launches: &[ReadyLaunch]) -> Result<Vec<(Kernel, f
 /// All of a region.
 fn whole(region: &DeviceRegion, dtype: DType) -> Result<crate::Mem<'_>> {
     region.mem(0, region.bytes(), dtype)
+}
+
+/// All of a region, to write.
+///
+/// # Safety
+/// Nothing else may use the region meanwhile.
+unsafe fn whole_mut(region: &DeviceRegion, dtype: DType) -> Result<crate::MemMut<'_>> {
+    // SAFETY: the caller's promise.
+    unsafe { region.mem_mut(0, region.bytes(), dtype) }
 }
 
 fn check_order(order: &[u32], dim: usize) -> Result<()> {

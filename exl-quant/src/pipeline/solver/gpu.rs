@@ -296,7 +296,8 @@ impl Solver for GpuSolver {
     }
 }
 
-fn groups(layout: &Layout) -> Vec<GptqGroup> {
+/// The groups as the ops name them.
+pub(super) fn groups(layout: &Layout) -> Vec<GptqGroup> {
     let group = |g: &GroupSpec| GptqGroup {
         rows: g.rows,
         bits: g.bits,

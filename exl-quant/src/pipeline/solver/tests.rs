@@ -1,10 +1,10 @@
 //! The ops that GPUs run against the quantizer of the CPU: first the ops' own host implementation,
 //! which the GPU's kernels are compared with, then a GPU itself when there is one.
 
-use exl_kernels::ops::{Gptq, GptqGroup, HessianFactor, Op, Refine};
+use exl_kernels::ops::{Gptq, HessianFactor, Op, Refine};
 use exl_kernels::{Mem, MemMut, reference};
 
-use super::gpu::GpuMoments;
+use super::gpu::{GpuMoments, groups};
 use super::host::HostSolver;
 use super::*;
 use crate::refine::{ROUNDS, refine};
@@ -51,11 +51,7 @@ fn by_ops(h: &Hessian, weight: &Matrix, layout: &Layout, lambda: f64) -> (Vec<f3
     };
     reference::run(&mut Op::HessianFactor(factor)).unwrap();
     assert_eq!(status, [1]);
-    let group = |g: &crate::GroupSpec| GptqGroup {
-        rows: g.rows,
-        bits: g.bits,
-    };
-    let groups: Vec<GptqGroup> = layout.groups().iter().map(group).collect();
+    let groups = groups(layout);
     let (mut codes, mut scale_codes) = (vec![0; k * n], vec![0; groups.len() * n]);
     let (mut scale_max, mut decoded) = (vec![0; groups.len()], vec![0.0; k * n]);
     let op = Gptq {
@@ -99,11 +95,7 @@ fn refined_by_ops(h: &Hessian, weight: &Matrix, q: &Quantized, lambda: f64) -> Q
     let (k, n) = (q.inputs, q.outputs);
     let packed: Vec<i32> = q.order.iter().map(|&o| o as i32).collect();
     let scale_max: Vec<i32> = q.scale_max.iter().map(|&m| i32::from(m)).collect();
-    let group = |g: &crate::GroupSpec| GptqGroup {
-        rows: g.rows,
-        bits: g.bits,
-    };
-    let groups: Vec<GptqGroup> = q.layout.groups().iter().map(group).collect();
+    let groups = groups(&q.layout);
     let decoded = q.dequantize();
     let (mut new_codes, mut new_decoded) = (vec![0; k * n], vec![0.0; k * n]);
     let op = Refine {

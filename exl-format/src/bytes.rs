@@ -3,13 +3,14 @@
 use std::fmt;
 use std::ops::{Deref, Range};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use memmap2::Mmap;
 
 use crate::Result;
 
-/// A read-only range of bytes that owns a share of what it lies in: a mapped file or a vector.
+/// A read-only range of bytes that owns a share of what it lies in: a mapped file, a vector, or a
+/// computation that is done when the bytes are first looked at.
 ///
 /// Clones are cheap and refer to the same memory. Mapped pages are read from disk on first touch
 /// and may be dropped by the system at any time, so that opening a checkpoint costs no memory.
@@ -22,6 +23,14 @@ pub struct Bytes {
 enum Owner {
     Mapped(Mmap),
     Memory(Vec<u8>),
+    Lazy(Lazy),
+}
+
+/// Bytes that are computed on first use.
+struct Lazy {
+    bytes: OnceLock<Vec<u8>>,
+    make: Box<dyn Fn() -> Vec<u8> + Send + Sync>,
+    len: usize,
 }
 
 impl Owner {
@@ -29,6 +38,19 @@ impl Owner {
         match self {
             Owner::Mapped(map) => map,
             Owner::Memory(bytes) => bytes,
+            Owner::Lazy(lazy) => lazy.bytes.get_or_init(|| {
+                let mut bytes = (lazy.make)();
+                bytes.resize(lazy.len, 0);
+                bytes
+            }),
+        }
+    }
+
+    /// Length of [`Owner::all`], without computing it.
+    fn len(&self) -> usize {
+        match self {
+            Owner::Lazy(lazy) => lazy.len,
+            other => other.all().len(),
         }
     }
 }
@@ -51,8 +73,28 @@ impl Bytes {
         }
     }
 
+    /// `len` bytes that `make` computes when they are first looked at, once for all clones. What it
+    /// gives beyond `len` is cut off, what is missing is zero.
+    pub(crate) fn lazy(len: usize, make: impl Fn() -> Vec<u8> + Send + Sync + 'static) -> Self {
+        Self::new(Owner::Lazy(Lazy {
+            bytes: OnceLock::new(),
+            make: Box::new(make),
+            len,
+        }))
+    }
+
+    /// Their number, without computing them.
+    pub fn len(&self) -> usize {
+        self.range.len()
+    }
+
+    /// True when there are none.
+    pub fn is_empty(&self) -> bool {
+        self.range.is_empty()
+    }
+
     fn new(owner: Owner) -> Self {
-        let range = 0..owner.all().len();
+        let range = 0..owner.len();
         Self {
             owner: Arc::new(owner),
             range,
@@ -115,6 +157,23 @@ mod tests {
         let backwards = part.slice(2..1);
         assert!(backwards.is_none());
         assert!(part.slice(usize::MAX..usize::MAX).is_none());
+    }
+
+    #[test]
+    fn lazy_bytes_are_computed_once_and_only_when_looked_at() {
+        let calls = Arc::new(std::sync::atomic::AtomicUsize::new(0));
+        let count = calls.clone();
+        let all = Bytes::lazy(4, move || {
+            count.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            vec![1, 2, 3]
+        });
+        let part = all.slice(1..4).unwrap();
+        assert_eq!((all.len(), part.len()), (4, 3));
+        assert_eq!(format!("{part:?}"), "Bytes(3)");
+        assert_eq!(calls.load(std::sync::atomic::Ordering::Relaxed), 0);
+        assert_eq!(&*part, [2, 3, 0]);
+        assert_eq!(&*all, [1, 2, 3, 0]);
+        assert_eq!(calls.load(std::sync::atomic::Ordering::Relaxed), 1);
     }
 
     #[test]

@@ -1,9 +1,12 @@
 //! A model directory.
 
 mod index;
+mod names;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+
+pub use names::{FileNames, Split, SplitPart};
 
 use crate::json::brief;
 use crate::{ConfigFile, Error, Result, SafetensorsFile, TensorSource, TensorView};
@@ -14,9 +17,21 @@ pub struct ModelFiles {
     dir: PathBuf,
     config: ConfigFile,
     files: Vec<SafetensorsFile>,
-    /// File and position in it.
-    tensors: HashMap<String, (u32, u32)>,
+    tensors: HashMap<String, Place>,
+    /// Their names, file by file.
+    order: Vec<String>,
+    /// What parts of fused tensors refer to.
+    splits: Vec<Split>,
     notices: Vec<String>,
+}
+
+/// Where a tensor lies.
+#[derive(Clone, Debug)]
+enum Place {
+    /// File and position in it.
+    Whole((u32, u32)),
+    /// In another one.
+    Part(Box<names::Derived>),
 }
 
 impl ModelFiles {
@@ -49,6 +64,8 @@ impl ModelFiles {
             config,
             files: Vec::new(),
             tensors: HashMap::new(),
+            order: Vec::new(),
+            splits: Vec::new(),
             notices: choice.notices,
         };
         for name in &choice.files {
@@ -64,14 +81,15 @@ impl ModelFiles {
     fn add(&mut self, file: SafetensorsFile) -> Result<()> {
         let number = self.files.len() as u32;
         for (position, name) in file.names().enumerate() {
-            let place = (number, position as u32);
-            if let Some((first, _)) = self.tensors.insert(name.to_owned(), place) {
+            let place = Place::Whole((number, position as u32));
+            if let Some(first) = self.tensors.insert(name.to_owned(), place) {
                 return Err(Error::DuplicateTensor {
                     tensor: name.to_owned(),
-                    first: self.files[first as usize].path().to_owned(),
+                    first: self.file_of(&first).to_owned(),
                     second: file.path().to_owned(),
                 });
             }
+            self.order.push(name.to_owned());
         }
         self.files.push(file);
         Ok(())
@@ -93,11 +111,26 @@ impl ModelFiles {
     /// [`Error::MissingTensor`].
     pub fn tensor(&self, name: &str) -> Result<TensorView> {
         let place = self.tensors.get(name);
-        let &(file, position) = place.ok_or_else(|| Error::MissingTensor {
+        let place = place.ok_or_else(|| Error::MissingTensor {
             place: self.dir.clone(),
             tensor: name.to_owned(),
         })?;
-        Ok(self.files[file as usize].at(position as usize))
+        self.view(place, name)
+    }
+
+    /// What lies at a place; parts of tensors get `name`.
+    fn view(&self, place: &Place, name: &str) -> Result<TensorView> {
+        match place {
+            Place::Whole((file, position)) => Ok(self.files[*file as usize].at(*position as usize)),
+            Place::Part(derived) => self.derived(derived, name),
+        }
+    }
+
+    fn file_of(&self, place: &Place) -> &Path {
+        match place {
+            Place::Whole((file, _)) => self.files[*file as usize].path(),
+            Place::Part(derived) => self.file_of(derived.source()),
+        }
     }
 
     /// Whether there is a tensor of this name.
@@ -107,7 +140,7 @@ impl ModelFiles {
 
     /// Names of all tensors, file by file.
     pub fn names(&self) -> impl Iterator<Item = &str> {
-        self.files.iter().flat_map(SafetensorsFile::names)
+        self.order.iter().map(String::as_str)
     }
 
     /// The files of tensors that are in use.

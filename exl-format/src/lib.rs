@@ -23,7 +23,7 @@ pub use config::{ConfigFile, Lookup};
 pub use dtype::Dtype;
 pub use error::{Error, Result};
 pub use exl2::{Exl2Builder, Exl2Linear, Exl2Shape, Group, LayerTensor};
-pub use files::ModelFiles;
+pub use files::{FileNames, ModelFiles, Split, SplitPart};
 pub use gptq::{GptqFormat, GptqLinear, GptqShape};
 pub use json::{read_json, to_json_text};
 pub use quality::Quality;

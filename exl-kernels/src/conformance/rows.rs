@@ -3,8 +3,8 @@
 use super::data::{Exl2, Rng, STORAGE, Stored};
 use super::{Case, Run};
 use crate::ops::{
-    Activation, Dequant, Embed, Gated, GatherRows, HessianSyrk, Matrix, Op, RmsNorm, ScaleLogits,
-    ScaleRows,
+    Activation, Dequant, Embed, Gated, GatherRows, HessianSyrk, LayerNorm, Matrix, Op, RmsNorm,
+    ScaleLogits, ScaleRows,
 };
 use crate::{DType, GptqParts, Mem, MemMut, QuantMatrix, Result};
 
@@ -29,6 +29,7 @@ pub(super) fn cases() -> Vec<Case> {
             list.push(rms_norm(dtype, (rows, dim), rows == 2));
         }
     }
+    list.extend(layer_norms());
     for (rows, dim) in [(1, 5), (9, 130)] {
         list.push(gather_rows(rows, dim));
         list.push(scale_logits(rows, dim, 0.0));
@@ -97,6 +98,84 @@ fn rms_norm(dtype: DType, (rows, dim): (usize, usize), in_place: bool) -> Case {
             dim,
             eps: 1e-5,
             offset: 1.0,
+        }))?;
+        Ok(vec![if in_place { x } else { out }])
+    })
+}
+
+fn layer_norms() -> impl Iterator<Item = Case> {
+    use DType::{Bf16, F16, F32};
+    let shapes = [
+        (1, 1),
+        (3, 64),
+        (7, 257),
+        (40, 512),
+        (5, 1000),
+        (2, 4096),
+        (3, 5120),
+        (1, 16384),
+        (2, 17000),
+    ];
+    let kinds = [
+        (None, None),
+        (Some(F32), Some(F32)),
+        (Some(F16), None),
+        (Some(Bf16), Some(Bf16)),
+        (None, Some(F16)),
+    ];
+    let whole = shapes.into_iter().enumerate().flat_map(move |(i, shape)| {
+        let kinds = kinds.into_iter().enumerate();
+        kinds.map(move |(j, kind)| layer_norm(kind, shape, 1, (i + j) % 2 == 0))
+    });
+    // Norms over heads, each with a weight of its own.
+    let heads = [(12, 128, 4), (35, 32, 5), (6, 20, 3), (4, 1024, 2)];
+    let heads = heads.into_iter().flat_map(move |(rows, dim, groups)| {
+        let kinds = [(Some(Bf16), None), (Some(F16), Some(F32))];
+        kinds.map(|kind| layer_norm(kind, (rows, dim), groups, true))
+    });
+    whole.chain(heads)
+}
+
+fn layer_norm(
+    (weight, bias): (Option<DType>, Option<DType>),
+    (rows, dim): (usize, usize),
+    groups: usize,
+    in_place: bool,
+) -> Case {
+    let name = |dtype: Option<DType>| dtype.map_or("none".to_owned(), |d| format!("{d:?}"));
+    let name = format!(
+        "layer_norm::{}/{}/rows={rows}/dim={dim}/groups={groups}/in_place={in_place}",
+        name(weight),
+        name(bias)
+    );
+    // Measured up to 2.1e-7.
+    Case::new(name, 1e-6, move |run| {
+        let mut rng = Rng::new(8);
+        let mut stored = |dtype: Option<DType>| {
+            let values = rng.floats(groups * dim);
+            dtype.map(|dtype| Stored::new(&values, dtype))
+        };
+        let (weight, bias) = (stored(weight), stored(bias));
+        // Rows whose mean is large beside what they differ by.
+        let mut x = rng.floats(rows * dim);
+        x.iter_mut().for_each(|v| *v += 3.0);
+        let mut out = vec![f32::NAN; rows * dim];
+        let target = if in_place { &mut x } else { &mut out };
+        let (place, bytes) = (crate::Place::Host, rows * dim * 4);
+        let target = target.as_mut_ptr().cast();
+        // SAFETY: both vectors outlive the op; this op allows its output to be its input.
+        let target = unsafe { MemMut::from_raw(target, bytes, DType::F32, place) };
+        // SAFETY: as above.
+        let source = unsafe { Mem::from_raw(x.as_ptr().cast(), bytes, DType::F32, place) };
+        run(&mut Op::LayerNorm(LayerNorm {
+            x: source,
+            weight: weight.as_ref().map(Stored::mem),
+            bias: bias.as_ref().map(Stored::mem),
+            out: target,
+            rows,
+            dim,
+            groups,
+            eps: 1e-5,
         }))?;
         Ok(vec![if in_place { x } else { out }])
     })

@@ -27,6 +27,13 @@ pub fn check(op: &Op<'_>) -> Result<()> {
             c.read("weight", &o.weight, FLOATS, &[o.dim])?;
             c.write("out", &o.out, F32, &[o.rows, o.dim])
         }
+        Op::LayerNorm(o) => {
+            c.rule("groups", o.groups > 0, "at least 1")?;
+            c.read("x", &o.x, F32, &[o.rows, o.dim])?;
+            c.optional("weight", &o.weight, FLOATS, &[o.groups, o.dim])?;
+            c.optional("bias", &o.bias, FLOATS, &[o.groups, o.dim])?;
+            c.write("out", &o.out, F32, &[o.rows, o.dim])
+        }
         Op::Linear(o) => {
             c.read("x", &o.x, F32, &[o.rows, o.inputs])?;
             o.parts.iter().try_for_each(|p| {

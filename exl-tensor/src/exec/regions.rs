@@ -97,6 +97,16 @@ impl<'a> Regions<'a> {
                 eps: *eps,
                 offset: *offset,
             }),
+            PlanOp::LayerNorm { x, out, args } => Op::LayerNorm(ops::LayerNorm {
+                x: self.mem(*x),
+                weight: args.weight.map(|w| self.dense(w)),
+                bias: args.bias.map(|b| self.dense(b)),
+                out: self.mem_mut(*out),
+                rows: args.rows,
+                dim: args.dim,
+                groups: args.groups,
+                eps: args.eps,
+            }),
             PlanOp::Linear {
                 x,
                 rows,

@@ -1,6 +1,7 @@
 //! Records a plan: what architecture code talks to.
 
 mod adapters;
+mod rows;
 
 use std::collections::HashMap;
 

@@ -127,6 +127,20 @@ impl fmt::Display for OpText<'_> {
                 self.out(*out),
                 self.name(*weight)
             ),
+            PlanOp::LayerNorm { x, out, args } => {
+                let (out, bias) = (self.out(*out), self.bias(args.bias));
+                let weight = args.weight.map(|w| format!(", {}", self.name(w)));
+                let weight = weight.unwrap_or_default();
+                let (dim, eps) = (args.dim, args.eps);
+                write!(
+                    f,
+                    "{out} = layer_norm({x}{weight}){bias} dim={dim} eps={eps}"
+                )?;
+                match args.groups {
+                    1 => Ok(()),
+                    groups => write!(f, " groups={groups}"),
+                }
+            }
             PlanOp::Linear { x, parts, .. } => {
                 for (i, p) in parts.iter().enumerate() {
                     let sep = if i > 0 { "; " } else { "" };

@@ -84,13 +84,16 @@ pub struct Embed<'a> {
     pub scale: f32,
 }
 
-/// `y = x / sqrt(mean(x^2) + eps) * (weight + offset)` over each row. `out` may equal `x`.
+/// `y = x / sqrt(mean(x^2) + eps) * (weight + offset) + residual` over each row. `out` may equal `x` or
+/// `residual`.
 #[derive(Debug)]
 pub struct RmsNorm<'a> {
     /// F32 `[rows, dim]`.
     pub x: Mem<'a>,
     /// F32, F16 or BF16 `[dim]`.
     pub weight: Mem<'a>,
+    /// F32 `[rows, dim]`: what the norm of a layer's output is added to.
+    pub residual: Option<Mem<'a>>,
     /// F32 `[rows, dim]`.
     pub out: MemMut<'a>,
     /// Number of rows (tokens, or tokens times heads for a head norm).

@@ -109,12 +109,18 @@ fn embed(op: &mut Embed<'_>) -> Result<()> {
 
 fn rms_norm(op: &mut RmsNorm<'_>) -> Result<()> {
     let (x, weight) = (floats(&op.x)?, floats(&op.weight)?);
+    let residual = optional(&op.residual)?;
     for (r, row) in x.chunks_exact(op.dim.max(1)).enumerate() {
         let mean = row.iter().map(|v| v * v).sum::<f64>() / op.dim as f64;
         let factor = 1.0 / (mean + f64::from(op.eps)).sqrt();
         for (c, v) in row.iter().enumerate() {
+            let at = r * op.dim + c;
             let y = v * factor * (weight[c] + f64::from(op.offset));
-            store(&mut op.out, r * op.dim + c, y)?;
+            store(
+                &mut op.out,
+                at,
+                y + residual.as_ref().map_or(0.0, |r| r[at]),
+            )?;
         }
     }
     Ok(())

@@ -329,6 +329,7 @@ impl Chain {
             Op::RmsNorm(RmsNorm {
                 x: self.read(0),
                 weight: Mem::host(&self.norm),
+                residual: None,
                 out: self.write(1),
                 rows,
                 dim: DIM,

@@ -166,6 +166,7 @@ pub enum PlanOp {
     RmsNorm {
         x: Slot,
         weight: WeightId,
+        residual: Option<Slot>,
         out: Slot,
         rows: usize,
         dim: usize,
@@ -310,8 +311,8 @@ impl PlanOp {
     pub fn reads(&self) -> Vec<Slot> {
         match self {
             PlanOp::Embed { .. } => vec![],
-            PlanOp::RmsNorm { x, .. }
-            | PlanOp::LayerNorm { x, .. }
+            PlanOp::RmsNorm { x, residual, .. } => std::iter::once(*x).chain(*residual).collect(),
+            PlanOp::LayerNorm { x, .. }
             | PlanOp::GateUp { x, .. }
             | PlanOp::GatherRows { x, .. }
             | PlanOp::ScaleLogits { x, .. } => vec![*x],

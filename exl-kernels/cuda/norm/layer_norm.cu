@@ -17,19 +17,6 @@ struct Norm {
     float eps;
 };
 
-// The weights of a group, or `instead` of them.
-template <int STRIDE, int V>
-__device__ __forceinline__ void load_weights(float4 (&w)[V], const void* weights, int type,
-                                             long long first, int at, int vectors, float instead) {
-    const void* from = static_cast<const u8*>(weights) + first * type_bytes(type);
-#pragma unroll
-    for (int j = 0; j < V; ++j) {
-        int i = at + j * STRIDE;
-        w[j] = weights && i < vectors ? load_4(from, type, i)
-                                      : make_float4(instead, instead, instead, instead);
-    }
-}
-
 template <int V>
 __device__ __forceinline__ float sum_of(const float4 (&v)[V]) {
     float sum = 0.0f;
@@ -45,10 +32,7 @@ __device__ __forceinline__ float centre(float4 (&v)[V], float mean, int at, int 
 #pragma unroll
     for (int j = 0; j < V; ++j) {
         v[j] = make_float4(v[j].x - mean, v[j].y - mean, v[j].z - mean, v[j].w - mean);
-        if (at + j * STRIDE < vectors) {
-            sum = fmaf(v[j].w, v[j].w,
-                       fmaf(v[j].z, v[j].z, fmaf(v[j].y, v[j].y, fmaf(v[j].x, v[j].x, sum))));
-        }
+        if (at + j * STRIDE < vectors) sum = add_squares(sum, v[j]);
     }
     return sum;
 }
@@ -74,8 +58,8 @@ __device__ __forceinline__ void norm_lanes(const Norm& n) {
     const u32 row = blockIdx.x * u32(LANE_THREADS / LANES) + threadIdx.x / LANES;
     const long long first = (long long)(row % u32(n.groups)) * n.dim;
     float4 w[V], b[V], v[V];
-    load_weights<LANES>(w, n.weight, n.weight_type, first, lane, n.dim / 4, 1.0f);
-    load_weights<LANES>(b, n.bias, n.bias_type, first, lane, n.dim / 4, 0.0f);
+    load_group<LANES>(w, n.weight, n.weight_type, first, lane, n.dim / 4, 1.0f);
+    load_group<LANES>(b, n.bias, n.bias_type, first, lane, n.dim / 4, 0.0f);
     // Lanes without a row take part in the sums of their warp, with nothing.
     const int vectors = row < u32(n.rows) ? n.dim / 4 : 0;
     const long long start = (long long)row * n.dim;
@@ -93,8 +77,8 @@ __device__ __forceinline__ void norm_block(const Norm& n) {
     const long long first = (long long)(blockIdx.x % u32(n.groups)) * n.dim;
     const int at = threadIdx.x, vectors = n.dim / 4;
     float4 w[V], b[V], v[V];
-    load_weights<T>(w, n.weight, n.weight_type, first, at, vectors, 1.0f);
-    load_weights<T>(b, n.bias, n.bias_type, first, at, vectors, 0.0f);
+    load_group<T>(w, n.weight, n.weight_type, first, at, vectors, 1.0f);
+    load_group<T>(b, n.bias, n.bias_type, first, at, vectors, 0.0f);
     pdl_wait();
     load_vectors<T>(v, n.x + start, at, vectors);
     const float mean = block_sum<T, 0>(sum_of(v)) / float(n.dim);

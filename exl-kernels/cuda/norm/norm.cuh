@@ -22,6 +22,30 @@ __device__ __forceinline__ void load_vectors(float4 (&v)[V], const float* row, i
     }
 }
 
+__device__ __forceinline__ float add_squares(float sum, float4 v) {
+    return fmaf(v.w, v.w, fmaf(v.z, v.z, fmaf(v.y, v.y, fmaf(v.x, v.x, sum))));
+}
+template <int V>
+__device__ __forceinline__ float squares_of(const float4 (&v)[V]) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int j = 0; j < V; ++j) sum = add_squares(sum, v[j]);
+    return sum;
+}
+
+// The vectors of weights from element `first` on, or `instead` of them where there are none.
+template <int STRIDE, int V>
+__device__ __forceinline__ void load_group(float4 (&w)[V], const void* weights, int type,
+                                           long long first, int at, int vectors, float instead) {
+    const void* from = static_cast<const u8*>(weights) + first * type_bytes(type);
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+        int i = at + j * STRIDE;
+        w[j] = weights && i < vectors ? load_4(from, type, i)
+                                      : make_float4(instead, instead, instead, instead);
+    }
+}
+
 // The sum over LANES lanes of a warp, the same in all of them.
 template <int LANES>
 __device__ __forceinline__ float lanes_sum(float v) {

@@ -1,4 +1,5 @@
-// exl_rms_norm: y = x / sqrt(mean(x^2) + eps) * (weight + offset) for each row.
+// exl_rms_norm: y = x / sqrt(mean(x^2) + eps) * (weight + offset) for each row. With a residual it is
+// rms_norm_add.cu.
 //
 // x and y are F32 [rows, dim] and may coincide; weight is F32, F16 or BF16 [dim]. Moves 8 bytes an
 // element (the weight comes from L2); bound: memory at many rows, latency of one load at one row.
@@ -7,10 +8,6 @@
 #include "norm/norm.cuh"
 
 namespace {
-
-__device__ __forceinline__ float add_squares(float sum, float4 v) {
-    return fmaf(v.w, v.w, fmaf(v.z, v.z, fmaf(v.y, v.y, fmaf(v.x, v.x, sum))));
-}
 
 __device__ __forceinline__ float4 scaled(float4 v, float factor, float4 w, float offset) {
     return make_float4(v.x * factor * (w.x + offset), v.y * factor * (w.y + offset),
@@ -30,10 +27,7 @@ __device__ __forceinline__ void load_weights(float4 (&w)[V], const W* weight, in
 template <int STRIDE, int V>
 __device__ __forceinline__ float load_row(float4 (&v)[V], const float* row, int at, int vectors) {
     load_vectors<STRIDE>(v, row, at, vectors);
-    float sum = 0.0f;
-#pragma unroll
-    for (int j = 0; j < V; ++j) sum = add_squares(sum, v[j]);
-    return sum;
+    return squares_of(v);
 }
 
 template <int STRIDE, int V>

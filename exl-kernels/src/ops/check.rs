@@ -25,6 +25,7 @@ pub fn check(op: &Op<'_>) -> Result<()> {
         Op::RmsNorm(o) => {
             c.read("x", &o.x, F32, &[o.rows, o.dim])?;
             c.read("weight", &o.weight, FLOATS, &[o.dim])?;
+            c.optional("residual", &o.residual, F32, &[o.rows, o.dim])?;
             c.write("out", &o.out, F32, &[o.rows, o.dim])
         }
         Op::LayerNorm(o) => {

@@ -83,6 +83,7 @@ impl<'a> Regions<'a> {
             PlanOp::RmsNorm {
                 x,
                 weight,
+                residual,
                 out,
                 rows,
                 dim,
@@ -91,6 +92,7 @@ impl<'a> Regions<'a> {
             } => Op::RmsNorm(ops::RmsNorm {
                 x: self.mem(*x),
                 weight: self.dense(*weight),
+                residual: residual.map(|r| self.mem(r)),
                 out: self.mem_mut(*out),
                 rows: *rows,
                 dim: *dim,

@@ -177,6 +177,7 @@ impl PlanBuilder {
         self.push(PlanOp::RmsNorm {
             x,
             weight,
+            residual: None,
             out,
             rows,
             dim,
@@ -192,6 +193,7 @@ impl PlanBuilder {
         self.push(PlanOp::RmsNorm {
             x,
             weight,
+            residual: None,
             out: x,
             rows,
             dim: head_dim,

@@ -88,6 +88,7 @@ fn scale_any(row: &mut [f32], sums: Sums, weight: &[f32]) {
 /// Weights in 32-bit floats and where rows are.
 struct Norm<'a> {
     x: Rows<f32>,
+    residual: Option<Rows<f32>>,
     out: Rows<f32>,
     dim: usize,
     /// `[groups, dim]`.
@@ -108,7 +109,7 @@ impl Norm<'_> {
         let sums = sums(unsafe { self.x.shared(start, self.dim) }, self.isa);
         // No weight has no elements: then the row has none either.
         let group = start % self.weight.len().max(1);
-        let mut values = [0f32; STRETCH];
+        let (mut values, mut more) = ([0f32; STRETCH], [0f32; STRETCH]);
         for (first, count) in stretches(self.dim) {
             let (values, at) = (&mut values[..count], group + first);
             // SAFETY: the caller's promise.
@@ -116,6 +117,11 @@ impl Norm<'_> {
             scale(values, sums, &self.weight[at..at + count], self.isa);
             if let Some(bias) = self.bias {
                 add(values, &bias[at..at + count]);
+            }
+            if let Some(residual) = &self.residual {
+                // SAFETY: the caller's promise.
+                unsafe { residual.copy(start + first, &mut more[..count]) };
+                add(values, &more[..count]);
             }
             // SAFETY: the caller's promise.
             unsafe { self.out.range(start + first, count) }.copy_from_slice(values);
@@ -142,6 +148,7 @@ pub(in crate::cpu) fn rms_norm_words(op: &RmsNorm<'_>) -> usize {
 pub(in crate::cpu) fn rms_norm(op: &mut RmsNorm<'_>, cpu: &Cpu) -> Result<()> {
     let (dim, eps, offset, isa) = (op.dim, op.eps, op.offset, cpu.isa());
     let x = readable(&op.x)?;
+    let residual = op.residual.as_ref().map(readable).transpose()?;
     let out = Rows(op.out.slice_mut::<f32>()?.as_mut_ptr());
     let source = Dense::new(&op.weight)?;
     cpu.scratch(rms_norm_words(op), |scratch| {
@@ -150,6 +157,7 @@ pub(in crate::cpu) fn rms_norm(op: &mut RmsNorm<'_>, cpu: &Cpu) -> Result<()> {
         weight.iter_mut().for_each(|w| *w += offset);
         let norm = Norm {
             x,
+            residual,
             out,
             dim,
             weight,
@@ -188,6 +196,7 @@ pub(in crate::cpu) fn layer_norm(op: &mut LayerNorm<'_>, cpu: &Cpu) -> Result<()
         }
         let norm = Norm {
             x,
+            residual: None,
             out,
             dim,
             weight,

@@ -35,6 +35,7 @@ pub(super) fn translate<'h: 'd, 'd>(op: &Op<'h>, t: &mut impl Translate<'h, 'd>)
         Op::RmsNorm(o) => Ok(Op::RmsNorm(RmsNorm {
             x: t.read(&o.x)?,
             weight: t.read(&o.weight)?,
+            residual: t.optional(&o.residual)?,
             out: t.write(&o.out, Access::Write)?,
             ..*o
         })),

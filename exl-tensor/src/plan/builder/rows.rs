@@ -3,6 +3,28 @@
 use crate::plan::{LayerNormOp, PlanBuilder, PlanOp, Slot, WeightId};
 
 impl PlanBuilder {
+    /// `residual += rms_norm(x)` over rows, in place; returns `residual`.
+    pub fn rms_norm_add(
+        &mut self,
+        x: Slot,
+        weight: WeightId,
+        eps: f32,
+        offset: f32,
+        residual: Slot,
+    ) -> Slot {
+        self.push(PlanOp::RmsNorm {
+            x,
+            weight,
+            residual: Some(residual),
+            out: residual,
+            rows: self.rows(x),
+            dim: self.dim(x),
+            eps,
+            offset,
+        });
+        residual
+    }
+
     /// Layer norm over a slot's rows; without a weight it is 1 everywhere.
     pub fn layer_norm(
         &mut self,

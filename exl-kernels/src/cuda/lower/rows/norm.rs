@@ -3,7 +3,7 @@
 use super::{aligned, check_sizes, instance, instances};
 use crate::cuda::launch::Args;
 use crate::cuda::lower::Target;
-use crate::cuda::lower::linear::{address, bias_code};
+use crate::cuda::lower::linear::{address, bias_code, dtype_code};
 use crate::cuda::{Kernel, Launch};
 use crate::{Result, ops};
 
@@ -11,7 +11,8 @@ use crate::{Result, ops};
 pub(crate) static KERNELS: &[Kernel] = &[
     RMS[0][0], RMS[0][1], RMS[0][2], RMS[1][0], RMS[1][1], RMS[1][2], RMS[2][0], RMS[2][1],
     RMS[2][2], RMS[3][0], RMS[3][1], RMS[3][2], RMS[4][0], RMS[4][1], RMS[4][2], RMS[5][0],
-    RMS[5][1], RMS[5][2], RMS[6][0], RMS[6][1], RMS[6][2], LAYER[0], LAYER[1], LAYER[2], LAYER[3],
+    RMS[5][1], RMS[5][2], RMS[6][0], RMS[6][1], RMS[6][2], RMS_ADD[0], RMS_ADD[1], RMS_ADD[2],
+    RMS_ADD[3], RMS_ADD[4], RMS_ADD[5], RMS_ADD[6], LAYER[0], LAYER[1], LAYER[2], LAYER[3],
     LAYER[4], LAYER[5], LAYER[6],
 ];
 
@@ -49,6 +50,17 @@ pub(super) const RMS: [[Kernel; 3]; 7] = [
     instances!("norm/rms_norm", "exl_rms_norm_512x4"),
     instances!("norm/rms_norm", "exl_rms_norm_1024x4"),
     instances!("norm/rms_norm", "exl_rms_norm_any"),
+];
+
+/// With a residual, by [`SHARES`].
+pub(super) const RMS_ADD: [Kernel; 7] = [
+    Kernel::new("norm/rms_norm_add", "exl_rms_norm_add_16x2"),
+    Kernel::new("norm/rms_norm_add", "exl_rms_norm_add_32x4"),
+    Kernel::new("norm/rms_norm_add", "exl_rms_norm_add_32x8"),
+    Kernel::new("norm/rms_norm_add", "exl_rms_norm_add_256x4"),
+    Kernel::new("norm/rms_norm_add", "exl_rms_norm_add_512x4"),
+    Kernel::new("norm/rms_norm_add", "exl_rms_norm_add_1024x4"),
+    Kernel::new("norm/rms_norm_add", "exl_rms_norm_add_any"),
 ];
 
 /// By [`SHARES`].
@@ -92,17 +104,17 @@ pub(in crate::cuda::lower) fn rms_norm(
         return Ok(());
     }
     let (x, weight) = (o.x.as_ptr() as u64, o.weight.as_ptr() as u64);
-    let out = o.out.as_mem().as_ptr() as u64;
-    let at = find(o.dim, &[x, weight, out]);
-    let args = Args::new()
-        .ptr(x)
-        .ptr(weight)
-        .ptr(out)
-        .int(o.rows)
-        .int(o.dim)
-        .float(o.eps)
-        .float(o.offset);
-    let kernel = RMS[at][instance(o.weight.dtype())];
+    let (residual, out) = (address(&o.residual), o.out.as_mem().as_ptr() as u64);
+    let at = find(o.dim, &[x, weight, residual, out]);
+    let args = Args::new().ptr(x).ptr(weight);
+    let (kernel, args) = match o.residual {
+        None => (RMS[at][instance(o.weight.dtype())], args.ptr(out)),
+        Some(_) => (RMS_ADD[at], args.ptr(residual).ptr(out)),
+    };
+    let mut args = args.int(o.rows).int(o.dim).float(o.eps).float(o.offset);
+    if o.residual.is_some() {
+        args = args.int(dtype_code(o.weight.dtype()));
+    }
     list.push(launch(kernel, &SHARES[at], o.rows, args));
     Ok(())
 }

@@ -1,4 +1,4 @@
-use super::norm::{LAYER, RMS, SHARES};
+use super::norm::{LAYER, RMS, RMS_ADD, SHARES};
 use super::*;
 use crate::cuda::DeviceProps;
 use crate::cuda::lower::{Scratch, lower};
@@ -59,6 +59,7 @@ fn rms(rows: usize, dim: usize, weight: DType, at: usize) -> Option<Launch> {
     launch(&Op::RmsNorm(ops::RmsNorm {
         x: read(at, rows * dim, DType::F32),
         weight: read(BASE + (1 << 20), dim, weight),
+        residual: None,
         out: write(at, rows * dim),
         rows,
         dim,
@@ -108,12 +109,38 @@ fn the_registers_of_a_norm_hold_its_longest_row() {
     let vectors = [2, 4, 8, 4, 4, 4];
     for ((at, share), vectors) in SHARES[..6].iter().enumerate().zip(vectors) {
         let threads = share.threads as usize / share.rows;
-        for entry in [RMS[at][0].entry.trim_end_matches("_f32"), LAYER[at].entry] {
-            assert!(entry.ends_with(&format!("_norm_{threads}x{vectors}")));
+        let rms = RMS[at][0].entry.trim_end_matches("_f32");
+        for entry in [rms, RMS_ADD[at].entry, LAYER[at].entry] {
+            assert!(entry.ends_with(&format!("_{threads}x{vectors}")), "{entry}");
         }
         assert_eq!(share.dim, threads * vectors * 4);
     }
     assert!(SHARES.is_sorted_by_key(|share| share.dim));
+}
+
+#[test]
+fn norms_with_a_residual_have_kernels_of_their_own() {
+    let add = |dim: usize, residual: usize| {
+        let op = Op::RmsNorm(ops::RmsNorm {
+            x: read(BASE, 3 * dim, DType::F32),
+            weight: read(2 * BASE, dim, DType::Bf16),
+            residual: Some(read(residual, 3 * dim, DType::F32)),
+            out: write(residual, 3 * dim),
+            rows: 3,
+            dim,
+            eps: 1e-5,
+            offset: 1.0,
+        });
+        launch(&op).unwrap()
+    };
+    let all = add(2304, 3 * BASE);
+    assert_eq!(all.kernel.entry, "exl_rms_norm_add_256x4");
+    assert_eq!((all.grid, all.block[0]), ([3, 1, 1], 256));
+    let at = 3 * BASE as u64;
+    assert_eq!(all.args.words()[2..6], [at, at, 3, 2304]);
+    assert_eq!(all.args.words()[8], 2);
+    let odd = add(2304, 3 * BASE + 4);
+    assert_eq!(odd.kernel.entry, "exl_rms_norm_add_any");
 }
 
 #[test]

@@ -80,6 +80,7 @@ impl Cpu {
             Op::Linear(op) => linear::words(op, threads),
             Op::GateUp(op) => linear::gate_up_words(op, threads),
             Op::RmsNorm(op) => rows::rms_norm_words(op),
+            Op::LayerNorm(op) => rows::layer_norm_words(op),
             Op::RopeAppend(op) => rows::rope_append_words(op),
             Op::PagedAttn(op) => paged_attn::words(op, threads),
             Op::Embed(_)
@@ -150,6 +151,7 @@ impl Cpu {
         match op {
             Op::Embed(op) => rows::embed(op, self),
             Op::RmsNorm(op) => rows::rms_norm(op, self),
+            Op::LayerNorm(op) => rows::layer_norm(op, self),
             Op::Linear(op) => linear::run(op, self),
             Op::GateUp(op) => linear::gate_up(op, self),
             Op::RopeAppend(op) => rows::rope_append(op, self),

@@ -84,13 +84,16 @@ pub struct Embed<'a> {
     pub scale: f32,
 }
 
-/// `y = x / sqrt(mean(x^2) + eps) * (weight + offset)` over each row. `out` may equal `x`.
+/// `y = x / sqrt(mean(x^2) + eps) * (weight + offset) + residual` over each row. `out` may equal `x` or
+/// `residual`.
 #[derive(Debug)]
 pub struct RmsNorm<'a> {
     /// F32 `[rows, dim]`.
     pub x: Mem<'a>,
     /// F32, F16 or BF16 `[dim]`.
     pub weight: Mem<'a>,
+    /// F32 `[rows, dim]`: what the norm of a layer's output is added to.
+    pub residual: Option<Mem<'a>>,
     /// F32 `[rows, dim]`.
     pub out: MemMut<'a>,
     /// Number of rows (tokens, or tokens times heads for a head norm).
@@ -101,6 +104,29 @@ pub struct RmsNorm<'a> {
     pub eps: f32,
     /// Added to the weight (1 for the Gemma family).
     pub offset: f32,
+}
+
+/// `y = (x - mean) / sqrt(var + eps) * weight + bias` over each row, with the variance of the row itself
+/// (not of what it is a sample of). Row `r` takes row `r % groups` of the weight and of the bias: norms
+/// over heads have a group for each head. `out` may equal `x`.
+#[derive(Debug)]
+pub struct LayerNorm<'a> {
+    /// F32 `[rows, dim]`.
+    pub x: Mem<'a>,
+    /// F32, F16 or BF16 `[groups, dim]`; 1 everywhere when there is none.
+    pub weight: Option<Mem<'a>>,
+    /// F32, F16 or BF16 `[groups, dim]`.
+    pub bias: Option<Mem<'a>>,
+    /// F32 `[rows, dim]`.
+    pub out: MemMut<'a>,
+    /// Number of rows (tokens, or tokens times heads for a head norm).
+    pub rows: usize,
+    /// Normalised length.
+    pub dim: usize,
+    /// Rows of the weight and of the bias, at least 1.
+    pub groups: usize,
+    /// Added to the variance.
+    pub eps: f32,
 }
 
 /// One output of a [`Linear`].
@@ -338,6 +364,7 @@ pub struct Dequant<'a> {
 pub enum Op<'a> {
     Embed(Embed<'a>),
     RmsNorm(RmsNorm<'a>),
+    LayerNorm(LayerNorm<'a>),
     Linear(Linear<'a>),
     GateUp(GateUp<'a>),
     RopeAppend(RopeAppend<'a>),
@@ -361,6 +388,7 @@ impl Op<'_> {
         match self {
             Op::Embed(_) => "embed",
             Op::RmsNorm(_) => "rms_norm",
+            Op::LayerNorm(_) => "layer_norm",
             Op::Linear(_) => "linear",
             Op::GateUp(_) => "gate_up",
             Op::RopeAppend(_) => "rope_append",

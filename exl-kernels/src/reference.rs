@@ -6,8 +6,8 @@ pub(crate) mod kv;
 use half::{bf16, f16};
 
 use crate::ops::{
-    Activation, Dequant, Embed, GateUp, Gated, GatherRows, HessianSyrk, Linear, Matrix, Op,
-    PAGE_TOKENS, PagedAttn, RmsNorm, RopeAppend, RopeStyle, ScaleLogits, ScaleRows,
+    Activation, Dequant, Embed, GateUp, Gated, GatherRows, HessianSyrk, LayerNorm, Linear, Matrix,
+    Op, PAGE_TOKENS, PagedAttn, RmsNorm, RopeAppend, RopeStyle, ScaleLogits, ScaleRows,
 };
 use crate::{DType, Error, Mem, MemMut, Result, ops};
 
@@ -20,6 +20,7 @@ pub fn run(op: &mut Op<'_>) -> Result<()> {
     match op {
         Op::Embed(op) => embed(op),
         Op::RmsNorm(op) => rms_norm(op),
+        Op::LayerNorm(op) => layer_norm(op),
         Op::Linear(op) => linear(op),
         Op::GateUp(op) => gate_up(op),
         Op::RopeAppend(op) => rope_append(op),
@@ -108,11 +109,33 @@ fn embed(op: &mut Embed<'_>) -> Result<()> {
 
 fn rms_norm(op: &mut RmsNorm<'_>) -> Result<()> {
     let (x, weight) = (floats(&op.x)?, floats(&op.weight)?);
-    for (r, row) in x.chunks_exact(op.dim).enumerate() {
+    let residual = optional(&op.residual)?;
+    for (r, row) in x.chunks_exact(op.dim.max(1)).enumerate() {
         let mean = row.iter().map(|v| v * v).sum::<f64>() / op.dim as f64;
         let factor = 1.0 / (mean + f64::from(op.eps)).sqrt();
         for (c, v) in row.iter().enumerate() {
+            let at = r * op.dim + c;
             let y = v * factor * (weight[c] + f64::from(op.offset));
+            store(
+                &mut op.out,
+                at,
+                y + residual.as_ref().map_or(0.0, |r| r[at]),
+            )?;
+        }
+    }
+    Ok(())
+}
+
+fn layer_norm(op: &mut LayerNorm<'_>) -> Result<()> {
+    let (x, weight, bias) = (floats(&op.x)?, optional(&op.weight)?, optional(&op.bias)?);
+    for (r, row) in x.chunks_exact(op.dim.max(1)).enumerate() {
+        let mean = row.iter().sum::<f64>() / op.dim as f64;
+        let variance = row.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / op.dim as f64;
+        let factor = 1.0 / (variance + f64::from(op.eps)).sqrt();
+        for (c, v) in row.iter().enumerate() {
+            let at = r % op.groups * op.dim + c;
+            let w = weight.as_ref().map_or(1.0, |w| w[at]);
+            let y = (v - mean) * factor * w + bias.as_ref().map_or(0.0, |b| b[at]);
             store(&mut op.out, r * op.dim + c, y)?;
         }
     }

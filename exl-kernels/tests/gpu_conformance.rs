@@ -74,6 +74,7 @@ fn outputs<'a, 'b>(op: &'a mut Op<'b>) -> Vec<&'a mut MemMut<'b>> {
     match op {
         Op::Embed(o) => vec![&mut o.out],
         Op::RmsNorm(o) => vec![&mut o.out],
+        Op::LayerNorm(o) => vec![&mut o.out],
         Op::Linear(o) => o.parts.iter_mut().map(|p| &mut p.out).collect(),
         Op::GateUp(o) => vec![&mut o.out],
         Op::RopeAppend(o) => vec![&mut o.q, &mut o.k_cache, &mut o.v_cache],
@@ -328,6 +329,7 @@ impl Chain {
             Op::RmsNorm(RmsNorm {
                 x: self.read(0),
                 weight: Mem::host(&self.norm),
+                residual: None,
                 out: self.write(1),
                 rows,
                 dim: DIM,

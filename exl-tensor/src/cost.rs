@@ -143,6 +143,10 @@ impl Meter<'_> {
                 cost.weight_bytes = self.weight(*weight);
                 cost.flops = 4 * (rows * dim) as u64;
             }
+            PlanOp::LayerNorm { args, .. } => {
+                cost.weight_bytes = self.optional(args.weight) + self.optional(args.bias);
+                cost.flops = 7 * (args.rows * args.dim) as u64;
+            }
             PlanOp::Linear {
                 rows,
                 inputs,

@@ -166,11 +166,17 @@ pub enum PlanOp {
     RmsNorm {
         x: Slot,
         weight: WeightId,
+        residual: Option<Slot>,
         out: Slot,
         rows: usize,
         dim: usize,
         eps: f32,
         offset: f32,
+    },
+    LayerNorm {
+        x: Slot,
+        out: Slot,
+        args: LayerNormOp,
     },
     Linear {
         x: Slot,
@@ -234,6 +240,18 @@ pub enum PlanOp {
     },
 }
 
+/// Arguments of [`PlanOp::LayerNorm`].
+#[derive(Clone, Debug, PartialEq)]
+#[allow(missing_docs)] // fields mirror exl_kernels::ops::LayerNorm
+pub struct LayerNormOp {
+    pub weight: Option<WeightId>,
+    pub bias: Option<WeightId>,
+    pub rows: usize,
+    pub dim: usize,
+    pub groups: usize,
+    pub eps: f32,
+}
+
 /// Arguments of [`PlanOp::GateUp`].
 #[derive(Clone, Debug, PartialEq)]
 #[allow(missing_docs)] // fields mirror exl_kernels::ops::GateUp
@@ -276,6 +294,7 @@ impl PlanOp {
         match self {
             PlanOp::Embed { .. } => "embed",
             PlanOp::RmsNorm { .. } => "rms_norm",
+            PlanOp::LayerNorm { .. } => "layer_norm",
             PlanOp::Linear { .. } => "linear",
             PlanOp::GateUp { .. } => "gate_up",
             PlanOp::RopeAppend { .. } => "rope_append",
@@ -292,7 +311,8 @@ impl PlanOp {
     pub fn reads(&self) -> Vec<Slot> {
         match self {
             PlanOp::Embed { .. } => vec![],
-            PlanOp::RmsNorm { x, .. }
+            PlanOp::RmsNorm { x, residual, .. } => std::iter::once(*x).chain(*residual).collect(),
+            PlanOp::LayerNorm { x, .. }
             | PlanOp::GateUp { x, .. }
             | PlanOp::GatherRows { x, .. }
             | PlanOp::ScaleLogits { x, .. } => vec![*x],
@@ -312,6 +332,7 @@ impl PlanOp {
         match self {
             PlanOp::Embed { out, .. }
             | PlanOp::RmsNorm { out, .. }
+            | PlanOp::LayerNorm { out, .. }
             | PlanOp::GateUp { out, .. }
             | PlanOp::PagedAttn { out, .. }
             | PlanOp::GatherRows { out, .. }

@@ -1,45 +1,13 @@
-// exl_rms_norm: y = x / sqrt(mean(x^2) + eps) * (weight + offset) for each row.
+// exl_rms_norm: y = x / sqrt(mean(x^2) + eps) * (weight + offset) for each row. With a residual it is
+// rms_norm_add.cu.
 //
 // x and y are F32 [rows, dim] and may coincide; weight is F32, F16 or BF16 [dim]. Moves 8 bytes an
 // element (the weight comes from L2); bound: memory at many rows, latency of one load at one row.
-// A row is read once and stays in registers. Which entry takes a row depends on dim alone, so the
-// order of a sum never depends on the number of rows:
-//   <lanes>x<vectors>   dim <= 1024: lanes of a warp, each with so many vectors of four elements,
-//                       several rows in a block; no barrier
-//   <threads>x<vectors> dim <= 16384: a block for each row, one barrier
-//   any                 odd or longer rows: a block for each row, which is read twice
-// All but the last need dim % 4 == 0 and addresses aligned to 16 bytes.
+// A row is read once and stays in registers, or twice where it is odd or too long (norm.cuh).
 
-#include "common/common.cuh"
+#include "norm/norm.cuh"
 
 namespace {
-
-constexpr int LANE_THREADS = 128;
-constexpr int ANY_THREADS = 512;
-
-// Four weights from place 4 i.
-__device__ __forceinline__ float4 load_4(const float* p, int i) {
-    return reinterpret_cast<const float4*>(p)[i];
-}
-__device__ __forceinline__ float4 load_4(const __half* p, int i) {
-    uint2 v = reinterpret_cast<const uint2*>(p)[i];
-    float2 a = __half22float2(*reinterpret_cast<__half2*>(&v.x));
-    float2 b = __half22float2(*reinterpret_cast<__half2*>(&v.y));
-    return make_float4(a.x, a.y, b.x, b.y);
-}
-__device__ __forceinline__ float4 load_4(const __nv_bfloat16* p, int i) {
-    uint2 v = reinterpret_cast<const uint2*>(p)[i];
-    return make_float4(__uint_as_float(v.x << 16), __uint_as_float(v.x & 0xffff0000u),
-                       __uint_as_float(v.y << 16), __uint_as_float(v.y & 0xffff0000u));
-}
-
-__device__ __forceinline__ float add_squares(float sum, float4 v) {
-    return fmaf(v.w, v.w, fmaf(v.z, v.z, fmaf(v.y, v.y, fmaf(v.x, v.x, sum))));
-}
-
-__device__ __forceinline__ float factor_of(float sum, int dim, float eps) {
-    return 1.0f / sqrtf(sum / float(dim) + eps);
-}
 
 __device__ __forceinline__ float4 scaled(float4 v, float factor, float4 w, float offset) {
     return make_float4(v.x * factor * (w.x + offset), v.y * factor * (w.y + offset),
@@ -58,15 +26,8 @@ __device__ __forceinline__ void load_weights(float4 (&w)[V], const W* weight, in
 
 template <int STRIDE, int V>
 __device__ __forceinline__ float load_row(float4 (&v)[V], const float* row, int at, int vectors) {
-#pragma unroll
-    for (int j = 0; j < V; ++j) {
-        int i = at + j * STRIDE;
-        v[j] = i < vectors ? load_4(row, i) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    }
-    float sum = 0.0f;
-#pragma unroll
-    for (int j = 0; j < V; ++j) sum = add_squares(sum, v[j]);
-    return sum;
+    load_vectors<STRIDE>(v, row, at, vectors);
+    return squares_of(v);
 }
 
 template <int STRIDE, int V>
@@ -93,21 +54,8 @@ __device__ __forceinline__ void rms_lanes(const float* x, const W* weight, float
     const int vectors = row < u32(rows) ? dim / 4 : 0;
     const long long start = (long long)row * dim;
     pdl_wait();
-    float sum = load_row<LANES>(v, x + start, lane, vectors);
-#pragma unroll
-    for (int d = LANES / 2; d > 0; d >>= 1) sum += __shfl_xor_sync(FULL_MASK, sum, d);
+    float sum = lanes_sum<LANES>(load_row<LANES>(v, x + start, lane, vectors));
     store_row<LANES>(out + start, v, w, lane, vectors, factor_of(sum, dim, eps), offset);
-}
-
-// The sum over a block, the same in all threads.
-template <int T>
-__device__ __forceinline__ float block_sum(float v) {
-    __shared__ float partial[T / WARP];
-    v = warp_sum(v);
-    const int lane = threadIdx.x % WARP;
-    if (lane == 0) partial[threadIdx.x / WARP] = v;
-    __syncthreads();
-    return warp_sum(lane < T / WARP ? partial[lane] : 0.0f);
 }
 
 template <int T, int V, typename W>

@@ -1,12 +1,7 @@
 // What happens to a finished sum: bias, residual, or the gate's activation.
 #pragma once
 
-#include "common/common.cuh"
-
-// Element types of biases (lower.rs: dtype_code).
-constexpr int TYPE_F32 = 0;
-constexpr int TYPE_F16 = 1;
-constexpr int TYPE_BF16 = 2;
+#include "common/types.cuh"
 
 constexpr int ACT_SILU = 0;
 constexpr int ACT_GELU_TANH = 1;
@@ -21,10 +16,7 @@ struct Epilogue {
 };
 
 __device__ __forceinline__ float bias_at(const void* bias, int type, int i) {
-    if (!bias) return 0.0f;
-    if (type == TYPE_F16) return __half2float(static_cast<const __half*>(bias)[i]);
-    if (type == TYPE_BF16) return __bfloat162float(static_cast<const __nv_bfloat16*>(bias)[i]);
-    return static_cast<const float*>(bias)[i];
+    return bias ? load_1(bias, type, i) : 0.0f;
 }
 
 __device__ __forceinline__ float activate(float v, int act) {

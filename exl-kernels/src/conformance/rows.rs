@@ -3,8 +3,8 @@
 use super::data::{Exl2, Rng, STORAGE, Stored};
 use super::{Case, Run};
 use crate::ops::{
-    Activation, Dequant, Embed, Gated, GatherRows, HessianSyrk, Matrix, Op, RmsNorm, ScaleLogits,
-    ScaleRows,
+    Activation, Dequant, Embed, Gated, GatherRows, HessianSyrk, LayerNorm, Matrix, Op, RmsNorm,
+    ScaleLogits, ScaleRows,
 };
 use crate::{DType, GptqParts, Mem, MemMut, QuantMatrix, Result};
 
@@ -15,6 +15,7 @@ pub(super) fn cases() -> Vec<Case> {
             list.push(embed(dtype, rows, dim));
             list.push(rms_norm(dtype, (rows, dim), false));
             list.push(rms_norm(dtype, (rows, dim), true));
+            list.push(rms_norm_add(dtype, (rows, dim)));
         }
         // Head norms, and rows that take whole blocks of a GPU.
         for (rows, dim) in [
@@ -27,8 +28,10 @@ pub(super) fn cases() -> Vec<Case> {
         ] {
             list.push(embed(dtype, rows, dim));
             list.push(rms_norm(dtype, (rows, dim), rows == 2));
+            list.push(rms_norm_add(dtype, (rows, dim)));
         }
     }
+    list.extend(layer_norms());
     for (rows, dim) in [(1, 5), (9, 130)] {
         list.push(gather_rows(rows, dim));
         list.push(scale_logits(rows, dim, 0.0));
@@ -46,6 +49,17 @@ pub(super) fn cases() -> Vec<Case> {
     list.push(dequant());
     list.push(dequant_gptq());
     list
+}
+
+/// One vector as the output of an op and as one of its inputs, for ops that allow that.
+fn shared(values: &mut [f32]) -> (MemMut<'_>, Mem<'_>) {
+    let (place, bytes) = (crate::Place::Host, size_of_val(values));
+    let start = values.as_mut_ptr();
+    // SAFETY: the slice is borrowed as long as both regions; the op allows them to coincide.
+    let target = unsafe { MemMut::from_raw(start.cast(), bytes, DType::F32, place) };
+    // SAFETY: as above.
+    let source = unsafe { Mem::from_raw(start.cast_const().cast(), bytes, DType::F32, place) };
+    (target, source)
 }
 
 fn embed(dtype: DType, rows: usize, dim: usize) -> Case {
@@ -79,24 +93,117 @@ fn rms_norm(dtype: DType, (rows, dim): (usize, usize), in_place: bool) -> Case {
         let weight = Stored::new(&rng.floats(dim), dtype);
         let mut x = rng.floats(rows * dim);
         let mut out = vec![f32::NAN; rows * dim];
-        let target = if in_place {
-            x.as_mut_ptr()
-        } else {
-            out.as_mut_ptr()
-        };
-        let place = crate::Place::Host;
-        // SAFETY: both vectors outlive the op; this op allows its output to be its input.
-        let target = unsafe { MemMut::from_raw(target.cast(), rows * dim * 4, DType::F32, place) };
-        // SAFETY: as above.
-        let source = unsafe { Mem::from_raw(x.as_ptr().cast(), rows * dim * 4, DType::F32, place) };
+        let (mut target, source) = shared(&mut x);
+        if !in_place {
+            target = MemMut::host(&mut out);
+        }
         run(&mut Op::RmsNorm(RmsNorm {
             x: source,
             weight: weight.mem(),
+            residual: None,
             out: target,
             rows,
             dim,
             eps: 1e-5,
             offset: 1.0,
+        }))?;
+        Ok(vec![if in_place { x } else { out }])
+    })
+}
+
+/// Adds to what the output holds.
+fn rms_norm_add(dtype: DType, (rows, dim): (usize, usize)) -> Case {
+    let name = format!("rms_norm::{dtype:?} and residual/rows={rows}/dim={dim}");
+    // Measured up to 1.2e-7.
+    Case::new(name, 1e-6, move |run| {
+        let mut rng = Rng::new(9);
+        let weight = Stored::new(&rng.floats(dim), dtype);
+        let (x, mut out) = (rng.floats(rows * dim), rng.floats(rows * dim));
+        let (target, residual) = shared(&mut out);
+        run(&mut Op::RmsNorm(RmsNorm {
+            x: Mem::host(&x),
+            weight: weight.mem(),
+            residual: Some(residual),
+            out: target,
+            rows,
+            dim,
+            eps: 1e-5,
+            offset: 1.0,
+        }))?;
+        Ok(vec![out])
+    })
+}
+
+fn layer_norms() -> impl Iterator<Item = Case> {
+    use DType::{Bf16, F16, F32};
+    let shapes = [
+        (1, 1),
+        (3, 64),
+        (7, 257),
+        (40, 512),
+        (5, 1000),
+        (2, 4096),
+        (3, 5120),
+        (1, 16384),
+        (2, 17000),
+    ];
+    let kinds = [
+        (None, None),
+        (Some(F32), Some(F32)),
+        (Some(F16), None),
+        (Some(Bf16), Some(Bf16)),
+        (None, Some(F16)),
+    ];
+    let whole = shapes.into_iter().enumerate().flat_map(move |(i, shape)| {
+        let kinds = kinds.into_iter().enumerate();
+        kinds.map(move |(j, kind)| layer_norm(kind, shape, 1, (i + j) % 2 == 0))
+    });
+    // Norms over heads, each with a weight of its own.
+    let heads = [(12, 128, 4), (35, 32, 5), (6, 20, 3), (4, 1024, 2)];
+    let heads = heads.into_iter().flat_map(move |(rows, dim, groups)| {
+        let kinds = [(Some(Bf16), None), (Some(F16), Some(F32))];
+        kinds.map(|kind| layer_norm(kind, (rows, dim), groups, true))
+    });
+    whole.chain(heads)
+}
+
+fn layer_norm(
+    (weight, bias): (Option<DType>, Option<DType>),
+    (rows, dim): (usize, usize),
+    groups: usize,
+    in_place: bool,
+) -> Case {
+    let name = |dtype: Option<DType>| dtype.map_or("none".to_owned(), |d| format!("{d:?}"));
+    let name = format!(
+        "layer_norm::{}/{}/rows={rows}/dim={dim}/groups={groups}/in_place={in_place}",
+        name(weight),
+        name(bias)
+    );
+    // Measured up to 2.1e-7.
+    Case::new(name, 1e-6, move |run| {
+        let mut rng = Rng::new(8);
+        let mut stored = |dtype: Option<DType>| {
+            let values = rng.floats(groups * dim);
+            dtype.map(|dtype| Stored::new(&values, dtype))
+        };
+        let (weight, bias) = (stored(weight), stored(bias));
+        // Rows whose mean is large beside what they differ by.
+        let mut x = rng.floats(rows * dim);
+        x.iter_mut().for_each(|v| *v += 3.0);
+        let mut out = vec![f32::NAN; rows * dim];
+        let (mut target, source) = shared(&mut x);
+        if !in_place {
+            target = MemMut::host(&mut out);
+        }
+        run(&mut Op::LayerNorm(LayerNorm {
+            x: source,
+            weight: weight.as_ref().map(Stored::mem),
+            bias: bias.as_ref().map(Stored::mem),
+            out: target,
+            rows,
+            dim,
+            groups,
+            eps: 1e-5,
         }))?;
         Ok(vec![if in_place { x } else { out }])
     })
@@ -159,11 +266,7 @@ fn scale_rows((rows, dim): (usize, usize), add: bool) -> Case {
             true => rng.floats(rows * dim),
             false => vec![f32::NAN; rows * dim],
         };
-        let (place, bytes) = (crate::Place::Host, rows * dim * 4);
-        // SAFETY: the vector outlives the op, which allows its output to be what it adds.
-        let target = unsafe { MemMut::from_raw(out.as_mut_ptr().cast(), bytes, DType::F32, place) };
-        // SAFETY: as above.
-        let source = unsafe { Mem::from_raw(out.as_ptr().cast(), bytes, DType::F32, place) };
+        let (target, source) = shared(&mut out);
         run(&mut Op::ScaleRows(ScaleRows {
             x: Mem::host(&x),
             scales: Mem::host(&scales),
@@ -184,11 +287,7 @@ fn gated((rows, dim): (usize, usize), act: Activation) -> Case {
     Case::new(name, 5e-7, move |run| {
         let mut rng = Rng::new(7);
         let (gate, mut out) = (rng.floats(rows * dim), rng.floats(rows * dim));
-        let (place, bytes) = (crate::Place::Host, rows * dim * 4);
-        // SAFETY: the vector outlives the op, which allows its output to be one of its inputs.
-        let target = unsafe { MemMut::from_raw(out.as_mut_ptr().cast(), bytes, DType::F32, place) };
-        // SAFETY: as above.
-        let up = unsafe { Mem::from_raw(out.as_ptr().cast(), bytes, DType::F32, place) };
+        let (target, up) = shared(&mut out);
         run(&mut Op::Gated(Gated {
             gate: Mem::host(&gate),
             up,

@@ -1,4 +1,6 @@
-//! Ops that work row by row: embedding, norm, rotation, row gathering, logit scaling.
+//! Ops that work row by row: embedding, norms, rotation, row gathering, logit scaling.
+
+mod norm;
 
 use half::f16;
 use half::slice::HalfFloatSliceExt;
@@ -7,13 +9,22 @@ use super::dense::Dense;
 use super::{Cpu, Isa, math};
 use crate::kv::{Codec, PageLayout};
 use crate::ops::{
-    self, Embed, Gated, GatherRows, PAGE_TOKENS, RmsNorm, RopeAppend, RopeStyle, ScaleLogits,
-    ScaleRows,
+    self, Embed, Gated, GatherRows, PAGE_TOKENS, RopeAppend, RopeStyle, ScaleLogits, ScaleRows,
 };
 use crate::{Error, KvFormat, Mem, MemMut, Result};
+pub(super) use norm::{layer_norm, layer_norm_words, rms_norm, rms_norm_words};
 
 /// Elements below which waking the other threads costs more than it saves.
 const PARALLEL: usize = 16384;
+
+/// Elements that ops whose output may be one of their inputs take at a time: they work on copies.
+const STRETCH: usize = 256;
+
+/// Where the stretches of a row begin, and their elements.
+fn stretches(dim: usize) -> impl Iterator<Item = (usize, usize)> {
+    let firsts = (0..dim).step_by(STRETCH);
+    firsts.map(move |first| (first, STRETCH.min(dim - first)))
+}
 
 /// A pointer that tasks write disjoint rows through.
 struct Rows<T>(*mut T);
@@ -28,6 +39,22 @@ impl<T> Rows<T> {
     unsafe fn range(&self, start: usize, len: usize) -> &mut [T] {
         // SAFETY: the caller's promise.
         unsafe { std::slice::from_raw_parts_mut(self.0.add(start), len) }
+    }
+
+    /// # Safety
+    /// The range must lie in the region, and no task may write it meanwhile.
+    unsafe fn shared(&self, start: usize, len: usize) -> &[T] {
+        // SAFETY: the caller's promise.
+        unsafe { std::slice::from_raw_parts(self.0.add(start), len) }
+    }
+
+    /// Copies the elements from `start` on.
+    ///
+    /// # Safety
+    /// In bounds, and no task writes them meanwhile.
+    unsafe fn copy(&self, start: usize, to: &mut [T]) {
+        // SAFETY: the caller's promise.
+        unsafe { std::ptr::copy_nonoverlapping(self.0.add(start), to.as_mut_ptr(), to.len()) };
     }
 
     /// # Safety
@@ -82,81 +109,6 @@ pub(super) fn embed(op: &mut Embed<'_>, cpu: &Cpu) -> Result<()> {
         }
     });
     Ok(())
-}
-
-/// Scratch words of a norm: its weight, widened.
-pub(super) fn rms_norm_words(op: &RmsNorm<'_>) -> usize {
-    op.dim
-}
-
-pub(super) fn rms_norm(op: &mut RmsNorm<'_>, cpu: &Cpu) -> Result<()> {
-    let (dim, eps, offset, isa) = (op.dim, op.eps, op.offset, cpu.isa());
-    // The output may be the input: rows are read through the pointer they are written through.
-    let x = op.x.slice::<f32>()?.as_ptr();
-    let x = Rows(x.cast_mut());
-    let out = Rows(op.out.slice_mut::<f32>()?.as_mut_ptr());
-    let in_place = std::ptr::eq(x.0, out.0);
-    let source = Dense::new(&op.weight)?;
-    cpu.scratch(rms_norm_words(op), |scratch| {
-        let weight: &mut [f32] = bytemuck::cast_slice_mut(scratch);
-        source.copy_to(0, weight, isa);
-        weight.iter_mut().for_each(|w| *w += offset);
-        let weight = &*weight;
-        for_rows(cpu, op.rows, dim, |r| {
-            // SAFETY: `check` bounded the rows; each task has its own, and source and target are
-            // the same row or do not overlap.
-            unsafe {
-                let out = out.range(r * dim, dim);
-                if !in_place {
-                    out.copy_from_slice(x.range(r * dim, dim));
-                }
-                normalise(out, weight, eps, isa);
-            }
-        });
-    });
-    Ok(())
-}
-
-fn normalise(row: &mut [f32], weight: &[f32], eps: f32, isa: Isa) {
-    match isa {
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: `Isa::Avx512` is only made after detection.
-        Isa::Avx512 => unsafe { normalise_avx512(row, weight, eps) },
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: as above.
-        Isa::Avx2 => unsafe { normalise_avx2(row, weight, eps) },
-        _ => normalise_any(row, weight, eps),
-    }
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,fma")]
-unsafe fn normalise_avx512(row: &mut [f32], weight: &[f32], eps: f32) {
-    normalise_any(row, weight, eps);
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma")]
-unsafe fn normalise_avx2(row: &mut [f32], weight: &[f32], eps: f32) {
-    normalise_any(row, weight, eps);
-}
-
-#[inline(always)]
-fn normalise_any(row: &mut [f32], weight: &[f32], eps: f32) {
-    const LANES: usize = 32;
-    let mut lanes = [0f32; LANES];
-    let chunks = row.chunks_exact(LANES);
-    let tail: f32 = chunks.remainder().iter().map(|v| v * v).sum();
-    for chunk in chunks {
-        for (lane, v) in lanes.iter_mut().zip(chunk) {
-            *lane = v.mul_add(*v, *lane);
-        }
-    }
-    let sum = lanes.iter().sum::<f32>() + tail;
-    let factor = 1.0 / (sum / row.len() as f32 + eps).sqrt();
-    for (v, w) in row.iter_mut().zip(weight) {
-        *v = *v * factor * w;
-    }
 }
 
 pub(super) fn gather_rows(op: &mut GatherRows<'_>, cpu: &Cpu) -> Result<()> {
@@ -219,23 +171,16 @@ pub(super) fn gated(op: &mut Gated<'_>, cpu: &Cpu) -> Result<()> {
     let up = Rows(op.up.slice::<f32>()?.as_ptr().cast_mut());
     let out = Rows(op.out.slice_mut::<f32>()?.as_mut_ptr());
     for_rows(cpu, op.rows, dim, |r| {
-        // Copies of a stretch of both, because `out` may be one of them.
-        const STRETCH: usize = 256;
         let (mut g, mut u) = ([0f32; STRETCH], [0f32; STRETCH]);
-        for first in (0..dim).step_by(STRETCH) {
-            let (at, count) = (r * dim + first, STRETCH.min(dim - first));
+        for (first, count) in stretches(dim) {
+            let at = r * dim + first;
+            let (g, u) = (&mut g[..count], &mut u[..count]);
             // SAFETY: `check` bounded the rows; each task has its own. The stretches are read through
             // pointers and not looked at again once `out` is written.
             unsafe {
-                std::ptr::copy_nonoverlapping(gate.at(at), g.as_mut_ptr(), count);
-                std::ptr::copy_nonoverlapping(up.at(at), u.as_mut_ptr(), count);
-                math::gated(
-                    act,
-                    &g[..count],
-                    &u[..count],
-                    out.range(at, count),
-                    cpu.isa(),
-                );
+                gate.copy(at, g);
+                up.copy(at, u);
+                math::gated(act, g, u, out.range(at, count), cpu.isa());
             }
         }
     });

@@ -43,6 +43,7 @@ pub struct Target<'a> {
 pub fn kernels() -> impl Iterator<Item = Kernel> {
     let families = [
         rows::KERNELS,
+        rows::NORMS,
         attention::KERNELS,
         gemm::KERNELS,
         linear::KERNELS,
@@ -63,6 +64,7 @@ pub fn lower(op: &Op<'_>, target: &Target<'_>, list: &mut Vec<Launch>) -> Result
     match op {
         Op::Embed(o) => rows::embed(o, target, list),
         Op::RmsNorm(o) => rows::rms_norm(o, target, list),
+        Op::LayerNorm(o) => rows::layer_norm(o, target, list),
         Op::GatherRows(o) => rows::gather_rows(o, target, list),
         Op::ScaleLogits(o) => rows::scale_logits(o, target, list),
         Op::ScaleRows(o) => rows::scale_rows(o, target, list),
@@ -100,6 +102,7 @@ pub fn scratch_bytes(op: &Op<'_>, props: &DeviceProps) -> u64 {
         Op::Refine(o) => quant::refine_scratch(o),
         Op::Embed(_)
         | Op::RmsNorm(_)
+        | Op::LayerNorm(_)
         | Op::GatherRows(_)
         | Op::ScaleLogits(_)
         | Op::ScaleRows(_)

@@ -25,6 +25,14 @@ pub fn check(op: &Op<'_>) -> Result<()> {
         Op::RmsNorm(o) => {
             c.read("x", &o.x, F32, &[o.rows, o.dim])?;
             c.read("weight", &o.weight, FLOATS, &[o.dim])?;
+            c.optional("residual", &o.residual, F32, &[o.rows, o.dim])?;
+            c.write("out", &o.out, F32, &[o.rows, o.dim])
+        }
+        Op::LayerNorm(o) => {
+            c.rule("groups", o.groups > 0, "at least 1")?;
+            c.read("x", &o.x, F32, &[o.rows, o.dim])?;
+            c.optional("weight", &o.weight, FLOATS, &[o.groups, o.dim])?;
+            c.optional("bias", &o.bias, FLOATS, &[o.groups, o.dim])?;
             c.write("out", &o.out, F32, &[o.rows, o.dim])
         }
         Op::Linear(o) => {

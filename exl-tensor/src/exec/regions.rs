@@ -83,6 +83,7 @@ impl<'a> Regions<'a> {
             PlanOp::RmsNorm {
                 x,
                 weight,
+                residual,
                 out,
                 rows,
                 dim,
@@ -91,11 +92,22 @@ impl<'a> Regions<'a> {
             } => Op::RmsNorm(ops::RmsNorm {
                 x: self.mem(*x),
                 weight: self.dense(*weight),
+                residual: residual.map(|r| self.mem(r)),
                 out: self.mem_mut(*out),
                 rows: *rows,
                 dim: *dim,
                 eps: *eps,
                 offset: *offset,
+            }),
+            PlanOp::LayerNorm { x, out, args } => Op::LayerNorm(ops::LayerNorm {
+                x: self.mem(*x),
+                weight: args.weight.map(|w| self.dense(w)),
+                bias: args.bias.map(|b| self.dense(b)),
+                out: self.mem_mut(*out),
+                rows: args.rows,
+                dim: args.dim,
+                groups: args.groups,
+                eps: args.eps,
             }),
             PlanOp::Linear {
                 x,

@@ -1,6 +1,7 @@
 //! Records a plan: what architecture code talks to.
 
 mod adapters;
+mod rows;
 
 use std::collections::HashMap;
 
@@ -176,6 +177,7 @@ impl PlanBuilder {
         self.push(PlanOp::RmsNorm {
             x,
             weight,
+            residual: None,
             out,
             rows,
             dim,
@@ -191,6 +193,7 @@ impl PlanBuilder {
         self.push(PlanOp::RmsNorm {
             x,
             weight,
+            residual: None,
             out: x,
             rows,
             dim: head_dim,

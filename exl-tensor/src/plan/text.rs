@@ -80,6 +80,11 @@ impl Plan {
     }
 }
 
+/// What an op adds to its result.
+fn plus(slot: &Option<Slot>) -> String {
+    slot.map(|slot| format!(" + {slot}")).unwrap_or_default()
+}
+
 struct OpText<'a> {
     plan: &'a Plan,
     op: &'a PlanOp,
@@ -116,23 +121,38 @@ impl fmt::Display for OpText<'_> {
             PlanOp::RmsNorm {
                 x,
                 weight,
+                residual,
                 out,
                 dim,
                 eps,
                 offset,
                 ..
-            } => write!(
-                f,
-                "{} = rms_norm({x}, {}) dim={dim} eps={eps} offset={offset}",
-                self.out(*out),
-                self.name(*weight)
-            ),
+            } => {
+                let (out, name, more) = (self.out(*out), self.name(*weight), plus(residual));
+                write!(
+                    f,
+                    "{out} = rms_norm({x}, {name}){more} dim={dim} eps={eps} offset={offset}"
+                )
+            }
+            PlanOp::LayerNorm { x, out, args } => {
+                let (out, bias) = (self.out(*out), self.bias(args.bias));
+                let weight = args.weight.map(|w| format!(", {}", self.name(w)));
+                let weight = weight.unwrap_or_default();
+                let (dim, eps) = (args.dim, args.eps);
+                write!(
+                    f,
+                    "{out} = layer_norm({x}{weight}){bias} dim={dim} eps={eps}"
+                )?;
+                match args.groups {
+                    1 => Ok(()),
+                    groups => write!(f, " groups={groups}"),
+                }
+            }
             PlanOp::Linear { x, parts, .. } => {
                 for (i, p) in parts.iter().enumerate() {
                     let sep = if i > 0 { "; " } else { "" };
-                    let residual = p.residual.map(|r| format!(" + {r}")).unwrap_or_default();
                     let (out, name) = (self.out(p.out), self.name(p.weight));
-                    let bias = self.bias(p.bias);
+                    let (bias, residual) = (self.bias(p.bias), plus(&p.residual));
                     write!(f, "{sep}{out} = linear({x}, {name}){bias}{residual}")?;
                 }
                 Ok(())
@@ -195,12 +215,8 @@ impl fmt::Display for OpText<'_> {
                 column,
                 ..
             } => {
-                let add = add.map(|a| format!(" + {a}")).unwrap_or_default();
-                write!(
-                    f,
-                    "{} = scale_rows({x}) column={column}{add}",
-                    self.out(*out)
-                )
+                let (out, add) = (self.out(*out), plus(add));
+                write!(f, "{out} = scale_rows({x}) column={column}{add}")
             }
             PlanOp::Gated { gate, up, out, act } => {
                 write!(f, "{} = gated({gate}, {up}) act={act:?}", self.out(*out))

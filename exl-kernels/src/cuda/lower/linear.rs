@@ -61,7 +61,7 @@ fn instance(kind: ScaleKind) -> usize {
     }
 }
 
-/// As the kernels number element types (cuda/qgemm/epilogue.cuh).
+/// As the kernels number element types (cuda/common/types.cuh).
 pub(super) fn dtype_code(dtype: DType) -> usize {
     match dtype {
         DType::F16 => 1,
@@ -79,11 +79,11 @@ pub(super) fn activation_code(act: Activation) -> usize {
     }
 }
 
-fn address(mem: &Option<Mem<'_>>) -> u64 {
+pub(super) fn address(mem: &Option<Mem<'_>>) -> u64 {
     mem.as_ref().map_or(0, |m| m.as_ptr() as u64)
 }
 
-fn bias_code(mem: &Option<Mem<'_>>) -> usize {
+pub(super) fn bias_code(mem: &Option<Mem<'_>>) -> usize {
     mem.as_ref().map_or(0, |m| dtype_code(m.dtype()))
 }
 

@@ -1,8 +1,9 @@
-//! Ops that work row by row: embedding, norm, row gathering, scaling, gates. One launch each.
+//! Ops that work row by row: embedding, norms, row gathering, scaling, gates. One launch each.
 //!
 //! The kernel depends on the length of a row, never on the number of rows, so that a row's result
 //! is the same in every batch.
 
+mod norm;
 #[cfg(test)]
 mod tests;
 
@@ -10,48 +11,11 @@ use super::Target;
 use crate::cuda::launch::Args;
 use crate::cuda::{Kernel, Launch};
 use crate::{DType, Error, Mem, Result, ops};
+pub(super) use norm::{KERNELS as NORMS, layer_norm, rms_norm};
 
-/// Entry points of this family.
-pub(crate) static KERNELS: &[Kernel] = &[
-    RMS[0].kernels[0],
-    RMS[0].kernels[1],
-    RMS[0].kernels[2],
-    RMS[1].kernels[0],
-    RMS[1].kernels[1],
-    RMS[1].kernels[2],
-    RMS[2].kernels[0],
-    RMS[2].kernels[1],
-    RMS[2].kernels[2],
-    RMS[3].kernels[0],
-    RMS[3].kernels[1],
-    RMS[3].kernels[2],
-    RMS[4].kernels[0],
-    RMS[4].kernels[1],
-    RMS[4].kernels[2],
-    RMS[5].kernels[0],
-    RMS[5].kernels[1],
-    RMS[5].kernels[2],
-    RMS_ANY.kernels[0],
-    RMS_ANY.kernels[1],
-    RMS_ANY.kernels[2],
-    TAKE[0],
-    TAKE[1],
-    TAKE[2],
-    SCALE_LOGITS,
-    SCALE_ROWS,
-    GATED,
-];
-
-/// A norm kernel and the rows that it takes.
-struct Rms {
-    /// For weights in F32, F16 and BF16.
-    kernels: [Kernel; 3],
-    /// Longest row.
-    dim: usize,
-    /// Rows of a block.
-    rows: usize,
-    threads: u32,
-}
+/// Entry points of this family, without the norms.
+pub(crate) static KERNELS: &[Kernel] =
+    &[TAKE[0], TAKE[1], TAKE[2], SCALE_LOGITS, SCALE_ROWS, GATED];
 
 macro_rules! instances {
     ($module:literal, $name:literal) => {
@@ -62,54 +26,7 @@ macro_rules! instances {
         ]
     };
 }
-
-/// A row in the registers of a part of a warp, a warp or a block; shortest first.
-const RMS: [Rms; 6] = [
-    Rms {
-        kernels: instances!("norm/rms_norm", "exl_rms_norm_16x2"),
-        dim: 128,
-        rows: 8,
-        threads: 128,
-    },
-    Rms {
-        kernels: instances!("norm/rms_norm", "exl_rms_norm_32x4"),
-        dim: 512,
-        rows: 4,
-        threads: 128,
-    },
-    Rms {
-        kernels: instances!("norm/rms_norm", "exl_rms_norm_32x8"),
-        dim: 1024,
-        rows: 4,
-        threads: 128,
-    },
-    Rms {
-        kernels: instances!("norm/rms_norm", "exl_rms_norm_256x4"),
-        dim: 4096,
-        rows: 1,
-        threads: 256,
-    },
-    Rms {
-        kernels: instances!("norm/rms_norm", "exl_rms_norm_512x4"),
-        dim: 8192,
-        rows: 1,
-        threads: 512,
-    },
-    Rms {
-        kernels: instances!("norm/rms_norm", "exl_rms_norm_1024x4"),
-        dim: 16384,
-        rows: 1,
-        threads: 1024,
-    },
-];
-
-/// Rows of any length at any address.
-const RMS_ANY: Rms = Rms {
-    kernels: instances!("norm/rms_norm", "exl_rms_norm_any"),
-    dim: usize::MAX,
-    rows: 1,
-    threads: 512,
-};
+use instances;
 
 const TAKE: [Kernel; 3] = instances!("norm/take_rows", "exl_take_rows");
 const TAKE_THREADS: u32 = 256;
@@ -205,37 +122,6 @@ fn take_rows(
             .float(scale)
             .int(usize::from(vectors)),
     });
-}
-
-pub(super) fn rms_norm(
-    o: &ops::RmsNorm<'_>,
-    _target: &Target<'_>,
-    list: &mut Vec<Launch>,
-) -> Result<()> {
-    check_sizes("rms_norm", &[o.rows, o.dim])?;
-    if o.rows == 0 || o.dim == 0 {
-        return Ok(());
-    }
-    let (x, weight) = (o.x.as_ptr() as u64, o.weight.as_ptr() as u64);
-    let out = o.out.as_mem().as_ptr() as u64;
-    let vectors = o.dim.is_multiple_of(4) && aligned(&[x, weight, out]);
-    let fits = |rms: &&Rms| vectors && o.dim <= rms.dim;
-    let rms = RMS.iter().find(fits).unwrap_or(&RMS_ANY);
-    list.push(Launch {
-        kernel: rms.kernels[instance(o.weight.dtype())],
-        grid: [o.rows.div_ceil(rms.rows) as u32, 1, 1],
-        block: [rms.threads, 1, 1],
-        shared_bytes: 0,
-        args: Args::new()
-            .ptr(x)
-            .ptr(weight)
-            .ptr(out)
-            .int(o.rows)
-            .int(o.dim)
-            .float(o.eps)
-            .float(o.offset),
-    });
-    Ok(())
 }
 
 pub(super) fn scale_logits(

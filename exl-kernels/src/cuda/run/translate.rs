@@ -3,8 +3,8 @@
 use super::spans::Access;
 use crate::ops::{
     Dequant, Embed, GateUp, Gated, GatherRows, Gptq, HessianFactor, HessianLoss, HessianSyrk,
-    Linear, LinearPart, Matrix, Op, PagedAttn, Refine, RmsNorm, RopeAppend, Sample, ScaleLogits,
-    ScaleRows,
+    LayerNorm, Linear, LinearPart, Matrix, Op, PagedAttn, Refine, RmsNorm, RopeAppend, Sample,
+    ScaleLogits, ScaleRows,
 };
 use crate::{Mem, MemMut, Result};
 
@@ -35,6 +35,14 @@ pub(super) fn translate<'h: 'd, 'd>(op: &Op<'h>, t: &mut impl Translate<'h, 'd>)
         Op::RmsNorm(o) => Ok(Op::RmsNorm(RmsNorm {
             x: t.read(&o.x)?,
             weight: t.read(&o.weight)?,
+            residual: t.optional(&o.residual)?,
+            out: t.write(&o.out, Access::Write)?,
+            ..*o
+        })),
+        Op::LayerNorm(o) => Ok(Op::LayerNorm(LayerNorm {
+            x: t.read(&o.x)?,
+            weight: t.optional(&o.weight)?,
+            bias: t.optional(&o.bias)?,
             out: t.write(&o.out, Access::Write)?,
             ..*o
         })),

@@ -1,3 +1,4 @@
+use super::norm::{LAYER, RMS, RMS_ADD, SHARES};
 use super::*;
 use crate::cuda::DeviceProps;
 use crate::cuda::lower::{Scratch, lower};
@@ -35,7 +36,7 @@ fn launch(op: &Op<'_>) -> Option<Launch> {
             assert!(launch.grid[1] <= 65535, "{launch:?}");
             assert!(launch.block[0] <= 1024 && launch.block[1..] == [1, 1]);
             assert!(launch.shared_bytes <= props.shared_per_block);
-            assert!(KERNELS.contains(&launch.kernel));
+            assert!(KERNELS.iter().chain(NORMS).any(|k| *k == launch.kernel));
         }
         let fixed = Target {
             deterministic: true,
@@ -58,6 +59,7 @@ fn rms(rows: usize, dim: usize, weight: DType, at: usize) -> Option<Launch> {
     launch(&Op::RmsNorm(ops::RmsNorm {
         x: read(at, rows * dim, DType::F32),
         weight: read(BASE + (1 << 20), dim, weight),
+        residual: None,
         out: write(at, rows * dim),
         rows,
         dim,
@@ -104,13 +106,74 @@ fn norms_keep_rows_in_registers() {
 
 #[test]
 fn the_registers_of_a_norm_hold_its_longest_row() {
-    for (rms, vectors) in RMS.iter().zip([2, 4, 8, 4, 4, 4]) {
-        let threads = rms.threads as usize / rms.rows;
-        let lanes = rms.kernels[0].entry.split(['_', 'x']).nth(4).unwrap();
-        assert_eq!(lanes, threads.to_string());
-        assert_eq!(rms.dim, threads * vectors * 4);
+    let vectors = [2, 4, 8, 4, 4, 4];
+    for ((at, share), vectors) in SHARES[..6].iter().enumerate().zip(vectors) {
+        let threads = share.threads as usize / share.rows;
+        let rms = RMS[at][0].entry.trim_end_matches("_f32");
+        for entry in [rms, RMS_ADD[at].entry, LAYER[at].entry] {
+            assert!(entry.ends_with(&format!("_{threads}x{vectors}")), "{entry}");
+        }
+        assert_eq!(share.dim, threads * vectors * 4);
     }
-    assert!(RMS.is_sorted_by_key(|rms| rms.dim));
+    assert!(SHARES.is_sorted_by_key(|share| share.dim));
+}
+
+#[test]
+fn norms_with_a_residual_have_kernels_of_their_own() {
+    let add = |dim: usize, residual: usize| {
+        let op = Op::RmsNorm(ops::RmsNorm {
+            x: read(BASE, 3 * dim, DType::F32),
+            weight: read(2 * BASE, dim, DType::Bf16),
+            residual: Some(read(residual, 3 * dim, DType::F32)),
+            out: write(residual, 3 * dim),
+            rows: 3,
+            dim,
+            eps: 1e-5,
+            offset: 1.0,
+        });
+        launch(&op).unwrap()
+    };
+    let all = add(2304, 3 * BASE);
+    assert_eq!(all.kernel.entry, "exl_rms_norm_add_256x4");
+    assert_eq!((all.grid, all.block[0]), ([3, 1, 1], 256));
+    let at = 3 * BASE as u64;
+    assert_eq!(all.args.words()[2..6], [at, at, 3, 2304]);
+    assert_eq!(all.args.words()[8], 2);
+    let odd = add(2304, 3 * BASE + 4);
+    assert_eq!(odd.kernel.entry, "exl_rms_norm_add_any");
+}
+
+#[test]
+fn layer_norms_take_weights_of_any_type_and_none() {
+    let layer = |dim: usize, at: usize, weight: Option<DType>, bias: Option<DType>| {
+        let dense = |at| move |dtype| read(at, 3 * dim, dtype);
+        let op = Op::LayerNorm(ops::LayerNorm {
+            x: read(at, 6 * dim, DType::F32),
+            weight: weight.map(dense(2 * BASE)),
+            bias: bias.map(dense(4 * BASE)),
+            out: write(at, 6 * dim),
+            rows: 6,
+            dim,
+            groups: 3,
+            eps: 1e-5,
+        });
+        launch(&op).unwrap()
+    };
+    let head = layer(128, BASE, Some(DType::F16), None);
+    assert_eq!(head.kernel.entry, "exl_layer_norm_16x2");
+    assert_eq!((head.grid, head.block[0]), ([1, 1, 1], 128));
+    assert_eq!(head.args.words()[2], 0);
+    assert_eq!(head.args.words()[4..9], [6, 128, 3, 1, 0]);
+    let both = layer(8192, BASE, Some(DType::F32), Some(DType::Bf16));
+    assert_eq!(both.kernel.entry, "exl_layer_norm_512x4");
+    assert_eq!(both.args.words()[7..9], [0, 2]);
+    let plain = layer(2048, BASE, None, None);
+    assert_eq!(plain.kernel.entry, "exl_layer_norm_256x4");
+    assert_eq!(plain.args.words()[1..3], [0, 0]);
+    for (dim, at) in [(2048, BASE + 4), (2047, BASE), (16388, BASE)] {
+        let odd = layer(dim, at, None, None);
+        assert_eq!(odd.kernel.entry, "exl_layer_norm_any");
+    }
 }
 
 #[test]

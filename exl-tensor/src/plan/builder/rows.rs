@@ -1,0 +1,64 @@
+//! Ops that work row by row and that only some models have.
+
+use crate::plan::{LayerNormOp, PlanBuilder, PlanOp, Slot, WeightId};
+
+impl PlanBuilder {
+    /// `residual += rms_norm(x)` over rows, in place; returns `residual`.
+    pub fn rms_norm_add(
+        &mut self,
+        x: Slot,
+        weight: WeightId,
+        eps: f32,
+        offset: f32,
+        residual: Slot,
+    ) -> Slot {
+        self.push(PlanOp::RmsNorm {
+            x,
+            weight,
+            residual: Some(residual),
+            out: residual,
+            rows: self.rows(x),
+            dim: self.dim(x),
+            eps,
+            offset,
+        });
+        residual
+    }
+
+    /// Layer norm over a slot's rows; without a weight it is 1 everywhere.
+    pub fn layer_norm(
+        &mut self,
+        x: Slot,
+        weight: Option<WeightId>,
+        bias: Option<WeightId>,
+        eps: f32,
+    ) -> Slot {
+        let (rows, dim) = (self.rows(x), self.dim(x));
+        let out = self.new_slot("norm", rows, dim);
+        let args = LayerNormOp {
+            weight,
+            bias,
+            rows,
+            dim,
+            groups: 1,
+            eps,
+        };
+        self.push(PlanOp::LayerNorm { x, out, args });
+        out
+    }
+
+    /// Layer norm over each head of a slot `[rows, heads * head_dim]`, in place, with a weight
+    /// `[heads, head_dim]`.
+    pub fn head_layer_norm(&mut self, x: Slot, weight: WeightId, head_dim: usize, eps: f32) {
+        let heads = self.dim(x) / head_dim;
+        let args = LayerNormOp {
+            weight: Some(weight),
+            bias: None,
+            rows: self.rows(x) * heads,
+            dim: head_dim,
+            groups: heads,
+            eps,
+        };
+        self.push(PlanOp::LayerNorm { x, out: x, args });
+    }
+}

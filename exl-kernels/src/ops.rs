@@ -65,13 +65,15 @@ pub enum RopeStyle {
     GptJ,
 }
 
-/// `out[r, :] = table[ids[r], :] * scale`.
+/// `out[r, :] = table[ids[r], :] * scale + add[r, :]`. `out` may equal `add`.
 #[derive(Debug)]
 pub struct Embed<'a> {
     /// I32 `[rows]`; each in `0..vocab`.
     pub ids: Mem<'a>,
     /// F32, F16 or BF16 `[vocab, dim]`.
     pub table: Mem<'a>,
+    /// F32 `[rows, dim]`: what the rows of a table of positions are added to.
+    pub add: Option<Mem<'a>>,
     /// F32 `[rows, dim]`.
     pub out: MemMut<'a>,
     /// Number of tokens.

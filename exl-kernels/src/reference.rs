@@ -94,14 +94,13 @@ fn index(values: &[i32], at: usize, limit: usize, what: &str) -> Result<usize> {
 
 fn embed(op: &mut Embed<'_>) -> Result<()> {
     let (ids, table) = (op.ids.slice::<i32>()?, floats(&op.table)?);
+    let add = optional(&op.add)?;
     for r in 0..op.rows {
         let id = index(ids, r, op.vocab, "embed.ids")?;
         for c in 0..op.dim {
-            store(
-                &mut op.out,
-                r * op.dim + c,
-                table[id * op.dim + c] * f64::from(op.scale),
-            )?;
+            let at = r * op.dim + c;
+            let y = table[id * op.dim + c] * f64::from(op.scale);
+            store(&mut op.out, at, y + add.as_ref().map_or(0.0, |add| add[at]))?;
         }
     }
     Ok(())

@@ -67,13 +67,16 @@ impl<'a> Regions<'a> {
         match op {
             PlanOp::Embed {
                 table,
+                ids,
+                add,
                 out,
                 vocab,
                 dim,
                 scale,
             } => Op::Embed(ops::Embed {
-                ids: self.arena.step(step, StepField::Tokens),
+                ids: self.arena.step(step, *ids),
                 table: self.dense(*table),
+                add: add.map(|add| self.mem(add)),
                 out: self.mem_mut(*out),
                 rows: step.key().rows,
                 vocab: *vocab,

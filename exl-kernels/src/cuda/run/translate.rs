@@ -29,6 +29,7 @@ pub(super) fn translate<'h: 'd, 'd>(op: &Op<'h>, t: &mut impl Translate<'h, 'd>)
         Op::Embed(o) => Ok(Op::Embed(Embed {
             ids: t.read(&o.ids)?,
             table: t.read(&o.table)?,
+            add: t.optional(&o.add)?,
             out: t.write(&o.out, Access::Write)?,
             ..*o
         })),

@@ -210,6 +210,7 @@ fn activate(act: Activation, x: f64) -> f64 {
             0.5 * x * (1.0 + inner.tanh())
         }
         Activation::Gelu => 0.5 * x * (1.0 + erf(x / std::f64::consts::SQRT_2)),
+        Activation::Sigmoid => 1.0 / (1.0 + (-x).exp()),
     }
 }
 
@@ -394,10 +395,11 @@ fn scale_rows(op: &mut ScaleRows<'_>) -> Result<()> {
 }
 
 fn gated(op: &mut Gated<'_>) -> Result<()> {
-    let (gate, up) = (floats(&op.gate)?, floats(&op.up)?);
-    let out = op.out.slice_mut::<f32>()?.iter_mut();
-    for ((out, g), u) in out.zip(gate).zip(up) {
-        *out = (activate(op.act, g) * u) as f32;
+    let (gate, up) = (floats(&op.gate)?, optional(&op.up)?);
+    let out = op.out.slice_mut::<f32>()?;
+    for (i, g) in gate.into_iter().enumerate() {
+        let u = up.as_ref().map_or(1.0, |up| up[i]);
+        out[i] = (activate(op.act, g) * u) as f32;
     }
     Ok(())
 }

@@ -223,7 +223,7 @@ pub enum PlanOp {
     },
     Gated {
         gate: Slot,
-        up: Slot,
+        up: Option<Slot>,
         out: Slot,
         act: Activation,
     },
@@ -323,7 +323,7 @@ impl PlanOp {
                 .chain(parts.iter().filter_map(|p| p.residual))
                 .collect(),
             PlanOp::ScaleRows { x, add, .. } => std::iter::once(*x).chain(*add).collect(),
-            PlanOp::Gated { gate, up, .. } => vec![*gate, *up],
+            PlanOp::Gated { gate, up, .. } => std::iter::once(*gate).chain(*up).collect(),
             PlanOp::RopeAppend { q, k, v, .. } => vec![*q, *k, *v],
             PlanOp::PagedAttn { q, .. } => vec![*q],
             PlanOp::Sample { logits, .. } => vec![*logits],

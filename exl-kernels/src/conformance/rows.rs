@@ -39,8 +39,13 @@ pub(super) fn cases() -> Vec<Case> {
     }
     for (rows, dim) in [(1, 5), (9, 130), (3, 1536), (2, 5000)] {
         list.extend([false, true].map(|add| scale_rows((rows, dim), add)));
-        for act in [Activation::Silu, Activation::GeluTanh, Activation::Gelu] {
-            list.push(gated((rows, dim), act));
+        for act in [
+            Activation::Silu,
+            Activation::GeluTanh,
+            Activation::Gelu,
+            Activation::Sigmoid,
+        ] {
+            list.extend([false, true].map(|up| gated((rows, dim), act, up)));
         }
     }
     for (rows, dim) in [(1, 3), (50, 64), (33, 200), (300, 450)] {
@@ -286,15 +291,20 @@ fn scale_rows((rows, dim): (usize, usize), add: bool) -> Case {
     })
 }
 
-fn gated((rows, dim): (usize, usize), act: Activation) -> Case {
-    let name = format!("gated::{act:?}/rows={rows}/dim={dim}");
-    // Measured up to 9.2e-8.
+/// In place of the other branch, or of the gate where it is alone.
+fn gated((rows, dim): (usize, usize), act: Activation, has_up: bool) -> Case {
+    let name = format!("gated::{act:?}/rows={rows}/dim={dim}/up={has_up}");
+    // Measured up to 1.0e-7.
     Case::new(name, 5e-7, move |run| {
         let mut rng = Rng::new(7);
-        let (gate, mut out) = (rng.floats(rows * dim), rng.floats(rows * dim));
-        let (target, up) = shared(&mut out);
+        let (other, mut out) = (rng.floats(rows * dim), rng.floats(rows * dim));
+        let (target, source) = shared(&mut out);
+        let (gate, up) = match has_up {
+            true => (Mem::host(&other), Some(source)),
+            false => (source, None),
+        };
         run(&mut Op::Gated(Gated {
-            gate: Mem::host(&gate),
+            gate,
             up,
             out: target,
             rows,

@@ -190,10 +190,11 @@ pub(super) fn scale_rows(op: &mut ScaleRows<'_>, cpu: &Cpu) -> Result<()> {
 
 pub(super) fn gated(op: &mut Gated<'_>, cpu: &Cpu) -> Result<()> {
     let (dim, act) = (op.dim, op.act);
-    let (gate, up) = (readable(&op.gate)?, readable(&op.up)?);
+    let gate = readable(&op.gate)?;
+    let up = op.up.as_ref().map(readable).transpose()?;
     let out = Rows(op.out.slice_mut::<f32>()?.as_mut_ptr());
     for_rows(cpu, op.rows, dim, |r| {
-        let (mut g, mut u) = ([0f32; STRETCH], [0f32; STRETCH]);
+        let (mut g, mut u) = ([0f32; STRETCH], [1f32; STRETCH]);
         for (first, count) in stretches(dim) {
             let at = r * dim + first;
             let (g, u) = (&mut g[..count], &mut u[..count]);
@@ -201,7 +202,9 @@ pub(super) fn gated(op: &mut Gated<'_>, cpu: &Cpu) -> Result<()> {
             // pointers and not looked at again once `out` is written.
             unsafe {
                 gate.copy(at, g);
-                up.copy(at, u);
+                if let Some(up) = &up {
+                    up.copy(at, u);
+                }
                 math::gated(act, g, u, out.range(at, count), cpu.isa());
             }
         }

@@ -187,7 +187,7 @@ impl<'a> Regions<'a> {
             }),
             PlanOp::Gated { gate, up, out, act } => Op::Gated(ops::Gated {
                 gate: self.mem(*gate),
-                up: self.mem(*up),
+                up: up.map(|up| self.mem(up)),
                 out: self.mem_mut(*out),
                 rows: self.bound.plan().slot(*out).rows,
                 dim: self.bound.plan().slot(*out).dim,

@@ -275,7 +275,7 @@ impl PlanBuilder {
     pub fn gate_up(&mut self, x: Slot, args: &GateUpArgs) -> Slot {
         if self.is_adapted(args.gate.weight) || self.is_adapted(args.up.weight) {
             let both = self.linear(x, &[args.gate.clone(), args.up.clone()]);
-            let (gate, up, act) = (both[0], both[1], args.act);
+            let (gate, up, act) = (both[0], Some(both[1]), args.act);
             let out = gate;
             self.push(PlanOp::Gated { gate, up, out, act });
             return out;

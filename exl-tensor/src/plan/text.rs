@@ -226,7 +226,8 @@ impl fmt::Display for OpText<'_> {
                 write!(f, "{out} = scale_rows({x}) column={column}{add}")
             }
             PlanOp::Gated { gate, up, out, act } => {
-                write!(f, "{} = gated({gate}, {up}) act={act:?}", self.out(*out))
+                let up = up.map(|up| format!(", {up}")).unwrap_or_default();
+                write!(f, "{} = gated({gate}{up}) act={act:?}", self.out(*out))
             }
             PlanOp::ScaleLogits {
                 x, scale, softcap, ..

@@ -210,7 +210,7 @@ pub(super) fn gated(
     if count == 0 {
         return Ok(());
     }
-    let (gate, up) = (o.gate.as_ptr() as u64, o.up.as_ptr() as u64);
+    let (gate, up) = (o.gate.as_ptr() as u64, address(&o.up));
     let out = o.out.as_mem().as_ptr() as u64;
     list.push(Launch {
         kernel: GATED,

@@ -1,5 +1,7 @@
 //! Ops that work row by row and that only some models have.
 
+use exl_kernels::ops::Activation;
+
 use crate::StepField;
 use crate::plan::{LayerNormOp, PlanBuilder, PlanOp, Slot, WeightId};
 
@@ -39,6 +41,17 @@ impl PlanBuilder {
             offset,
         });
         residual
+    }
+
+    /// The activation of every element, in place; returns `x`.
+    pub fn activate(&mut self, x: Slot, act: Activation) -> Slot {
+        self.push(PlanOp::Gated {
+            gate: x,
+            up: None,
+            out: x,
+            act,
+        });
+        x
     }
 
     /// Layer norm over a slot's rows; without a weight it is 1 everywhere.

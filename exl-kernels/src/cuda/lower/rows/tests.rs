@@ -268,17 +268,23 @@ fn rows_are_scaled_and_gated_four_by_four() {
     assert_eq!(scale(BASE, 3, 5).unwrap().args.words()[7], 0);
     assert_eq!(scale(BASE, 0, 5), None);
 
-    let gated = launch(&Op::Gated(ops::Gated {
-        gate: read(BASE, 3 * 1000, DType::F32),
-        up: read(2 * BASE, 3 * 1000, DType::F32),
-        out: write(2 * BASE, 3 * 1000),
-        rows: 3,
-        dim: 1000,
-        act: ops::Activation::GeluTanh,
-    }))
-    .unwrap();
-    assert_eq!((gated.grid, gated.kernel.entry), ([3, 1, 1], "exl_gated"));
-    assert_eq!(gated.args.words()[3..], [3000, 1, 1]);
+    let gated = |up: Option<usize>, act: ops::Activation| {
+        launch(&Op::Gated(ops::Gated {
+            gate: read(BASE, 3 * 1000, DType::F32),
+            up: up.map(|at| read(at, 3 * 1000, DType::F32)),
+            out: write(2 * BASE, 3 * 1000),
+            rows: 3,
+            dim: 1000,
+            act,
+        }))
+        .unwrap()
+    };
+    let both = gated(Some(2 * BASE), ops::Activation::GeluTanh);
+    assert_eq!((both.grid, both.kernel.entry), ([3, 1, 1], "exl_gated"));
+    assert_eq!(both.args.words()[3..], [3000, 1, 1]);
+    let alone = gated(None, ops::Activation::Sigmoid);
+    assert_eq!(alone.args.words()[1], 0);
+    assert_eq!(alone.args.words()[3..], [3000, 3, 1]);
 }
 
 #[test]

@@ -45,7 +45,7 @@ impl<'a> Matrix<'a> {
     }
 }
 
-/// Activation function of an MLP.
+/// Activation function of an MLP or of a gate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Activation {
     /// `x * sigmoid(x)`.
@@ -54,6 +54,8 @@ pub enum Activation {
     GeluTanh,
     /// `0.5 x (1 + erf(x / sqrt 2))`.
     Gelu,
+    /// `1 / (1 + e^-x)`.
+    Sigmoid,
 }
 
 /// How rotary embedding pairs the elements of a head.
@@ -65,13 +67,15 @@ pub enum RopeStyle {
     GptJ,
 }
 
-/// `out[r, :] = table[ids[r], :] * scale`.
+/// `out[r, :] = table[ids[r], :] * scale + add[r, :]`. `out` may equal `add`.
 #[derive(Debug)]
 pub struct Embed<'a> {
     /// I32 `[rows]`; each in `0..vocab`.
     pub ids: Mem<'a>,
     /// F32, F16 or BF16 `[vocab, dim]`.
     pub table: Mem<'a>,
+    /// F32 `[rows, dim]`: what the rows of a table of positions are added to.
+    pub add: Option<Mem<'a>>,
     /// F32 `[rows, dim]`.
     pub out: MemMut<'a>,
     /// Number of tokens.
@@ -317,13 +321,14 @@ pub struct ScaleRows<'a> {
     pub column: usize,
 }
 
-/// `out = act(gate) * up`, element by element. `out` may equal `gate` or `up`.
+/// `out = act(gate) * up`, element by element, or `act(gate)` where there is no `up`. `out` may equal
+/// `gate` or `up`.
 #[derive(Debug)]
 pub struct Gated<'a> {
     /// F32 `[rows, dim]`.
     pub gate: Mem<'a>,
     /// F32 `[rows, dim]`.
-    pub up: Mem<'a>,
+    pub up: Option<Mem<'a>>,
     /// F32 `[rows, dim]`.
     pub out: MemMut<'a>,
     /// Number of rows.

@@ -94,14 +94,13 @@ fn index(values: &[i32], at: usize, limit: usize, what: &str) -> Result<usize> {
 
 fn embed(op: &mut Embed<'_>) -> Result<()> {
     let (ids, table) = (op.ids.slice::<i32>()?, floats(&op.table)?);
+    let add = optional(&op.add)?;
     for r in 0..op.rows {
         let id = index(ids, r, op.vocab, "embed.ids")?;
         for c in 0..op.dim {
-            store(
-                &mut op.out,
-                r * op.dim + c,
-                table[id * op.dim + c] * f64::from(op.scale),
-            )?;
+            let at = r * op.dim + c;
+            let y = table[id * op.dim + c] * f64::from(op.scale);
+            store(&mut op.out, at, y + add.as_ref().map_or(0.0, |add| add[at]))?;
         }
     }
     Ok(())
@@ -211,6 +210,7 @@ fn activate(act: Activation, x: f64) -> f64 {
             0.5 * x * (1.0 + inner.tanh())
         }
         Activation::Gelu => 0.5 * x * (1.0 + erf(x / std::f64::consts::SQRT_2)),
+        Activation::Sigmoid => 1.0 / (1.0 + (-x).exp()),
     }
 }
 
@@ -395,10 +395,11 @@ fn scale_rows(op: &mut ScaleRows<'_>) -> Result<()> {
 }
 
 fn gated(op: &mut Gated<'_>) -> Result<()> {
-    let (gate, up) = (floats(&op.gate)?, floats(&op.up)?);
-    let out = op.out.slice_mut::<f32>()?.iter_mut();
-    for ((out, g), u) in out.zip(gate).zip(up) {
-        *out = (activate(op.act, g) * u) as f32;
+    let (gate, up) = (floats(&op.gate)?, optional(&op.up)?);
+    let out = op.out.slice_mut::<f32>()?;
+    for (i, g) in gate.into_iter().enumerate() {
+        let u = up.as_ref().map_or(1.0, |up| up[i]);
+        out[i] = (activate(op.act, g) * u) as f32;
     }
     Ok(())
 }

@@ -5,6 +5,7 @@ mod draw;
 mod extras;
 mod pages;
 mod plans;
+mod positions;
 
 use std::borrow::Cow;
 use std::sync::Arc;
@@ -322,6 +323,9 @@ impl Runner {
     fn run(&mut self, key: &PlanKey, slices: &[SeqSlice<'_>], draws: &[Draw<'_>]) -> Result<()> {
         self.uses.check(slices)?;
         let ready = self.plans.ready(&self.model, key)?;
+        if let Some(limit) = ready.position_limit {
+            positions::check_limit(slices, limit)?;
+        }
         let tokens: Vec<Cow<'_, [u32]>> = slices.iter().map(extras::tokens).collect();
         let pairs = slices.iter().zip(&tokens);
         let seqs: Vec<StepSeq<'_>> = pairs.map(|(s, tokens)| step_seq(s, tokens)).collect();

@@ -126,7 +126,7 @@ impl Meter<'_> {
         };
         match op {
             PlanOp::Embed { dim, table, .. } => {
-                // Only the rows of the step's tokens are read.
+                // Only the rows of the step's tokens or positions are read.
                 let elements = self
                     .plan
                     .weight(*table)

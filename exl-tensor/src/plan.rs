@@ -156,8 +156,11 @@ pub struct PlanPart {
 #[non_exhaustive]
 #[allow(missing_docs)] // fields mirror exl_kernels::ops
 pub enum PlanOp {
+    /// The rows of the table that `ids` names: tokens, or positions.
     Embed {
         table: WeightId,
+        ids: StepField,
+        add: Option<Slot>,
         out: Slot,
         vocab: usize,
         dim: usize,
@@ -220,7 +223,7 @@ pub enum PlanOp {
     },
     Gated {
         gate: Slot,
-        up: Slot,
+        up: Option<Slot>,
         out: Slot,
         act: Activation,
     },
@@ -310,7 +313,7 @@ impl PlanOp {
     /// Slots the op reads.
     pub fn reads(&self) -> Vec<Slot> {
         match self {
-            PlanOp::Embed { .. } => vec![],
+            PlanOp::Embed { add, .. } => add.iter().copied().collect(),
             PlanOp::RmsNorm { x, residual, .. } => std::iter::once(*x).chain(*residual).collect(),
             PlanOp::LayerNorm { x, .. }
             | PlanOp::GateUp { x, .. }
@@ -320,7 +323,7 @@ impl PlanOp {
                 .chain(parts.iter().filter_map(|p| p.residual))
                 .collect(),
             PlanOp::ScaleRows { x, add, .. } => std::iter::once(*x).chain(*add).collect(),
-            PlanOp::Gated { gate, up, .. } => vec![*gate, *up],
+            PlanOp::Gated { gate, up, .. } => std::iter::once(*gate).chain(*up).collect(),
             PlanOp::RopeAppend { q, k, v, .. } => vec![*q, *k, *v],
             PlanOp::PagedAttn { q, .. } => vec![*q],
             PlanOp::Sample { logits, .. } => vec![*logits],
@@ -394,6 +397,15 @@ impl Plan {
     /// Where the slots lie in the arena.
     pub fn arena(&self) -> &ArenaLayout {
         &self.arena
+    }
+
+    /// Where the positions of its steps must end: the rows of the smallest table of positions.
+    pub fn position_limit(&self) -> Option<usize> {
+        let tables = self.ops.iter().filter_map(|op| match op {
+            PlanOp::Embed { ids, vocab, .. } => (*ids == StepField::Positions).then_some(*vocab),
+            _ => None,
+        });
+        tables.min()
     }
 
     /// Slots the host writes before a run.

@@ -6,6 +6,7 @@
 constexpr int ACT_SILU = 0;
 constexpr int ACT_GELU_TANH = 1;
 constexpr int ACT_GELU = 2;
+constexpr int ACT_SIGMOID = 3;
 
 struct Epilogue {
     float* out;          // [rows, n]
@@ -25,6 +26,7 @@ __device__ __forceinline__ float activate(float v, int act) {
         float u = 0.7978845608028654f * (v + 0.044715f * v * v * v);
         return 0.5f * v * (1.0f + tanhf(u));
     }
+    if (act == ACT_SIGMOID) return 1.0f / (1.0f + expf(-v));
     return 0.5f * v * (1.0f + erff(v * 0.7071067811865476f));
 }
 

@@ -45,6 +45,7 @@ pub(super) fn cases(quick: bool) -> Vec<Case> {
             (Activation::Silu, DType::Bf16),
             (Activation::GeluTanh, DType::F16),
             (Activation::Gelu, DType::F32),
+            (Activation::Sigmoid, DType::Bf16),
         ] {
             list.push(gate_up_dense(act, dtype, rows));
         }

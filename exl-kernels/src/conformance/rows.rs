@@ -12,7 +12,7 @@ pub(super) fn cases() -> Vec<Case> {
     let mut list = Vec::new();
     for dtype in STORAGE {
         for (rows, dim) in [(1, 1), (3, 64), (7, 257), (40, 512)] {
-            list.push(embed(dtype, rows, dim));
+            list.extend([false, true].map(|add| embed(dtype, (rows, dim), add)));
             list.push(rms_norm(dtype, (rows, dim), false));
             list.push(rms_norm(dtype, (rows, dim), true));
             list.push(rms_norm_add(dtype, (rows, dim)));
@@ -26,7 +26,7 @@ pub(super) fn cases() -> Vec<Case> {
             (1, 16384),
             (2, 17000),
         ] {
-            list.push(embed(dtype, rows, dim));
+            list.extend([false, true].map(|add| embed(dtype, (rows, dim), add)));
             list.push(rms_norm(dtype, (rows, dim), rows == 2));
             list.push(rms_norm_add(dtype, (rows, dim)));
         }
@@ -39,8 +39,13 @@ pub(super) fn cases() -> Vec<Case> {
     }
     for (rows, dim) in [(1, 5), (9, 130), (3, 1536), (2, 5000)] {
         list.extend([false, true].map(|add| scale_rows((rows, dim), add)));
-        for act in [Activation::Silu, Activation::GeluTanh, Activation::Gelu] {
-            list.push(gated((rows, dim), act));
+        for act in [
+            Activation::Silu,
+            Activation::GeluTanh,
+            Activation::Gelu,
+            Activation::Sigmoid,
+        ] {
+            list.extend([false, true].map(|up| gated((rows, dim), act, up)));
         }
     }
     for (rows, dim) in [(1, 3), (50, 64), (33, 200), (300, 450)] {
@@ -62,19 +67,24 @@ fn shared(values: &mut [f32]) -> (MemMut<'_>, Mem<'_>) {
     (target, source)
 }
 
-fn embed(dtype: DType, rows: usize, dim: usize) -> Case {
-    let name = format!("embed::{dtype:?}/rows={rows}/dim={dim}");
-    // Measured 0: a copy and one product.
-    Case::new(name, 1e-7, move |run| {
+fn embed(dtype: DType, (rows, dim): (usize, usize), add: bool) -> Case {
+    let name = format!("embed::{dtype:?}/rows={rows}/dim={dim}/add={add}");
+    // Measured up to 6.6e-8: a copy, one product, one sum.
+    Case::new(name, 2e-7, move |run| {
         let mut rng = Rng::new(1);
         let vocab = 37;
         let table = Stored::new(&rng.floats(vocab * dim), dtype);
         let ids: Vec<i32> = (0..rows).map(|_| rng.below(vocab) as i32).collect();
-        let mut out = vec![f32::NAN; rows * dim];
+        let mut out = match add {
+            true => rng.floats(rows * dim),
+            false => vec![f32::NAN; rows * dim],
+        };
+        let (target, source) = shared(&mut out);
         run(&mut Op::Embed(Embed {
             ids: Mem::host(&ids),
             table: table.mem(),
-            out: MemMut::host(&mut out),
+            add: add.then_some(source),
+            out: target,
             rows,
             vocab,
             dim,
@@ -281,15 +291,20 @@ fn scale_rows((rows, dim): (usize, usize), add: bool) -> Case {
     })
 }
 
-fn gated((rows, dim): (usize, usize), act: Activation) -> Case {
-    let name = format!("gated::{act:?}/rows={rows}/dim={dim}");
-    // Measured up to 9.2e-8.
+/// In place of the other branch, or of the gate where it is alone.
+fn gated((rows, dim): (usize, usize), act: Activation, has_up: bool) -> Case {
+    let name = format!("gated::{act:?}/rows={rows}/dim={dim}/up={has_up}");
+    // Measured up to 1.0e-7.
     Case::new(name, 5e-7, move |run| {
         let mut rng = Rng::new(7);
-        let (gate, mut out) = (rng.floats(rows * dim), rng.floats(rows * dim));
-        let (target, up) = shared(&mut out);
+        let (other, mut out) = (rng.floats(rows * dim), rng.floats(rows * dim));
+        let (target, source) = shared(&mut out);
+        let (gate, up) = match has_up {
+            true => (Mem::host(&other), Some(source)),
+            false => (source, None),
+        };
         run(&mut Op::Gated(Gated {
-            gate: Mem::host(&gate),
+            gate,
             up,
             out: target,
             rows,

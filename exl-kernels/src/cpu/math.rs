@@ -43,6 +43,7 @@ fn gated_any(act: Activation, gate: &[f32], up: &[f32], out: &mut [f32]) {
             let x = f64::from(g);
             *o = (0.5 * x * (1.0 + erf(x / std::f64::consts::SQRT_2))) as f32 * u;
         }),
+        Activation::Sigmoid => all.for_each(|((o, g), u)| *o = 1.0 / (1.0 + exp(-g)) * u),
     }
 }
 

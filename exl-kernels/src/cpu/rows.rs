@@ -65,6 +65,17 @@ impl<T> Rows<T> {
     }
 }
 
+/// Rows that are read, through a pointer that the output may share.
+fn readable(mem: &Mem<'_>) -> Result<Rows<f32>> {
+    Ok(Rows(mem.slice::<f32>()?.as_ptr().cast_mut()))
+}
+
+fn add(values: &mut [f32], more: &[f32]) {
+    for (v, m) in values.iter_mut().zip(more) {
+        *v += m;
+    }
+}
+
 /// Calls `each(row)` for all rows, in parallel when there is enough to do.
 fn for_rows(cpu: &Cpu, rows: usize, dim: usize, each: impl Fn(usize) + Sync) {
     if rows * dim < PARALLEL {
@@ -99,13 +110,26 @@ pub(super) fn embed(op: &mut Embed<'_>, cpu: &Cpu) -> Result<()> {
     check_index(ids, op.vocab, "embed.ids")?;
     let table = Dense::new(&op.table)?;
     let (dim, scale) = (op.dim, op.scale);
+    let more = op.add.as_ref().map(readable).transpose()?;
     let out = Rows(op.out.slice_mut::<f32>()?.as_mut_ptr());
     for_rows(cpu, op.rows, dim, |r| {
-        // SAFETY: `check` bounded the rows; each task has its own.
-        let out = unsafe { out.range(r * dim, dim) };
-        table.copy_to(ids[r] as usize * dim, out, cpu.isa());
-        if scale != 1.0 {
-            out.iter_mut().for_each(|v| *v *= scale);
+        let (mut values, mut added) = ([0f32; STRETCH], [0f32; STRETCH]);
+        for (first, count) in stretches(dim) {
+            let (values, added) = (&mut values[..count], &mut added[..count]);
+            table.copy_to(ids[r] as usize * dim + first, values, cpu.isa());
+            if scale != 1.0 {
+                values.iter_mut().for_each(|v| *v *= scale);
+            }
+            let at = r * dim + first;
+            // SAFETY: `check` bounded the rows; each task has its own, and what is added is copied
+            // before `out` is written.
+            unsafe {
+                if let Some(more) = &more {
+                    more.copy(at, added);
+                    add(values, added);
+                }
+                out.range(at, count).copy_from_slice(values);
+            }
         }
     });
     Ok(())
@@ -143,9 +167,8 @@ pub(super) fn scale_logits(op: &mut ScaleLogits<'_>, cpu: &Cpu) -> Result<()> {
 pub(super) fn scale_rows(op: &mut ScaleRows<'_>, cpu: &Cpu) -> Result<()> {
     let (dim, columns, column) = (op.dim, op.columns, op.column);
     let scales = op.scales.slice::<f32>()?;
-    let x = Rows(op.x.slice::<f32>()?.as_ptr().cast_mut());
-    let add = op.add.as_ref().map(Mem::slice::<f32>).transpose()?;
-    let add = add.map(|add| Rows(add.as_ptr().cast_mut()));
+    let x = readable(&op.x)?;
+    let add = op.add.as_ref().map(readable).transpose()?;
     let out = Rows(op.out.slice_mut::<f32>()?.as_mut_ptr());
     for_rows(cpu, op.rows, dim, |r| {
         let scale = scales[r * columns + column];
@@ -167,11 +190,11 @@ pub(super) fn scale_rows(op: &mut ScaleRows<'_>, cpu: &Cpu) -> Result<()> {
 
 pub(super) fn gated(op: &mut Gated<'_>, cpu: &Cpu) -> Result<()> {
     let (dim, act) = (op.dim, op.act);
-    let gate = Rows(op.gate.slice::<f32>()?.as_ptr().cast_mut());
-    let up = Rows(op.up.slice::<f32>()?.as_ptr().cast_mut());
+    let gate = readable(&op.gate)?;
+    let up = op.up.as_ref().map(readable).transpose()?;
     let out = Rows(op.out.slice_mut::<f32>()?.as_mut_ptr());
     for_rows(cpu, op.rows, dim, |r| {
-        let (mut g, mut u) = ([0f32; STRETCH], [0f32; STRETCH]);
+        let (mut g, mut u) = ([0f32; STRETCH], [1f32; STRETCH]);
         for (first, count) in stretches(dim) {
             let at = r * dim + first;
             let (g, u) = (&mut g[..count], &mut u[..count]);
@@ -179,7 +202,9 @@ pub(super) fn gated(op: &mut Gated<'_>, cpu: &Cpu) -> Result<()> {
             // pointers and not looked at again once `out` is written.
             unsafe {
                 gate.copy(at, g);
-                up.copy(at, u);
+                if let Some(up) = &up {
+                    up.copy(at, u);
+                }
                 math::gated(act, g, u, out.range(at, count), cpu.isa());
             }
         }

@@ -20,6 +20,7 @@ pub fn check(op: &Op<'_>) -> Result<()> {
         Op::Embed(o) => {
             c.read("ids", &o.ids, INT, &[o.rows])?;
             c.read("table", &o.table, FLOATS, &[o.vocab, o.dim])?;
+            c.optional("add", &o.add, F32, &[o.rows, o.dim])?;
             c.write("out", &o.out, F32, &[o.rows, o.dim])
         }
         Op::RmsNorm(o) => {
@@ -102,7 +103,7 @@ pub fn check(op: &Op<'_>) -> Result<()> {
         }
         Op::Gated(o) => {
             c.read("gate", &o.gate, F32, &[o.rows, o.dim])?;
-            c.read("up", &o.up, F32, &[o.rows, o.dim])?;
+            c.optional("up", &o.up, F32, &[o.rows, o.dim])?;
             c.write("out", &o.out, F32, &[o.rows, o.dim])
         }
         Op::HessianSyrk(o) => {

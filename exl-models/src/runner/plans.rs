@@ -21,6 +21,8 @@ pub(super) struct Ready {
     pub(super) hidden: Option<Slot>,
     /// Where vectors go, if there are any.
     pub(super) vectors: Option<Slot>,
+    /// Where the positions of its steps must end, if the model has a table of them.
+    pub(super) position_limit: Option<usize>,
 }
 
 #[derive(Debug)]
@@ -81,6 +83,7 @@ impl Ready {
             tokens: plan.output("tokens"),
             hidden: plan.output("hidden"),
             vectors: plan.input("vectors"),
+            position_limit: plan.position_limit(),
             bound: Bound::new(plan, model.weights())?,
         })
     }

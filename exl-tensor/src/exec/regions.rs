@@ -67,13 +67,16 @@ impl<'a> Regions<'a> {
         match op {
             PlanOp::Embed {
                 table,
+                ids,
+                add,
                 out,
                 vocab,
                 dim,
                 scale,
             } => Op::Embed(ops::Embed {
-                ids: self.arena.step(step, StepField::Tokens),
+                ids: self.arena.step(step, *ids),
                 table: self.dense(*table),
+                add: add.map(|add| self.mem(add)),
                 out: self.mem_mut(*out),
                 rows: step.key().rows,
                 vocab: *vocab,
@@ -184,7 +187,7 @@ impl<'a> Regions<'a> {
             }),
             PlanOp::Gated { gate, up, out, act } => Op::Gated(ops::Gated {
                 gate: self.mem(*gate),
-                up: self.mem(*up),
+                up: up.map(|up| self.mem(up)),
                 out: self.mem_mut(*out),
                 rows: self.bound.plan().slot(*out).rows,
                 dim: self.bound.plan().slot(*out).dim,

@@ -12,6 +12,7 @@ use super::{
     AttnOp, GateUpOp, Plan, PlanKey, PlanOp, PlanPart, RopeOp, RowSet, Slot, SlotInfo, WeightId,
     WeightInfo,
 };
+use crate::StepField;
 use crate::arena::ArenaLayout;
 pub use adapters::PlanAdapter;
 
@@ -162,6 +163,8 @@ impl PlanBuilder {
         let out = self.new_slot("embed", self.key.rows, dim);
         self.push(PlanOp::Embed {
             table,
+            ids: StepField::Tokens,
+            add: None,
             out,
             vocab,
             dim,
@@ -272,7 +275,7 @@ impl PlanBuilder {
     pub fn gate_up(&mut self, x: Slot, args: &GateUpArgs) -> Slot {
         if self.is_adapted(args.gate.weight) || self.is_adapted(args.up.weight) {
             let both = self.linear(x, &[args.gate.clone(), args.up.clone()]);
-            let (gate, up, act) = (both[0], both[1], args.act);
+            let (gate, up, act) = (both[0], Some(both[1]), args.act);
             let out = gate;
             self.push(PlanOp::Gated { gate, up, out, act });
             return out;
@@ -414,6 +417,7 @@ impl PlanBuilder {
         }
     }
 
+    /// Outputs and inputs of a matrix, or rows and width of a table.
     fn matrix_shape(&self, id: WeightId) -> (usize, usize) {
         let shape = &self.weights[id.0 as usize].shape;
         (shape[0], shape.get(1).copied().unwrap_or(1))

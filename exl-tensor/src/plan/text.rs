@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use crate::StepField;
+
 use super::{Phase, Plan, PlanKey, PlanOp, RowSet, SampleShape, Slot, WeightId};
 
 impl fmt::Display for PlanKey {
@@ -109,14 +111,19 @@ impl fmt::Display for OpText<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.op {
             PlanOp::Embed {
-                table, out, scale, ..
+                table,
+                ids,
+                add,
+                out,
+                scale,
+                ..
             } => {
-                write!(
-                    f,
-                    "{} = embed({}) scale={scale}",
-                    self.out(*out),
-                    self.name(*table)
-                )
+                let of = match ids {
+                    StepField::Positions => ", positions",
+                    _ => "",
+                };
+                let (out, table, add) = (self.out(*out), self.name(*table), plus(add));
+                write!(f, "{out} = embed({table}{of}){add} scale={scale}")
             }
             PlanOp::RmsNorm {
                 x,
@@ -219,7 +226,8 @@ impl fmt::Display for OpText<'_> {
                 write!(f, "{out} = scale_rows({x}) column={column}{add}")
             }
             PlanOp::Gated { gate, up, out, act } => {
-                write!(f, "{} = gated({gate}, {up}) act={act:?}", self.out(*out))
+                let up = up.map(|up| format!(", {up}")).unwrap_or_default();
+                write!(f, "{} = gated({gate}{up}) act={act:?}", self.out(*out))
             }
             PlanOp::ScaleLogits {
                 x, scale, softcap, ..

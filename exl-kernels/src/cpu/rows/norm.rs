@@ -1,10 +1,10 @@
 //! Norms: the sums of a row first, then its values stretch by stretch, since the output may be an input.
 
-use super::{Rows, STRETCH, for_rows, stretches};
+use super::{Rows, STRETCH, add, for_rows, readable, stretches};
+use crate::Result;
 use crate::cpu::dense::Dense;
 use crate::cpu::{Cpu, Isa};
 use crate::ops::{LayerNorm, RmsNorm};
-use crate::{Mem, Result};
 
 /// A function compiled for every instruction set, of which one is chosen when it is called.
 macro_rules! dispatch {
@@ -127,17 +127,6 @@ impl Norm<'_> {
             unsafe { self.out.range(start + first, count) }.copy_from_slice(values);
         }
     }
-}
-
-fn add(values: &mut [f32], more: &[f32]) {
-    for (v, m) in values.iter_mut().zip(more) {
-        *v += m;
-    }
-}
-
-/// Rows that are read, through a pointer that the output may share.
-fn readable(mem: &Mem<'_>) -> Result<Rows<f32>> {
-    Ok(Rows(mem.slice::<f32>()?.as_ptr().cast_mut()))
 }
 
 /// Scratch words of an RMS norm: its weight, widened.

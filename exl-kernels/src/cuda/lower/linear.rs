@@ -76,6 +76,7 @@ pub(super) fn activation_code(act: Activation) -> usize {
         Activation::Silu => 0,
         Activation::GeluTanh => 1,
         Activation::Gelu => 2,
+        Activation::Sigmoid => 3,
     }
 }
 

@@ -8,9 +8,10 @@ mod norm;
 mod tests;
 
 use super::Target;
+use super::linear::address;
 use crate::cuda::launch::Args;
 use crate::cuda::{Kernel, Launch};
-use crate::{DType, Error, Mem, Result, ops};
+use crate::{DType, Error, Mem, MemMut, Result, ops};
 pub(super) use norm::{KERNELS as NORMS, layer_norm, rms_norm};
 
 /// Entry points of this family, without the norms.
@@ -71,13 +72,15 @@ pub(super) fn embed(
     list: &mut Vec<Launch>,
 ) -> Result<()> {
     check_sizes("embed", &[o.rows, o.vocab, o.dim])?;
-    let out = o.out.as_mem().as_ptr() as u64;
-    take_rows(
-        (&o.ids, o.rows),
-        (&o.table, o.vocab),
-        (out, o.dim, o.scale),
-        list,
-    );
+    let take = Take {
+        index: &o.ids,
+        table: &o.table,
+        limit: o.vocab,
+        add: address(&o.add),
+        out: &o.out,
+        scale: o.scale,
+    };
+    take.launch((o.rows, o.dim), list);
     Ok(())
 }
 
@@ -87,41 +90,56 @@ pub(super) fn gather_rows(
     list: &mut Vec<Launch>,
 ) -> Result<()> {
     check_sizes("gather_rows", &[o.rows, o.x_rows, o.dim])?;
-    let out = o.out.as_mem().as_ptr() as u64;
-    take_rows(
-        (&o.index, o.rows),
-        (&o.x, o.x_rows),
-        (out, o.dim, 1.0),
-        list,
-    );
+    let take = Take {
+        index: &o.index,
+        table: &o.x,
+        limit: o.x_rows,
+        add: 0,
+        out: &o.out,
+        scale: 1.0,
+    };
+    take.launch((o.rows, o.dim), list);
     Ok(())
 }
 
-fn take_rows(
-    (index, rows): (&Mem<'_>, usize),
-    (table, limit): (&Mem<'_>, usize),
-    (out, dim, scale): (u64, usize, f32),
-    list: &mut Vec<Launch>,
-) {
-    if rows == 0 || dim == 0 {
-        return;
+/// Rows of a table by index.
+struct Take<'a> {
+    index: &'a Mem<'a>,
+    table: &'a Mem<'a>,
+    /// Rows of the table.
+    limit: usize,
+    /// Address of what is added, or 0.
+    add: u64,
+    out: &'a MemMut<'a>,
+    scale: f32,
+}
+
+impl Take<'_> {
+    fn launch(&self, (rows, dim): (usize, usize), list: &mut Vec<Launch>) {
+        if rows == 0 || dim == 0 {
+            return;
+        }
+        let (from, out) = (
+            self.table.as_ptr() as u64,
+            self.out.as_mem().as_ptr() as u64,
+        );
+        let vectors = dim.is_multiple_of(8) && aligned(&[from, self.add, out]);
+        list.push(Launch {
+            kernel: TAKE[instance(self.table.dtype())],
+            grid: [rows as u32, dim.div_ceil(TAKE_CHUNK) as u32, 1],
+            block: [TAKE_THREADS, 1, 1],
+            shared_bytes: 0,
+            args: Args::new()
+                .ptr(self.index.as_ptr() as u64)
+                .ptr(from)
+                .ptr(self.add)
+                .ptr(out)
+                .int(self.limit)
+                .int(dim)
+                .float(self.scale)
+                .int(usize::from(vectors)),
+        });
     }
-    let from = table.as_ptr() as u64;
-    let vectors = dim.is_multiple_of(8) && aligned(&[from, out]);
-    list.push(Launch {
-        kernel: TAKE[instance(table.dtype())],
-        grid: [rows as u32, dim.div_ceil(TAKE_CHUNK) as u32, 1],
-        block: [TAKE_THREADS, 1, 1],
-        shared_bytes: 0,
-        args: Args::new()
-            .ptr(index.as_ptr() as u64)
-            .ptr(from)
-            .ptr(out)
-            .int(limit)
-            .int(dim)
-            .float(scale)
-            .int(usize::from(vectors)),
-    });
 }
 
 pub(super) fn scale_logits(
@@ -161,7 +179,7 @@ pub(super) fn scale_rows(
         return Ok(());
     }
     let (x, out) = (o.x.as_ptr() as u64, o.out.as_mem().as_ptr() as u64);
-    let add = o.add.as_ref().map_or(0, |add| add.as_ptr() as u64);
+    let add = address(&o.add);
     let vectors = o.dim.is_multiple_of(4) && aligned(&[x, add, out]);
     list.push(Launch {
         kernel: SCALE_ROWS,
@@ -192,7 +210,7 @@ pub(super) fn gated(
     if count == 0 {
         return Ok(());
     }
-    let (gate, up) = (o.gate.as_ptr() as u64, o.up.as_ptr() as u64);
+    let (gate, up) = (o.gate.as_ptr() as u64, address(&o.up));
     let out = o.out.as_mem().as_ptr() as u64;
     list.push(Launch {
         kernel: GATED,

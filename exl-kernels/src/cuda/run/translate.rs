@@ -29,6 +29,7 @@ pub(super) fn translate<'h: 'd, 'd>(op: &Op<'h>, t: &mut impl Translate<'h, 'd>)
         Op::Embed(o) => Ok(Op::Embed(Embed {
             ids: t.read(&o.ids)?,
             table: t.read(&o.table)?,
+            add: t.optional(&o.add)?,
             out: t.write(&o.out, Access::Write)?,
             ..*o
         })),
@@ -65,7 +66,7 @@ pub(super) fn translate<'h: 'd, 'd>(op: &Op<'h>, t: &mut impl Translate<'h, 'd>)
         })),
         Op::Gated(o) => Ok(Op::Gated(Gated {
             gate: t.read(&o.gate)?,
-            up: t.read(&o.up)?,
+            up: t.optional(&o.up)?,
             out: t.write(&o.out, Access::Write)?,
             ..*o
         })),

@@ -1,8 +1,26 @@
 //! Ops that work row by row and that only some models have.
 
+use exl_kernels::ops::Activation;
+
+use crate::StepField;
 use crate::plan::{LayerNormOp, PlanBuilder, PlanOp, Slot, WeightId};
 
 impl PlanBuilder {
+    /// `hidden += table[position]`, in place: learned positions. Steps may reach no position beyond the
+    /// table ([`crate::Plan::position_limit`]).
+    pub fn embed_positions(&mut self, table: WeightId, hidden: Slot) {
+        let (vocab, dim) = self.matrix_shape(table);
+        self.push(PlanOp::Embed {
+            table,
+            ids: StepField::Positions,
+            add: Some(hidden),
+            out: hidden,
+            vocab,
+            dim,
+            scale: 1.0,
+        });
+    }
+
     /// `residual += rms_norm(x)` over rows, in place; returns `residual`.
     pub fn rms_norm_add(
         &mut self,
@@ -23,6 +41,17 @@ impl PlanBuilder {
             offset,
         });
         residual
+    }
+
+    /// The activation of every element, in place; returns `x`.
+    pub fn activate(&mut self, x: Slot, act: Activation) -> Slot {
+        self.push(PlanOp::Gated {
+            gate: x,
+            up: None,
+            out: x,
+            act,
+        });
+        x
     }
 
     /// Layer norm over a slot's rows; without a weight it is 1 everywhere.

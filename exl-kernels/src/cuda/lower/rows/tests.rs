@@ -178,10 +178,11 @@ fn layer_norms_take_weights_of_any_type_and_none() {
 
 #[test]
 fn rows_are_taken_in_chunks() {
-    let embed = |table: DType, rows: usize, dim: usize| {
+    let adding = |table: DType, rows: usize, dim: usize, add: usize| {
         launch(&Op::Embed(ops::Embed {
             ids: read(BASE, rows, DType::I32),
             table: read(2 * BASE, 32000 * dim, table),
+            add: (add > 0).then(|| read(add, rows * dim, DType::F32)),
             out: write(3 * BASE, rows * dim),
             rows,
             vocab: 32000,
@@ -189,19 +190,28 @@ fn rows_are_taken_in_chunks() {
             scale: 2.0,
         }))
     };
+    let embed = |table, rows, dim| adding(table, rows, dim, 0);
     let one = embed(DType::F16, 1, 4096).unwrap();
     assert_eq!(
         (one.kernel.entry, one.grid),
         ("exl_take_rows_f16", [1, 2, 1])
     );
     let words = one.args.words();
-    assert_eq!(words[3..], [32000, 4096, u64::from(2f32.to_bits()), 1]);
+    assert_eq!(words[2], 0);
+    assert_eq!(words[4..], [32000, 4096, u64::from(2f32.to_bits()), 1]);
     let odd = embed(DType::Bf16, 100_000, 33).unwrap();
     assert_eq!(
         (odd.kernel.entry, odd.grid),
         ("exl_take_rows_bf16", [100_000, 1, 1])
     );
-    assert_eq!(odd.args.words()[6], 0);
+    assert_eq!(odd.args.words()[7], 0);
+    let sum = adding(DType::F32, 2, 64, 3 * BASE).unwrap();
+    assert_eq!(
+        (sum.args.words()[2], sum.args.words()[7]),
+        (3 * BASE as u64, 1)
+    );
+    let crooked = adding(DType::F32, 2, 64, 3 * BASE + 4).unwrap();
+    assert_eq!(crooked.args.words()[7], 0);
     assert_eq!(embed(DType::F32, 0, 64), None);
 
     let gather = launch(&Op::GatherRows(ops::GatherRows {
@@ -215,7 +225,7 @@ fn rows_are_taken_in_chunks() {
     .unwrap();
     assert_eq!(gather.kernel.entry, "exl_take_rows_f32");
     let one = u64::from(1f32.to_bits());
-    assert_eq!(gather.args.words()[3..], [11, 130, one, 0]);
+    assert_eq!(gather.args.words()[4..], [11, 130, one, 0]);
 }
 
 #[test]
@@ -258,17 +268,23 @@ fn rows_are_scaled_and_gated_four_by_four() {
     assert_eq!(scale(BASE, 3, 5).unwrap().args.words()[7], 0);
     assert_eq!(scale(BASE, 0, 5), None);
 
-    let gated = launch(&Op::Gated(ops::Gated {
-        gate: read(BASE, 3 * 1000, DType::F32),
-        up: read(2 * BASE, 3 * 1000, DType::F32),
-        out: write(2 * BASE, 3 * 1000),
-        rows: 3,
-        dim: 1000,
-        act: ops::Activation::GeluTanh,
-    }))
-    .unwrap();
-    assert_eq!((gated.grid, gated.kernel.entry), ([3, 1, 1], "exl_gated"));
-    assert_eq!(gated.args.words()[3..], [3000, 1, 1]);
+    let gated = |up: Option<usize>, act: ops::Activation| {
+        launch(&Op::Gated(ops::Gated {
+            gate: read(BASE, 3 * 1000, DType::F32),
+            up: up.map(|at| read(at, 3 * 1000, DType::F32)),
+            out: write(2 * BASE, 3 * 1000),
+            rows: 3,
+            dim: 1000,
+            act,
+        }))
+        .unwrap()
+    };
+    let both = gated(Some(2 * BASE), ops::Activation::GeluTanh);
+    assert_eq!((both.grid, both.kernel.entry), ([3, 1, 1], "exl_gated"));
+    assert_eq!(both.args.words()[3..], [3000, 1, 1]);
+    let alone = gated(None, ops::Activation::Sigmoid);
+    assert_eq!(alone.args.words()[1], 0);
+    assert_eq!(alone.args.words()[3..], [3000, 3, 1]);
 }
 
 #[test]

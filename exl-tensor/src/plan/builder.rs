@@ -1,6 +1,7 @@
 //! Records a plan: what architecture code talks to.
 
 mod adapters;
+mod moe;
 
 use std::collections::HashMap;
 
@@ -13,6 +14,7 @@ use super::{
 };
 use crate::arena::ArenaLayout;
 pub use adapters::PlanAdapter;
+pub use moe::Routing;
 
 /// One product of [`PlanBuilder::linear`].
 #[derive(Clone, Debug)]

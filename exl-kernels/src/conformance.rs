@@ -7,6 +7,7 @@
 mod attention;
 mod data;
 mod linear;
+mod moe;
 mod quant;
 mod rows;
 mod sample;
@@ -113,6 +114,7 @@ fn difference(a: &[f32], b: &[f32]) -> f32 {
 pub fn cases(quick: bool) -> Vec<Case> {
     let mut list = rows::cases();
     list.extend(linear::cases(quick));
+    list.extend(moe::cases(quick));
     list.extend(attention::cases(quick));
     list.extend(sample::cases(quick));
     list.extend(quant::cases(quick));

@@ -7,6 +7,7 @@ mod math;
 mod paged_attn;
 mod pool;
 mod qgemm;
+mod route;
 mod rows;
 mod syrk;
 
@@ -79,6 +80,8 @@ impl Cpu {
         let words = match op {
             Op::Linear(op) => linear::words(op, threads),
             Op::GateUp(op) => linear::gate_up_words(op, threads),
+            Op::MoeGateUp(op) => linear::moe_gate_up_words(op, threads),
+            Op::MoeDown(op) => linear::moe_down_words(op, threads),
             Op::RmsNorm(op) => rows::rms_norm_words(op),
             Op::LayerNorm(op) => rows::layer_norm_words(op),
             Op::RopeAppend(op) => rows::rope_append_words(op),
@@ -88,6 +91,7 @@ impl Cpu {
             | Op::ScaleLogits(_)
             | Op::ScaleRows(_)
             | Op::Gated(_)
+            | Op::MoeRoute(_)
             | Op::HessianSyrk(_)
             | Op::Dequant(_)
             | Op::Sample(_)
@@ -160,6 +164,9 @@ impl Cpu {
             Op::ScaleLogits(op) => rows::scale_logits(op, self),
             Op::ScaleRows(op) => rows::scale_rows(op, self),
             Op::Gated(op) => rows::gated(op, self),
+            Op::MoeRoute(op) => route::run(op, self),
+            Op::MoeGateUp(op) => linear::moe_gate_up(op, self),
+            Op::MoeDown(op) => linear::moe_down(op, self),
             Op::HessianSyrk(op) => syrk::run(op, self),
             Op::Sample(op) => ops::sample(op),
             // The quantizer computes these on the CPU with code of its own over its own matrices.

@@ -8,11 +8,13 @@
 
 mod check;
 pub(crate) mod gptq;
+mod moe;
 mod sample;
 
 pub use check::check;
 pub(crate) use check::repeated_slot;
 pub use gptq::{Gptq, GptqGroup, HessianFactor, HessianLoss, Refine};
+pub use moe::{MoeDown, MoeGateUp, MoeRoute, RouteNorm};
 pub(crate) use sample::sample;
 pub use sample::{SAMPLE_WORDS, Sample, SampleParams};
 
@@ -378,6 +380,9 @@ pub enum Op<'a> {
     ScaleLogits(ScaleLogits<'a>),
     ScaleRows(ScaleRows<'a>),
     Gated(Gated<'a>),
+    MoeRoute(MoeRoute<'a>),
+    MoeGateUp(MoeGateUp<'a>),
+    MoeDown(MoeDown<'a>),
     HessianSyrk(HessianSyrk<'a>),
     Dequant(Dequant<'a>),
     Sample(Sample<'a>),
@@ -402,6 +407,9 @@ impl Op<'_> {
             Op::ScaleLogits(_) => "scale_logits",
             Op::ScaleRows(_) => "scale_rows",
             Op::Gated(_) => "gated",
+            Op::MoeRoute(_) => "moe_route",
+            Op::MoeGateUp(_) => "moe_gate_up",
+            Op::MoeDown(_) => "moe_down",
             Op::HessianSyrk(_) => "hessian_syrk",
             Op::Dequant(_) => "dequant",
             Op::Sample(_) => "sample",

@@ -2,6 +2,7 @@
 
 mod gptq;
 pub(crate) mod kv;
+mod moe;
 
 use half::{bf16, f16};
 
@@ -29,6 +30,9 @@ pub fn run(op: &mut Op<'_>) -> Result<()> {
         Op::ScaleLogits(op) => scale_logits(op),
         Op::ScaleRows(op) => scale_rows(op),
         Op::Gated(op) => gated(op),
+        Op::MoeRoute(op) => moe::route(op),
+        Op::MoeGateUp(op) => moe::gate_up(op),
+        Op::MoeDown(op) => moe::down(op),
         Op::HessianSyrk(op) => hessian_syrk(op),
         Op::Dequant(op) => dequant(op),
         Op::Sample(op) => ops::sample(op),

@@ -89,6 +89,22 @@ impl CostReport {
     }
 }
 
+/// Bytes that are read of experts with these weights, on average over rows that choose theirs evenly
+/// and independently: `E (1 - (1 - k/E)^rows)` of `E` experts. Exact for one row of experts of one size.
+fn read_of(weights: impl Iterator<Item = u64>, rows: usize, top_k: usize) -> u64 {
+    let (mut all, mut experts) = (0u64, 0u32);
+    for bytes in weights {
+        all += bytes;
+        experts += 1;
+    }
+    let missed = 1.0 - top_k as f64 / f64::from(experts.max(1));
+    let share = 1.0
+        - missed
+            .max(0.0)
+            .powi(i32::try_from(rows).unwrap_or(i32::MAX));
+    (all as f64 * share).round() as u64
+}
+
 struct Meter<'a> {
     plan: &'a Plan,
     kv: &'a KvShape,
@@ -175,6 +191,22 @@ impl Meter<'_> {
             PlanOp::GatherRows { .. } => {}
             PlanOp::ScaleRows { out, .. } => cost.flops = 2 * self.elements(*out),
             PlanOp::Gated { out, .. } => cost.flops = 2 * self.elements(*out),
+            PlanOp::MoeRoute { args, .. } => {
+                cost.flops = (args.rows * args.experts * (args.top_k + 1)) as u64;
+            }
+            PlanOp::MoeGateUp { args, .. } => {
+                let weights = args
+                    .experts
+                    .iter()
+                    .map(|(g, u)| self.weight(*g) + self.weight(*u));
+                cost.weight_bytes = read_of(weights, args.rows, args.top_k);
+                cost.flops = 4 * (args.rows * args.top_k * args.inputs * args.outputs) as u64;
+            }
+            PlanOp::MoeDown { args, .. } => {
+                let weights = args.experts.iter().map(|id| self.weight(*id));
+                cost.weight_bytes = read_of(weights, args.rows, args.top_k);
+                cost.flops = 2 * (args.rows * args.top_k * args.inputs * args.outputs) as u64;
+            }
             PlanOp::ScaleLogits { rows, dim, .. } => cost.flops = (rows * dim) as u64,
             // Every logit is compared once; most are not changed, and none is read twice.
             PlanOp::Sample {

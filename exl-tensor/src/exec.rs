@@ -145,6 +145,12 @@ pub trait Executor: std::fmt::Debug + Send {
     /// [`Error::Step`] when the length is not the slot's.
     fn write(&mut self, bound: &Bound, slot: Slot, values: &[f32]) -> Result<()>;
 
+    /// Fills a slot of integers from the host.
+    ///
+    /// # Errors
+    /// As [`Executor::write`].
+    fn write_integers(&mut self, bound: &Bound, slot: Slot, values: &[i32]) -> Result<()>;
+
     /// Runs a prepared plan.
     ///
     /// # Errors
@@ -187,6 +193,19 @@ fn check_dtype(bound: &Bound, slot: Slot, wanted: DType) -> Result<()> {
     let (name, found) = (&info.name, info.dtype);
     Err(Error::Step(format!(
         "slot {name} holds {found:?}, it was asked for as {wanted:?}"
+    )))
+}
+
+/// Checks that values from the host fill a slot.
+fn check_values(bound: &Bound, slot: Slot, dtype: DType, count: usize) -> Result<()> {
+    check_dtype(bound, slot, dtype)?;
+    let info = bound.plan().slot(slot);
+    let (what, want) = (&info.name, info.rows * info.dim);
+    if want == count {
+        return Ok(());
+    }
+    Err(Error::Step(format!(
+        "input {what} takes {want} values, got {count}"
     )))
 }
 

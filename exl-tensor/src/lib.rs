@@ -24,13 +24,16 @@ pub use exl_kernels::conformance;
 pub use exl_kernels::cpu::{Activations, Cpu, CpuOptions, Isa};
 /// GPUs that the driver sees, and what one is.
 pub use exl_kernels::cuda::{DeviceInfo, DeviceProps, probe};
-pub use exl_kernels::ops::{Activation, PAGE_TOKENS, RopeStyle, SAMPLE_WORDS, SampleParams};
+pub use exl_kernels::ops::{
+    Activation, PAGE_TOKENS, RopeStyle, RouteNorm, SAMPLE_WORDS, SampleParams,
+};
 pub use exl_kernels::{DType, Exl2Parts, GptqParts, Group, KvFormat, KvType};
 pub use gpu::{Gpu, GpuPart, GpuTaken, gpu_kernels};
 pub use kv::{KvBuffers, KvShape};
 pub use plan::{
-    AttnArgs, GateUpArgs, Part, Phase, Plan, PlanAdapter, PlanBuilder, PlanExtras, PlanKey, PlanOp,
-    RopeArgs, RowSet, SampleShape, Slot, SlotInfo, WeightId, WeightInfo,
+    AttnArgs, GateUpArgs, MoeDownOp, MoeGateUpOp, MoeRouteOp, Part, Phase, Plan, PlanAdapter,
+    PlanBuilder, PlanExtras, PlanKey, PlanOp, RopeArgs, Routing, RowSet, SampleShape, Slot,
+    SlotInfo, WeightId, WeightInfo,
 };
 pub use step::{StepBlock, StepDraw, StepExtras, StepField, StepSeq};
 pub use weight::{DenseWeight, QuantKind, QuantWeight, Weight, Weights};

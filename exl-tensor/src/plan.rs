@@ -1,9 +1,12 @@
 //! The recorded plan: a flat list of coarse ops over arena slots, for one concrete shape.
 
 mod builder;
+mod moe;
 mod text;
 
-pub use builder::{AttnArgs, GateUpArgs, Part, PlanAdapter, PlanBuilder, RopeArgs};
+pub use builder::{AttnArgs, GateUpArgs, Part, PlanAdapter, PlanBuilder, RopeArgs, Routing};
+
+pub use moe::{MoeDownOp, MoeGateUpOp, MoeRouteOp};
 
 use exl_kernels::DType;
 use exl_kernels::ops::{Activation, RopeStyle};
@@ -227,6 +230,25 @@ pub enum PlanOp {
         out: Slot,
         act: Activation,
     },
+    MoeRoute {
+        logits: Slot,
+        ids: Slot,
+        weights: Slot,
+        args: MoeRouteOp,
+    },
+    MoeGateUp {
+        x: Slot,
+        ids: Slot,
+        out: Slot,
+        args: MoeGateUpOp,
+    },
+    MoeDown {
+        x: Slot,
+        routing: Routing,
+        residual: Option<Slot>,
+        out: Slot,
+        args: MoeDownOp,
+    },
     ScaleLogits {
         x: Slot,
         rows: usize,
@@ -305,6 +327,9 @@ impl PlanOp {
             PlanOp::GatherRows { .. } => "gather_rows",
             PlanOp::ScaleRows { .. } => "scale_rows",
             PlanOp::Gated { .. } => "gated",
+            PlanOp::MoeRoute { .. } => "moe_route",
+            PlanOp::MoeGateUp { .. } => "moe_gate_up",
+            PlanOp::MoeDown { .. } => "moe_down",
             PlanOp::ScaleLogits { .. } => "scale_logits",
             PlanOp::Sample { .. } => "sample",
         }
@@ -324,6 +349,17 @@ impl PlanOp {
                 .collect(),
             PlanOp::ScaleRows { x, add, .. } => std::iter::once(*x).chain(*add).collect(),
             PlanOp::Gated { gate, up, .. } => std::iter::once(*gate).chain(*up).collect(),
+            PlanOp::MoeRoute { logits, .. } => vec![*logits],
+            PlanOp::MoeGateUp { x, ids, .. } => vec![*x, *ids],
+            PlanOp::MoeDown {
+                x,
+                routing,
+                residual,
+                ..
+            } => {
+                let read = [*x, routing.ids, routing.weights];
+                read.into_iter().chain(*residual).collect()
+            }
             PlanOp::RopeAppend { q, k, v, .. } => vec![*q, *k, *v],
             PlanOp::PagedAttn { q, .. } => vec![*q],
             PlanOp::Sample { logits, .. } => vec![*logits],
@@ -340,7 +376,10 @@ impl PlanOp {
             | PlanOp::PagedAttn { out, .. }
             | PlanOp::GatherRows { out, .. }
             | PlanOp::ScaleRows { out, .. }
-            | PlanOp::Gated { out, .. } => vec![*out],
+            | PlanOp::Gated { out, .. }
+            | PlanOp::MoeGateUp { out, .. }
+            | PlanOp::MoeDown { out, .. } => vec![*out],
+            PlanOp::MoeRoute { ids, weights, .. } => vec![*ids, *weights],
             PlanOp::Linear { parts, .. } => parts.iter().map(|p| p.out).collect(),
             PlanOp::RopeAppend { q, .. } => vec![*q],
             PlanOp::ScaleLogits { x, .. } => vec![*x],

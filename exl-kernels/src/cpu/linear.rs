@@ -3,14 +3,18 @@
 //! Matrices that agree in permutation and group sizes share their prepared activations, and all
 //! matrices of an op share one parallel region.
 
+mod experts;
+
 use std::ops::Range;
 
 use super::dense::{self, Dense};
-use super::qgemm::{self, CHUNK, Input, Product};
+use super::qgemm::{self, CHUNK, Input, Product, Rows};
 use super::{Cpu, Isa};
 use crate::ops::{GateUp, Linear, LinearPart, Matrix};
 use crate::quant::PANEL;
 use crate::{Error, Mem, QuantMatrix, Result};
+pub(super) use experts::{down as moe_down, down_words as moe_down_words};
+pub(super) use experts::{gate_up as moe_gate_up, gate_up_words as moe_gate_up_words};
 
 /// Tiles of a block of rows: their activations and the accumulator stay in L2 while columns go by.
 const BLOCK_TILES: usize = 32;
@@ -155,7 +159,7 @@ impl<'m, 'a> Matrices<'m, 'a> {
                 rest = after;
                 if let Some(q) = self.quant(i).filter(|_| !mine.is_empty()) {
                     let settings = (cpu.pool(), cpu.isa(), cpu.activations());
-                    *input = Some(Input::new(x, q, mine, settings));
+                    *input = Some(Input::new(Rows::all(x, self.inputs), q, mine, settings));
                 }
             }
             let mut sources = [const { None }; FUSED];
@@ -210,41 +214,52 @@ type Finish<'a> = dyn Fn(usize, Range<usize>, (usize, usize), &mut [f32]) + Sync
 struct Columns<'a> {
     sources: &'a [Option<Source<'a>>],
     outputs: usize,
+    rows: usize,
+}
+
+impl Columns<'_> {
+    /// Computes `count` columns from `first` on, block by block of the rows, and calls `finish(rows,
+    /// accumulators)` for each. `scratch` is the thread's.
+    fn run(
+        &self,
+        (first, count): (usize, usize),
+        scratch: &mut [f32],
+        isa: Isa,
+        mut finish: impl FnMut(Range<usize>, &mut [f32]),
+    ) {
+        let block = block_rows(self.rows);
+        let accs = &mut scratch[..self.sources.len() * block * CHUNK];
+        for start in (0..self.rows).step_by(block) {
+            let end = (start + block).min(self.rows);
+            for (i, source) in self.sources.iter().flatten().enumerate() {
+                let acc = &mut accs[i * block * CHUNK..][..block * CHUNK];
+                source.run((first, count), start..end, acc, isa);
+            }
+            finish(start..end, accs);
+        }
+    }
 }
 
 /// Splits the columns over the threads and the rows into blocks, and calls
 /// `finish(index of the columns, rows, (first, count), accumulators)` for each.
-fn sweep(
-    cpu: &Cpu,
-    rows: usize,
-    all: &[Columns<'_>],
-    scratch: &ThreadScratch,
-    finish: &Finish<'_>,
-) {
+fn sweep(cpu: &Cpu, all: &[Columns<'_>], scratch: &ThreadScratch, finish: &Finish<'_>) {
     let outputs = all.iter().map(|c| c.outputs).sum();
+    let rows = all.iter().map(|c| c.rows).max().unwrap_or(0);
     let chunk = chunk_columns(outputs, cpu.pool().threads(), rows);
     let tasks = all.iter().map(|c| c.outputs.div_ceil(chunk)).sum();
-    let block = block_rows(rows);
     cpu.pool().run(tasks, &|task, thread| {
         let (mut index, mut task) = (0, task);
         while task >= all[index].outputs.div_ceil(chunk) {
             task -= all[index].outputs.div_ceil(chunk);
             index += 1;
         }
-        let Columns { sources, outputs } = &all[index];
         let first = task * chunk;
-        let columns = chunk.min(outputs - first);
+        let columns = (first, chunk.min(all[index].outputs - first));
         // SAFETY: each thread index runs one task at a time and gets its own range.
         let mine = unsafe { scratch.of(thread) };
-        let accs = &mut mine[..sources.len() * block * CHUNK];
-        for start in (0..rows).step_by(block) {
-            let end = (start + block).min(rows);
-            for (i, source) in sources.iter().flatten().enumerate() {
-                let acc = &mut accs[i * block * CHUNK..][..block * CHUNK];
-                source.run((first, columns), start..end, acc, cpu.isa());
-            }
-            finish(index, start..end, (first, columns), accs);
-        }
+        all[index].run(columns, mine, cpu.isa(), |rows, accs| {
+            finish(index, rows, columns, accs);
+        });
     });
 }
 
@@ -339,10 +354,10 @@ fn run_parts(
         let columns: [Columns<'_>; FUSED] = std::array::from_fn(|i| Columns {
             sources: &sources[i..=i],
             outputs: parts.get(i).map_or(0, |p| p.outputs),
+            rows,
         });
         sweep(
             cpu,
-            rows,
             &columns[..parts.len()],
             threads,
             &|index, block, (first, n), accs| {
@@ -376,6 +391,15 @@ impl Residual {
             *a += unsafe { ptr.add(at + i).read() };
         }
     }
+
+    /// What sums begin with: the values from `at` on, or zeros.
+    fn copy_to(&self, at: usize, to: &mut [f32]) {
+        let Some(from) = self.0 else {
+            return to.fill(0.0);
+        };
+        // SAFETY: `check` gave the residual the output's size; both may be the same memory.
+        unsafe { std::ptr::copy(from.add(at), to.as_mut_ptr(), to.len()) };
+    }
 }
 
 /// Scratch words of a gate-up op.
@@ -394,24 +418,22 @@ pub(super) fn gate_up(op: &mut GateUp<'_>, cpu: &Cpu) -> Result<()> {
     let out = Out::new(&mut op.out, outputs)?;
     let matrices = Matrices::new([&op.gate, &op.up].into_iter(), (rows, op.inputs));
     matrices.prepare(cpu, x, 2, |sources, threads| {
-        let sources = &sources[..2];
-        sweep(
-            cpu,
+        let columns = Columns {
+            sources: &sources[..2],
+            outputs,
             rows,
-            &[Columns { sources, outputs }],
-            threads,
-            &|_, block, (first, n), accs| {
-                let (gate, up) = accs.split_at_mut(accs.len() / 2);
-                let pairs = gate.chunks_exact_mut(CHUNK).zip(up.chunks_exact_mut(CHUNK));
-                for (row, (gate, up)) in block.zip(pairs) {
-                    biases[0].add_to(first, &mut gate[..n], isa);
-                    biases[1].add_to(first, &mut up[..n], isa);
-                    // SAFETY: tasks have disjoint columns, rows are below `rows`.
-                    let out = unsafe { out.row(row, first, n) };
-                    super::math::gated(act, &gate[..n], &up[..n], out, isa);
-                }
-            },
-        );
+        };
+        sweep(cpu, &[columns], threads, &|_, block, (first, n), accs| {
+            let (gate, up) = accs.split_at_mut(accs.len() / 2);
+            let pairs = gate.chunks_exact_mut(CHUNK).zip(up.chunks_exact_mut(CHUNK));
+            for (row, (gate, up)) in block.zip(pairs) {
+                biases[0].add_to(first, &mut gate[..n], isa);
+                biases[1].add_to(first, &mut up[..n], isa);
+                // SAFETY: tasks have disjoint columns, rows are below `rows`.
+                let out = unsafe { out.row(row, first, n) };
+                super::math::gated(act, &gate[..n], &up[..n], out, isa);
+            }
+        });
         Ok(())
     })
 }

@@ -13,7 +13,7 @@ mod avx512;
 mod input;
 mod scalar;
 
-pub(super) use input::{Input, scratch_words, tile_rows};
+pub(super) use input::{Blank, Input, Rows, scratch_words, tile_rows};
 
 use super::{Activations, Isa};
 use crate::quant::{PANEL, QuantMatrix};

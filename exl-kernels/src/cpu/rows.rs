@@ -27,7 +27,7 @@ fn stretches(dim: usize) -> impl Iterator<Item = (usize, usize)> {
 }
 
 /// A pointer that tasks write disjoint rows through.
-struct Rows<T>(*mut T);
+pub(super) struct Rows<T>(pub(super) *mut T);
 
 // SAFETY: tasks write disjoint rows.
 unsafe impl<T> Sync for Rows<T> {}
@@ -36,7 +36,7 @@ impl<T> Rows<T> {
     /// # Safety
     /// The range must lie in the region, and no other task may use it.
     #[allow(clippy::mut_from_ref)] // disjoint by the caller's promise
-    unsafe fn range(&self, start: usize, len: usize) -> &mut [T] {
+    pub(super) unsafe fn range(&self, start: usize, len: usize) -> &mut [T] {
         // SAFETY: the caller's promise.
         unsafe { std::slice::from_raw_parts_mut(self.0.add(start), len) }
     }
@@ -77,7 +77,7 @@ fn add(values: &mut [f32], more: &[f32]) {
 }
 
 /// Calls `each(row)` for all rows, in parallel when there is enough to do.
-fn for_rows(cpu: &Cpu, rows: usize, dim: usize, each: impl Fn(usize) + Sync) {
+pub(super) fn for_rows(cpu: &Cpu, rows: usize, dim: usize, each: impl Fn(usize) + Sync) {
     if rows * dim < PARALLEL {
         return (0..rows).for_each(each);
     }
@@ -88,7 +88,7 @@ fn for_rows(cpu: &Cpu, rows: usize, dim: usize, each: impl Fn(usize) + Sync) {
 }
 
 /// Checks that indices lie below a limit.
-fn check_index(values: &[i32], limit: usize, what: &str) -> Result<()> {
+pub(super) fn check_index(values: &[i32], limit: usize, what: &str) -> Result<()> {
     match values
         .iter()
         .position(|&v| usize::try_from(v).map_or(true, |v| v >= limit))

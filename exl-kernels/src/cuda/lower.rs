@@ -8,8 +8,8 @@ mod rows;
 mod sample;
 
 use super::{DeviceProps, Kernel, Launch};
-use crate::Result;
 use crate::ops::{self, Op};
+use crate::{Error, Result};
 pub(super) use linear::{CLUSTER, CLUSTER_ARCHITECTURES, CLUSTER_KERNEL};
 
 /// Device memory that the launches of one op may use. Ops run one after the other, so all of
@@ -80,6 +80,10 @@ pub fn lower(op: &Op<'_>, target: &Target<'_>, list: &mut Vec<Launch>) -> Result
         Op::Dequant(o) => linear::dequant(o, target, list),
         Op::RopeAppend(o) => attention::rope_append(o, target, list),
         Op::PagedAttn(o) => attention::paged_attn(o, target, list),
+        Op::MoeRoute(_) | Op::MoeGateUp(_) | Op::MoeDown(_) => Err(Error::Unsupported {
+            op: op.name(),
+            what: "a mixture of experts on a GPU".to_owned(),
+        }),
     }
 }
 
@@ -107,6 +111,9 @@ pub fn scratch_bytes(op: &Op<'_>, props: &DeviceProps) -> u64 {
         | Op::ScaleLogits(_)
         | Op::ScaleRows(_)
         | Op::Gated(_)
+        | Op::MoeRoute(_)
+        | Op::MoeGateUp(_)
+        | Op::MoeDown(_)
         | Op::HessianSyrk(_)
         | Op::Dequant(_)
         | Op::RopeAppend(_) => 0,

@@ -1,7 +1,7 @@
 //! Size and type checks that touch no data.
 
 use super::gptq::groups_fit;
-use super::{Gptq, GptqGroup, Matrix, Op, Refine, SAMPLE_WORDS};
+use super::{Gptq, GptqGroup, Matrix, MoeDown, MoeGateUp, MoeRoute, Op, Refine, SAMPLE_WORDS};
 use crate::mem::{DType, Mem, MemMut};
 use crate::{Error, KvFormat, KvType, Result};
 
@@ -106,6 +106,9 @@ pub fn check(op: &Op<'_>) -> Result<()> {
             c.optional("up", &o.up, F32, &[o.rows, o.dim])?;
             c.write("out", &o.out, F32, &[o.rows, o.dim])
         }
+        Op::MoeRoute(o) => moe_route(&c, o),
+        Op::MoeGateUp(o) => moe_gate_up(&c, o),
+        Op::MoeDown(o) => moe_down(&c, o),
         Op::HessianSyrk(o) => {
             c.read("x", &o.x, F32, &[o.rows, o.dim])?;
             c.write("h", &o.h, F32, &[o.dim, o.dim])
@@ -141,6 +144,43 @@ pub fn check(op: &Op<'_>) -> Result<()> {
         Op::Gptq(o) => gptq(&c, o),
         Op::Refine(o) => refine(&c, o),
     }
+}
+
+fn moe_route(c: &Check, o: &MoeRoute<'_>) -> Result<()> {
+    let chosen = [o.rows, o.top_k];
+    c.top_k(o.top_k, o.experts)?;
+    let positive = |p: f32| p > 0.0 && p.is_finite();
+    c.rule(
+        "norm",
+        o.norm.exponent().is_none_or(positive),
+        "a positive exponent",
+    )?;
+    c.read("logits", &o.logits, F32, &[o.rows, o.experts])?;
+    c.write("ids", &o.ids, INT, &chosen)?;
+    c.write("weights", &o.weights, F32, &chosen)
+}
+
+fn moe_gate_up(c: &Check, o: &MoeGateUp<'_>) -> Result<()> {
+    c.top_k(o.top_k, o.experts.len())?;
+    c.read("x", &o.x, F32, &[o.rows, o.inputs])?;
+    c.read("ids", &o.ids, INT, &[o.rows, o.top_k])?;
+    for (i, (gate, up)) in o.experts.iter().enumerate() {
+        c.expert("gate", i, gate, (o.outputs, o.inputs))?;
+        c.expert("up", i, up, (o.outputs, o.inputs))?;
+    }
+    c.write("out", &o.out, F32, &[o.rows, o.top_k, o.outputs])
+}
+
+fn moe_down(c: &Check, o: &MoeDown<'_>) -> Result<()> {
+    c.top_k(o.top_k, o.experts.len())?;
+    c.read("x", &o.x, F32, &[o.rows, o.top_k, o.inputs])?;
+    c.read("ids", &o.ids, INT, &[o.rows, o.top_k])?;
+    c.read("weights", &o.weights, F32, &[o.rows, o.top_k])?;
+    for (i, matrix) in o.experts.iter().enumerate() {
+        c.expert("matrix", i, matrix, (o.outputs, o.inputs))?;
+    }
+    c.optional("residual", &o.residual, F32, &[o.rows, o.outputs])?;
+    c.write("out", &o.out, F32, &[o.rows, o.outputs])
 }
 
 /// What ops over a rounded matrix of `inputs` rows in groups ask for.
@@ -285,6 +325,26 @@ impl Check {
             format!("[{outputs}, {inputs}]"),
             format!("[{n}, {k}]"),
         )
+    }
+
+    /// The matrix of expert `i`.
+    fn expert(
+        &self,
+        field: &str,
+        i: usize,
+        matrix: &Matrix<'_>,
+        (outputs, inputs): (usize, usize),
+    ) -> Result<()> {
+        // The name is made for those that do not fit only: a layer may have hundreds of experts.
+        match self.matrix(field, matrix, outputs, inputs) {
+            Ok(()) => Ok(()),
+            Err(_) => self.matrix(&format!("experts[{i}].{field}"), matrix, outputs, inputs),
+        }
+    }
+
+    fn top_k(&self, top_k: usize, experts: usize) -> Result<()> {
+        let holds = (1..=experts).contains(&top_k);
+        self.rule("top_k", holds, "at least 1 and at most the experts")
     }
 
     fn caches(

@@ -10,7 +10,7 @@ use exl_kernels::cuda::{
 use exl_kernels::{DType, Mem, MemMut};
 
 use super::regions::{Arena, Regions};
-use super::{Bound, Executor, PartTime, check_dtype};
+use super::{Bound, Executor, PartTime, check_dtype, check_values};
 use crate::{Error, Gpu, GpuPart, KvBuffers, Phase, Result, Slot, StepBlock, StepField};
 
 /// Plans whose launches are kept unless somebody says otherwise; more than a runner keeps ready.
@@ -292,6 +292,15 @@ impl CudaExecutor {
         Ok(&self.from_gpu[..bytes])
     }
 
+    /// Copies the bytes of a slot from the host.
+    fn put(&mut self, bound: &Bound, slot: Slot, bytes: &[u8]) -> Result<()> {
+        let offset = bound.plan().arena().offset(slot);
+        let device = self.gpu.device();
+        device
+            .copy_in(&self.arena, offset, bytes)
+            .map_err(Error::Gpu)
+    }
+
     fn launch(&mut self, id: u64, range: Option<Range<usize>>) -> Result<()> {
         let overlap = self.options.overlap && self.gpu.device().overlaps_launches();
         let stream = self.gpu.device().stream();
@@ -410,19 +419,13 @@ impl Executor for CudaExecutor {
     }
 
     fn write(&mut self, bound: &Bound, slot: Slot, values: &[f32]) -> Result<()> {
-        check_dtype(bound, slot, DType::F32)?;
-        let info = bound.plan().slot(slot);
-        if info.rows * info.dim != values.len() {
-            let (what, want, have) = (&info.name, info.rows * info.dim, values.len());
-            return Err(Error::Step(format!(
-                "input {what} takes {want} values, got {have}"
-            )));
-        }
-        let offset = bound.plan().arena().offset(slot);
-        self.gpu
-            .device()
-            .copy_in(&self.arena, offset, bytemuck::cast_slice(values))
-            .map_err(Error::Gpu)
+        check_values(bound, slot, DType::F32, values.len())?;
+        self.put(bound, slot, bytemuck::cast_slice(values))
+    }
+
+    fn write_integers(&mut self, bound: &Bound, slot: Slot, values: &[i32]) -> Result<()> {
+        check_values(bound, slot, DType::I32, values.len())?;
+        self.put(bound, slot, bytemuck::cast_slice(values))
     }
 
     fn run(&mut self, bound: &Bound, step: &StepBlock, kv: &mut KvBuffers) -> Result<()> {

@@ -6,7 +6,7 @@ use exl_kernels::cpu::Cpu;
 use exl_kernels::{DType, KvType, Mem, MemMut, reference};
 
 use super::regions::{Arena, Regions};
-use super::{Bound, Executor, check_dtype};
+use super::{Bound, Executor, check_dtype, check_values};
 use crate::plan::PlanOp;
 use crate::{Error, HostMemory, KvBuffers, KvShape, Result, Slot, StepBlock, StepField};
 
@@ -184,16 +184,20 @@ impl Executor for HostExecutor {
     }
 
     fn write(&mut self, bound: &Bound, slot: Slot, values: &[f32]) -> Result<()> {
-        check_dtype(bound, slot, DType::F32)?;
-        let view = self.slot_mut(bound, slot);
-        if view.len() != values.len() {
-            let what = &bound.plan().slot(slot).name;
-            let (want, have) = (view.len(), values.len());
-            return Err(Error::Step(format!(
-                "input {what} takes {want} values, got {have}"
-            )));
-        }
-        view.copy_from_slice(values);
+        check_values(bound, slot, DType::F32, values.len())?;
+        self.slot_mut(bound, slot).copy_from_slice(values);
+        Ok(())
+    }
+
+    fn write_integers(&mut self, bound: &Bound, slot: Slot, values: &[i32]) -> Result<()> {
+        check_values(bound, slot, DType::I32, values.len())?;
+        let info = bound.plan().slot(slot);
+        let offset = bound.plan().arena().offset(slot);
+        // SAFETY: `&mut self` excludes every other region of the arena.
+        let mut region = unsafe { self.arena.mem_mut(offset, info.bytes(), info.dtype) };
+        let view = region.slice_mut::<i32>();
+        view.expect("the slot is I32 in host memory")
+            .copy_from_slice(values);
         Ok(())
     }
 }

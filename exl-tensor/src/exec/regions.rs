@@ -4,7 +4,9 @@ use exl_kernels::ops::{self, LinearPart, Op};
 use exl_kernels::{DType, KvType, Mem, MemMut};
 
 use super::Bound;
-use crate::plan::{AttnOp, GateUpOp, PlanOp, PlanPart, RopeOp, RowSet};
+use crate::plan::{
+    AttnOp, GateUpOp, MoeDownOp, MoeGateUpOp, PlanOp, PlanPart, RopeOp, Routing, RowSet,
+};
 use crate::{KvBuffers, Slot, StepBlock, StepField, WeightId};
 
 /// Memory that holds the slots of a plan.
@@ -193,6 +195,28 @@ impl<'a> Regions<'a> {
                 dim: self.bound.plan().slot(*out).dim,
                 act: *act,
             }),
+            PlanOp::MoeRoute {
+                logits,
+                ids,
+                weights,
+                args,
+            } => Op::MoeRoute(ops::MoeRoute {
+                logits: self.mem(*logits),
+                ids: self.mem_mut(*ids),
+                weights: self.mem_mut(*weights),
+                rows: args.rows,
+                experts: args.experts,
+                top_k: args.top_k,
+                norm: args.norm,
+            }),
+            PlanOp::MoeGateUp { x, ids, out, args } => self.moe_gate_up([*x, *ids, *out], args),
+            PlanOp::MoeDown {
+                x,
+                routing,
+                residual,
+                out,
+                args,
+            } => self.moe_down((*x, *residual, *out), routing, args),
             PlanOp::ScaleLogits {
                 x,
                 rows,
@@ -254,6 +278,44 @@ impl<'a> Regions<'a> {
             inputs,
             outputs: args.outputs,
             act: args.act,
+        })
+    }
+
+    fn moe_gate_up(&self, [x, ids, out]: [Slot; 3], args: &MoeGateUpOp) -> Op<'a> {
+        let matrix = |id: WeightId| self.bound.weight(id).matrix();
+        let pair = |&(gate, up): &(WeightId, WeightId)| (matrix(gate), matrix(up));
+        Op::MoeGateUp(ops::MoeGateUp {
+            x: self.mem(x),
+            ids: self.mem(ids),
+            experts: args.experts.iter().map(pair).collect(),
+            out: self.mem_mut(out),
+            rows: args.rows,
+            top_k: args.top_k,
+            inputs: args.inputs,
+            outputs: args.outputs,
+            act: args.act,
+        })
+    }
+
+    fn moe_down(
+        &self,
+        (x, residual, out): (Slot, Option<Slot>, Slot),
+        routing: &Routing,
+        args: &MoeDownOp,
+    ) -> Op<'a> {
+        let experts = args.experts.iter();
+        let experts = experts.map(|&id| self.bound.weight(id).matrix());
+        Op::MoeDown(ops::MoeDown {
+            x: self.mem(x),
+            ids: self.mem(routing.ids),
+            weights: self.mem(routing.weights),
+            experts: experts.collect(),
+            residual: residual.map(|r| self.mem(r)),
+            out: self.mem_mut(out),
+            rows: args.rows,
+            top_k: args.top_k,
+            inputs: args.inputs,
+            outputs: args.outputs,
         })
     }
 

@@ -1,6 +1,7 @@
 //! Records a plan: what architecture code talks to.
 
 mod adapters;
+mod moe;
 mod rows;
 
 use std::collections::HashMap;
@@ -15,6 +16,7 @@ use super::{
 use crate::StepField;
 use crate::arena::ArenaLayout;
 pub use adapters::PlanAdapter;
+pub use moe::Routing;
 
 /// One product of [`PlanBuilder::linear`].
 #[derive(Clone, Debug)]

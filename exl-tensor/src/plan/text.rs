@@ -101,6 +101,18 @@ impl OpText<'_> {
         format!("{slot} {}", self.plan.slot_shape(slot))
     }
 
+    /// The matrices of the first expert, and of how many more there are others.
+    fn experts<const N: usize>(
+        &self,
+        f: &mut fmt::Formatter<'_>,
+        mut experts: impl ExactSizeIterator<Item = [WeightId; N]>,
+    ) -> fmt::Result {
+        for id in experts.next().into_iter().flatten() {
+            write!(f, ", {}", self.name(id))?;
+        }
+        write!(f, " and {} more", experts.len())
+    }
+
     fn bias(&self, id: Option<WeightId>) -> String {
         id.map(|b| format!(" + {}", self.name(b)))
             .unwrap_or_default()
@@ -228,6 +240,37 @@ impl fmt::Display for OpText<'_> {
             PlanOp::Gated { gate, up, out, act } => {
                 let up = up.map(|up| format!(", {up}")).unwrap_or_default();
                 write!(f, "{} = gated({gate}{up}) act={act:?}", self.out(*out))
+            }
+            PlanOp::MoeRoute {
+                logits,
+                ids,
+                weights,
+                args,
+            } => write!(
+                f,
+                "{}, {} = moe_route({logits}) norm={:?}",
+                self.out(*ids),
+                self.out(*weights),
+                args.norm
+            ),
+            PlanOp::MoeGateUp { x, ids, out, args } => {
+                write!(f, "{} = moe_gate_up({x} by {ids}", self.out(*out))?;
+                let pairs = args.experts.iter().map(|&(gate, up)| [gate, up]);
+                self.experts(f, pairs)?;
+                write!(f, ") act={:?}", args.act)
+            }
+            PlanOp::MoeDown {
+                x,
+                routing,
+                residual,
+                out,
+                args,
+            } => {
+                let (ids, weights) = (routing.ids, routing.weights);
+                write!(f, "{} = moe_down({x} by {ids}, {weights}", self.out(*out))?;
+                self.experts(f, args.experts.iter().map(|&down| [down]))?;
+                let residual = residual.map(|r| format!(" + {r}")).unwrap_or_default();
+                write!(f, "){residual}")
             }
             PlanOp::ScaleLogits {
                 x, scale, softcap, ..

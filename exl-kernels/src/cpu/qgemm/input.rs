@@ -3,6 +3,9 @@
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 
+use std::marker::PhantomData;
+use std::slice;
+
 use super::{Layout, TILE_ROWS};
 use crate::cpu::{Activations, Isa, Pool};
 use crate::quant::{MAX_GROUP_ROWS, QuantMatrix};
@@ -45,82 +48,176 @@ pub(in crate::cpu) fn tile_rows(rows: usize) -> usize {
     rows.div_ceil(rows.div_ceil(TILE_ROWS).max(1)).max(1)
 }
 
-struct Raw {
+/// Rows of a matrix of activations, all of them or some.
+#[derive(Clone, Copy)]
+pub(in crate::cpu) struct Rows<'x> {
+    x: &'x [f32],
+    inputs: usize,
+    /// Which ones: each number divided by the second one is a row.
+    picked: Option<(&'x [i32], usize)>,
+}
+
+impl<'x> Rows<'x> {
+    /// All rows of `x` (`[rows, inputs]`).
+    pub(in crate::cpu) fn all(x: &'x [f32], inputs: usize) -> Self {
+        Self {
+            x,
+            inputs,
+            picked: None,
+        }
+    }
+
+    /// Rows `numbers[i] / by`, which must not be negative.
+    pub(in crate::cpu) fn picked(self, numbers: &'x [i32], by: usize) -> Self {
+        Self {
+            picked: Some((numbers, by)),
+            ..self
+        }
+    }
+
+    /// Number of rows.
+    pub(in crate::cpu) fn len(&self) -> usize {
+        match self.picked {
+            None => self.x.len() / self.inputs,
+            Some((numbers, _)) => numbers.len(),
+        }
+    }
+
+    #[inline]
+    pub(in crate::cpu) fn row(&self, i: usize) -> &'x [f32] {
+        let row = self.picked.map_or(i, |(rows, by)| rows[i] as usize / by);
+        &self.x[row * self.inputs..][..self.inputs]
+    }
+}
+
+/// An input whose tiles are to be filled.
+pub(in crate::cpu) struct Blank<'a> {
+    rows: usize,
+    inputs: usize,
+    groups: usize,
+    tile: usize,
+    settings: Settings,
+    isa: Isa,
     words: *mut i32,
     scales: *mut f32,
     sums: *mut [i32; 2],
+    scratch: PhantomData<&'a mut [i32]>,
 }
 
-// SAFETY: every task writes the rows of its own tile only.
-unsafe impl Sync for Raw {}
+// SAFETY: it owns its scratch, in which every task writes the rows of its own tile only
+// (`Blank::fill`).
+unsafe impl Sync for Blank<'_> {}
 
-impl<'a> Input<'a> {
-    /// Gathers and quantizes `x` (`[rows, inputs]`) for a matrix.
+impl<'a> Blank<'a> {
+    /// Lays out `scratch_words` of scratch for so many rows.
     pub(in crate::cpu) fn new(
-        x: &[f32],
+        rows: usize,
         matrix: &QuantMatrix,
         scratch: &'a mut [i32],
-        (pool, isa, activations): (&Pool, Isa, Activations),
+        (isa, activations): (Isa, Activations),
     ) -> Self {
         let (inputs, groups) = (matrix.inputs(), matrix.groups().len());
-        let rows = x.len() / inputs;
-        let size = tile_rows(rows);
-        let settings = Settings {
-            layout: Layout::new(isa, activations, rows),
-            max: match activations {
-                Activations::Exact16 => MAX16,
-                Activations::Fast8 => MAX8,
-            },
-        };
         let (words, rest) = scratch.split_at_mut(rows * inputs / 2);
         let (sums, rest) = rest.split_at_mut(2 * rows * groups);
         let sums: &mut [[i32; 2]] = bytemuck::cast_slice_mut(sums);
         let scales: &mut [f32] = bytemuck::cast_slice_mut(&mut rest[..rows * groups]);
-        let raw = Raw {
+        Self {
+            rows,
+            inputs,
+            groups,
+            tile: tile_rows(rows),
+            settings: Settings {
+                layout: Layout::new(isa, activations, rows),
+                max: match activations {
+                    Activations::Exact16 => MAX16,
+                    Activations::Fast8 => MAX8,
+                },
+            },
+            isa,
             words: words.as_mut_ptr(),
             scales: scales.as_mut_ptr(),
             sums: sums.as_mut_ptr(),
+            scratch: PhantomData,
+        }
+    }
+
+    /// Number of tiles.
+    pub(in crate::cpu) fn tiles(&self) -> usize {
+        self.rows.div_ceil(self.tile)
+    }
+
+    fn words_per_row(&self) -> usize {
+        self.inputs / 4 * self.settings.layout.words()
+    }
+
+    /// Gathers and quantizes the rows of a tile of `x` for the matrix.
+    ///
+    /// # Safety
+    /// `tile` is below [`Blank::tiles`], and no other thread may fill it at the same time.
+    pub(in crate::cpu) unsafe fn fill(&self, tile: usize, x: Rows<'_>, matrix: &QuantMatrix) {
+        let first = tile * self.tile;
+        let m = self.tile.min(self.rows - first);
+        let per_row = self.words_per_row();
+        // SAFETY: the tile's words, scales and sums are disjoint from every other tile's and lie
+        // inside the scratch that `new` split; exclusive by the caller's promise.
+        let mut out = unsafe {
+            Tile {
+                m,
+                words: slice::from_raw_parts_mut(self.words.add(first * per_row), m * per_row),
+                scales: slice::from_raw_parts_mut(
+                    self.scales.add(first * self.groups),
+                    m * self.groups,
+                ),
+                sums: slice::from_raw_parts_mut(
+                    self.sums.add(first * self.groups),
+                    m * self.groups,
+                ),
+            }
         };
-        let per_row = inputs / 4 * settings.layout.words();
-        let tile = |index: usize| {
-            let raw = &raw;
-            let first = index * size;
-            let m = size.min(rows - first);
-            // SAFETY: the tile's words, scales and sums are disjoint from every other tile's and
-            // lie inside the scratch split above.
-            let mut out = unsafe {
-                Tile {
-                    m,
-                    words: std::slice::from_raw_parts_mut(
-                        raw.words.add(first * per_row),
-                        m * per_row,
-                    ),
-                    scales: std::slice::from_raw_parts_mut(
-                        raw.scales.add(first * groups),
-                        m * groups,
-                    ),
-                    sums: std::slice::from_raw_parts_mut(raw.sums.add(first * groups), m * groups),
-                }
-            };
-            let x = &x[first * inputs..][..m * inputs];
-            out.fill(x, matrix, settings, isa);
-        };
-        let tiles = rows.div_ceil(size);
-        if rows * inputs < SERIAL {
-            (0..tiles).for_each(tile);
+        for r in 0..m {
+            // A row must have what the permutation names.
+            let row = &x.row(first + r)[..matrix.inputs()];
+            out.fill(r, row, matrix, self.settings, self.isa);
+        }
+    }
+
+    /// The input, once all tiles are filled.
+    pub(in crate::cpu) fn filled(self) -> Input<'a> {
+        let sums = self.rows * self.groups;
+        // SAFETY: the parts of the scratch that `new` split and borrowed for 'a; nothing writes them
+        // any more, as `self` is gone.
+        unsafe {
+            Input {
+                rows: self.rows,
+                layout: self.settings.layout,
+                inputs: self.inputs,
+                groups: self.groups,
+                tile: self.tile,
+                words: slice::from_raw_parts(self.words, self.rows * self.words_per_row()),
+                scales: slice::from_raw_parts(self.scales, sums),
+                sums: slice::from_raw_parts(self.sums, sums),
+            }
+        }
+    }
+}
+
+impl<'a> Input<'a> {
+    /// Gathers and quantizes `x` for a matrix.
+    pub(in crate::cpu) fn new(
+        x: Rows<'_>,
+        matrix: &QuantMatrix,
+        scratch: &'a mut [i32],
+        (pool, isa, activations): (&Pool, Isa, Activations),
+    ) -> Self {
+        let blank = Blank::new(x.len(), matrix, scratch, (isa, activations));
+        // SAFETY: every tile once.
+        let fill = |tile: usize| unsafe { blank.fill(tile, x, matrix) };
+        if blank.rows * blank.inputs < SERIAL {
+            (0..blank.tiles()).for_each(fill);
         } else {
-            pool.run(tiles, &|i, _| tile(i));
+            pool.run(blank.tiles(), &|tile, _| fill(tile));
         }
-        Self {
-            rows,
-            layout: settings.layout,
-            inputs,
-            groups,
-            tile: size,
-            words,
-            scales,
-            sums,
-        }
+        blank.filled()
     }
 
     /// Rows of some tiles.
@@ -190,30 +287,28 @@ struct Quantized {
 }
 
 impl Tile<'_> {
-    fn fill(&mut self, x: &[f32], matrix: &QuantMatrix, settings: Settings, isa: Isa) {
-        let k = matrix.inputs();
+    /// Fills row `r` of the tile.
+    fn fill(&mut self, r: usize, row: &[f32], matrix: &QuantMatrix, settings: Settings, isa: Isa) {
         let per_quad = settings.layout.words();
         let mut words = [0; MAX_GROUP_ROWS / 2];
-        for (r, row) in x.chunks_exact(k).enumerate() {
-            for (g, group) in matrix.groups().iter().enumerate() {
-                let perm = &matrix.perm()[group.first..group.first + group.rows];
-                let done = match isa {
-                    #[cfg(target_arch = "x86_64")]
-                    // SAFETY: `Isa::Avx512` is only made after detection; a matrix's permutation
-                    // holds features of its input, and `row` has all of them.
-                    Isa::Avx512 => unsafe { avx512::quantize(row, perm, settings, &mut words) },
-                    _ => quantize_pairs(row, perm, settings.max, &mut words),
-                };
-                self.scales[g * self.m + r] = done.scale;
-                self.sums[g * self.m + r] = done.sums;
-                let to = &mut self.words[group.first / 4 * per_quad * self.m..];
-                let words = &words[..group.rows / 4 * per_quad];
-                if self.m == 1 {
-                    to[..words.len()].copy_from_slice(words);
-                } else {
-                    for (to, word) in to.chunks_exact_mut(self.m).zip(words) {
-                        to[r] = *word;
-                    }
+        for (g, group) in matrix.groups().iter().enumerate() {
+            let perm = &matrix.perm()[group.first..group.first + group.rows];
+            let done = match isa {
+                #[cfg(target_arch = "x86_64")]
+                // SAFETY: `Isa::Avx512` is only made after detection; a matrix's permutation
+                // holds features of its input, and `row` has all of them.
+                Isa::Avx512 => unsafe { avx512::quantize(row, perm, settings, &mut words) },
+                _ => quantize_pairs(row, perm, settings.max, &mut words),
+            };
+            self.scales[g * self.m + r] = done.scale;
+            self.sums[g * self.m + r] = done.sums;
+            let to = &mut self.words[group.first / 4 * per_quad * self.m..];
+            let words = &words[..group.rows / 4 * per_quad];
+            if self.m == 1 {
+                to[..words.len()].copy_from_slice(words);
+            } else {
+                for (to, word) in to.chunks_exact_mut(self.m).zip(words) {
+                    to[r] = *word;
                 }
             }
         }

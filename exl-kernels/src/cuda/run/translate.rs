@@ -3,8 +3,8 @@
 use super::spans::Access;
 use crate::ops::{
     Dequant, Embed, GateUp, Gated, GatherRows, Gptq, HessianFactor, HessianLoss, HessianSyrk,
-    LayerNorm, Linear, LinearPart, Matrix, Op, PagedAttn, Refine, RmsNorm, RopeAppend, Sample,
-    ScaleLogits, ScaleRows,
+    LayerNorm, Linear, LinearPart, Matrix, MoeDown, MoeGateUp, MoeRoute, Op, PagedAttn, Refine,
+    RmsNorm, RopeAppend, Sample, ScaleLogits, ScaleRows,
 };
 use crate::{Mem, MemMut, Result};
 
@@ -70,6 +70,14 @@ pub(super) fn translate<'h: 'd, 'd>(op: &Op<'h>, t: &mut impl Translate<'h, 'd>)
             out: t.write(&o.out, Access::Write)?,
             ..*o
         })),
+        Op::MoeRoute(o) => Ok(Op::MoeRoute(MoeRoute {
+            logits: t.read(&o.logits)?,
+            ids: t.write(&o.ids, Access::Write)?,
+            weights: t.write(&o.weights, Access::Write)?,
+            ..*o
+        })),
+        Op::MoeGateUp(o) => Ok(Op::MoeGateUp(moe_gate_up(o, t)?)),
+        Op::MoeDown(o) => Ok(Op::MoeDown(moe_down(o, t)?)),
         Op::HessianSyrk(o) => Ok(Op::HessianSyrk(HessianSyrk {
             x: t.read(&o.x)?,
             h: t.write(&o.h, Access::Update)?,
@@ -151,6 +159,33 @@ fn gate_up<'h: 'd, 'd>(o: &GateUp<'h>, t: &mut impl Translate<'h, 'd>) -> Result
         up: t.matrix(&o.up)?,
         gate_bias: t.optional(&o.gate_bias)?,
         up_bias: t.optional(&o.up_bias)?,
+        out: t.write(&o.out, Access::Write)?,
+        ..*o
+    })
+}
+
+fn moe_gate_up<'h: 'd, 'd>(
+    o: &MoeGateUp<'h>,
+    t: &mut impl Translate<'h, 'd>,
+) -> Result<MoeGateUp<'d>> {
+    let expert = |(gate, up): &(Matrix<'h>, Matrix<'h>)| Ok((t.matrix(gate)?, t.matrix(up)?));
+    Ok(MoeGateUp {
+        experts: o.experts.iter().map(expert).collect::<Result<_>>()?,
+        x: t.read(&o.x)?,
+        ids: t.read(&o.ids)?,
+        out: t.write(&o.out, Access::Write)?,
+        ..*o
+    })
+}
+
+fn moe_down<'h: 'd, 'd>(o: &MoeDown<'h>, t: &mut impl Translate<'h, 'd>) -> Result<MoeDown<'d>> {
+    let experts = o.experts.iter().map(|m| t.matrix(m));
+    Ok(MoeDown {
+        experts: experts.collect::<Result<_>>()?,
+        x: t.read(&o.x)?,
+        ids: t.read(&o.ids)?,
+        weights: t.read(&o.weights)?,
+        residual: t.optional(&o.residual)?,
         out: t.write(&o.out, Access::Write)?,
         ..*o
     })

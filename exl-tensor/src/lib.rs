@@ -30,7 +30,7 @@ pub use gpu::{Gpu, GpuPart, GpuTaken, gpu_kernels};
 pub use kv::{KvBuffers, KvShape};
 pub use plan::{
     AttnArgs, GateUpArgs, Part, Phase, Plan, PlanAdapter, PlanBuilder, PlanExtras, PlanKey, PlanOp,
-    RopeArgs, RowSet, SampleShape, Slot, SlotInfo, WeightId, WeightInfo,
+    RopeArgs, RowScales, RowSet, SampleShape, Slot, SlotInfo, WeightId, WeightInfo,
 };
 pub use step::{StepBlock, StepDraw, StepExtras, StepField, StepSeq};
 pub use weight::{DenseWeight, QuantKind, QuantWeight, Weight, Weights};

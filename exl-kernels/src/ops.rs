@@ -301,14 +301,15 @@ pub struct ScaleLogits<'a> {
     pub softcap: f32,
 }
 
-/// `out[r, :] = x[r, :] * scales[r, column] + add[r, :]`: the share that each row takes of something.
-/// Where the scale is 0 nothing is taken, not even what is no number. `out` may equal `x` or `add`.
+/// `out[r, :] = factor * scales[r, column] * x[r, :] + add[r, :]`: the share that each row takes of
+/// something, `factor` of it where there are no scales. Where factor times scale is 0 nothing is taken,
+/// not even what is no number. `out` may equal `x` or `add`.
 #[derive(Debug)]
 pub struct ScaleRows<'a> {
     /// F32 `[rows, dim]`.
     pub x: Mem<'a>,
-    /// F32 `[rows, columns]`.
-    pub scales: Mem<'a>,
+    /// F32 `[rows, columns]`; 1 for every row when there is none.
+    pub scales: Option<Mem<'a>>,
     /// F32 `[rows, dim]`.
     pub add: Option<Mem<'a>>,
     /// F32 `[rows, dim]`.
@@ -317,10 +318,12 @@ pub struct ScaleRows<'a> {
     pub rows: usize,
     /// Row length.
     pub dim: usize,
-    /// Scales of a row.
+    /// Scales of a row, 0 without any.
     pub columns: usize,
     /// Which of them is taken.
     pub column: usize,
+    /// The same for all rows.
+    pub factor: f32,
 }
 
 /// `out = act(gate) * up`, element by element, or `act(gate)` where there is no `up`. `out` may equal

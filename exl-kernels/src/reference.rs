@@ -385,11 +385,11 @@ fn scale_logits(op: &mut ScaleLogits<'_>) -> Result<()> {
 }
 
 fn scale_rows(op: &mut ScaleRows<'_>) -> Result<()> {
-    let (x, scales) = (floats(&op.x)?, floats(&op.scales)?);
-    let add = op.add.as_ref().map(floats).transpose()?;
+    let (x, scales, add) = (floats(&op.x)?, optional(&op.scales)?, optional(&op.add)?);
     let out = op.out.slice_mut::<f32>()?;
     for r in 0..op.rows {
-        let scale = scales[r * op.columns + op.column];
+        let own = |scales: &Vec<f64>| scales[r * op.columns + op.column];
+        let scale = f64::from(op.factor) * scales.as_ref().map_or(1.0, own);
         for i in r * op.dim..(r + 1) * op.dim {
             let taken = if scale == 0.0 { 0.0 } else { x[i] * scale };
             out[i] = (taken + add.as_ref().map_or(0.0, |add| add[i])) as f32;

@@ -32,8 +32,8 @@ pub use gpu::{Gpu, GpuPart, GpuTaken, gpu_kernels};
 pub use kv::{KvBuffers, KvShape};
 pub use plan::{
     AttnArgs, GateUpArgs, MoeDownOp, MoeGateUpOp, MoeRouteOp, Part, Phase, Plan, PlanAdapter,
-    PlanBuilder, PlanExtras, PlanKey, PlanOp, RopeArgs, Routing, RowSet, SampleShape, Slot,
-    SlotInfo, WeightId, WeightInfo,
+    PlanBuilder, PlanExtras, PlanKey, PlanOp, RopeArgs, Routing, RowScales, RowSet, SampleShape,
+    Slot, SlotInfo, WeightId, WeightInfo,
 };
 pub use step::{StepBlock, StepDraw, StepExtras, StepField, StepSeq};
 pub use weight::{DenseWeight, QuantKind, QuantWeight, Weight, Weights};

@@ -94,6 +94,26 @@ impl RowSet {
     }
 }
 
+/// What [`PlanOp::ScaleRows`] multiplies rows by, besides its factor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RowScales {
+    /// Nothing: the factor is that of all rows.
+    None,
+    /// A column of the step's array for these rows ([`PlanExtras::scales`]).
+    Step(RowSet, usize),
+    /// F32 `[rows, 1]`.
+    Slot(Slot),
+}
+
+impl RowScales {
+    fn slot(self) -> Option<Slot> {
+        match self {
+            Self::Slot(slot) => Some(slot),
+            Self::None | Self::Step(..) => None,
+        }
+    }
+}
+
 /// Sizes of the choice of tokens: widths of the step's arrays that [`PlanOp::Sample`] reads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct SampleShape {
@@ -219,10 +239,10 @@ pub enum PlanOp {
     },
     ScaleRows {
         x: Slot,
+        scales: RowScales,
+        factor: f32,
         add: Option<Slot>,
         out: Slot,
-        set: RowSet,
-        column: usize,
     },
     Gated {
         gate: Slot,
@@ -347,7 +367,10 @@ impl PlanOp {
             PlanOp::Linear { x, parts, .. } => std::iter::once(*x)
                 .chain(parts.iter().filter_map(|p| p.residual))
                 .collect(),
-            PlanOp::ScaleRows { x, add, .. } => std::iter::once(*x).chain(*add).collect(),
+            PlanOp::ScaleRows { x, scales, add, .. } => {
+                let slots = [Some(*x), scales.slot(), *add];
+                slots.into_iter().flatten().collect()
+            }
             PlanOp::Gated { gate, up, .. } => std::iter::once(*gate).chain(*up).collect(),
             PlanOp::MoeRoute { logits, .. } => vec![*logits],
             PlanOp::MoeGateUp { x, ids, .. } => vec![*x, *ids],

@@ -1,5 +1,6 @@
-// exl_scale_rows: out[r] = x[r] * scales[r, column] + add[r]; of rows with the scale 0 nothing is taken,
-// not even what is no number. `out` may be `x` or `add`, `add` may be 0.
+// exl_scale_rows: out[r] = factor * scales[r, column] * x[r] + add[r]; where factor times scale is 0
+// nothing is taken of a row, not even what is no number. `out` may be `x` or `add`; `scales` and `add` may
+// be 0: all scales are 1 then, nothing is added.
 //
 // All is F32, rows of `dim`. Moves 8 to 12 bytes an element; bound: memory. Four elements per thread;
 // a block has up to 1024 elements of one row.
@@ -19,13 +20,13 @@ __device__ __forceinline__ float taken(float v, float scale, float add) {
 // `vectors`: rows are aligned to 16 bytes.
 extern "C" __global__ void __launch_bounds__(THREADS)
     exl_scale_rows(const float* x, const float* scales, const float* add, float* out, int dim,
-                   int columns, int column, int vectors) {
+                   int columns, int column, float factor, int vectors) {
     pdl_launch();
     const int first = (blockIdx.y * THREADS + threadIdx.x) * 4;
     pdl_wait();
     if (first >= dim) return;
     const long long row = blockIdx.x, at = row * dim + first;
-    const float scale = scales[row * columns + column];
+    const float scale = scales ? factor * scales[row * columns + column] : factor;
     if (vectors) {
         const float4 v = *reinterpret_cast<const float4*>(x + at);
         float4 a = make_float4(0.0f, 0.0f, 0.0f, 0.0f);

@@ -38,7 +38,9 @@ pub(super) fn cases() -> Vec<Case> {
         list.push(scale_logits(rows, dim, 30.0));
     }
     for (rows, dim) in [(1, 5), (9, 130), (3, 1536), (2, 5000)] {
-        list.extend([false, true].map(|add| scale_rows((rows, dim), add)));
+        for columns in [0, 1, 3] {
+            list.extend([false, true].map(|add| scale_rows((rows, dim), columns, add)));
+        }
         for act in [
             Activation::Silu,
             Activation::GeluTanh,
@@ -258,16 +260,16 @@ fn scale_logits(rows: usize, dim: usize, softcap: f32) -> Case {
     })
 }
 
-/// Some rows have the scale 0 and hold what is no number.
-fn scale_rows((rows, dim): (usize, usize), add: bool) -> Case {
-    let name = format!("scale_rows::rows={rows}/dim={dim}/add={add}");
+/// Some rows have the scale 0 and hold what is no number; without columns all have the same.
+fn scale_rows((rows, dim): (usize, usize), columns: usize, add: bool) -> Case {
+    let name = format!("scale_rows::rows={rows}/dim={dim}/columns={columns}/add={add}");
     // Measured up to 1.2e-7.
     Case::new(name, 5e-7, move |run| {
         let mut rng = Rng::new(6);
-        let (columns, column) = (3, 1);
+        let column = columns / 2;
         let mut x = rng.floats(rows * dim);
         let mut scales = rng.floats(rows * columns);
-        for r in (0..rows).skip(1).step_by(2) {
+        for r in (0..rows).skip(1).step_by(2).filter(|_| columns > 0) {
             scales[r * columns + column] = 0.0;
             x[r * dim] = f32::NAN;
         }
@@ -279,13 +281,14 @@ fn scale_rows((rows, dim): (usize, usize), add: bool) -> Case {
         let (target, source) = shared(&mut out);
         run(&mut Op::ScaleRows(ScaleRows {
             x: Mem::host(&x),
-            scales: Mem::host(&scales),
+            scales: (columns > 0).then(|| Mem::host(&scales)),
             add: add.then_some(source),
             out: target,
             rows,
             dim,
             columns,
             column,
+            factor: 0.22,
         }))?;
         Ok(vec![out])
     })

@@ -165,13 +165,15 @@ pub(super) fn scale_logits(op: &mut ScaleLogits<'_>, cpu: &Cpu) -> Result<()> {
 }
 
 pub(super) fn scale_rows(op: &mut ScaleRows<'_>, cpu: &Cpu) -> Result<()> {
-    let (dim, columns, column) = (op.dim, op.columns, op.column);
-    let scales = op.scales.slice::<f32>()?;
+    let (dim, columns, column, factor) = (op.dim, op.columns, op.column, op.factor);
+    let scales = op.scales.as_ref().map(readable).transpose()?;
     let x = readable(&op.x)?;
     let add = op.add.as_ref().map(readable).transpose()?;
     let out = Rows(op.out.slice_mut::<f32>()?.as_mut_ptr());
     for_rows(cpu, op.rows, dim, |r| {
-        let scale = scales[r * columns + column];
+        // SAFETY: `check` bounded the scales, which no output is.
+        let own = |scales: &Rows<f32>| unsafe { scales.at(r * columns + column).read() };
+        let scale = factor * scales.as_ref().map_or(1.0, own);
         for i in r * dim..(r + 1) * dim {
             // SAFETY: `check` bounded the rows; each task has its own, and an element is read before
             // it is written, so that the regions may coincide.

@@ -96,8 +96,9 @@ pub fn check(op: &Op<'_>) -> Result<()> {
         Op::ScaleLogits(o) => c.write("x", &o.x, F32, &[o.rows, o.dim]),
         Op::ScaleRows(o) => {
             c.read("x", &o.x, F32, &[o.rows, o.dim])?;
-            c.rule("column", o.column < o.columns, "one of the columns")?;
-            c.read("scales", &o.scales, F32, &[o.rows, o.columns])?;
+            let found = o.scales.is_none() || o.column < o.columns;
+            c.rule("column", found, "one of the columns")?;
+            c.optional("scales", &o.scales, F32, &[o.rows, o.columns])?;
             c.optional("add", &o.add, F32, &[o.rows, o.dim])?;
             c.write("out", &o.out, F32, &[o.rows, o.dim])
         }

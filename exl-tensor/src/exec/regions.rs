@@ -5,7 +5,7 @@ use exl_kernels::{DType, KvType, Mem, MemMut};
 
 use super::Bound;
 use crate::plan::{
-    AttnOp, GateUpOp, MoeDownOp, MoeGateUpOp, PlanOp, PlanPart, RopeOp, Routing, RowSet,
+    AttnOp, GateUpOp, MoeDownOp, MoeGateUpOp, PlanOp, PlanPart, RopeOp, Routing, RowScales, RowSet,
 };
 use crate::{KvBuffers, Slot, StepBlock, StepField, WeightId};
 
@@ -173,20 +173,24 @@ impl<'a> Regions<'a> {
             }),
             PlanOp::ScaleRows {
                 x,
+                scales,
+                factor,
                 add,
                 out,
-                set,
-                column,
-            } => Op::ScaleRows(ops::ScaleRows {
-                x: self.mem(*x),
-                scales: self.arena.step(step, set.scales()),
-                add: add.map(|add| self.mem(add)),
-                out: self.mem_mut(*out),
-                rows: self.bound.plan().slot(*out).rows,
-                dim: self.bound.plan().slot(*out).dim,
-                columns: step.key().extras.scales(),
-                column: *column,
-            }),
+            } => {
+                let (scales, columns, column) = self.row_scales(*scales, step);
+                Op::ScaleRows(ops::ScaleRows {
+                    x: self.mem(*x),
+                    scales,
+                    add: add.map(|add| self.mem(add)),
+                    out: self.mem_mut(*out),
+                    rows: self.bound.plan().slot(*out).rows,
+                    dim: self.bound.plan().slot(*out).dim,
+                    columns,
+                    column,
+                    factor: *factor,
+                })
+            }
             PlanOp::Gated { gate, up, out, act } => Op::Gated(ops::Gated {
                 gate: self.mem(*gate),
                 up: up.map(|up| self.mem(up)),
@@ -248,6 +252,22 @@ impl<'a> Regions<'a> {
                 window: shape.window,
                 blocked_width: shape.blocked,
             }),
+        }
+    }
+
+    /// The array of scales, how many a row has, and which of them counts.
+    fn row_scales<'s: 'a>(
+        &self,
+        scales: RowScales,
+        step: &'s StepBlock,
+    ) -> (Option<Mem<'a>>, usize, usize) {
+        match scales {
+            RowScales::None => (None, 0, 0),
+            RowScales::Slot(slot) => (Some(self.mem(slot)), 1, 0),
+            RowScales::Step(set, column) => {
+                let columns = step.key().extras.scales();
+                (Some(self.arena.step(step, set.scales())), columns, column)
+            }
         }
     }
 

@@ -4,7 +4,7 @@ use std::fmt;
 
 use crate::StepField;
 
-use super::{Phase, Plan, PlanKey, PlanOp, RowSet, SampleShape, Slot, WeightId};
+use super::{Phase, Plan, PlanKey, PlanOp, RowScales, RowSet, SampleShape, Slot, WeightId};
 
 impl fmt::Display for PlanKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -229,13 +229,23 @@ impl fmt::Display for OpText<'_> {
             }
             PlanOp::ScaleRows {
                 x,
+                scales,
+                factor,
                 add,
                 out,
-                column,
-                ..
             } => {
                 let (out, add) = (self.out(*out), plus(add));
-                write!(f, "{out} = scale_rows({x}) column={column}{add}")
+                match scales {
+                    RowScales::None => write!(f, "{out} = scale_rows({x})")?,
+                    RowScales::Slot(scales) => write!(f, "{out} = scale_rows({x}, {scales})")?,
+                    RowScales::Step(_, column) => {
+                        write!(f, "{out} = scale_rows({x}) column={column}")?;
+                    }
+                }
+                if *factor != 1.0 {
+                    write!(f, " factor={factor}")?;
+                }
+                write!(f, "{add}")
             }
             PlanOp::Gated { gate, up, out, act } => {
                 let up = up.map(|up| format!(", {up}")).unwrap_or_default();

@@ -188,12 +188,13 @@ pub(super) fn scale_rows(
         shared_bytes: 0,
         args: Args::new()
             .ptr(x)
-            .ptr(o.scales.as_ptr() as u64)
+            .ptr(address(&o.scales))
             .ptr(add)
             .ptr(out)
             .int(o.dim)
             .int(o.columns)
             .int(o.column)
+            .float(o.factor)
             .int(usize::from(vectors)),
     });
     Ok(())

@@ -59,7 +59,7 @@ pub(super) fn translate<'h: 'd, 'd>(op: &Op<'h>, t: &mut impl Translate<'h, 'd>)
         })),
         Op::ScaleRows(o) => Ok(Op::ScaleRows(ScaleRows {
             x: t.read(&o.x)?,
-            scales: t.read(&o.scales)?,
+            scales: t.optional(&o.scales)?,
             add: t.optional(&o.add)?,
             out: t.write(&o.out, Access::Write)?,
             ..*o

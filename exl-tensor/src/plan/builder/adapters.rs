@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use super::{Part, PlanBuilder, PlanOp, Slot, WeightId};
+use crate::plan::RowScales;
 
 /// A low-rank adapter as plans see it: to a linear of its list it adds `scale (x A^T) B^T`, with the
 /// scale of each row of the step.
@@ -53,10 +54,10 @@ impl PlanBuilder {
             let share = self.new_slot("share", self.rows(x), self.dim(x));
             self.push(PlanOp::ScaleRows {
                 x,
+                scales: RowScales::Step(self.set, column),
+                factor: 1.0,
                 add: None,
                 out: share,
-                set: self.set,
-                column,
             });
             let inner = self.products(share, &down);
             for (inner, (part, out)) in inner.into_iter().zip(up) {
@@ -74,10 +75,10 @@ impl PlanBuilder {
         let vectors = self.input("vectors", self.rows(hidden), self.dim(hidden));
         self.push(PlanOp::ScaleRows {
             x: hidden,
+            scales: RowScales::Step(self.set, self.key.extras.adapters.len()),
+            factor: 1.0,
             add: Some(vectors),
             out: hidden,
-            set: self.set,
-            column: self.key.extras.adapters.len(),
         });
     }
 }

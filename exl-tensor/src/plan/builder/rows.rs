@@ -3,7 +3,7 @@
 use exl_kernels::ops::Activation;
 
 use crate::StepField;
-use crate::plan::{LayerNormOp, PlanBuilder, PlanOp, Slot, WeightId};
+use crate::plan::{LayerNormOp, PlanBuilder, PlanOp, RowScales, Slot, WeightId};
 
 impl PlanBuilder {
     /// `hidden += table[position]`, in place: learned positions. Steps may reach no position beyond the
@@ -39,6 +39,27 @@ impl PlanBuilder {
             dim: self.dim(x),
             eps,
             offset,
+        });
+        residual
+    }
+
+    /// `residual += factor * x`, in place; returns `residual`.
+    pub fn scale_add(&mut self, x: Slot, factor: f32, residual: Slot) -> Slot {
+        self.add_scaled(x, (RowScales::None, factor), residual)
+    }
+
+    /// `residual += scales * x` row by row, with scales `[rows, 1]`, in place; returns `residual`.
+    pub fn scale_rows_add(&mut self, x: Slot, scales: Slot, residual: Slot) -> Slot {
+        self.add_scaled(x, (RowScales::Slot(scales), 1.0), residual)
+    }
+
+    fn add_scaled(&mut self, x: Slot, (scales, factor): (RowScales, f32), residual: Slot) -> Slot {
+        self.push(PlanOp::ScaleRows {
+            x,
+            scales,
+            factor,
+            add: Some(residual),
+            out: residual,
         });
         residual
     }

@@ -248,25 +248,30 @@ fn logits_are_scaled_four_by_four() {
 
 #[test]
 fn rows_are_scaled_and_gated_four_by_four() {
-    let scale = |at: usize, rows: usize, dim: usize| {
+    let scale = |at: usize, rows: usize, dim: usize, columns: usize| {
         launch(&Op::ScaleRows(ops::ScaleRows {
             x: read(at, rows * dim, DType::F32),
-            scales: read(4 * BASE, rows * 2, DType::F32),
+            scales: (columns > 0).then(|| read(4 * BASE, rows * columns, DType::F32)),
             add: None,
             out: write(2 * BASE, rows * dim),
             rows,
             dim,
-            columns: 2,
-            column: 1,
+            columns,
+            column: columns / 2,
+            factor: 0.5,
         }))
     };
-    let all = scale(BASE, 3, 5120).unwrap();
+    let half = u64::from(0.5f32.to_bits());
+    let all = scale(BASE, 3, 5120, 2).unwrap();
     assert_eq!((all.grid, all.kernel.entry), ([3, 5, 1], "exl_scale_rows"));
-    assert_eq!(all.args.words()[2], 0);
-    assert_eq!(all.args.words()[4..], [5120, 2, 1, 1]);
-    assert_eq!(scale(BASE + 4, 3, 5120).unwrap().args.words()[7], 0);
-    assert_eq!(scale(BASE, 3, 5).unwrap().args.words()[7], 0);
-    assert_eq!(scale(BASE, 0, 5), None);
+    assert_eq!(all.args.words()[1..3], [4 * BASE as u64, 0]);
+    assert_eq!(all.args.words()[4..], [5120, 2, 1, half, 1]);
+    let alike = scale(BASE, 3, 5120, 0).unwrap();
+    assert_eq!(alike.args.words()[1], 0);
+    assert_eq!(alike.args.words()[4..], [5120, 0, 0, half, 1]);
+    assert_eq!(scale(BASE + 4, 3, 5120, 2).unwrap().args.words()[8], 0);
+    assert_eq!(scale(BASE, 3, 5, 2).unwrap().args.words()[8], 0);
+    assert_eq!(scale(BASE, 0, 5, 2), None);
 
     let gated = |up: Option<usize>, act: ops::Activation| {
         launch(&Op::Gated(ops::Gated {

@@ -2,12 +2,13 @@
 """Makes the golden fixtures of exl-models with Hugging Face transformers.
 
     python3 -m venv venv && venv/bin/pip install torch transformers==4.57.1 numpy safetensors
-    venv/bin/python exl-models/tests/golden/make.py [--greedy MODEL_DIR OUT.json]
+    venv/bin/python exl-models/tests/golden/make.py [CASE...]
+    venv/bin/python exl-models/tests/golden/make.py --greedy MODEL_DIR OUT.json
 
 Writes beside itself, per case, NAME-tiny/{config.json, model.safetensors, golden.safetensors} and
-rope.json. The weights are random (seeded); they are rounded to the stored type first and computed
-with in fp32, eager attention. golden.safetensors: input_ids I32 [T], positions I32 [P] (rows whose
-logits are stored), logits F32 [P, V].
+rope.json (the case `rope`); all of them unless cases are named. The weights are random (seeded);
+they are rounded to the stored type first and computed with in fp32, eager attention. README.md says
+what the files hold. The cases of Llama, Mistral, Qwen2 and Qwen3 are here, all others in families/.
 """
 
 import json
@@ -27,6 +28,12 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+# No caches beside the sources.
+sys.dont_write_bytecode = True
+
+import families
+from families.common import make as make_family
 
 HERE = Path(__file__).resolve().parent
 # An odd vocabulary: widths that no vector register divides.
@@ -214,10 +221,22 @@ def greedy(model_dir, out, prompt="CHAPTER I.\n\n", count=200):
     print(f"{out}: smallest gap {min(gaps)}")
 
 
+def main(wanted):
+    unknown = set(wanted) - CASES.keys() - families.CASES.keys() - {"rope"}
+    if unknown:
+        sys.exit(f"no such case: {', '.join(sorted(unknown))}")
+    for name, case in CASES.items():
+        if not wanted or name in wanted:
+            make(name, *case)
+    for name, case in families.CASES.items():
+        if not wanted or name in wanted:
+            make_family(name, case, HERE)
+    if not wanted or "rope" in wanted:
+        rope_cases()
+
+
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--greedy"]:
         greedy(sys.argv[2], sys.argv[3])
     else:
-        for name, case in CASES.items():
-            make(name, *case)
-        rope_cases()
+        main(sys.argv[1:])

@@ -86,6 +86,7 @@ impl Cpu {
             Op::Embed(_)
             | Op::GatherRows(_)
             | Op::ScaleLogits(_)
+            | Op::Clamp(_)
             | Op::ScaleRows(_)
             | Op::Gated(_)
             | Op::HessianSyrk(_)
@@ -158,6 +159,7 @@ impl Cpu {
             Op::PagedAttn(op) => paged_attn::run(op, self),
             Op::GatherRows(op) => rows::gather_rows(op, self),
             Op::ScaleLogits(op) => rows::scale_logits(op, self),
+            Op::Clamp(op) => rows::clamp(op, self),
             Op::ScaleRows(op) => rows::scale_rows(op, self),
             Op::Gated(op) => rows::gated(op, self),
             Op::HessianSyrk(op) => syrk::run(op, self),

@@ -174,6 +174,7 @@ impl Meter<'_> {
             PlanOp::PagedAttn { args, .. } => self.attention(args, &mut cost),
             PlanOp::GatherRows { .. } => {}
             PlanOp::ScaleRows { out, .. } => cost.flops = 2 * self.elements(*out),
+            PlanOp::Clamp { x, .. } => cost.flops = 2 * self.elements(*x),
             PlanOp::Gated { out, .. } => cost.flops = 2 * self.elements(*out),
             PlanOp::ScaleLogits { rows, dim, .. } => cost.flops = (rows * dim) as u64,
             // Every logit is compared once; most are not changed, and none is read twice.

@@ -241,6 +241,10 @@ pub enum PlanOp {
         add: Option<Slot>,
         out: Slot,
     },
+    Clamp {
+        x: Slot,
+        limit: f32,
+    },
     Gated {
         gate: Slot,
         up: Option<Slot>,
@@ -324,6 +328,7 @@ impl PlanOp {
             PlanOp::PagedAttn { .. } => "paged_attn",
             PlanOp::GatherRows { .. } => "gather_rows",
             PlanOp::ScaleRows { .. } => "scale_rows",
+            PlanOp::Clamp { .. } => "clamp",
             PlanOp::Gated { .. } => "gated",
             PlanOp::ScaleLogits { .. } => "scale_logits",
             PlanOp::Sample { .. } => "sample",
@@ -338,6 +343,7 @@ impl PlanOp {
             PlanOp::LayerNorm { x, .. }
             | PlanOp::GateUp { x, .. }
             | PlanOp::GatherRows { x, .. }
+            | PlanOp::Clamp { x, .. }
             | PlanOp::ScaleLogits { x, .. } => vec![*x],
             PlanOp::Linear { x, parts, .. } => std::iter::once(*x)
                 .chain(parts.iter().filter_map(|p| p.residual))
@@ -366,7 +372,7 @@ impl PlanOp {
             | PlanOp::Gated { out, .. } => vec![*out],
             PlanOp::Linear { parts, .. } => parts.iter().map(|p| p.out).collect(),
             PlanOp::RopeAppend { q, .. } => vec![*q],
-            PlanOp::ScaleLogits { x, .. } => vec![*x],
+            PlanOp::Clamp { x, .. } | PlanOp::ScaleLogits { x, .. } => vec![*x],
             PlanOp::Sample { logits, out, .. } => vec![*logits, *out],
         }
     }

@@ -89,6 +89,7 @@ impl Cpu {
             Op::Embed(_)
             | Op::GatherRows(_)
             | Op::ScaleLogits(_)
+            | Op::Clamp(_)
             | Op::ScaleRows(_)
             | Op::Gated(_)
             | Op::MoeRoute(_)
@@ -162,6 +163,7 @@ impl Cpu {
             Op::PagedAttn(op) => paged_attn::run(op, self),
             Op::GatherRows(op) => rows::gather_rows(op, self),
             Op::ScaleLogits(op) => rows::scale_logits(op, self),
+            Op::Clamp(op) => rows::clamp(op, self),
             Op::ScaleRows(op) => rows::scale_rows(op, self),
             Op::Gated(op) => rows::gated(op, self),
             Op::MoeRoute(op) => route::run(op, self),

@@ -301,6 +301,19 @@ pub struct ScaleLogits<'a> {
     pub softcap: f32,
 }
 
+/// In place: `x = min(max(x, -limit), limit)`. What is no number stays so.
+#[derive(Debug)]
+pub struct Clamp<'a> {
+    /// F32 `[rows, dim]`.
+    pub x: MemMut<'a>,
+    /// Number of rows.
+    pub rows: usize,
+    /// Row length.
+    pub dim: usize,
+    /// Largest magnitude, at least 0.
+    pub limit: f32,
+}
+
 /// `out[r, :] = factor * scales[r, column] * x[r, :] + add[r, :]`: the share that each row takes of
 /// something, `factor` of it where there are no scales. Where factor times scale is 0 nothing is taken,
 /// not even what is no number. `out` may equal `x` or `add`.
@@ -381,6 +394,7 @@ pub enum Op<'a> {
     PagedAttn(PagedAttn<'a>),
     GatherRows(GatherRows<'a>),
     ScaleLogits(ScaleLogits<'a>),
+    Clamp(Clamp<'a>),
     ScaleRows(ScaleRows<'a>),
     Gated(Gated<'a>),
     MoeRoute(MoeRoute<'a>),
@@ -408,6 +422,7 @@ impl Op<'_> {
             Op::PagedAttn(_) => "paged_attn",
             Op::GatherRows(_) => "gather_rows",
             Op::ScaleLogits(_) => "scale_logits",
+            Op::Clamp(_) => "clamp",
             Op::ScaleRows(_) => "scale_rows",
             Op::Gated(_) => "gated",
             Op::MoeRoute(_) => "moe_route",

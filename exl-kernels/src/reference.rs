@@ -7,8 +7,8 @@ mod moe;
 use half::{bf16, f16};
 
 use crate::ops::{
-    Activation, Dequant, Embed, GateUp, Gated, GatherRows, HessianSyrk, LayerNorm, Linear, Matrix,
-    Op, PAGE_TOKENS, PagedAttn, RmsNorm, RopeAppend, RopeStyle, ScaleLogits, ScaleRows,
+    Activation, Clamp, Dequant, Embed, GateUp, Gated, GatherRows, HessianSyrk, LayerNorm, Linear,
+    Matrix, Op, PAGE_TOKENS, PagedAttn, RmsNorm, RopeAppend, RopeStyle, ScaleLogits, ScaleRows,
 };
 use crate::{DType, Error, Mem, MemMut, Result, ops};
 
@@ -28,6 +28,7 @@ pub fn run(op: &mut Op<'_>) -> Result<()> {
         Op::PagedAttn(op) => paged_attn(op),
         Op::GatherRows(op) => gather_rows(op),
         Op::ScaleLogits(op) => scale_logits(op),
+        Op::Clamp(op) => clamp(op),
         Op::ScaleRows(op) => scale_rows(op),
         Op::Gated(op) => gated(op),
         Op::MoeRoute(op) => moe::route(op),
@@ -380,6 +381,13 @@ fn scale_logits(op: &mut ScaleLogits<'_>) -> Result<()> {
     for x in op.x.slice_mut::<f32>()? {
         let y = f64::from(*x) * scale;
         *x = if cap > 0.0 { cap * (y / cap).tanh() } else { y } as f32;
+    }
+    Ok(())
+}
+
+fn clamp(op: &mut Clamp<'_>) -> Result<()> {
+    for x in op.x.slice_mut::<f32>()? {
+        *x = x.clamp(-op.limit, op.limit);
     }
     Ok(())
 }

@@ -81,6 +81,7 @@ fn outputs<'a, 'b>(op: &'a mut Op<'b>) -> Vec<&'a mut MemMut<'b>> {
         Op::PagedAttn(o) => vec![&mut o.out],
         Op::GatherRows(o) => vec![&mut o.out],
         Op::ScaleLogits(o) => vec![&mut o.x],
+        Op::Clamp(o) => vec![&mut o.x],
         Op::ScaleRows(o) => vec![&mut o.out],
         Op::Gated(o) => vec![&mut o.out],
         Op::MoeRoute(o) => vec![&mut o.ids, &mut o.weights],

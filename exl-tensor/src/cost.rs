@@ -190,6 +190,7 @@ impl Meter<'_> {
             PlanOp::PagedAttn { args, .. } => self.attention(args, &mut cost),
             PlanOp::GatherRows { .. } => {}
             PlanOp::ScaleRows { out, .. } => cost.flops = 2 * self.elements(*out),
+            PlanOp::Clamp { x, .. } => cost.flops = 2 * self.elements(*x),
             PlanOp::Gated { out, .. } => cost.flops = 2 * self.elements(*out),
             PlanOp::MoeRoute { args, .. } => {
                 cost.flops = (args.rows * args.experts * (args.top_k + 1)) as u64;

@@ -244,6 +244,10 @@ pub enum PlanOp {
         add: Option<Slot>,
         out: Slot,
     },
+    Clamp {
+        x: Slot,
+        limit: f32,
+    },
     Gated {
         gate: Slot,
         up: Option<Slot>,
@@ -346,6 +350,7 @@ impl PlanOp {
             PlanOp::PagedAttn { .. } => "paged_attn",
             PlanOp::GatherRows { .. } => "gather_rows",
             PlanOp::ScaleRows { .. } => "scale_rows",
+            PlanOp::Clamp { .. } => "clamp",
             PlanOp::Gated { .. } => "gated",
             PlanOp::MoeRoute { .. } => "moe_route",
             PlanOp::MoeGateUp { .. } => "moe_gate_up",
@@ -363,6 +368,7 @@ impl PlanOp {
             PlanOp::LayerNorm { x, .. }
             | PlanOp::GateUp { x, .. }
             | PlanOp::GatherRows { x, .. }
+            | PlanOp::Clamp { x, .. }
             | PlanOp::ScaleLogits { x, .. } => vec![*x],
             PlanOp::Linear { x, parts, .. } => std::iter::once(*x)
                 .chain(parts.iter().filter_map(|p| p.residual))
@@ -405,7 +411,7 @@ impl PlanOp {
             PlanOp::MoeRoute { ids, weights, .. } => vec![*ids, *weights],
             PlanOp::Linear { parts, .. } => parts.iter().map(|p| p.out).collect(),
             PlanOp::RopeAppend { q, .. } => vec![*q],
-            PlanOp::ScaleLogits { x, .. } => vec![*x],
+            PlanOp::Clamp { x, .. } | PlanOp::ScaleLogits { x, .. } => vec![*x],
             PlanOp::Sample { logits, out, .. } => vec![*logits, *out],
         }
     }

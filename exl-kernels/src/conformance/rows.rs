@@ -3,8 +3,8 @@
 use super::data::{Exl2, Rng, STORAGE, Stored};
 use super::{Case, Run};
 use crate::ops::{
-    Activation, Dequant, Embed, Gated, GatherRows, HessianSyrk, LayerNorm, Matrix, Op, RmsNorm,
-    ScaleLogits, ScaleRows,
+    Activation, Clamp, Dequant, Embed, Gated, GatherRows, HessianSyrk, LayerNorm, Matrix, Op,
+    RmsNorm, ScaleLogits, ScaleRows,
 };
 use crate::{DType, GptqParts, Mem, MemMut, QuantMatrix, Result};
 
@@ -36,6 +36,7 @@ pub(super) fn cases() -> Vec<Case> {
         list.push(gather_rows(rows, dim));
         list.push(scale_logits(rows, dim, 0.0));
         list.push(scale_logits(rows, dim, 30.0));
+        list.push(clamp(rows, dim));
     }
     for (rows, dim) in [(1, 5), (9, 130), (3, 1536), (2, 5000)] {
         for columns in [0, 1, 3] {
@@ -256,6 +257,22 @@ fn scale_logits(rows: usize, dim: usize, softcap: f32) -> Case {
             softcap,
         };
         run(&mut Op::ScaleLogits(op))?;
+        Ok(vec![x])
+    })
+}
+
+/// Values on both sides and far beyond, one that is no number.
+fn clamp(rows: usize, dim: usize) -> Case {
+    Case::new(format!("clamp::rows={rows}/dim={dim}"), 0.0, move |run| {
+        let mut x = Rng::new(12).floats(rows * dim);
+        x[..3].copy_from_slice(&[f32::INFINITY, f32::NEG_INFINITY, f32::NAN]);
+        let op = Clamp {
+            x: MemMut::host(&mut x),
+            rows,
+            dim,
+            limit: 0.5,
+        };
+        run(&mut Op::Clamp(op))?;
         Ok(vec![x])
     })
 }

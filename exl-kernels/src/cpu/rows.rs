@@ -9,7 +9,8 @@ use super::dense::Dense;
 use super::{Cpu, Isa, math};
 use crate::kv::{Codec, PageLayout};
 use crate::ops::{
-    self, Embed, Gated, GatherRows, PAGE_TOKENS, RopeAppend, RopeStyle, ScaleLogits, ScaleRows,
+    self, Clamp, Embed, Gated, GatherRows, PAGE_TOKENS, RopeAppend, RopeStyle, ScaleLogits,
+    ScaleRows,
 };
 use crate::{Error, KvFormat, Mem, MemMut, Result};
 pub(super) use norm::{layer_norm, layer_norm_words, rms_norm, rms_norm_words};
@@ -159,6 +160,18 @@ pub(super) fn scale_logits(op: &mut ScaleLogits<'_>, cpu: &Cpu) -> Result<()> {
             } else {
                 scaled
             };
+        }
+    });
+    Ok(())
+}
+
+pub(super) fn clamp(op: &mut Clamp<'_>, cpu: &Cpu) -> Result<()> {
+    let (dim, limit) = (op.dim, op.limit);
+    let x = Rows(op.x.slice_mut::<f32>()?.as_mut_ptr());
+    for_rows(cpu, op.rows, dim, |r| {
+        // SAFETY: `check` bounded the rows; each task has its own.
+        for v in unsafe { x.range(r * dim, dim) } {
+            *v = v.clamp(-limit, limit);
         }
     });
     Ok(())

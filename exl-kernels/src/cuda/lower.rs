@@ -67,6 +67,7 @@ pub fn lower(op: &Op<'_>, target: &Target<'_>, list: &mut Vec<Launch>) -> Result
         Op::LayerNorm(o) => rows::layer_norm(o, target, list),
         Op::GatherRows(o) => rows::gather_rows(o, target, list),
         Op::ScaleLogits(o) => rows::scale_logits(o, target, list),
+        Op::Clamp(o) => rows::clamp(o, target, list),
         Op::ScaleRows(o) => rows::scale_rows(o, target, list),
         Op::Gated(o) => rows::gated(o, target, list),
         Op::HessianSyrk(o) => gemm::hessian_syrk(o, target, list),
@@ -109,6 +110,7 @@ pub fn scratch_bytes(op: &Op<'_>, props: &DeviceProps) -> u64 {
         | Op::LayerNorm(_)
         | Op::GatherRows(_)
         | Op::ScaleLogits(_)
+        | Op::Clamp(_)
         | Op::ScaleRows(_)
         | Op::Gated(_)
         | Op::MoeRoute(_)

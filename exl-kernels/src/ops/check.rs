@@ -94,6 +94,10 @@ pub fn check(op: &Op<'_>) -> Result<()> {
             c.write("out", &o.out, F32, &[o.rows, o.dim])
         }
         Op::ScaleLogits(o) => c.write("x", &o.x, F32, &[o.rows, o.dim]),
+        Op::Clamp(o) => {
+            c.rule("limit", o.limit >= 0.0, "a number of at least 0")?;
+            c.write("x", &o.x, F32, &[o.rows, o.dim])
+        }
         Op::ScaleRows(o) => {
             c.read("x", &o.x, F32, &[o.rows, o.dim])?;
             let found = o.scales.is_none() || o.column < o.columns;

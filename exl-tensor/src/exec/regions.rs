@@ -191,6 +191,12 @@ impl<'a> Regions<'a> {
                     factor: *factor,
                 })
             }
+            PlanOp::Clamp { x, limit } => Op::Clamp(ops::Clamp {
+                x: self.mem_mut(*x),
+                rows: self.bound.plan().slot(*x).rows,
+                dim: self.bound.plan().slot(*x).dim,
+                limit: *limit,
+            }),
             PlanOp::Gated { gate, up, out, act } => Op::Gated(ops::Gated {
                 gate: self.mem(*gate),
                 up: up.map(|up| self.mem(up)),

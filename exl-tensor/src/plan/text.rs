@@ -247,6 +247,7 @@ impl fmt::Display for OpText<'_> {
                 }
                 write!(f, "{add}")
             }
+            PlanOp::Clamp { x, limit } => write!(f, "clamp({x}) limit={limit}"),
             PlanOp::Gated { gate, up, out, act } => {
                 let up = up.map(|up| format!(", {up}")).unwrap_or_default();
                 write!(f, "{} = gated({gate}{up}) act={act:?}", self.out(*out))

@@ -111,7 +111,7 @@ if [ "${2:-}" = --sanitize ]; then
             sed -n 's/^\([0-9]* kernels ran\)/  \1/p' "$results/$tool-$family.err" | cut -c 1-100
         done
     done <<FAMILIES
-rows embed,rms_norm,gather_rows,scale_logits,scale_rows,gated
+rows embed,rms_norm,layer_norm,gather_rows,scale_logits,clamp,scale_rows,gated
 linear linear,gate_up,dequant
 attention rope_append,paged_attn
 sample sample

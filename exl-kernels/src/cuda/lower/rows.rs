@@ -15,8 +15,15 @@ use crate::{DType, Error, Mem, MemMut, Result, ops};
 pub(super) use norm::{KERNELS as NORMS, layer_norm, rms_norm};
 
 /// Entry points of this family, without the norms.
-pub(crate) static KERNELS: &[Kernel] =
-    &[TAKE[0], TAKE[1], TAKE[2], SCALE_LOGITS, SCALE_ROWS, GATED];
+pub(crate) static KERNELS: &[Kernel] = &[
+    TAKE[0],
+    TAKE[1],
+    TAKE[2],
+    SCALE_LOGITS,
+    CLAMP,
+    SCALE_ROWS,
+    GATED,
+];
 
 macro_rules! instances {
     ($module:literal, $name:literal) => {
@@ -39,6 +46,7 @@ const SCALE_THREADS: u32 = 256;
 /// Elements that one block takes.
 const SCALE_CHUNK: usize = 1024;
 
+const CLAMP: Kernel = Kernel::new("act/clamp", "exl_clamp");
 const SCALE_ROWS: Kernel = Kernel::new("act/scale_rows", "exl_scale_rows");
 const GATED: Kernel = Kernel::new("act/gated", "exl_gated");
 
@@ -164,6 +172,32 @@ pub(super) fn scale_logits(
             .long(count as u64)
             .float(o.scale)
             .float(o.softcap)
+            .int(usize::from(aligned(&[x]))),
+    });
+    Ok(())
+}
+
+pub(super) fn clamp(
+    o: &ops::Clamp<'_>,
+    _target: &Target<'_>,
+    list: &mut Vec<Launch>,
+) -> Result<()> {
+    let count = o.x.len();
+    let blocks = count.div_ceil(SCALE_CHUNK);
+    check_sizes("clamp", &[blocks])?;
+    if count == 0 {
+        return Ok(());
+    }
+    let x = o.x.as_mem().as_ptr() as u64;
+    list.push(Launch {
+        kernel: CLAMP,
+        grid: [blocks as u32, 1, 1],
+        block: [SCALE_THREADS, 1, 1],
+        shared_bytes: 0,
+        args: Args::new()
+            .ptr(x)
+            .long(count as u64)
+            .float(o.limit)
             .int(usize::from(aligned(&[x]))),
     });
     Ok(())

@@ -2,9 +2,9 @@
 
 use super::spans::Access;
 use crate::ops::{
-    Dequant, Embed, GateUp, Gated, GatherRows, Gptq, HessianFactor, HessianLoss, HessianSyrk,
-    LayerNorm, Linear, LinearPart, Matrix, MoeDown, MoeGateUp, MoeRoute, Op, PagedAttn, Refine,
-    RmsNorm, RopeAppend, Sample, ScaleLogits, ScaleRows,
+    Clamp, Dequant, Embed, GateUp, Gated, GatherRows, Gptq, HessianFactor, HessianLoss,
+    HessianSyrk, LayerNorm, Linear, LinearPart, Matrix, MoeDown, MoeGateUp, MoeRoute, Op,
+    PagedAttn, Refine, RmsNorm, RopeAppend, Sample, ScaleLogits, ScaleRows,
 };
 use crate::{Mem, MemMut, Result};
 
@@ -54,6 +54,10 @@ pub(super) fn translate<'h: 'd, 'd>(op: &Op<'h>, t: &mut impl Translate<'h, 'd>)
             ..*o
         })),
         Op::ScaleLogits(o) => Ok(Op::ScaleLogits(ScaleLogits {
+            x: t.write(&o.x, Access::Update)?,
+            ..*o
+        })),
+        Op::Clamp(o) => Ok(Op::Clamp(Clamp {
             x: t.write(&o.x, Access::Update)?,
             ..*o
         })),

@@ -64,6 +64,11 @@ impl PlanBuilder {
         residual
     }
 
+    /// Brings every element to at most `limit` in magnitude, in place.
+    pub fn clamp(&mut self, x: Slot, limit: f32) {
+        self.push(PlanOp::Clamp { x, limit });
+    }
+
     /// The activation of every element, in place; returns `x`.
     pub fn activate(&mut self, x: Slot, act: Activation) -> Slot {
         self.push(PlanOp::Gated {

@@ -247,6 +247,24 @@ fn logits_are_scaled_four_by_four() {
 }
 
 #[test]
+fn values_are_clamped_four_by_four() {
+    let clamp = |at: usize, rows: usize, dim: usize| {
+        launch(&Op::Clamp(ops::Clamp {
+            x: write(at, rows * dim),
+            rows,
+            dim,
+            limit: 8.0,
+        }))
+    };
+    let all = clamp(BASE, 3, 1000).unwrap();
+    assert_eq!((all.grid, all.kernel.entry), ([3, 1, 1], "exl_clamp"));
+    let limit = u64::from(8f32.to_bits());
+    assert_eq!(all.args.words()[..], [BASE as u64, 3000, limit, 1]);
+    assert_eq!(clamp(BASE + 4, 1, 5).unwrap().args.words()[3], 0);
+    assert_eq!(clamp(BASE, 0, 5), None);
+}
+
+#[test]
 fn rows_are_scaled_and_gated_four_by_four() {
     let scale = |at: usize, rows: usize, dim: usize, columns: usize| {
         launch(&Op::ScaleRows(ops::ScaleRows {

@@ -1,6 +1,8 @@
 //! `config.json` and its relatives: typed lookups that name what is wrong.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
 
 use serde_json::Value;
 
@@ -12,6 +14,8 @@ use crate::{Error, Result, RopeConfig};
 pub struct ConfigFile {
     path: PathBuf,
     root: Value,
+    /// Keys that were looked for, while that is noted.
+    asked: Option<Arc<Mutex<BTreeSet<String>>>>,
 }
 
 /// A value looked for under alternative keys, tried in order.
@@ -42,8 +46,11 @@ impl ConfigFile {
     /// [`Error::Config`] when it is no JSON object.
     pub fn from_value(path: &Path, root: Value) -> Result<Self> {
         if root.is_object() {
-            let path = path.to_owned();
-            return Ok(Self { path, root });
+            return Ok(Self {
+                path: path.to_owned(),
+                root,
+                asked: None,
+            });
         }
         Err(Error::Config {
             file: path.to_owned(),
@@ -61,6 +68,51 @@ impl ConfigFile {
     /// Everything in it.
     pub fn value(&self) -> &Value {
         &self.root
+    }
+
+    /// The same configuration with these values where neither the top level nor `text_config` has
+    /// one; `defaults` is an object.
+    pub fn with_defaults(&self, defaults: &Value) -> Self {
+        let mut root = self.root.clone();
+        for (key, value) in defaults.as_object().into_iter().flatten() {
+            if self.key(&[key]).or_text().value().is_none() {
+                root[key] = value.clone();
+            }
+        }
+        Self {
+            root,
+            ..self.clone()
+        }
+    }
+
+    /// The same configuration, which notes what is looked for in it and in what
+    /// [`ConfigFile::with_defaults`] makes of it.
+    pub fn watched(&self) -> Self {
+        Self {
+            asked: Some(Arc::default()),
+            ..self.clone()
+        }
+    }
+
+    /// Keys at the top level and in `text_config` that nobody has looked for since
+    /// [`ConfigFile::watched`], sorted. Objects that were looked into count as a whole.
+    pub fn unasked(&self) -> Vec<&str> {
+        let asked = self.asked.as_ref().map(|a| a.lock());
+        let Some(Ok(asked)) = asked else {
+            return Vec::new();
+        };
+        let text = self.root.get("text_config").and_then(Value::as_object);
+        let levels = self.root.as_object().into_iter().chain(text);
+        let keys = levels.flat_map(serde_json::Map::keys).map(String::as_str);
+        let left: BTreeSet<&str> = keys.filter(|k| !asked.contains(*k)).collect();
+        left.into_iter().collect()
+    }
+
+    fn note(&self, keys: &[&str]) {
+        if let Some(Ok(mut asked)) = self.asked.as_ref().map(|a| a.lock()) {
+            let first = |key: &&str| key.split("->").next().unwrap_or(key).to_owned();
+            asked.extend(keys.iter().map(first));
+        }
     }
 
     /// Looks for alternative keys at the top level.
@@ -135,6 +187,7 @@ impl<'a> Lookup<'a> {
 
     /// The value of the first key that has one.
     pub fn value(&self) -> Option<&'a Value> {
+        self.config.note(self.keys);
         let root = &self.config.root;
         let text = root.get("text_config").filter(|_| self.in_text);
         [Some(root), text]
@@ -308,6 +361,22 @@ mod tests {
                 .unwrap_err();
             assert!(error.to_string().contains("architectures: "), "{error}");
         }
+    }
+
+    #[test]
+    fn keys_that_nobody_looks_for() {
+        let c = config(json!({"a": 1, "b": {"c": 2}, "d": 3, "text_config": {"e": 4, "f": 5}}));
+        assert_eq!(c.unasked(), [""; 0]);
+        let watched = c.watched();
+        watched.key(&["a"]).value();
+        let filled = watched.with_defaults(&json!({"e": 9, "g": 7}));
+        assert_eq!(
+            filled.key(&["b->c", "e"]).or_text().integer().unwrap(),
+            Some(2)
+        );
+        assert_eq!(filled.key(&["g"]).integer().unwrap(), Some(7));
+        assert_eq!(filled.key(&["e"]).or_text().integer().unwrap(), Some(4));
+        assert_eq!(watched.unasked(), ["d", "f", "text_config"]);
     }
 
     #[test]

@@ -158,6 +158,10 @@ fn linear_of<'a>(
         .find_map(|(suffix, is_a)| Some((plain.strip_suffix(suffix)?, *is_a)));
     let module = side.map_or(plain, |side| side.0);
     let is = |key: &str| module == key || module.starts_with(&format!("{key}."));
+    if side.is_some_and(|side| side.0.contains(".experts.")) {
+        let what = format!("{name}: adapters of experts are not supported");
+        return Err(refuse(path, &what));
+    }
     let head = [&spec.head.linear.key, &spec.embed.key];
     if let Some(key) = head.into_iter().find(|key| is(key)) {
         let what = format!(

@@ -4,13 +4,37 @@
 //! function from configuration to [`Spec`]. The list of weights and the forward pass follow from
 //! the spec.
 
-mod dense;
+mod build;
+mod cohere;
+mod dbrx;
+mod decoder;
+mod exaone4;
+mod gemma;
+mod gemma3;
+mod glm;
+mod gpt2;
+mod granite;
+mod index;
+mod internlm2;
 mod llama;
+mod minicpm;
 mod mistral;
+mod mixtral;
+mod olmo;
+mod orion;
+mod phi3;
+mod qwen1;
 mod qwen2;
+mod qwen2_moe;
 mod qwen3;
+mod seed_oss;
+mod sizes;
+mod smollm3;
+mod stablelm;
+mod starcoder2;
+mod yi;
 
-use exl_format::ConfigFile;
+use exl_format::{ConfigFile, FileNames};
 
 use crate::rope::RopeOptions;
 use crate::{Error, Result, Spec};
@@ -24,11 +48,56 @@ pub struct Arch {
     pub names: &'static [&'static str],
     /// Reads a configuration.
     pub parse: fn(&ConfigFile, &RopeOptions) -> Result<Spec>,
+    /// How the tensors of its files get the names of the spec.
+    pub files: fn(&Spec) -> FileNames,
+}
+
+/// Files that use the names of the spec.
+fn plain_files(_: &Spec) -> FileNames {
+    FileNames::default()
 }
 
 /// Every known family.
 pub fn registry() -> &'static [Arch] {
-    &[llama::ARCH, mistral::ARCH, qwen2::ARCH, qwen3::ARCH]
+    &[
+        llama::ARCH,
+        mistral::ARCH,
+        mistral::MULTIMODAL,
+        mixtral::ARCH,
+        yi::ARCH,
+        index::ARCH,
+        internlm2::ARCH,
+        orion::ARCH,
+        minicpm::ARCH,
+        qwen1::ARCH,
+        qwen2::ARCH,
+        qwen2::MULTIMODAL,
+        qwen2_moe::ARCH,
+        qwen3::ARCH,
+        qwen3::MOE,
+        gemma::ARCH,
+        gemma::GEMMA2,
+        gemma::GEMMOE,
+        gemma3::ARCH,
+        gemma3::MULTIMODAL,
+        glm::ARCH,
+        glm::GLM4,
+        phi3::ARCH,
+        cohere::ARCH,
+        cohere::COHERE2,
+        granite::ARCH,
+        starcoder2::ARCH,
+        gpt2::ARCH,
+        gpt2::BIGCODE,
+        dbrx::ARCH,
+        olmo::ARCH,
+        olmo::OLMO2,
+        olmo::OLMOE,
+        smollm3::ARCH,
+        stablelm::ARCH,
+        exaone4::ARCH,
+        seed_oss::ARCH,
+    ]
 }
 
 /// The family of a configuration; with `assume_llama`, an unknown one is taken for Llama.
@@ -45,6 +114,7 @@ pub fn detect(config: &ConfigFile, assume_llama: bool) -> Result<Arch> {
             file: config.path().to_owned(),
             found: name.to_owned(),
             nearest: nearest(name),
+            differs: differs(config, nearest(name)),
         }),
     }
 }
@@ -88,6 +158,53 @@ fn nearest(name: &str) -> &'static str {
         .min_by_key(|known| distance(known, name))
         .copied()
         .unwrap_or("none")
+}
+
+/// Keys that are in every configuration and say nothing about what is computed.
+const NEUTRAL: [&str; 22] = [
+    "_name_or_path",
+    "architectures",
+    "attention_dropout",
+    "auto_map",
+    "bos_token_id",
+    "dtype",
+    "embd_pdrop",
+    "eos_token_id",
+    "hidden_dropout",
+    "initializer_range",
+    "model_type",
+    "output_router_logits",
+    "pad_token_id",
+    "pretraining_tp",
+    "quantization_config",
+    "resid_pdrop",
+    "router_aux_loss_coef",
+    "text_config",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+    "vision_config",
+];
+
+/// What the family of a name would not understand of a configuration, and what it would miss.
+fn differs(config: &ConfigFile, name: &str) -> String {
+    let Some(arch) = registry().iter().find(|a| a.names.contains(&name)) else {
+        return String::new();
+    };
+    let watched = config.watched();
+    let parsed = (arch.parse)(&watched, &RopeOptions::default());
+    let missing = match parsed {
+        Err(Error::Format(exl_format::Error::Config { key, .. })) => {
+            format!(", which needs {key}")
+        }
+        _ => String::new(),
+    };
+    let unknown = watched.unasked().into_iter();
+    let unknown: Vec<&str> = unknown.filter(|k| !NEUTRAL.contains(k)).collect();
+    match unknown.is_empty() {
+        true => missing,
+        false => format!("{missing}, which does not know {}", unknown.join(", ")),
+    }
 }
 
 /// Levenshtein distance over bytes.

@@ -11,7 +11,7 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 pub enum Error {
     /// No architecture file knows this name.
     #[error(
-        "{file}: unknown architecture {found:?}, the nearest known one is {nearest:?}; \
+        "{file}: unknown architecture {found:?}, the nearest known one is {nearest:?}{differs}; \
          --assume-llama loads it as LlamaForCausalLM, which is right only when it is one under \
          another name"
     )]
@@ -22,6 +22,8 @@ pub enum Error {
         found: String,
         /// The known name closest to it.
         nearest: &'static str,
+        /// In what the configuration differs from one of that name, as text.
+        differs: String,
     },
     /// An option of the user that cannot be.
     #[error("{flag}: expected a number above 0, found {found}")]

@@ -1,14 +1,18 @@
 //! The list of tensors a model needs, derived from its spec.
 
-use crate::spec::{LayerSpec, LinearSpec, NormSpec, Spec};
+use crate::spec::{
+    DenseMlp, HeadNormOver, HeadNormSpec, LayerSpec, LinearSpec, MlpSpec, NormKind, NormSpec, Spec,
+};
 
 /// What a weight is.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum WeightKind {
-    /// Token table `[vocab, hidden]`; never quantized.
+    /// Token table `[vocab, hidden]`, or learned positions `[count, hidden]`; never quantized.
     Embedding,
-    /// Vector of a norm `[n]`; never quantized.
+    /// Weight of a norm, `[n]` or `[heads, n]`; never quantized.
     Norm,
+    /// Rows that weigh experts, `[experts, hidden]`; never quantized.
+    Router,
     /// Vector of a norm over each head `[head_dim]`, in files also `[heads, head_dim]` with equal
     /// rows; never quantized.
     HeadNorm {
@@ -68,9 +72,9 @@ pub struct WeightKey {
     pub name: String,
     /// What it is.
     pub kind: WeightKind,
-    /// `[outputs, inputs]` or `[n]`.
+    /// `[outputs, inputs]`, `[n]` or `[heads, n]`.
     pub shape: Vec<usize>,
-    /// Name of the bias `[outputs]`, if the layer has one.
+    /// Name of the bias, if there is one: `[outputs]` of a linear, `[n]` of a norm.
     pub bias: Option<String>,
     /// Where it belongs.
     pub module: Module,
@@ -122,11 +126,18 @@ pub fn layout(spec: &Spec) -> Vec<WeightKey> {
         module: Module::Embedding,
         site: None,
     }];
+    if let Some(positions) = &spec.embed.positions {
+        keys.push(WeightKey {
+            name: positions.key.clone(),
+            shape: vec![positions.count, spec.hidden],
+            ..keys[0].clone()
+        });
+    }
     for (i, layer) in spec.layers.iter().enumerate() {
         attention_keys(&mut keys, layer, Module::Attention(i));
         mlp_keys(&mut keys, layer, Module::Mlp(i));
     }
-    keys.push(norm_key(&spec.final_norm, WeightKind::Norm, Module::Head));
+    keys.extend(norm_key(&spec.final_norm, Module::Head));
     let head = &spec.head.linear;
     let tied_to = spec.head.tied.then(|| spec.embed.key.clone());
     let mut key = linear_key(head, Module::Head, &head.key);
@@ -155,35 +166,76 @@ pub fn sites(spec: &Spec) -> Vec<Site> {
 
 fn attention_keys(keys: &mut Vec<WeightKey>, layer: &LayerSpec, module: Module) {
     let attn = &layer.attn;
-    keys.push(norm_key(&layer.attn_norm, WeightKind::Norm, module));
+    keys.extend(layer.attn_norm.iter().filter_map(|n| norm_key(n, module)));
     let qkv = attn.qkv_site();
     keys.extend([&attn.q, &attn.k, &attn.v].map(|l| linear_key(l, module, &qkv)));
     let norms = [(&attn.q_norm, attn.heads), (&attn.k_norm, attn.kv_heads)];
     for (norm, heads) in norms {
-        keys.extend(
-            norm.iter()
-                .map(|n| norm_key(n, WeightKind::HeadNorm { heads }, module)),
-        );
+        keys.extend(norm.iter().map(|n| head_norm_key(n, heads, module)));
     }
     keys.push(linear_key(&attn.o, module, &attn.o.key));
+    keys.extend(layer.attn_post.iter().filter_map(|n| norm_key(n, module)));
 }
 
 fn mlp_keys(keys: &mut Vec<WeightKey>, layer: &LayerSpec, module: Module) {
-    let mlp = &layer.mlp;
-    keys.push(norm_key(&layer.mlp_norm, WeightKind::Norm, module));
-    let gate_up = mlp.gate_up_site();
-    keys.extend([&mlp.gate, &mlp.up].map(|l| linear_key(l, module, &gate_up)));
+    keys.extend(layer.mlp_norm.iter().filter_map(|n| norm_key(n, module)));
+    match &layer.mlp {
+        MlpSpec::Dense(mlp) => dense_keys(keys, mlp, module),
+        MlpSpec::Moe(moe) => {
+            keys.push(router_key(&moe.router, module));
+            for expert in &moe.experts {
+                dense_keys(keys, expert, module);
+            }
+            if let Some(shared) = &moe.shared {
+                keys.extend(shared.gate.iter().map(|g| router_key(g, module)));
+                dense_keys(keys, &shared.mlp, module);
+            }
+        }
+    }
+    keys.extend(layer.mlp_post.iter().filter_map(|n| norm_key(n, module)));
+}
+
+fn dense_keys(keys: &mut Vec<WeightKey>, mlp: &DenseMlp, module: Module) {
+    let site = mlp.gate_up_site();
+    keys.extend(mlp.branches().map(|l| linear_key(l, module, &site)));
     keys.push(linear_key(&mlp.down, module, &mlp.down.key));
 }
 
-fn norm_key(norm: &NormSpec, kind: WeightKind, module: Module) -> WeightKey {
-    WeightKey {
+/// The weight of a norm, if it has one.
+fn norm_key(norm: &NormSpec, module: Module) -> Option<WeightKey> {
+    if norm.kind == NormKind::Plain {
+        return None;
+    }
+    Some(WeightKey {
         name: norm.key.clone(),
-        kind,
+        kind: WeightKind::Norm,
         shape: vec![norm.dim],
+        bias: norm.bias_key(),
+        module,
+        site: None,
+    })
+}
+
+fn head_norm_key(norm: &HeadNormSpec, heads: usize, module: Module) -> WeightKey {
+    let kind = match norm.over {
+        HeadNormOver::Head => WeightKind::HeadNorm { heads },
+        HeadNormOver::EachHead | HeadNormOver::Row => WeightKind::Norm,
+    };
+    WeightKey {
+        name: norm.norm.key.clone(),
+        kind,
+        shape: norm.weight_shape(heads),
         bias: None,
         module,
         site: None,
+    }
+}
+
+fn router_key(router: &LinearSpec, module: Module) -> WeightKey {
+    WeightKey {
+        kind: WeightKind::Router,
+        site: None,
+        ..linear_key(router, module, "")
     }
 }
 

@@ -24,4 +24,7 @@ pub use model::{BlockPart, MemoryRequest, MemoryUse, Model, block_plan, memory_f
 pub use runner::{
     Backend, Draw, LogitRows, Runner, RunnerOptions, SampleParams, SeqSlice, SliceExtras, Vectors,
 };
-pub use spec::{AttnSpec, EmbedSpec, HeadSpec, LayerSpec, LinearSpec, MlpSpec, NormSpec, Spec};
+pub use spec::{
+    AttnSpec, DenseMlp, EmbedSpec, HeadNormOver, HeadNormSpec, HeadSpec, LayerSpec, LinearSpec,
+    MlpSpec, MoeSpec, NormKind, NormSpec, PositionsSpec, SharedExpert, Spec,
+};

@@ -28,7 +28,7 @@ use read::Reader;
 
 use crate::model::{MemoryRequest, MemoryUse, Model, gpu_memory_for, memory_for};
 use crate::rope::RopeOptions;
-use crate::{Module, Result, Spec, WeightKey, layout, parse};
+use crate::{Module, Result, Spec, WeightKey, detect, layout, parse};
 
 /// How to open a model.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -77,7 +77,9 @@ impl ModelSource {
     /// # Errors
     /// As [`ModelSource::open`].
     pub fn from_files(files: ModelFiles, options: &LoadOptions) -> Result<Self> {
+        let arch = detect(files.config(), options.assume_llama)?;
         let spec = parse(files.config(), &options.rope, options.assume_llama)?;
+        let files = files.named(&(arch.files)(&spec))?;
         let layout = layout(&spec);
         let storage = probe::probe(&files, &layout)?;
         let gptq = probe::gptq_format(&files, &storage)?;
@@ -104,6 +106,15 @@ impl ModelSource {
     /// Every weight in model order.
     pub fn layout(&self) -> &[WeightKey] {
         &self.layout
+    }
+
+    /// Names of the tensors that belong to the model but not to what is run.
+    pub fn towers(&self) -> Vec<&str> {
+        let towers = self.spec.towers;
+        let names = self.files.names();
+        names
+            .filter(|n| towers.iter().any(|t| n.starts_with(t)))
+            .collect()
     }
 
     /// A weight of the layout by name.

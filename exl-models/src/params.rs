@@ -10,6 +10,8 @@ use crate::Result;
 pub(crate) const MAX_SIZE: usize = 1 << 24;
 /// Most decoder layers.
 pub(crate) const MAX_LAYERS: usize = 1 << 12;
+/// Most experts of a layer.
+pub(crate) const MAX_EXPERTS: usize = 1 << 10;
 /// Widest attention head.
 pub(crate) const MAX_HEAD_DIM: usize = 1 << 12;
 /// Longest context or window: positions are 32-bit integers in kernels.
@@ -46,5 +48,27 @@ impl<'a> Params<'a> {
     /// A switch that is off when missing.
     pub(crate) fn flag(self, key: &str) -> Result<bool> {
         Ok(self.0.key(&[key]).or_text().flag()?.unwrap_or(false))
+    }
+
+    /// A number.
+    pub(crate) fn number(self, key: &str) -> Result<Option<f64>> {
+        let keys = [key];
+        let lookup = self.0.key(&keys).or_text();
+        match lookup.number()? {
+            Some(x) if !x.is_finite() => Err(lookup.error("a finite number", x.to_string()).into()),
+            found => Ok(found),
+        }
+    }
+
+    /// A number above zero.
+    pub(crate) fn above_zero(self, key: &str) -> Result<Option<f64>> {
+        match self.number(key)? {
+            Some(x) if x <= 0.0 => {
+                let keys = [key];
+                let lookup = self.0.key(&keys).or_text();
+                Err(lookup.error("a number above 0", x.to_string()).into())
+            }
+            found => Ok(found),
+        }
     }
 }

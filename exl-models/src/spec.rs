@@ -3,7 +3,7 @@
 //! Architecture files fill a [`Spec`]; everything else (the list of weights, the plans, memory
 //! figures) is derived from it. Fields describe what a layer does, not which family it is from.
 
-use exl_tensor::{Activation, KvShape, KvType, RopeStyle};
+use exl_tensor::{Activation, KvShape, KvType, RopeStyle, RouteNorm};
 
 use crate::rope::RopeTable;
 
@@ -14,6 +14,9 @@ pub struct Spec {
     pub architecture: String,
     /// Name of the family whose rules apply, e.g. `llama`.
     pub family: &'static str,
+    /// Beginnings of the names of tensors for images and the like. They are not run; a conversion
+    /// keeps them.
+    pub towers: &'static [&'static str],
     /// Vocabulary size: rows of the embedding and width of the logits.
     pub vocab: usize,
     /// Width of the residual stream.
@@ -41,6 +44,17 @@ pub struct EmbedSpec {
     pub key: String,
     /// Multiplies every row.
     pub scale: f32,
+    /// Learned positions, added to the rows.
+    pub positions: Option<PositionsSpec>,
+}
+
+/// A table of learned positions `[count, hidden]`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PositionsSpec {
+    /// Base name of the table.
+    pub key: String,
+    /// Positions that there are.
+    pub count: usize,
 }
 
 /// Output head.
@@ -56,30 +70,76 @@ pub struct HeadSpec {
     pub softcap: f32,
 }
 
-/// One decoder layer: `h += attn(norm h)`, `h += mlp(norm h)`.
+/// One decoder layer. Sequential: `h += s P1(attn(N1 h))`, `h += s P2(mlp(N2 h))`; parallel:
+/// `n = N1 h`, `h += s (attn(n) + mlp(n))`. Norms that are missing change nothing.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LayerSpec {
-    /// Norm before attention.
-    pub attn_norm: NormSpec,
+    /// N1, before attention.
+    pub attn_norm: Option<NormSpec>,
     /// Attention.
     pub attn: AttnSpec,
-    /// Norm before the MLP.
-    pub mlp_norm: NormSpec,
+    /// P1, on what attention adds.
+    pub attn_post: Option<NormSpec>,
+    /// N2, before the MLP.
+    pub mlp_norm: Option<NormSpec>,
     /// Feed-forward half.
     pub mlp: MlpSpec,
+    /// P2, on what the MLP adds.
+    pub mlp_post: Option<NormSpec>,
+    /// The MLP reads what attention reads, and both are added.
+    pub parallel: bool,
+    /// s, multiplies what each half adds.
+    pub residual_scale: f32,
 }
 
-/// RMS norm `x / sqrt(mean(x^2) + eps) * (w + offset)`.
+/// Kind of a norm.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum NormKind {
+    /// `x / sqrt(mean(x^2) + eps) * (w + offset)`.
+    Rms {
+        /// Added to the weight.
+        offset: f32,
+    },
+    /// `(x - mean) / sqrt(var + eps) * w (+ b)`.
+    Layer {
+        /// Whether a bias is added.
+        bias: bool,
+    },
+    /// `(x - mean) / sqrt(var + eps)`, without a weight.
+    Plain,
+}
+
+/// A norm over the rows of its input.
 #[derive(Clone, Debug, PartialEq)]
 pub struct NormSpec {
     /// Base name of the weight.
     pub key: String,
     /// Normalised length.
     pub dim: usize,
-    /// Added to the mean square.
+    /// Added to the mean square or the variance.
     pub eps: f32,
-    /// Added to the weight.
-    pub offset: f32,
+    /// Which kind.
+    pub kind: NormKind,
+}
+
+/// What a norm of queries or keys goes over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HeadNormOver {
+    /// Every head, with one weight `[head_dim]`.
+    Head,
+    /// Every head, with a weight each, `[heads, head_dim]`.
+    EachHead,
+    /// All heads together, with a weight `[heads * head_dim]`.
+    Row,
+}
+
+/// A norm of queries or keys before the rotation.
+#[derive(Clone, Debug, PartialEq)]
+pub struct HeadNormSpec {
+    /// The norm; its length is that of a head, or of all heads together.
+    pub norm: NormSpec,
+    /// What it goes over.
+    pub over: HeadNormOver,
 }
 
 /// A linear layer stored as `[outputs, inputs]`.
@@ -108,10 +168,12 @@ pub struct AttnSpec {
     pub v: LinearSpec,
     /// Output projection.
     pub o: LinearSpec,
-    /// Norm over each query head, before the rotation.
-    pub q_norm: Option<NormSpec>,
-    /// Norm over each key head, before the rotation.
-    pub k_norm: Option<NormSpec>,
+    /// Norm of the queries, before the rotation.
+    pub q_norm: Option<HeadNormSpec>,
+    /// Norm of the keys, before the rotation.
+    pub k_norm: Option<HeadNormSpec>,
+    /// Queries, keys and values are kept within plus and minus this.
+    pub clip: Option<f32>,
     /// Query heads.
     pub heads: usize,
     /// Key/value heads.
@@ -130,19 +192,55 @@ pub struct AttnSpec {
     pub style: RopeStyle,
 }
 
-/// Gated MLP `down(act(gate x) * up x)`.
+/// Feed-forward half of a layer.
 #[derive(Clone, Debug, PartialEq)]
-pub struct MlpSpec {
+pub enum MlpSpec {
+    /// One for all tokens.
+    Dense(DenseMlp),
+    /// Experts that a router chooses from, token by token.
+    Moe(Box<MoeSpec>),
+}
+
+/// Gated MLP `down(act(gate x) * up x)`, or `down(act(up x))` without a gate.
+#[derive(Clone, Debug, PartialEq)]
+pub struct DenseMlp {
     /// Base name of the block, e.g. `model.layers.0.mlp`.
     pub key: String,
     /// Activated branch.
-    pub gate: LinearSpec,
-    /// Multiplied branch.
+    pub gate: Option<LinearSpec>,
+    /// Multiplied branch, or the only one.
     pub up: LinearSpec,
     /// Output projection.
     pub down: LinearSpec,
-    /// Activation of the gate.
+    /// Activation of the gate, or of the only branch.
     pub act: Activation,
+}
+
+/// Mixture of experts: `sum of p_e expert_e(x)` over the likeliest experts, plus what a shared
+/// expert adds.
+#[derive(Clone, Debug, PartialEq)]
+pub struct MoeSpec {
+    /// Base name of the block.
+    pub key: String,
+    /// `[experts, hidden]`, never quantized.
+    pub router: LinearSpec,
+    /// The experts, all gated and without biases.
+    pub experts: Vec<DenseMlp>,
+    /// Experts that a token goes through.
+    pub top_k: usize,
+    /// How their probabilities are normalised.
+    pub norm: RouteNorm,
+    /// An expert for every token.
+    pub shared: Option<SharedExpert>,
+}
+
+/// An expert that every token goes through.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SharedExpert {
+    /// What it does.
+    pub mlp: DenseMlp,
+    /// `[1, hidden]`, never quantized: what it adds is multiplied by the sigmoid of this product.
+    pub gate: Option<LinearSpec>,
 }
 
 impl Spec {
@@ -170,6 +268,21 @@ impl Spec {
         }
     }
 
+    /// Outputs of the query projection, and of those of keys and values.
+    pub(crate) fn qkv_outputs(&self) -> (usize, usize) {
+        let attn = self.layers.first().map(|l| &l.attn);
+        attn.map_or((0, 0), |a| (a.q.outputs, a.k.outputs))
+    }
+
+    /// Width of the MLP that is no expert.
+    pub(crate) fn dense_inner(&self) -> usize {
+        let dense = |layer: &LayerSpec| match &layer.mlp {
+            MlpSpec::Dense(mlp) => Some(mlp.up.outputs),
+            MlpSpec::Moe(_) => None,
+        };
+        self.layers.iter().find_map(dense).unwrap_or(0)
+    }
+
     /// Name of the weight that holds a rope table.
     pub fn rope_weight(index: usize) -> String {
         format!("rope.inv_freq.{index}")
@@ -189,9 +302,50 @@ impl AttnSpec {
 }
 
 impl MlpSpec {
+    /// All dense parts: the one there is, or the experts and the shared one behind them.
+    pub fn parts(&self) -> Vec<&DenseMlp> {
+        match self {
+            Self::Dense(mlp) => vec![mlp],
+            Self::Moe(moe) => {
+                let shared = moe.shared.iter().map(|s| &s.mlp);
+                moe.experts.iter().chain(shared).collect()
+            }
+        }
+    }
+}
+
+impl DenseMlp {
     /// Name of the input that gate and up share.
     pub fn gate_up_site(&self) -> String {
-        format!("{}.gate_up", self.key)
+        match self.gate {
+            Some(_) => format!("{}.gate_up", self.key),
+            None => self.up.key.clone(),
+        }
+    }
+
+    /// Gate, if there is one, and up.
+    pub fn branches(&self) -> impl Iterator<Item = &LinearSpec> {
+        self.gate.iter().chain([&self.up])
+    }
+}
+
+impl NormSpec {
+    /// Name of the bias, if there is one.
+    pub fn bias_key(&self) -> Option<String> {
+        match self.kind {
+            NormKind::Layer { bias: true } => Some(format!("{}.bias", self.key)),
+            _ => None,
+        }
+    }
+}
+
+impl HeadNormSpec {
+    /// Shape of the weight for this many heads.
+    pub fn weight_shape(&self, heads: usize) -> Vec<usize> {
+        match self.over {
+            HeadNormOver::EachHead => vec![heads, self.norm.dim],
+            HeadNormOver::Head | HeadNormOver::Row => vec![self.norm.dim],
+        }
     }
 }
 

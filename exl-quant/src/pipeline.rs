@@ -71,6 +71,9 @@ pub struct ConvertOptions {
     pub work: PathBuf,
     /// Discard a journal that is there.
     pub restart: bool,
+    /// The headers of the files count, so that a result is never larger than its bits say. Of models
+    /// of a few thousand weights they are most of it.
+    pub count_headers: bool,
     /// Largest file of the result in bytes.
     pub shard_bytes: u64,
     /// Decode what was written and compare.
@@ -105,6 +108,7 @@ impl ConvertOptions {
             measure_only: false,
             work,
             restart: false,
+            count_headers: true,
             shard_bytes: 8 << 30,
             verify: true,
             max_ram: None,

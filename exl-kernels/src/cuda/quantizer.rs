@@ -30,6 +30,11 @@ impl DeviceMatrix {
         (self.rows, self.cols)
     }
 
+    /// Its values, row after row.
+    pub fn region(&self) -> &DeviceRegion {
+        &self.region
+    }
+
     fn mem(&self) -> Result<crate::Mem<'_>> {
         self.region.mem(0, self.region.bytes(), DType::F32)
     }

@@ -1,7 +1,7 @@
 //! DBRX: layer norms without a bias, bounded queries, keys and values, experts in three fused
 //! tensors.
 
-use exl_format::{ConfigFile, FileNames, Split, SplitPart};
+use exl_format::{ConfigFile, FileNames, Split};
 use exl_tensor::RouteNorm;
 use serde_json::json;
 
@@ -61,14 +61,12 @@ fn files(spec: &Spec) -> FileNames {
     };
     let inner = moe.experts.first().map_or(0, |e| e.up.outputs);
     for name in ["w1", "v1", "w2"] {
-        let part = |e: usize| SplitPart {
-            name: format!("experts.{e}.{name}"),
-            ranges: vec![e * inner..(e + 1) * inner],
-        };
+        let parts = (0..moe.experts.len()).map(|e| format!("experts.{e}.{name}"));
+        let parts: Vec<String> = parts.collect();
+        let parts: Vec<(&str, usize)> = parts.iter().map(|p| (p.as_str(), inner)).collect();
         names.splits.push(Split {
             transposed: name == "w2",
-            parts: (0..moe.experts.len()).map(part).collect(),
-            ..Split::whole(&format!("experts.{name}"), "")
+            ..Split::consecutive(&format!("experts.{name}"), &parts)
         });
     }
     names

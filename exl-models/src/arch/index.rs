@@ -6,7 +6,7 @@ use super::Arch;
 use super::decoder::Decoder;
 use crate::params::Params;
 use crate::rope::RopeOptions;
-use crate::{Error, Result, Spec};
+use crate::{Result, Spec};
 
 pub(super) const ARCH: Arch = Arch {
     family: "index",
@@ -16,11 +16,17 @@ pub(super) const ARCH: Arch = Arch {
 };
 
 fn parse(config: &ConfigFile, options: &RopeOptions) -> Result<Spec> {
+    // A number in published files.
     let norm_head = Params(config).key(&["norm_head"]);
-    if !norm_head.flag()?.unwrap_or(true) {
-        let error: exl_format::Error =
-            norm_head.error("true, as all published models have it", "false");
-        return Err(Error::from(error));
+    let on = match norm_head.value() {
+        Some(value) => value.as_bool().or(value.as_i64().map(|n| n != 0)),
+        None => Some(true),
+    };
+    if on != Some(true) {
+        let found = norm_head.value().map_or(String::new(), ToString::to_string);
+        return Err(norm_head
+            .error("1, as in all published models", found)
+            .into());
     }
     Decoder::new("index", config, options)?.spec()
 }

@@ -1,10 +1,10 @@
-//! Llama 1 to 3.x and what is saved under its name: CodeLlama, TinyLlama, Vicuna, Yi, Solar.
+//! Llama 1 to 3.x and what is saved under its name: CodeLlama, TinyLlama, Vicuna, Yi, Solar,
+//! DeepSeek LLM.
 
-use exl_format::ConfigFile;
+use exl_format::{ConfigFile, FileNames, Split};
 
 use super::Arch;
-use super::dense::Dense;
-use crate::params::Params;
+use super::decoder::Decoder;
 use crate::rope::RopeOptions;
 use crate::{Result, Spec};
 
@@ -12,16 +12,24 @@ pub(super) const ARCH: Arch = Arch {
     family: "llama",
     names: &["LlamaForCausalLM", "LLaMAForCausalLM"],
     parse,
+    files,
 };
 
 fn parse(config: &ConfigFile, options: &RopeOptions) -> Result<Spec> {
-    let bias = Params(config).flag("attention_bias")?;
-    Dense {
-        family: "llama",
-        qkv_bias: bias,
-        o_bias: bias,
-        head_norm: false,
-        windows: vec![],
+    Decoder::new("llama", config, options)?.spec()
+}
+
+/// Some checkpoints hold gate and up as one matrix.
+pub(super) fn files(spec: &Spec) -> FileNames {
+    let inner = spec.dense_inner();
+    FileNames {
+        splits: vec![
+            Split::consecutive(
+                "mlp.swiglu.w12",
+                &[("mlp.gate_proj", inner), ("mlp.up_proj", inner)],
+            ),
+            Split::whole("mlp.swiglu.w3", "mlp.down_proj"),
+        ],
+        ..FileNames::default()
     }
-    .spec(config, options)
 }

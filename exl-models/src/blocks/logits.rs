@@ -7,7 +7,7 @@ use crate::Spec;
 
 /// Final norm and head over the rows of `hidden`: `[rows, vocab]`.
 pub fn logits(b: &mut PlanBuilder, spec: &Spec, hidden: Slot) -> Slot {
-    let x = norm(b, &spec.final_norm, hidden);
+    let x = norm(b, Some(&spec.final_norm), hidden);
     head(b, spec, x)
 }
 

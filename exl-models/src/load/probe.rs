@@ -229,6 +229,7 @@ fn check_tensors(files: &ModelFiles, key: &WeightKey, storage: Storage) -> Resul
     let Some(bias) = &key.bias else {
         return refuse_bias(files, key);
     };
+
     let padded = [key.shape[0].next_multiple_of(32)];
     dense_view(files, bias, &[&key.shape[..1], &padded]).map(|_| ())
 }

@@ -8,7 +8,7 @@ use exl_models::{Backend, LoadOptions, Model, ModelSource, Runner, RunnerOptions
 use exl_tensor::KvType;
 use serde_json::{Value, json};
 
-pub(crate) const CASES: [&str; 14] = [
+pub(crate) const CASES: &[&str] = &[
     "llama-plain",
     "llama-llama3",
     "llama-linear",
@@ -23,6 +23,55 @@ pub(crate) const CASES: [&str; 14] = [
     "qwen2-tied",
     "qwen2-window",
     "qwen3",
+    "cohere",
+    "cohere-qknorm",
+    "cohere2",
+    "dbrx",
+    "dbrx-raw",
+    "exaone4",
+    "gemma",
+    "gemma2",
+    "gemma3",
+    "gemma3-text",
+    "gemmoe",
+    "glm",
+    "glm4",
+    "gpt-bigcode",
+    "gpt2",
+    "gpt2-hub",
+    "granite",
+    "index",
+    "internlm2",
+    "internlm2-dynamic",
+    "llama-dynamic",
+    "llama-swiglu",
+    "llava-pixtral",
+    "minicpm",
+    "ministral",
+    "mistral3",
+    "mixtral",
+    "mixtral4",
+    "olmo",
+    "olmo2",
+    "olmoe",
+    "orion",
+    "phi3",
+    "phi3-longrope-long",
+    "phi3-longrope-short",
+    "phi3-window",
+    "qwen1",
+    "qwen2-moe",
+    "qwen2-moe-mixed",
+    "qwen2-vl",
+    "qwen2.5-vl",
+    "qwen3-moe",
+    "qwen3-moe-raw",
+    "seed-oss",
+    "smollm3",
+    "stablelm",
+    "stablelm-parallel",
+    "starcoder2",
+    "yi",
 ];
 
 /// The repository, or the folder that stands in for it where there is none (`cargo xtask bundle`).
@@ -45,6 +94,16 @@ pub(crate) fn scratch() -> PathBuf {
     }
 }
 
+/// How a fixture is opened.
+pub(crate) fn load_options(case: &str) -> LoadOptions {
+    let mut options = LoadOptions::default();
+    // The factors of short texts, as transformers takes them by the length of the text.
+    if case == "phi3-longrope-short" {
+        options.rope.context = Some(64);
+    }
+    options
+}
+
 /// A fixture's model and what transformers computed with it.
 pub(crate) struct Golden {
     pub(crate) model: Arc<Model>,
@@ -55,7 +114,7 @@ pub(crate) struct Golden {
 }
 
 pub(crate) fn golden(case: &str) -> Golden {
-    let source = ModelSource::open(&dir(case), &LoadOptions::default()).unwrap();
+    let source = ModelSource::open(&dir(case), &load_options(case)).unwrap();
     let words = |name: &str| -> Vec<[u8; 4]> {
         let view = source.files().tensor(name).unwrap();
         view.data

@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use exl_models::rope::RopeTable;
 use exl_models::{
-    Backend, LoadOptions, LogitRows, MemoryRequest, Model, ModelSource, Runner, SeqSlice, Spec,
+    Backend, LoadOptions, LogitRows, MemoryRequest, MlpSpec, Model, ModelSource, Runner, SeqSlice,
+    Spec,
 };
 use exl_tensor::{KvType, Weight};
 
@@ -37,7 +38,7 @@ fn logits_equal_transformers() {
         "case", "prefill", "chunks", "tokens", "f64"
     );
     let mut failures = Vec::new();
-    for case in CASES {
+    for &case in CASES {
         let golden = golden(case);
         let mut cpu = golden.runner(Backend::Cpu);
         let n = golden.ids.len();
@@ -229,7 +230,11 @@ fn fixtures_notice_their_settings() {
     };
     let window = |spec: &mut Spec| spec.layers.iter_mut().for_each(|l| l.attn.window = 0);
     let biases = |spec: &mut Spec| {
-        spec.layers.iter_mut().for_each(|l| l.mlp.down.bias = false);
+        for layer in &mut spec.layers {
+            if let MlpSpec::Dense(mlp) = &mut layer.mlp {
+                mlp.down.bias = false;
+            }
+        }
     };
     let qkv = |spec: &mut Spec| spec.layers.iter_mut().for_each(|l| l.attn.k.bias = false);
     let norms = |spec: &mut Spec| spec.layers.iter_mut().for_each(|l| l.attn.k_norm = None);

@@ -60,7 +60,7 @@ fn difference(a: &[f32], b: &[f32]) -> f32 {
 fn gpu_logits_equal_transformers() {
     let Some(gpu) = gpu() else { return };
     let mut failures = Vec::new();
-    for case in CASES {
+    for &case in CASES {
         let golden = golden(case);
         let mut runner = runner(on_gpu(&dir(case), &gpu), cuda(&gpu, true));
         let n = golden.ids.len();

@@ -26,14 +26,16 @@ impl Block {
     pub(crate) fn of_layers(spec: &Spec) -> Vec<Block> {
         let mut blocks = Vec::new();
         for (i, layer) in spec.layers.iter().enumerate() {
-            let (a, m) = (&layer.attn, &layer.mlp);
+            let a = &layer.attn;
+            let parts = layer.mlp.parts().into_iter();
+            let mlp = parts.flat_map(|m| m.branches().chain([&m.down]));
             blocks.push(Block {
                 part: BlockPart::Attention(i),
                 linears: [&a.q, &a.k, &a.v, &a.o].map(Clone::clone).to_vec(),
             });
             blocks.push(Block {
                 part: BlockPart::Mlp(i),
-                linears: [&m.gate, &m.up, &m.down].map(Clone::clone).to_vec(),
+                linears: mlp.cloned().collect(),
             });
         }
         blocks

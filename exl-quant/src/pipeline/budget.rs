@@ -10,9 +10,8 @@ use super::logits::Head;
 use super::machine::Machine;
 use super::measurement::{LinearMeasurement, Measurement};
 use super::perturb::side_by_side;
-use super::probe::{PROBE_LAYERS, PROBE_POSITIONS};
+use super::probe::{PROBE_LAYERS, PROBE_POSITIONS, roles};
 use super::quantize::Layouts;
-use super::sites::linears_of;
 use super::solver::{gpu_bytes, host_bytes};
 use super::{ConvertOptions, Job, Target};
 use crate::calib::Calibration;
@@ -108,7 +107,10 @@ fn overhead(job: &Job<'_>) -> Result<u64> {
     let free_head = job.options.head_bits.is_none();
     // The header is part of the files; its size depends on the number of digits in the offsets,
     // so the bound is taken over the widest ones.
-    let header = 8 * header_bytes(job, head.is_some() || free_head);
+    let header = match job.options.count_headers {
+        true => 8 * header_bytes(job, head.is_some() || free_head),
+        false => 0,
+    };
     let fixed = head.map_or(0, |l| l.bits(job.source.spec().vocab.next_multiple_of(32)));
     Ok(header + fixed)
 }
@@ -187,19 +189,23 @@ fn header_bytes(job: &Job<'_>, quantized_head: bool) -> u64 {
     // Group tables of any layout have shapes of at most this many digits.
     let one = [exl_format::Group { bits: 8, rows: 32 }];
     let mut specs: Vec<TensorSpec> = Vec::new();
+    let plain = |name: String| TensorSpec {
+        name,
+        dtype: Dtype::F16,
+        shape: Vec::new(),
+    };
     for key in job.source.layout() {
         let head = matches!(key.kind, WeightKind::Head { .. });
         if key.is_linear() && (!head || quantized_head) {
             specs.extend(Exl2Linear::specs(&key.name, 32, &one, key.bias.is_some()));
         } else {
             let name = format!("{}.weight", key.name);
-            specs.push(TensorSpec {
-                name,
-                dtype: Dtype::F16,
-                shape: Vec::new(),
-            });
+            let names = std::iter::once(name).chain(key.bias.clone());
+            specs.extend(names.map(plain));
         }
     }
+    let towers = job.source.towers().into_iter();
+    specs.extend(towers.map(|name| plain(name.to_owned())));
     let total = job.source.files().total_bytes().to_string().len();
     let of_spec = |s: &TensorSpec| {
         // {"NAME":{"dtype":"F16","shape":[N,N],"data_offsets":[N,N]}} and a comma.
@@ -250,7 +256,8 @@ pub(super) fn check_memory(
     let measured = (rows * options.measure_length.min(calibration.length())) as u64;
     let measured = measured * (spec.hidden as u64 + widest) * 4;
     // The model's own states, and those of as many exchanged ones as run side by side.
-    let exchanged = probed as usize * spec.layers.first().map_or(0, linears_of) + 1;
+    let changes = spec.layers.iter().map(|l| roles(l).len()).max();
+    let exchanged = probed as usize * changes.unwrap_or(0) + 1;
     let streams = exchanged.min(side_by_side(spec, PROBE_POSITIONS)) as u64;
     let states = (streams + 2) * PROBE_POSITIONS as u64 * spec.hidden as u64 * 4;
     let probe = packed + measured.max(states);
@@ -319,8 +326,11 @@ impl DeviceNeed {
         // The heads of the original, of the model compared with it, and of the one before that.
         let ends = (3 * of(Module::Head)).max(of(Module::Embedding));
         let key = Machine::key(length);
+        // Some models have two kinds of layers; the last one is of the larger kind then.
+        let last = spec.layers.len().saturating_sub(1);
         let plans = [
             BlockPart::Layer(0),
+            BlockPart::Layer(last),
             BlockPart::Attention(0),
             BlockPart::Embed,
         ];

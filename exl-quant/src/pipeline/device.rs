@@ -154,6 +154,11 @@ impl Tap<'_> {
         self.engine.values(self.bound, self.slot)
     }
 
+    /// The integers of a slot that holds such, on the host.
+    pub(super) fn integers(&mut self) -> Result<&[i32]> {
+        Ok(self.engine.executor().integers(self.bound, self.slot)?)
+    }
+
     /// The values on the GPU, if they are there.
     pub(super) fn region(&self) -> Result<Option<DeviceRegion>> {
         self.engine.region(self.bound, self.slot)

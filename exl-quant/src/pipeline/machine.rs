@@ -2,13 +2,14 @@
 
 use std::sync::Arc;
 
-use exl_models::{BlockPart, LinearSpec, MlpSpec, NormSpec, Spec, block_plan, blocks};
+use exl_models::{BlockPart, LayerSpec, MlpSpec, Spec, block_plan, blocks};
 use exl_tensor::{
-    Bound, Buffer, DType, GateUpArgs, KvBuffers, KvType, PAGE_TOKENS, Part, Phase, PlanBuilder,
-    PlanKey, StepBlock, StepSeq, Weight, Weights,
+    Bound, Buffer, DType, KvBuffers, KvType, PAGE_TOKENS, Phase, PlanBuilder, PlanKey, Slot,
+    StepBlock, StepSeq, Weight, Weights,
 };
 
 use super::device::{Device, Engine, Tap};
+use super::sites::{IDS, SHARED, X};
 use crate::{Matrix, Result};
 
 /// An executor with room for rows of one length.
@@ -30,19 +31,20 @@ pub(super) struct Slots<'a> {
 }
 
 impl Slots<'_> {
-    /// An output or a tap of the plan.
+    /// An output of the plan.
     pub(super) fn tap(&mut self, name: &str) -> Tap<'_> {
-        let plan = self.bound.plan();
-        let tap = || plan.taps().iter().find(|(n, _)| n == name).map(|&(_, s)| s);
-        let slot = plan
-            .output(name)
-            .or_else(tap)
-            .expect("the plan was built with this slot");
-        Tap {
+        self.try_tap(name)
+            .expect("the plan was built with this output")
+    }
+
+    /// An output of the plan, if it has it.
+    pub(super) fn try_tap(&mut self, name: &str) -> Option<Tap<'_>> {
+        let slot = self.bound.plan().output(name)?;
+        Some(Tap {
             engine: self.engine,
             bound: self.bound,
             slot,
-        }
+        })
     }
 
     /// Copies the values of an output.
@@ -86,59 +88,103 @@ impl Machine {
         &self.spec
     }
 
-    /// A part of the model with its weights; taps are on.
+    /// A part of the model with its weights.
     pub(super) fn part(&self, part: BlockPart, weights: &Weights) -> Result<Bound> {
         let plan = block_plan(&self.spec, part, &self.key);
         self.device.bind(plan, weights)
     }
 
-    /// `hidden` in, `out` = its norm.
-    pub(super) fn norm(&self, norm: &NormSpec, weights: &Weights) -> Result<Bound> {
-        self.record(weights, |b, spec, rows| {
-            let hidden = b.input("hidden", rows, spec.hidden);
-            let out = blocks::norm(b, norm, hidden);
-            b.output("out", out);
+    /// Tokens of the step in, `hidden` out.
+    pub(super) fn embedding(&self, weights: &Weights) -> Result<Bound> {
+        self.part(BlockPart::Embed, weights)
+    }
+
+    /// `hidden` in, `x` = the input of q, k and v.
+    pub(super) fn attention_input(&self, layer: &LayerSpec, weights: &Weights) -> Result<Bound> {
+        self.record(weights, |b, _, hidden| {
+            let x = blocks::attention_input(b, layer, hidden);
+            b.output(X, x);
         })
     }
 
-    /// `hidden` and `x` in, `hidden` = `hidden + x W^T + bias` out.
-    pub(super) fn add(&self, linear: &LinearSpec, weights: &Weights) -> Result<Bound> {
-        self.record(weights, |b, spec, rows| {
-            let hidden = b.input("hidden", rows, spec.hidden);
-            let x = b.input("x", rows, linear.inputs);
-            let part = part(b, linear);
-            let out = b.linear_add(x, &part, hidden);
+    /// `hidden` in, `x` = the input of o.
+    pub(super) fn attention_mixed(&self, layer: &LayerSpec, weights: &Weights) -> Result<Bound> {
+        self.record(weights, |b, spec, hidden| {
+            let x = blocks::attention_input(b, layer, hidden);
+            let x = blocks::attention_mixed(b, spec, layer, 0, x);
+            b.output(X, x);
+        })
+    }
+
+    /// `hidden` and `x`, the input of o, in; `hidden` with what attention adds out.
+    pub(super) fn attention_output(&self, layer: &LayerSpec, weights: &Weights) -> Result<Bound> {
+        self.record(weights, |b, _, hidden| {
+            let x = b.input(X, self.key.rows, layer.attn.o.inputs);
+            let out = blocks::attention_output(b, layer, x, hidden);
             b.output("hidden", out);
         })
     }
 
-    /// `hidden` in, `out` = the gated activation of its norm.
-    pub(super) fn gate_up(
-        &self,
-        norm: &NormSpec,
-        mlp: &MlpSpec,
-        weights: &Weights,
-    ) -> Result<Bound> {
-        self.record(weights, |b, spec, rows| {
-            let hidden = b.input("hidden", rows, spec.hidden);
-            let x = blocks::norm(b, norm, hidden);
-            let args = GateUpArgs {
-                gate: part(b, &mlp.gate),
-                up: part(b, &mlp.up),
-                act: mlp.act,
+    /// `hidden` in, `x` = the input of the MLP, with experts also `ids` = those of each token.
+    pub(super) fn mlp_input(&self, layer: &LayerSpec, weights: &Weights) -> Result<Bound> {
+        self.record(weights, |b, _, hidden| {
+            let x = blocks::mlp_input(b, layer, hidden);
+            if let MlpSpec::Moe(moe) = &layer.mlp {
+                let routing = blocks::route(b, moe, x);
+                b.output(IDS, routing.ids);
+            }
+            b.output(X, x);
+        })
+    }
+
+    /// `hidden` in, `x` = the input of down, and `shared` = that of the shared expert's.
+    pub(super) fn mlp_inner(&self, layer: &LayerSpec, weights: &Weights) -> Result<Bound> {
+        self.record(weights, |b, _, hidden| {
+            let x = blocks::mlp_input(b, layer, hidden);
+            let inner = blocks::mlp_inner(b, &layer.mlp, x);
+            b.output(X, inner.inner);
+            if let Some(shared) = inner.shared {
+                b.output(SHARED, shared);
+            }
+        })
+    }
+
+    /// What [`Machine::mlp_inner`] gave and `hidden` in, `hidden` with what the MLP adds out.
+    pub(super) fn mlp_output(&self, layer: &LayerSpec, weights: &Weights) -> Result<Bound> {
+        let rows = self.key.rows;
+        self.record(weights, |b, _, hidden| {
+            let inner = match &layer.mlp {
+                MlpSpec::Dense(mlp) => blocks::MlpInner::dense(b.input(X, rows, mlp.down.inputs)),
+                MlpSpec::Moe(moe) => {
+                    let width = moe.experts.first().map_or(0, |e| e.down.inputs);
+                    let inner = b.input(X, rows * moe.top_k, width);
+                    let shared = moe.shared.as_ref();
+                    let shared = shared.map(|s| b.input(SHARED, rows, s.mlp.down.inputs));
+                    let x = blocks::mlp_input(b, layer, hidden);
+                    blocks::MlpInner::routed(b, moe, x, (inner, shared))
+                }
             };
-            let out = b.gate_up(x, &args);
-            b.output("out", out);
+            let out = blocks::mlp_output(b, layer, &inner, hidden);
+            b.output("hidden", out);
+        })
+    }
+
+    /// `hidden` in, `x` = the input of the head.
+    pub(super) fn head_input(&self, weights: &Weights) -> Result<Bound> {
+        self.record(weights, |b, spec, hidden| {
+            let x = blocks::norm(b, Some(&spec.final_norm), hidden);
+            b.output(X, x);
         })
     }
 
     fn record(
         &self,
         weights: &Weights,
-        build: impl FnOnce(&mut PlanBuilder, &Spec, usize),
+        build: impl FnOnce(&mut PlanBuilder, &Spec, Slot),
     ) -> Result<Bound> {
         let mut b = PlanBuilder::new(self.key.clone(), false);
-        build(&mut b, &self.spec, self.key.rows);
+        let hidden = b.input("hidden", self.key.rows, self.spec.hidden);
+        build(&mut b, &self.spec, hidden);
         self.device.bind(b.finish(), weights)
     }
 
@@ -188,14 +234,6 @@ impl Machine {
         }])?;
         Ok(())
     }
-}
-
-fn part(b: &mut PlanBuilder, linear: &LinearSpec) -> Part {
-    let weight = b.weight(&linear.key, &[linear.outputs, linear.inputs]);
-    let bias = linear
-        .bias
-        .then(|| b.weight(&linear.bias_key(), &[linear.outputs]));
-    Part { weight, bias }
 }
 
 /// A decoded matrix `[inputs, padded outputs]` as the dense weight `[outputs, inputs]` of a plan.

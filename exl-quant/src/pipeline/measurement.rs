@@ -42,10 +42,17 @@ pub struct LinearMeasurement {
     pub damping: f64,
     /// Divergence of the model's predictions per unit of output error.
     pub sensitivity: f64,
+    /// Share of the tokens that the linear sees: below 1 for experts.
+    #[serde(default = "whole")]
+    pub share: f64,
     /// Whether the sensitivity was interpolated between measured layers.
     pub interpolated: bool,
     /// The curve.
     pub points: Vec<LayoutPoint>,
+}
+
+fn whole() -> f64 {
+    1.0
 }
 
 /// One point of a curve.
@@ -61,7 +68,7 @@ pub struct LayoutPoint {
 
 impl LinearMeasurement {
     /// From a curve; sensitivity 0 until it is known.
-    pub(super) fn new(name: &str, curve: &Curve, damping: f64) -> Self {
+    pub(super) fn new(name: &str, curve: &Curve, (damping, share): (f64, f64)) -> Self {
         let point = |p: &Point| LayoutPoint {
             layout: p.layout.to_string(),
             bits: p.bits,
@@ -74,6 +81,7 @@ impl LinearMeasurement {
             energy: curve.energy,
             damping,
             sensitivity: 0.0,
+            share,
             interpolated: false,
             points: curve.points.iter().map(point).collect(),
         }
@@ -114,7 +122,12 @@ impl Measurement {
             ));
         }
         for linear in &found.linears {
-            let figures = [linear.energy, linear.damping, linear.sensitivity];
+            let figures = [
+                linear.energy,
+                linear.damping,
+                linear.sensitivity,
+                linear.share,
+            ];
             let losses = linear.points.iter().map(|p| p.loss);
             if linear.points.is_empty() || losses.chain(figures).any(|x| !x.is_finite() || x < 0.0)
             {

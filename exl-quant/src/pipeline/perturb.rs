@@ -17,24 +17,38 @@ use crate::{Error, KlScore, Result};
 /// Hidden states of models that are run side by side, in bytes.
 const BYTES: usize = 1 << 30;
 
-/// A linear to change, and the output error that makes.
+/// Linears to change together: one, or those of one kind of all experts of a layer.
 #[derive(Debug)]
 pub(super) struct Perturbed {
-    pub(super) name: String,
     /// Its layer; that of the head is the number of layers.
     pub(super) layer: usize,
+    /// What is changed.
+    pub(super) linears: Vec<Change>,
+}
+
+/// A linear to change, and the output error that makes.
+#[derive(Debug)]
+pub(super) struct Change {
+    pub(super) name: String,
+    /// Share of the tokens that it concerns.
+    pub(super) share: f64,
     pub(super) loss: f64,
     /// What takes its place.
     pub(super) weight: Exl2Linear,
 }
 
 impl Perturbed {
+    /// The output error over all tokens.
+    pub(super) fn loss(&self) -> f64 {
+        self.linears.iter().map(|c| c.share * c.loss).sum()
+    }
+
     fn put(&self, weights: &mut Weights) -> Result<()> {
-        let matrix = decode(&self.weight);
-        let outputs = weights
-            .get(&self.name)
-            .map_or(matrix.cols, |w| w.shape()[0]);
-        weights.insert(&self.name, dense(&self.name, &matrix, outputs)?);
+        for Change { name, weight, .. } in &self.linears {
+            let matrix = decode(weight);
+            let outputs = weights.get(name).map_or(matrix.cols, |w| w.shape()[0]);
+            weights.insert(name, dense(name, &matrix, outputs)?);
+        }
         Ok(())
     }
 }
@@ -87,7 +101,8 @@ pub(super) fn scores(
         for (p, score) in some.iter().zip(&found) {
             if !score.is_finite() {
                 let what = "with this weight at three bits the model computes NaN or infinity";
-                return Err(Error::numeric(&p.name, what));
+                let name = p.linears.first().map_or("", |c| &c.name);
+                return Err(Error::numeric(name, what));
             }
             each(job, p, score)?;
         }

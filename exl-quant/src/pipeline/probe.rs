@@ -1,14 +1,16 @@
 //! The measuring pass: one stream of the unquantized model gives curves and damping, then each
 //! linear is perturbed by itself to see what it does to the predictions.
 
-use exl_models::{Module, Spec};
+use std::collections::{BTreeMap, HashMap};
+
+use exl_models::{LayerSpec, Module, Spec};
 use exl_tensor::Weights;
 
 use super::machine::{Machine, padded};
 use super::measurement::{LinearMeasurement, MEASUREMENT_VERSION, Measurement};
-use super::perturb::{self, Perturbed};
+use super::perturb::{self, Change, Perturbed};
 use super::quantize::pack;
-use super::sites::{STOPS, Walk, embed, head_inputs, linears_of};
+use super::sites::{STOPS, Site, Visit, Walk, embed, head_inputs, sites_of};
 use super::solver::{Moments, Rows as Judges, Solver};
 use super::{Event, Job};
 use crate::resume::Work;
@@ -35,29 +37,33 @@ pub(super) fn measure(job: &mut Job<'_>, work: &Work) -> Result<Measurement> {
         job.progress(layer, survey.steps);
         let mut walk = Walk::new(&job.source, &mut machine, layer, &mut hidden)?;
         for stop in STOPS {
-            let layer_spec = &spec.layers[layer];
-            let names = stop.linears(layer_spec);
-            if survey.known(&names, layer)? {
-                walk.visit(stop, |_, _| Ok(()))?;
-                continue;
+            let mut sites = Vec::new();
+            for site in stop.sites(&spec.layers[layer]) {
+                let needed = survey.taken(&site, layer)?.is_none();
+                sites.push((site, needed));
             }
-            let mut moments = Moments::new(&job.device, stop.inputs(layer_spec))?;
-            walk.visit(stop, |r, x| moments.add(r, x))?;
-            let mut solver = moments.finish(&names[0])?;
-            survey.site(job, (&names, layer), &walk.weights, solver.as_mut())?;
+            let device = job.device.clone();
+            walk.solve(&device, stop, &sites, |weights, found| {
+                survey.site(job, layer, weights, found)
+            })?;
         }
         walk.finish()?;
     }
     job.progress(spec.layers.len(), survey.steps);
-    let names = [spec.head.linear.key.clone()];
-    if !survey.known(&names, spec.layers.len())? {
+    let site = Site::head(&spec.head.linear);
+    let mut solver = None;
+    if survey.taken(&site, spec.layers.len())?.is_none() {
         let mut moments = Moments::new(&job.device, spec.hidden)?;
         head_inputs(&job.source, &mut machine, &hidden, |r, x| moments.add(r, x))?;
-        let mut solver = moments.finish(&names[0])?;
-        let head = job.source.load_module(Module::Head)?;
-        let place = (&names[..], spec.layers.len());
-        survey.site(job, place, &head, solver.as_mut())?;
+        solver = Some(moments.finish(&site.linears[0])?);
     }
+    let head = job.source.load_module(Module::Head)?;
+    let found = Visit {
+        site: &site,
+        share: 1.0,
+        solver: solver.as_mut().map(|s| s.as_mut() as &mut dyn Solver),
+    };
+    survey.site(job, spec.layers.len(), &head, found)?;
     drop(hidden);
     let mut found = Measurement {
         version: MEASUREMENT_VERSION,
@@ -78,15 +84,17 @@ struct Survey<'a> {
     /// Layers whose linears are perturbed; the head counts as one more layer and always is.
     probed: Vec<usize>,
     linears: Vec<LinearMeasurement>,
-    perturbed: Vec<Perturbed>,
+    /// With the kind of what is changed.
+    perturbed: Vec<(Perturbed, &'static str)>,
     /// Steps of the whole measurement: layers, head, perturbations.
     steps: usize,
 }
 
 impl<'a> Survey<'a> {
     fn new(spec: &Spec, work: &'a Work) -> Self {
-        let mut probed = probe_layers(spec.layers.len());
-        let perturbations: usize = probed.iter().map(|&l| linears_of(&spec.layers[l])).sum();
+        let mut probed = probe_layers(spec);
+        let changes = |&l: &usize| roles(&spec.layers[l]).len();
+        let perturbations: usize = probed.iter().map(changes).sum();
         probed.push(spec.layers.len());
         Self {
             work,
@@ -97,36 +105,41 @@ impl<'a> Survey<'a> {
         }
     }
 
-    /// Takes the linears of an input over from the journal. False when the Hessian is needed:
-    /// for a curve that is missing, or to perturb a weight again whose effect is not known yet.
-    fn known(&mut self, names: &[String], layer: usize) -> Result<bool> {
+    /// The linears of an input as the journal has them. `None` when the Hessian is needed: for a
+    /// curve that is missing, or to perturb a weight again whose effect is not known yet.
+    fn taken(&self, site: &Site, layer: usize) -> Result<Option<Vec<LinearMeasurement>>> {
         let mut taken = Vec::new();
-        for name in names {
+        for name in &site.linears {
             let Some(mut linear) = self.work.measured(name)? else {
-                return Ok(false);
+                return Ok(None);
             };
             if self.probed.contains(&layer) {
                 let Some(value) = self.work.sensitivity(name)? else {
-                    return Ok(false);
+                    return Ok(None);
                 };
                 linear.sensitivity = value;
             }
             taken.push(linear);
         }
-        self.linears.extend(taken);
-        Ok(true)
+        Ok(Some(taken))
     }
 
     /// Measures and perturbs the linears that share an input.
     fn site(
         &mut self,
         job: &mut Job<'_>,
-        (names, layer): (&[String], usize),
+        layer: usize,
         weights: &Weights,
-        solver: &mut dyn Solver,
+        found: Visit<'_>,
     ) -> Result<()> {
+        let (site, share) = (found.site, found.share);
+        let Some(solver) = found.solver else {
+            let taken = self.taken(site, layer)?;
+            self.linears.extend(taken.into_iter().flatten());
+            return Ok(());
+        };
         let mut chosen: Option<f64> = None;
-        for name in names {
+        for (name, role) in site.linears.iter().zip(&site.roles) {
             job.check()?;
             let weight = weights
                 .get(name)
@@ -138,13 +151,16 @@ impl<'a> Survey<'a> {
                     match chosen {
                         Some(damping) => solver.set_damping(name, damping)?,
                         // The first of the linears stands for all.
-                        None if *name == names[0] => solver.choose_damping(name, &matrix)?,
-                        None => solver.choose_damping(&names[0], &first(names, weights)?)?,
+                        None if *name == site.linears[0] => solver.choose_damping(name, &matrix)?,
+                        None => {
+                            let first = first(&site.linears, weights)?;
+                            solver.choose_damping(&site.linears[0], &first)?;
+                        }
                     }
                     let (damping, _) = solver.damping();
                     chosen = Some(damping);
                     let curve = solver.curve(name, &matrix)?;
-                    let linear = LinearMeasurement::new(name, &curve, damping);
+                    let linear = LinearMeasurement::new(name, &curve, (damping, share));
                     self.work.keep_measured(&linear)?;
                     linear
                 }
@@ -157,14 +173,27 @@ impl<'a> Survey<'a> {
             if self.probed.contains(&layer) {
                 match self.work.sensitivity(name)? {
                     Some(value) => linear.sensitivity = value,
-                    None => self
-                        .perturbed
-                        .push(perturbed(&linear, &matrix, solver, layer)?),
+                    None => {
+                        let change = change(&linear, &matrix, solver)?;
+                        self.perturb((layer, role), site.is_expert(), change);
+                    }
                 }
             }
             self.linears.push(linear);
         }
         Ok(())
+    }
+
+    /// Experts' linears of one kind are changed together.
+    fn perturb(&mut self, (layer, role): (usize, &'static str), expert: bool, change: Change) {
+        let same = |p: &&mut (Perturbed, &str)| expert && p.0.layer == layer && p.1 == role;
+        match self.perturbed.iter_mut().find(same) {
+            Some((together, _)) => together.linears.push(change),
+            None => {
+                let linears = vec![change];
+                self.perturbed.push((Perturbed { layer, linears }, role));
+            }
+        }
     }
 }
 
@@ -176,14 +205,35 @@ fn spread(rows: &[Vec<u32>], count: usize) -> Vec<Vec<u32>> {
         .collect()
 }
 
-/// Layers whose linears are perturbed: all of a small model, else evenly spread with both ends.
-fn probe_layers(layers: usize) -> Vec<usize> {
+/// Kinds of linears in a layer.
+pub(super) fn roles(layer: &LayerSpec) -> Vec<&'static str> {
+    let mut roles: Vec<_> = sites_of(layer).into_iter().flat_map(|s| s.roles).collect();
+    roles.sort_unstable();
+    roles.dedup();
+    roles
+}
+
+/// Layers whose linears are perturbed: all of a small model, else evenly spread with both ends, and
+/// the first one with each kind of linear.
+fn probe_layers(spec: &Spec) -> Vec<usize> {
+    let layers = spec.layers.len();
     if layers <= PROBE_LAYERS {
         return (0..layers).collect();
     }
-    (0..PROBE_LAYERS)
+    let mut probed: Vec<usize> = (0..PROBE_LAYERS)
         .map(|i| i * (layers - 1) / (PROBE_LAYERS - 1))
-        .collect()
+        .collect();
+    for (i, layer) in spec.layers.iter().enumerate() {
+        let seen: Vec<_> = probed
+            .iter()
+            .flat_map(|&l| roles(&spec.layers[l]))
+            .collect();
+        if roles(layer).iter().any(|r| !seen.contains(r)) {
+            probed.push(i);
+        }
+    }
+    probed.sort_unstable();
+    probed
 }
 
 /// The first of the linears that share an input.
@@ -194,19 +244,14 @@ fn first(names: &[String], weights: &Weights) -> Result<Matrix> {
     padded(&names[0], weight)
 }
 
-fn perturbed(
-    linear: &LinearMeasurement,
-    matrix: &Matrix,
-    solver: &mut dyn Solver,
-    layer: usize,
-) -> Result<Perturbed> {
+fn change(linear: &LinearMeasurement, matrix: &Matrix, solver: &mut dyn Solver) -> Result<Change> {
     let name = &linear.name;
     solver.set_damping(name, linear.damping)?;
     let layout = Layout::uniform(3, 128, matrix.rows)?;
     let rounded = solver.round(name, matrix, &layout, &[Judges::All])?;
-    Ok(Perturbed {
+    Ok(Change {
         name: name.clone(),
-        layer,
+        share: linear.share,
         loss: rounded.losses[0].0,
         weight: pack(name, &rounded.quantized, None)?,
     })
@@ -226,45 +271,60 @@ fn sensitivities(
     let count = (PROBE_POSITIONS / length).clamp(1, rows.len());
     let rows: Vec<Vec<u32>> = rows[..count].iter().map(|r| r[..length].to_vec()).collect();
     let mut done = survey.steps - survey.perturbed.len();
-    perturb::scores(job, &survey.perturbed, &rows, |job, p, score| {
-        let linear = found.linears.iter_mut().find(|l| l.name == p.name);
-        let linear = linear.expect("every perturbed linear was measured");
-        linear.sensitivity = score.mean_kl() / p.loss.max(f64::MIN_POSITIVE);
-        survey.work.keep_sensitivity(&p.name, linear.sensitivity)?;
+    let perturbed: Vec<Perturbed> = survey.perturbed.into_iter().map(|(p, _)| p).collect();
+    perturb::scores(job, &perturbed, &rows, |job, p, score| {
+        let per_loss = score.mean_kl() / p.loss().max(f64::MIN_POSITIVE);
+        for change in &p.linears {
+            let linear = found.linears.iter_mut().find(|l| l.name == change.name);
+            let linear = linear.expect("every perturbed linear was measured");
+            linear.sensitivity = per_loss * change.share;
+            survey
+                .work
+                .keep_sensitivity(&change.name, linear.sensitivity)?;
+        }
         done += 1;
         job.progress(done, survey.steps);
         Ok(())
     })
 }
 
-/// Fills in the layers between the probed ones, linear by linear, on a logarithmic scale.
+/// Fills in the layers between the probed ones, kind by kind of linears, on a logarithmic scale.
 fn interpolate(job: &Job<'_>, found: &mut Measurement) {
     let spec = job.source.spec();
-    let layers = spec.layers.len();
-    let probed = probe_layers(layers);
-    for stop in STOPS {
-        let width = spec.layers.first().map_or(0, |l| stop.linears(l).len());
-        for which in 0..width {
-            let name = |layer: usize| stop.linears(&spec.layers[layer])[which].clone();
-            let known: Vec<(usize, f64)> = probed
-                .iter()
-                .filter_map(|&l| Some((l, found.linear(&name(l))?.sensitivity)))
-                .collect();
-            for layer in (0..layers).filter(|l| !probed.contains(l)) {
-                let after = known
-                    .iter()
-                    .position(|k| k.0 > layer)
-                    .unwrap_or(known.len() - 1);
-                let (a, b) = (known[after.saturating_sub(1)], known[after]);
-                let t = (layer - a.0) as f64 / (b.0 - a.0).max(1) as f64;
-                let tiny = f64::MIN_POSITIVE;
-                let value = (a.1.max(tiny).ln() * (1.0 - t) + b.1.max(tiny).ln() * t).exp();
-                let key = name(layer);
-                if let Some(linear) = found.linears.iter_mut().find(|l| l.name == key) {
-                    linear.sensitivity = value;
-                    linear.interpolated = true;
-                }
-            }
+    let probed = probe_layers(spec);
+    let mut places: HashMap<String, (usize, &'static str)> = HashMap::new();
+    for (l, layer) in spec.layers.iter().enumerate() {
+        for site in sites_of(layer) {
+            let named = site.linears.into_iter().zip(site.roles);
+            places.extend(named.map(|(name, role)| (name, (l, role))));
         }
+    }
+    // By kind, what is known of the probed layers, for all of their tokens.
+    let mut known: HashMap<&str, BTreeMap<usize, f64>> = HashMap::new();
+    for linear in &found.linears {
+        if let Some(&(layer, role)) = places.get(&linear.name)
+            && probed.contains(&layer)
+        {
+            let value = linear.sensitivity / linear.share;
+            known.entry(role).or_default().insert(layer, value);
+        }
+    }
+    for linear in &mut found.linears {
+        let Some(&(layer, role)) = places.get(&linear.name) else {
+            continue;
+        };
+        if probed.contains(&layer) {
+            continue;
+        }
+        let known = &known[role];
+        let (before, after) = (known.range(..layer).last(), known.range(layer..).next());
+        let (Some(a), Some(b)) = (before.or(after), after.or(before)) else {
+            continue;
+        };
+        let t = layer.abs_diff(*a.0) as f64 / b.0.abs_diff(*a.0).max(1) as f64;
+        let tiny = f64::MIN_POSITIVE;
+        let value = (a.1.max(tiny).ln() * (1.0 - t) + b.1.max(tiny).ln() * t).exp();
+        linear.sensitivity = value * linear.share;
+        linear.interpolated = true;
     }
 }

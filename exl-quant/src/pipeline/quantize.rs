@@ -11,7 +11,7 @@ use rayon::prelude::*;
 use super::logits::Head;
 use super::machine::{Machine, dense, padded};
 use super::measurement::Measurement;
-use super::sites::{Rows, STOPS, Walk, embed, head_inputs};
+use super::sites::{Rows, STOPS, Site, Walk, embed, head_inputs};
 use super::solver::{Moments, Rows as Judges, Solver};
 use super::{Event, Job, Target};
 use crate::resume::{Journal, Stored};
@@ -58,7 +58,7 @@ impl Judge {
             job.check()?;
             let mut walk = Walk::new(&job.source, &mut machine, layer, &mut hidden)?;
             for stop in STOPS {
-                walk.visit(stop, |_, _| Ok(()))?;
+                walk.pass(stop)?;
             }
             walk.finish()?;
         }
@@ -87,17 +87,14 @@ pub(super) fn quantize(
         let mut walk = Walk::new(&job.source, &mut machine, layer, &mut hidden)?;
         for stop in STOPS {
             job.check()?;
-            let names = stop.linears(&spec.layers[layer]);
-            let done = names.iter().all(|n| journal.has(n));
-            if done {
-                walk.visit(stop, |_, _| Ok(()))?;
-                pass.site(job, &mut walk.weights, &names, None)?;
-                continue;
-            }
-            let mut moments = Moments::new(&job.device, stop.inputs(&spec.layers[layer]))?;
-            walk.visit(stop, |r, x| moments.add(r, x))?;
-            let mut solver = moments.finish(&names[0])?;
-            pass.site(job, &mut walk.weights, &names, Some(solver.as_mut()))?;
+            let device = job.device.clone();
+            let needed = |site: &Site| !site.linears.iter().all(|n| journal.has(n));
+            let sites = stop.sites(&spec.layers[layer]).into_iter();
+            let sites: Vec<(Site, bool)> = sites.map(|s| (s.clone(), needed(&s))).collect();
+            walk.solve(&device, stop, &sites, |weights, found| {
+                job.check()?;
+                pass.site(job, weights, &found.site.linears, found.solver)
+            })?;
         }
         walk.finish()?;
     }

@@ -96,6 +96,15 @@ impl Moments {
         }
     }
 
+    /// Adds values on the host, of calibration row `row`.
+    pub(super) fn add_rows(&mut self, row: usize, values: &[f32]) -> Result<()> {
+        let part = Part::of_row(row);
+        match self {
+            Moments::Host(acc) => acc.add(values, part),
+            Moments::Gpu(moments) => moments.add_rows(values, part),
+        }
+    }
+
     /// The finished Hessians.
     ///
     /// # Errors

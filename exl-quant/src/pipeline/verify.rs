@@ -12,7 +12,7 @@ use serde::Serialize;
 use super::device::Device;
 use super::machine::{Machine, dense, padded};
 use super::quantize::{Judge, decode, score};
-use super::sites::{STOPS, Walk, embed, head_inputs};
+use super::sites::{STOPS, Site, Walk, embed, head_inputs};
 use super::solver::{Moments, Rows as Judges, Solver};
 use super::{ConvertOptions, Event, Job, identity};
 use crate::calib::Calibration;
@@ -190,13 +190,17 @@ impl Recount<'_> {
             let mut walk = Walk::new(self.quantized, &mut machine, layer, &mut hidden)?;
             for stop in STOPS {
                 job.check()?;
-                let names = stop.linears(&spec.layers[layer]);
-                let mut moments = Moments::new(&job.device, stop.inputs(&spec.layers[layer]))?;
-                walk.visit(stop, |r, x| moments.add(r, x))?;
-                let mut solver = moments.finish(&names[0])?;
-                for name in &names {
-                    self.linear(job, (name, &original), &mut walk.weights, solver.as_mut())?;
-                }
+                let sites = stop.sites(&spec.layers[layer]).into_iter();
+                let sites: Vec<(Site, bool)> = sites.map(|s| (s, true)).collect();
+                walk.solve(&job.device, stop, &sites, |weights, found| {
+                    let Some(solver) = found.solver else {
+                        return Ok(());
+                    };
+                    for name in &found.site.linears {
+                        self.linear(job, (name, &original), weights, &mut *solver)?;
+                    }
+                    Ok(())
+                })?;
             }
             walk.finish()?;
         }

@@ -49,6 +49,16 @@ pub(super) fn write(
     for key in &keys {
         specs.extend(specs_of(target, journal, key)?);
     }
+    // What the model has for images stays as it is.
+    let files = job.source.files();
+    let names = job.source.towers().into_iter();
+    let named = |name: &str| Ok((name.to_owned(), files.tensor(name)?));
+    let towers: Vec<(String, TensorView)> = names.map(named).collect::<Result<_>>()?;
+    specs.extend(towers.iter().map(|(name, t)| TensorSpec {
+        name: name.clone(),
+        dtype: t.dtype,
+        shape: t.shape.clone(),
+    }));
     let options = WriterOptions {
         shard_bytes: job.options.shard_bytes,
         base: BASE.to_owned(),
@@ -64,6 +74,9 @@ pub(super) fn write(
         } else {
             write_plain(job, &mut writer, key)?;
         }
+    }
+    for (name, tower) in &towers {
+        writer.write(name, &tower.data)?;
     }
     let sealed = writer.seal()?;
     if job.options.verify {

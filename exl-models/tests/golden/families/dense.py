@@ -83,8 +83,8 @@ CASES = {
     ),
     "stablelm-parallel": Case(
         StableLmForCausalLM,
-        dict(NARROW, **STABLE, use_parallel_residual=True, qk_layernorm=True),
-        matters=(dict(qk_layernorm=False),),
+        dict(NARROW, **STABLE, use_parallel_residual=True),
+        matters=(dict(use_parallel_residual=False),),
     ),
     "exaone4": Case(
         Exaone4ForCausalLM,

@@ -60,6 +60,16 @@ impl GpuMoments {
         added.map_err(gpu_error)
     }
 
+    /// As [`GpuMoments::add`], from the host.
+    pub(super) fn add_rows(&mut self, values: &[f32], part: Part) -> Result<()> {
+        if values.is_empty() {
+            return Ok(());
+        }
+        let shape = (values.len() / self.dim.max(1), self.dim);
+        let placed = self.kernels.upload(values, shape, "rows of an expert");
+        self.add(placed.map_err(gpu_error)?.region(), part)
+    }
+
     pub(super) fn finish(mut self, tensor: &str) -> Result<GpuSolver> {
         let mut sums: Vec<Sum> = [self.train, self.hold_out]
             .into_iter()

@@ -42,6 +42,7 @@ pub(crate) enum Linear {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Recipe {
     B2_5,
+    B3_5,
     B4_0,
     B6_0,
 }
@@ -51,10 +52,11 @@ impl Recipe {
     pub(crate) fn named(name: &str) -> Result<Self, Usage> {
         match name {
             "2.5" => Ok(Self::B2_5),
+            "3.5" => Ok(Self::B3_5),
             "4.0" | "4" => Ok(Self::B4_0),
             "6.0" | "6" => Ok(Self::B6_0),
             _ => Err(Usage(format!(
-                "--recipe {name}: unknown recipe (choose 2.5, 4.0 or 6.0)"
+                "--recipe {name}: unknown recipe (choose 2.5, 3.5, 4.0 or 6.0)"
             ))),
         }
     }
@@ -63,6 +65,7 @@ impl Recipe {
     pub(crate) fn bits(self) -> f64 {
         match self {
             Self::B2_5 => 2.5,
+            Self::B3_5 => 3.5,
             Self::B4_0 => 4.0,
             Self::B6_0 => 6.0,
         }
@@ -76,6 +79,10 @@ impl Recipe {
             (Self::B2_5, V) => const { &[part(10, 4, 128), part(90, 3, 128)] },
             (Self::B2_5, Up) => const { &[part(30, 3, 64), part(70, 2, 64)] },
             (Self::B2_5, Down) => const { &[part(5, 6, 32), part(20, 3, 64), part(75, 2, 64)] },
+            (Self::B3_5, Q | K | O) => const { &[part(50, 4, 128), part(50, 3, 64)] },
+            (Self::B3_5, V) => const { &[part(10, 5, 64), part(90, 4, 64)] },
+            (Self::B3_5, Gate | Up) => const { &[part(45, 4, 128), part(55, 3, 128)] },
+            (Self::B3_5, Down) => const { &[part(5, 6, 32), part(35, 4, 128), part(60, 3, 128)] },
             (Self::B4_0, Q | K | O | Gate | Up) => const { &[part(100, 4, 128)] },
             (Self::B4_0, V) => const { &[part(10, 5, 64), part(90, 4, 64)] },
             (Self::B4_0, Down) => const { &[part(10, 5, 128), part(90, 4, 128)] },
@@ -130,7 +137,7 @@ mod tests {
 
     #[test]
     fn groups_cover_the_rows_in_falling_width_and_multiples_of_32() {
-        for recipe in [Recipe::B2_5, Recipe::B4_0, Recipe::B6_0] {
+        for recipe in [Recipe::B2_5, Recipe::B3_5, Recipe::B4_0, Recipe::B6_0] {
             for linear in ALL {
                 for inputs in [32, 2048, 5632, 8192, 11008, 14336, 28672] {
                     let groups = recipe.groups(linear, inputs);

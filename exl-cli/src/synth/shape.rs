@@ -1,10 +1,10 @@
 //! Sizes of known models.
 
 use crate::failure::Usage;
-use anyhow::{Result, bail};
+use anyhow::Result;
 use serde_json::{Value, json};
 
-/// The sizes that decide how fast a dense Llama-like model runs.
+/// The sizes that decide how fast a Llama-like model runs.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Shape {
     pub(crate) name: &'static str,
@@ -18,9 +18,19 @@ pub(crate) struct Shape {
     /// Longest context in tokens; at least 8192, because speed at long contexts is measured too.
     pub(crate) positions: usize,
     pub(crate) rope_theta: f64,
+    /// In place of one MLP.
+    pub(crate) experts: Option<Experts>,
 }
 
-const SHAPES: [Shape; 5] = [
+/// Experts of a layer, each as wide as [`Shape::intermediate`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Experts {
+    pub(crate) count: usize,
+    /// Those that a token goes through.
+    pub(crate) top_k: usize,
+}
+
+const SHAPES: [Shape; 7] = [
     // Made and measured in a second: to try the command, and to test it.
     Shape {
         name: "smoke-2m",
@@ -33,6 +43,7 @@ const SHAPES: [Shape; 5] = [
         vocab: 2048,
         positions: 8192,
         rope_theta: 1e4,
+        experts: None,
     },
     Shape {
         name: "tinyllama-1.1b",
@@ -45,6 +56,7 @@ const SHAPES: [Shape; 5] = [
         vocab: 32000,
         positions: 8192,
         rope_theta: 1e4,
+        experts: None,
     },
     Shape {
         name: "llama2-7b",
@@ -57,6 +69,7 @@ const SHAPES: [Shape; 5] = [
         vocab: 32000,
         positions: 8192,
         rope_theta: 1e4,
+        experts: None,
     },
     Shape {
         name: "llama3-8b",
@@ -69,6 +82,7 @@ const SHAPES: [Shape; 5] = [
         vocab: 128_256,
         positions: 8192,
         rope_theta: 5e5,
+        experts: None,
     },
     Shape {
         name: "llama2-70b",
@@ -81,11 +95,36 @@ const SHAPES: [Shape; 5] = [
         vocab: 32000,
         positions: 8192,
         rope_theta: 1e4,
+        experts: None,
+    },
+    Shape {
+        name: "mixtral-8x7b",
+        hidden: 4096,
+        intermediate: 14336,
+        layers: 32,
+        heads: 32,
+        kv_heads: 8,
+        head_dim: 128,
+        vocab: 32000,
+        positions: 8192,
+        rope_theta: 1e6,
+        experts: Some(Experts { count: 8, top_k: 2 }),
+    },
+    // As small as the first, with experts.
+    Shape {
+        name: "smoke-8x1m",
+        hidden: 256,
+        intermediate: 704,
+        layers: 2,
+        heads: 4,
+        kv_heads: 2,
+        head_dim: 64,
+        vocab: 2048,
+        positions: 8192,
+        rope_theta: 1e4,
+        experts: Some(Experts { count: 8, top_k: 2 }),
     },
 ];
-
-/// Shapes that users may ask for and that need layers this version cannot run.
-const MIXTURES: [&str; 1] = ["mixtral-8x7b"];
 
 impl Shape {
     /// The shape of this name.
@@ -94,11 +133,6 @@ impl Shape {
             return Ok(*shape);
         }
         let known = SHAPES.map(|shape| shape.name).join(", ");
-        if MIXTURES.contains(&name) {
-            bail!(
-                "--synthetic {name}: mixture-of-experts layers are not supported yet (shapes to choose from: {known})"
-            );
-        }
         Err(Usage(format!(
             "--synthetic {name}: unknown shape (shapes to choose from: {known})"
         ))
@@ -107,9 +141,13 @@ impl Shape {
 
     /// `config.json` of a model of this shape.
     pub(crate) fn config(&self, bits: f64) -> Value {
-        json!({
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
+        let (class, kind) = match self.experts {
+            None => ("LlamaForCausalLM", "llama"),
+            Some(_) => ("MixtralForCausalLM", "mixtral"),
+        };
+        let mut config = json!({
+            "architectures": [class],
+            "model_type": kind,
             "attention_bias": false,
             "attention_dropout": 0.0,
             "bos_token_id": self.vocab - 2,
@@ -139,7 +177,13 @@ impl Shape {
                 "head_bits": 6,
                 "calibration": { "rows": 0, "length": 0, "dataset": "(random weights)" }
             }
-        })
+        });
+        if let Some(experts) = self.experts {
+            config["num_local_experts"] = json!(experts.count);
+            config["num_experts_per_tok"] = json!(experts.top_k);
+            config["sliding_window"] = Value::Null;
+        }
+        config
     }
 }
 
@@ -160,9 +204,14 @@ mod tests {
     }
 
     #[test]
-    fn a_mixture_fails_and_a_typo_is_wrong_usage() {
-        let error = Shape::named("mixtral-8x7b").unwrap_err();
-        assert!(!error.is::<Usage>() && error.to_string().contains("not supported"));
+    fn a_typo_is_wrong_usage() {
         assert!(Shape::named("llama9").unwrap_err().is::<Usage>());
+    }
+
+    #[test]
+    fn a_mixture_is_mixtral() {
+        let config = Shape::named("mixtral-8x7b").unwrap().config(3.5);
+        assert_eq!(config["architectures"][0], "MixtralForCausalLM");
+        assert_eq!(config["num_local_experts"], 8);
     }
 }

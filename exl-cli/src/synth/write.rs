@@ -18,6 +18,8 @@ use std::path::Path;
 enum Item {
     Embedding,
     Norm(String),
+    /// Rows that weigh this many experts.
+    Router(String, usize),
     Linear {
         key: String,
         groups: Vec<Group>,
@@ -105,28 +107,38 @@ fn items(shape: &Shape, recipe: Recipe) -> Vec<Item> {
             linear("self_attn.v_proj", Linear::V, shape.hidden, kv, site(0)),
             linear("self_attn.o_proj", Linear::O, q, shape.hidden, site(1)),
             Item::Norm(format!("{prefix}.post_attention_layernorm")),
-            linear(
-                "mlp.gate_proj",
-                Linear::Gate,
-                shape.hidden,
-                shape.intermediate,
-                site(2),
-            ),
-            linear(
-                "mlp.up_proj",
-                Linear::Up,
-                shape.hidden,
-                shape.intermediate,
-                site(2),
-            ),
-            linear(
-                "mlp.down_proj",
-                Linear::Down,
-                shape.intermediate,
-                shape.hidden,
-                site(3),
-            ),
         ]);
+        let mut mlp = |block: &str, [gate, up, down]: [&str; 3], seed: u64| {
+            let (hidden, inner) = (shape.hidden, shape.intermediate);
+            let (inputs, outputs) = (site(2) ^ seed << 32, site(3) ^ seed << 32);
+            items.extend([
+                linear(
+                    &format!("{block}.{gate}"),
+                    Linear::Gate,
+                    hidden,
+                    inner,
+                    inputs,
+                ),
+                linear(&format!("{block}.{up}"), Linear::Up, hidden, inner, inputs),
+                linear(
+                    &format!("{block}.{down}"),
+                    Linear::Down,
+                    inner,
+                    hidden,
+                    outputs,
+                ),
+            ]);
+        };
+        let Some(experts) = shape.experts else {
+            mlp("mlp", ["gate_proj", "up_proj", "down_proj"], 0);
+            continue;
+        };
+        for e in 0..experts.count {
+            let block = format!("block_sparse_moe.experts.{e}");
+            mlp(&block, ["w1", "w3", "w2"], e as u64);
+        }
+        let router = format!("{prefix}.block_sparse_moe.gate");
+        items.push(Item::Router(router, experts.count));
     }
     items.push(Item::Norm("model.norm".to_owned()));
     items.push(Item::Linear {
@@ -152,6 +164,10 @@ impl Item {
                 vec![spec(name, Dtype::F16, &[shape.vocab, shape.hidden])]
             }
             Self::Norm(key) => vec![spec(format!("{key}.weight"), Dtype::F16, &[shape.hidden])],
+            Self::Router(key, experts) => {
+                let name = format!("{key}.weight");
+                vec![spec(name, Dtype::F16, &[*experts, shape.hidden])]
+            }
             Self::Linear {
                 key,
                 groups,
@@ -186,6 +202,10 @@ impl Output<'_> {
         match item {
             Item::Embedding => {
                 let values = embedding(self.shape.vocab, self.shape.hidden, seed, self.threads);
+                self.tensor(&names[0], bytemuck::cast_slice(&values))
+            }
+            Item::Router(_, experts) => {
+                let values = embedding(*experts, self.shape.hidden, seed, self.threads);
                 self.tensor(&names[0], bytemuck::cast_slice(&values))
             }
             Item::Norm(_) => {

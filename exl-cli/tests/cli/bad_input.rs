@@ -133,8 +133,8 @@ fn a_prompt_longer_than_the_cache_is_refused_with_the_numbers() {
 fn a_gpu_is_not_promised() {
     let args = ["generate", "-m", demo(), "-p", "x", "--device", "cuda"];
     run(&mut exl(args)).failure(1, &["--device", "cpu"]);
-    let args = ["bench", "--synthetic", "mixtral-8x7b"];
-    run(&mut exl(args)).failure(1, &["mixture-of-experts", "llama2-7b"]);
+    let args = ["bench", "--synthetic", "mixtral-9x9b"];
+    run(&mut exl(args)).failure(2, &["unknown shape", "mixtral-8x7b"]);
 }
 
 #[test]

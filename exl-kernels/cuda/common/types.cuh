@@ -23,16 +23,10 @@ __device__ __forceinline__ float4 load_4(const __nv_bfloat16* p, int i) {
     return make_float4(__uint_as_float(v.x << 16), __uint_as_float(v.x & 0xffff0000u),
                        __uint_as_float(v.y << 16), __uint_as_float(v.y & 0xffff0000u));
 }
-__device__ __forceinline__ float4 load_4(const void* p, int type, int i) {
-    if (type == TYPE_F16) return load_4(static_cast<const __half*>(p), i);
-    if (type == TYPE_BF16) return load_4(static_cast<const __nv_bfloat16*>(p), i);
-    return load_4(static_cast<const float*>(p), i);
-}
 
+// Element i of weights of a type known at run time.
 __device__ __forceinline__ float load_1(const void* p, int type, long long i) {
     if (type == TYPE_F16) return __half2float(static_cast<const __half*>(p)[i]);
     if (type == TYPE_BF16) return __bfloat162float(static_cast<const __nv_bfloat16*>(p)[i]);
     return static_cast<const float*>(p)[i];
 }
-
-__device__ __forceinline__ int type_bytes(int type) { return type == TYPE_F32 ? 4 : 2; }

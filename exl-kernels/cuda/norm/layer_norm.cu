@@ -37,17 +37,18 @@ __device__ __forceinline__ float centre(float4 (&v)[V], float mean, int at, int 
     return sum;
 }
 
+__device__ __forceinline__ float4 finished(float4 v, float factor, float4 w, float4 b) {
+    return make_float4(fmaf(v.x * factor, w.x, b.x), fmaf(v.y * factor, w.y, b.y),
+                       fmaf(v.z * factor, w.z, b.z), fmaf(v.w * factor, w.w, b.w));
+}
+
 template <int STRIDE, int V>
 __device__ __forceinline__ void store_row(float* row, const float4 (&v)[V], const float4 (&w)[V],
                                           const float4 (&b)[V], int at, int vectors, float factor) {
 #pragma unroll
     for (int j = 0; j < V; ++j) {
         int i = at + j * STRIDE;
-        if (i < vectors) {
-            reinterpret_cast<float4*>(row)[i] = make_float4(
-                fmaf(v[j].x * factor, w[j].x, b[j].x), fmaf(v[j].y * factor, w[j].y, b[j].y),
-                fmaf(v[j].z * factor, w[j].z, b[j].z), fmaf(v[j].w * factor, w[j].w, b[j].w));
-        }
+        if (i < vectors) reinterpret_cast<float4*>(row)[i] = finished(v[j], factor, w[j], b[j]);
     }
 }
 
@@ -58,8 +59,8 @@ __device__ __forceinline__ void norm_lanes(const Norm& n) {
     const u32 row = blockIdx.x * u32(LANE_THREADS / LANES) + threadIdx.x / LANES;
     const long long first = (long long)(row % u32(n.groups)) * n.dim;
     float4 w[V], b[V], v[V];
-    load_group<LANES>(w, n.weight, n.weight_type, first, lane, n.dim / 4, 1.0f);
-    load_group<LANES>(b, n.bias, n.bias_type, first, lane, n.dim / 4, 0.0f);
+    load_weights<LANES>(w, n.weight, n.weight_type, first, lane, n.dim / 4, 1.0f);
+    load_weights<LANES>(b, n.bias, n.bias_type, first, lane, n.dim / 4, 0.0f);
     // Lanes without a row take part in the sums of their warp, with nothing.
     const int vectors = row < u32(n.rows) ? n.dim / 4 : 0;
     const long long start = (long long)row * n.dim;
@@ -72,18 +73,33 @@ __device__ __forceinline__ void norm_lanes(const Norm& n) {
 
 template <int T, int V>
 __device__ __forceinline__ void norm_block(const Norm& n) {
+    // The largest block has no registers for the whole bias beside all else.
+    constexpr bool LATE = T == 1024;
     pdl_launch();
     const long long start = (long long)blockIdx.x * n.dim;
     const long long first = (long long)(blockIdx.x % u32(n.groups)) * n.dim;
     const int at = threadIdx.x, vectors = n.dim / 4;
     float4 w[V], b[V], v[V];
-    load_group<T>(w, n.weight, n.weight_type, first, at, vectors, 1.0f);
-    load_group<T>(b, n.bias, n.bias_type, first, at, vectors, 0.0f);
+    load_weights<T>(w, n.weight, n.weight_type, first, at, vectors, 1.0f);
+    if (!LATE) load_weights<T>(b, n.bias, n.bias_type, first, at, vectors, 0.0f);
     pdl_wait();
     load_vectors<T>(v, n.x + start, at, vectors);
     const float mean = block_sum<T, 0>(sum_of(v)) / float(n.dim);
     const float squares = block_sum<T, 1>(centre<T>(v, mean, at, vectors));
-    store_row<T>(n.out + start, v, w, b, at, vectors, factor_of(squares, n.dim, n.eps));
+    const float factor = factor_of(squares, n.dim, n.eps);
+    if constexpr (LATE) {
+#pragma unroll
+        for (int j = 0; j < V; ++j) {
+            float4 one[1];
+            const int i = at + j * T;
+            load_weights<T>(one, n.bias, n.bias_type, first, i, vectors, 0.0f);
+            if (i < vectors) {
+                reinterpret_cast<float4*>(n.out + start)[i] = finished(v[j], factor, w[j], one[0]);
+            }
+        }
+    } else {
+        store_row<T>(n.out + start, v, w, b, at, vectors, factor);
+    }
 }
 
 __device__ __forceinline__ void norm_any(const Norm& n) {
@@ -110,7 +126,7 @@ __device__ __forceinline__ void norm_any(const Norm& n) {
 }  // namespace
 
 #define ENTRY(NAME, THREADS, BODY)                                                                 \
-    extern "C" __global__ void __launch_bounds__(THREADS)                                          \
+    extern "C" __global__ void __launch_bounds__(THREADS, 1)                                       \
         NAME(const float* x, const void* weight, const void* bias, float* out, int rows, int dim,  \
              int groups, int weight_type, int bias_type, float eps) {                              \
         BODY(Norm{x, weight, bias, out, rows, dim, groups, weight_type, bias_type, eps});          \

@@ -33,16 +33,29 @@ __device__ __forceinline__ float squares_of(const float4 (&v)[V]) {
     return sum;
 }
 
-// The vectors of weights from element `first` on, or `instead` of them where there are none.
-template <int STRIDE, int V>
-__device__ __forceinline__ void load_group(float4 (&w)[V], const void* weights, int type,
-                                           long long first, int at, int vectors, float instead) {
-    const void* from = static_cast<const u8*>(weights) + first * type_bytes(type);
+// Likewise the vectors of weights of a row of theirs.
+template <int STRIDE, int V, typename W>
+__device__ __forceinline__ void load_weights(float4 (&w)[V], const W* weight, int at, int vectors) {
 #pragma unroll
     for (int j = 0; j < V; ++j) {
         int i = at + j * STRIDE;
-        w[j] = weights && i < vectors ? load_4(from, type, i)
-                                      : make_float4(instead, instead, instead, instead);
+        w[j] = i < vectors ? load_4(weight, i) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    }
+}
+
+// Those from element `first` on, of a type known at run time, or `instead` of them where there are none.
+template <int STRIDE, int V>
+__device__ __forceinline__ void load_weights(float4 (&w)[V], const void* weights, int type,
+                                             long long first, int at, int vectors, float instead) {
+    if (!weights) {
+#pragma unroll
+        for (int j = 0; j < V; ++j) w[j] = make_float4(instead, instead, instead, instead);
+    } else if (type == TYPE_F16) {
+        load_weights<STRIDE>(w, static_cast<const __half*>(weights) + first, at, vectors);
+    } else if (type == TYPE_BF16) {
+        load_weights<STRIDE>(w, static_cast<const __nv_bfloat16*>(weights) + first, at, vectors);
+    } else {
+        load_weights<STRIDE>(w, static_cast<const float*>(weights) + first, at, vectors);
     }
 }
 

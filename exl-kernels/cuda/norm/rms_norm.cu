@@ -14,16 +14,6 @@ __device__ __forceinline__ float4 scaled(float4 v, float factor, float4 w, float
                        v.z * factor * (w.z + offset), v.w * factor * (w.w + offset));
 }
 
-// Thread `at` of STRIDE has the vectors at, at + STRIDE, ... of a row.
-template <int STRIDE, int V, typename W>
-__device__ __forceinline__ void load_weights(float4 (&w)[V], const W* weight, int at, int vectors) {
-#pragma unroll
-    for (int j = 0; j < V; ++j) {
-        int i = at + j * STRIDE;
-        w[j] = i < vectors ? load_4(weight, i) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    }
-}
-
 template <int STRIDE, int V>
 __device__ __forceinline__ float load_row(float4 (&v)[V], const float* row, int at, int vectors) {
     load_vectors<STRIDE>(v, row, at, vectors);

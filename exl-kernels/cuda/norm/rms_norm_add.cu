@@ -45,7 +45,7 @@ __device__ __forceinline__ void norm_lanes(const Norm& n) {
     const int lane = threadIdx.x % LANES;
     const u32 row = blockIdx.x * u32(LANE_THREADS / LANES) + threadIdx.x / LANES;
     float4 w[V], r[V], v[V];
-    load_group<LANES>(w, n.weight, n.type, 0, lane, n.dim / 4, 0.0f);
+    load_weights<LANES>(w, n.weight, n.type, 0, lane, n.dim / 4, 0.0f);
     // Lanes without a row take part in the sums of their warp, with nothing.
     const int vectors = row < u32(n.rows) ? n.dim / 4 : 0;
     const long long start = (long long)row * n.dim;
@@ -62,7 +62,7 @@ __device__ __forceinline__ void norm_block(const Norm& n) {
     const long long start = (long long)blockIdx.x * n.dim;
     const int at = threadIdx.x, vectors = n.dim / 4;
     float4 w[V], r[V], v[V];
-    load_group<T>(w, n.weight, n.type, 0, at, vectors, 0.0f);
+    load_weights<T>(w, n.weight, n.type, 0, at, vectors, 0.0f);
     pdl_wait();
     load_vectors<T>(v, n.x + start, at, vectors);
     load_vectors<T>(r, n.residual + start, at, vectors);

@@ -11,7 +11,7 @@ use crate::machine;
 use crate::session::{self, Room};
 use crate::ui::{self, Align, Table, Ui};
 use anyhow::Result;
-use exl_models::{LoadOptions, MemoryUse, ModelSource};
+use exl_models::{LayerSpec, LoadOptions, MemoryUse, MlpSpec, ModelSource};
 use exl_tensor::KvType;
 use gpu::GpuNeeds;
 use serde::Serialize;
@@ -31,6 +31,8 @@ struct Output<'a> {
     heads: usize,
     kv_heads: usize,
     head_dim: usize,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    experts: Option<Experts>,
     vocab: usize,
     max_context: usize,
     parameters: u64,
@@ -43,6 +45,14 @@ struct Output<'a> {
     /// On the GPU that is here or was named.
     #[serde(skip_serializing_if = "Option::is_none")]
     gpu: Option<GpuNeeds>,
+}
+
+/// Of the layers that have them.
+#[derive(Serialize)]
+struct Experts {
+    count: usize,
+    /// For each token.
+    used: usize,
 }
 
 #[derive(Serialize)]
@@ -94,6 +104,7 @@ pub(crate) fn run(args: &InfoArgs, ui: &Ui) -> Result<()> {
         heads: attn.map_or(0, |a| a.heads),
         kv_heads: attn.map_or(0, |a| a.kv_heads),
         head_dim: attn.map_or(0, |a| a.head_dim),
+        experts: spec.layers.iter().find_map(experts),
         vocab: spec.vocab,
         max_context: spec.max_context,
         parameters: spec.parameters(),
@@ -113,6 +124,16 @@ pub(crate) fn run(args: &InfoArgs, ui: &Ui) -> Result<()> {
     Ok(())
 }
 
+fn experts(layer: &LayerSpec) -> Option<Experts> {
+    match &layer.mlp {
+        MlpSpec::Moe(moe) => Some(Experts {
+            count: moe.experts.len(),
+            used: moe.top_k,
+        }),
+        MlpSpec::Dense(_) => None,
+    }
+}
+
 fn memory(source: &ModelSource, context: Option<usize>, cache: KvType) -> Memory {
     let context = context.unwrap_or(DEFAULT_CONTEXT.min(source.spec().max_context));
     let request = Room::one(context, cache).memory_request(session::PREFILL_ROWS);
@@ -129,10 +150,14 @@ fn memory(source: &ModelSource, context: Option<usize>, cache: KvType) -> Memory
 
 fn text(o: &Output<'_>) -> Result<String> {
     let mut out = String::new();
-    let shape = format!(
+    let mut shape = format!(
         "{} layers, hidden {}, {} heads of {} ({} for keys and values)",
         o.layers, o.hidden, o.heads, o.head_dim, o.kv_heads
     );
+    if let Some(experts) = &o.experts {
+        let (count, used) = (experts.count, experts.used);
+        write!(shape, ", {count} experts, {used} for each token")?;
+    }
     let size = format!(
         "{}, {} ({:.2} bits per layer weight, head {:.2})",
         ui::bytes(o.bits.bytes),

@@ -20,7 +20,7 @@ results=$(cd "$results" && pwd)
 work=$(mktemp -d) || exit 1
 trap 'rm -rf "$work"' EXIT
 exl="$here/exl"
-export EXL_TEST_ROOT="$here" TMPDIR="$work"
+export EXL_TEST_ROOT="$here" TMPDIR="$work" EXL_CUDA_TABLE="$results/cuda.json"
 model="$here/testdata/demo-4m"
 failed=0
 summary=

@@ -10,17 +10,11 @@
 // rows, instructions at many.
 
 #include "kv/kv.cuh"
+#include "rope/rope.cuh"
 
 namespace {
 
 constexpr int THREADS = 128;
-
-__device__ __forceinline__ float2 rotation(int position, float frequency, float factor) {
-    const double turns = double(position) * double(frequency) * 0.15915494309189535;
-    float sine, cosine;
-    sincospif(float(2.0 * (turns - rint(turns))), &sine, &cosine);
-    return make_float2(cosine * factor, sine * factor);
-}
 
 __device__ __forceinline__ float nearest(float v, float low, float high) {
     return rintf(fminf(fmaxf(v, low), high));
@@ -163,7 +157,8 @@ __device__ __forceinline__ void encode(const float* head, int group, int dim, co
 extern "C" __global__ void __launch_bounds__(THREADS, 4)
     exl_kv_append(float* q, const float* k, const float* v, const int* positions, const int* slots,
                   const float* inv_freq, u8* k_cache, u8* v_cache, int heads, int kv_heads,
-                  int head_dim, int pairs, int interleaved, float factor, int k_bits, int v_bits) {
+                  int head_dim, int pairs, int interleaved, float factor, int k_bits, int v_bits,
+                  int second, int third) {
     extern __shared__ float x[];
     const auto sync = [] { __syncthreads(); };
     const int row = blockIdx.x, which = blockIdx.y;
@@ -174,9 +169,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4)
     const long long at = ((long long)row * (is_q ? heads : kv_heads) + head) * head_dim;
     const float* from = (is_q ? q : is_k ? k : v) + at;
     const int turned = is_q || is_k ? pairs : 0;
+    const Positions at_axes{positions, int(gridDim.x), second, third};
     for (int p = threadIdx.x; p < turned; p += THREADS) {
         const int a = interleaved ? 2 * p : p, b = interleaved ? a + 1 : p + pairs;
-        const float2 turn = rotation(positions[row], inv_freq[p], factor);
+        const float2 turn = rotation(at_axes.at(row, p), inv_freq[p], factor);
         x[a] = from[a] * turn.x - from[b] * turn.y;
         x[b] = from[b] * turn.x + from[a] * turn.y;
     }

@@ -5,7 +5,8 @@
 //! cache, and the kernels for 16-bit floats read them; their output is transformed back.
 
 use super::{
-    Choice, SHARED_OVERHEAD, Shape, Work, attention_launch, choose, many_rows, select, split,
+    Choice, SHARED_OVERHEAD, Shape, Work, attention_launch, axis_starts, choose, many_rows, select,
+    split,
 };
 use crate::cuda::launch::Args;
 use crate::cuda::lower::{Scratch, Target};
@@ -240,6 +241,7 @@ pub(super) fn rope_append(o: &RopeAppend<'_>, list: &mut Vec<Launch>) -> Result<
     if o.rows == 0 || o.head_dim == 0 {
         return Ok(());
     }
+    let [second, third] = axis_starts(o);
     list.push(Launch {
         kernel: APPEND,
         grid: [o.rows as u32, heads as u32, 1],
@@ -261,7 +263,9 @@ pub(super) fn rope_append(o: &RopeAppend<'_>, list: &mut Vec<Launch>) -> Result<
             .int(usize::from(o.style == RopeStyle::GptJ))
             .float(o.attention_factor)
             .int(bits(o.kv.k))
-            .int(bits(o.kv.v)),
+            .int(bits(o.kv.v))
+            .int(second)
+            .int(third),
     });
     Ok(())
 }

@@ -170,6 +170,11 @@ impl Spec {
         }
     }
 
+    /// Whether its tokens may have positions on axes.
+    pub fn has_axes(&self) -> bool {
+        self.ropes.iter().any(|rope| rope.sections.is_some())
+    }
+
     /// Name of the weight that holds a rope table.
     pub fn rope_weight(index: usize) -> String {
         format!("rope.inv_freq.{index}")

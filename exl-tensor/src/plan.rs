@@ -58,6 +58,8 @@ pub struct PlanExtras {
     pub vectors: bool,
     /// Rows whose last hidden state is wanted.
     pub hidden_rows: usize,
+    /// Some of its rows have positions on axes ([`RopeArgs::sections`]).
+    pub axes: bool,
 }
 
 impl PlanExtras {
@@ -301,6 +303,7 @@ pub struct RopeOp {
     pub head_dim: usize,
     pub style: RopeStyle,
     pub attention_factor: f32,
+    pub sections: Option<[usize; 3]>,
 }
 
 /// Arguments of [`PlanOp::PagedAttn`].

@@ -61,6 +61,8 @@ pub struct PlanExtras {
     pub vectors: bool,
     /// Rows whose last hidden state is wanted.
     pub hidden_rows: usize,
+    /// Some of its rows have positions on axes ([`RopeArgs::sections`]).
+    pub axes: bool,
 }
 
 impl PlanExtras {
@@ -323,6 +325,7 @@ pub struct RopeOp {
     pub head_dim: usize,
     pub style: RopeStyle,
     pub attention_factor: f32,
+    pub sections: Option<[usize; 3]>,
 }
 
 /// Arguments of [`PlanOp::PagedAttn`].

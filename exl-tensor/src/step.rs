@@ -7,6 +7,9 @@ use exl_kernels::{DType, Mem};
 
 use crate::{Error, HostMemory, PlanKey, Result};
 
+/// Axes of positions.
+const AXES: usize = 3;
+
 /// One array of the step block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum StepField {
@@ -40,6 +43,8 @@ pub enum StepField {
     OutRowScales,
     /// F32 `[hidden_rows, scales]`: those of the rows whose hidden state is wanted.
     HiddenRowScales,
+    /// `[3, rows]` positions on the axes of time, height and width; empty unless the key has axes.
+    AxisPositions,
 }
 
 impl StepField {
@@ -73,6 +78,9 @@ pub struct StepExtras<'a> {
     pub vectors: &'a [(usize, usize)],
     /// Which of its new rows' last hidden states are wanted, rising.
     pub hidden: &'a [usize],
+    /// Positions of its new rows on the axes of time, height and width, of all of them; when there are
+    /// none, those in the sequence on all three.
+    pub positions: &'a [[u32; 3]],
 }
 
 /// How the token of one row of logits is chosen.
@@ -108,7 +116,7 @@ impl StepBlock {
 
     /// Bytes of a block for this key.
     pub fn bytes_for(key: &PlanKey) -> usize {
-        let (start, len) = offset(key, StepField::HiddenRowScales);
+        let (start, len) = offset(key, StepField::AxisPositions);
         start + len * 4
     }
 
@@ -324,6 +332,7 @@ fn offset(key: &PlanKey, field: StepField) -> (usize, usize) {
         .sample
         .map_or((0, 0, 0), |s| (key.out_rows, s.window, s.blocked));
     let scales = key.extras.scales();
+    let axes = if key.extras.axes { AXES } else { 0 };
     let sizes = [
         (StepField::Tokens, key.rows),
         (StepField::Positions, key.rows),
@@ -339,6 +348,7 @@ fn offset(key: &PlanKey, field: StepField) -> (usize, usize) {
         (StepField::RowScales, key.rows * scales),
         (StepField::OutRowScales, key.out_rows * scales),
         (StepField::HiddenRowScales, key.extras.hidden_rows * scales),
+        (StepField::AxisPositions, axes * key.rows),
     ];
     let mut start = 0;
     for (f, len) in sizes {

@@ -1,4 +1,5 @@
-//! What only some sequences of a step have: adapters, vectors in place of tokens, hidden states.
+//! What only some sequences of a step have: adapters, vectors in place of tokens, hidden states, positions
+//! on axes.
 
 use std::borrow::Cow;
 use std::ops::Range;
@@ -7,6 +8,7 @@ use std::sync::Arc;
 use exl_tensor::{PlanExtras, StepExtras};
 
 use super::SeqSlice;
+use crate::Spec;
 
 /// What a sequence has in a step beyond tokens; nothing by default.
 #[derive(Clone, Copy, Debug, Default)]
@@ -19,6 +21,10 @@ pub struct SliceExtras<'a> {
     /// Positions of the sequence whose last hidden states are wanted, rising, of which the new ones
     /// count.
     pub hidden: &'a [usize],
+    /// Positions of the new tokens on the axes of time, height and width, of all of them; when there are
+    /// none, those in the sequence on all three. For models with axes ([`crate::Spec::has_axes`]). Keys go
+    /// into the cache rotated by them, so tokens that a step reads there need none.
+    pub positions: &'a [[u32; 3]],
 }
 
 /// Hidden states that stand in place of the embeddings of tokens, as the first layer reads them.
@@ -47,9 +53,16 @@ impl Vectors {
     }
 }
 
-/// Why a slice's extras cannot be, if so; `width` is that of hidden states.
-pub(super) fn check(slice: &SeqSlice<'_>, width: usize, adapters: usize) -> Result<(), String> {
-    let extras = &slice.extras;
+/// Why a slice's extras cannot be, if so.
+pub(super) fn check(slice: &SeqSlice<'_>, spec: &Spec, adapters: usize) -> Result<(), String> {
+    let (extras, width) = (&slice.extras, spec.hidden);
+    let (positions, rows) = (extras.positions.len(), slice.tokens.len());
+    if positions > 0 && !spec.has_axes() {
+        return Err("positions on axes, the model's positions have none".to_owned());
+    }
+    if positions > 0 && positions != rows {
+        return Err(format!("{positions} positions on axes for {rows} tokens"));
+    }
     for (id, scale) in extras.adapters {
         if *id as usize >= adapters || !scale.is_finite() {
             return Err(format!("adapter {id} times {scale}, there are {adapters}"));
@@ -105,6 +118,7 @@ pub(super) fn of_step<'a>((slice, rows): (&SeqSlice<'a>, &'a Rows)) -> StepExtra
         adapters: slice.extras.adapters,
         vectors: &rows.vectors,
         hidden: &rows.hidden,
+        positions: slice.extras.positions,
     }
 }
 
@@ -119,6 +133,7 @@ pub(super) fn of_key(slices: &[SeqSlice<'_>]) -> PlanExtras {
         adapters,
         vectors: slices.iter().any(has_vectors),
         hidden_rows: slices.iter().map(|s| hidden(s).count()).sum(),
+        axes: slices.iter().any(|s| !s.extras.positions.is_empty()),
     }
 }
 

@@ -352,3 +352,22 @@ fn gpu_extras_equal_transformers() {
         }
     }
 }
+
+/// Tokens with positions on three axes, in prompts and in captured steps.
+#[test]
+fn gpu_positions_on_axes_turn_as_on_the_cpu() {
+    let Some(gpu) = gpu() else { return };
+    let golden = golden("qwen2");
+    let (ids, n) = (&golden.ids, golden.ids.len());
+    let places = extras::image(n, 2);
+    let model = extras::on_axes(&on_gpu(&dir("qwen2"), &gpu));
+    let mut tested = extras::runner(&model, cuda(&gpu, true), &[]);
+    let mut right = extras::runner(&extras::on_axes(&golden.model), Backend::Cpu, &[]);
+    let expected = extras::placed(&mut right, ids, &places, n);
+    for size in [n, 7, 1] {
+        let found = extras::placed(&mut tested, ids, &places, size);
+        let error = extras::error(&found, &expected);
+        println!("in pieces of {size}: {error:.1e}");
+        assert!(error <= EXACT, "in pieces of {size}: {error}");
+    }
+}

@@ -28,10 +28,13 @@ impl fmt::Display for PlanKey {
         if extras.vectors {
             write!(f, " vectors")?;
         }
-        match extras.hidden_rows {
-            0 => Ok(()),
-            rows => write!(f, " hidden_rows={rows}"),
+        if extras.hidden_rows > 0 {
+            write!(f, " hidden_rows={}", extras.hidden_rows)?;
         }
+        if extras.axes {
+            write!(f, " axes")?;
+        }
+        Ok(())
     }
 }
 
@@ -192,16 +195,22 @@ impl fmt::Display for OpText<'_> {
                 v,
                 layer,
                 args,
-            } => write!(
-                f,
-                "rope_append({q}, {k}, {v}) layer={layer} heads={}/{} head_dim={} {:?} {} factor={}",
-                args.heads,
-                args.kv_heads,
-                args.head_dim,
-                args.style,
-                args.inv_freq.map_or("no rotation", |w| self.name(w)),
-                args.attention_factor
-            ),
+            } => {
+                write!(
+                    f,
+                    "rope_append({q}, {k}, {v}) layer={layer} heads={}/{} head_dim={} {:?} {} factor={}",
+                    args.heads,
+                    args.kv_heads,
+                    args.head_dim,
+                    args.style,
+                    args.inv_freq.map_or("no rotation", |w| self.name(w)),
+                    args.attention_factor
+                )?;
+                match args.sections {
+                    Some(sections) => write!(f, " sections={sections:?}"),
+                    None => Ok(()),
+                }
+            }
             PlanOp::PagedAttn {
                 q,
                 out,

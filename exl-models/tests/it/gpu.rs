@@ -13,6 +13,7 @@ use exl_tensor::{
     PlanKey, Side, StepBlock, StepSeq, check, probe,
 };
 
+use crate::axes;
 use crate::common::{CASES, dir, golden, load_options, root, runner};
 use crate::extras;
 use crate::golden::in_pieces;
@@ -106,6 +107,19 @@ fn gpu_greedy_text_of_every_family_equals_transformers() {
             &expected,
             &gaps,
         );
+    }
+}
+
+#[test]
+fn gpu_positions_on_axes_equal_transformers() {
+    let Some(gpu) = gpu() else { return };
+    for case in axes::CASES {
+        let model = on_gpu(&dir(case), &gpu);
+        for size in [45, 7, 1] {
+            let error = axes::error(&mut runner(model.clone(), cuda(&gpu, true)), case, size);
+            println!("{case} in pieces of {size}: {error:.1e}");
+            assert!(error < 1e-4 + EXACT, "{case} in pieces of {size}: {error}");
+        }
     }
 }
 

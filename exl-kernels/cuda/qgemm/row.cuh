@@ -18,7 +18,7 @@ struct RowInput {
     char* base;
     XBytes bytes;
     // Others have registers for two.
-    RowStage<KIND == KIND_EXL2 && LARGE ? 4 : 2> row;
+    RowStage<KIND == KIND_EXL2 && LARGE ? T::ROUNDS : 2> row;
 
     __device__ __forceinline__ RowInput(const T& task, int inputs, char* base)
         : task(task), base(base), bytes((inputs + 127) / 128 * ROW_CHUNK, 1, inputs) {

@@ -21,6 +21,7 @@ struct PartTile {
 // What one launch computes. The host fills this struct word by word: lower/linear/few.rs.
 struct Task {
     static constexpr int MOST = PARTS;
+    static constexpr int ROUNDS = 4;   // of loads that overlap when one row is staged
 
     QMatrix matrix[PARTS];
     Epilogue epilogue[PARTS];   // gate and up: of the gate; the second holds the other bias

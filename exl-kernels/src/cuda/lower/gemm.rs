@@ -79,7 +79,7 @@ fn fastest<'t>(
 }
 
 /// Whether 16-byte vectors of `elements` elements cover the rows of matrices at these addresses.
-fn vectors(addresses: &[u64], lengths: &[usize], elements: usize) -> bool {
+pub(super) fn vectors(addresses: &[u64], lengths: &[usize], elements: usize) -> bool {
     addresses.iter().all(|a| a.is_multiple_of(16))
         && lengths.iter().all(|n| n.is_multiple_of(elements))
 }

@@ -2,9 +2,8 @@
 
 use std::fmt;
 
-use crate::StepField;
-
 use super::{Phase, Plan, PlanKey, PlanOp, RowScales, RowSet, SampleShape, Slot, WeightId};
+use crate::StepField;
 
 impl fmt::Display for PlanKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -133,6 +133,11 @@ fn prompts_take_large_tiles_and_decoding_small_ones() {
         "exl_attn_decode_128"
     );
     // Head sizes in between take the next larger kernel.
+    assert_eq!(named(&shape((4, 2, 16), 1, 1, 256)), "exl_attn_decode_64");
+    assert_eq!(
+        named(&shape((24, 12, 16), 322, 2, 256)),
+        "exl_attn_wgmma_64"
+    );
     assert_eq!(named(&shape((32, 32, 80), 1, 1, 256)), "exl_attn_decode_96");
     assert_eq!(
         named(&shape((32, 8, 192), 1, 1, 256)),

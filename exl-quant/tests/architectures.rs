@@ -281,6 +281,9 @@ fn experts_that_no_token_reaches_are_converted_too() {
     let error = change(&golden.run(&dir, n), &golden.run(&out, n));
     let _ = std::fs::remove_dir_all(&out);
     // Measured 0.20: of tokens that it was not calibrated with.
-    println!("{error:.3} at {:.2} bpw", report[0].quality.totals.bits_per_weight);
+    println!(
+        "{error:.3} at {:.2} bpw",
+        report[0].quality.totals.bits_per_weight
+    );
     assert!(error < 0.4, "{error}");
 }

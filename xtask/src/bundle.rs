@@ -24,15 +24,22 @@ pub(crate) fn run(sh: &Shell, flags: &crate::flags::Bundle) -> Result<()> {
     let out = flags.out.clone().unwrap_or_else(|| DEFAULT_OUT.into());
     kernels::run_all(sh)?;
     println!("Building exl and its GPU tests (the first time takes minutes)");
-    cmd!(sh, "cargo build --profile small --locked --package exl-cli").run()?;
-    let (package, test, name) = TEST;
-    let messages = cmd!(sh, "cargo test --profile small --locked --package {package}")
-        .args(["--test", test, "--no-run", "--message-format=json"])
-        .read()?;
-    let test = executable(&messages, test)?;
+    // The kernels travel once, beside the two programs.
     let target = sh
         .var_os("CARGO_TARGET_DIR")
         .map_or_else(|| "target".into(), PathBuf::from);
+    let none = sh.current_dir().join(&target).join("kernels/none.pack");
+    sh.write_file(&none, "")?;
+    let _without = sh.push_env("EXL_KERNEL_PACK", &none);
+    cmd!(sh, "cargo build --profile small --locked --package exl-cli").run()?;
+    let (package, test, name) = TEST;
+    let messages = cmd!(
+        sh,
+        "cargo test --profile small --locked --package {package}"
+    )
+    .args(["--test", test, "--no-run", "--message-format=json"])
+    .read()?;
+    let test = executable(&messages, test)?;
 
     // Made beside the old one, which goes only when this one is whole.
     let new = out.with_extension("new");
@@ -44,6 +51,7 @@ pub(crate) fn run(sh: &Shell, flags: &crate::flags::Bundle) -> Result<()> {
             .run()
             .context("`strip` comes with the C compiler's package (binutils)")?;
     }
+    sh.copy_file(target.join("kernels/exl.pack"), new.join("kernels.pack"))?;
     for file in FILES {
         copy(sh, file.as_ref(), &new)?;
     }

@@ -3,9 +3,7 @@
 use std::path::PathBuf;
 
 use exl_format::{Dtype, Exl2Linear, TensorSpec};
-use exl_models::{
-    BlockPart, LayerSpec, MlpSpec, ModelSource, Module, WeightKind, block_plan,
-};
+use exl_models::{BlockPart, LayerSpec, MlpSpec, ModelSource, Module, WeightKind, block_plan};
 use exl_tensor::KvType;
 
 use super::logits::Head;

@@ -21,6 +21,7 @@ work=$(mktemp -d) || exit 1
 trap 'rm -rf "$work"' EXIT
 exl="$here/exl"
 export EXL_TEST_ROOT="$here" TMPDIR="$work" EXL_CUDA_TABLE="$results/cuda.json"
+export EXL_KERNEL_PACK="$here/kernels.pack"
 model="$here/testdata/demo-4m"
 failed=0
 summary=

@@ -15,6 +15,12 @@ pub(super) const DENSE: [Kernel; 3] = [
     Kernel::new(UNIT, "exl_dense_f16"),
     Kernel::new(UNIT, "exl_dense_bf16"),
 ];
+/// A block for a column.
+pub(super) const FEW: [Kernel; 3] = [
+    Kernel::new(UNIT, "exl_dense_few_f32"),
+    Kernel::new(UNIT, "exl_dense_few_f16"),
+    Kernel::new(UNIT, "exl_dense_few_bf16"),
+];
 pub(super) const GATE_UP: [Kernel; 3] = [
     Kernel::new(UNIT, "exl_dense_gate_up_f32"),
     Kernel::new(UNIT, "exl_dense_gate_up_f16"),
@@ -24,6 +30,9 @@ pub(super) const GATE_UP: [Kernel; 3] = [
 /// Columns of a block, one per warp, and rows of a warp.
 const COLUMNS: usize = 8;
 const ROWS: usize = 8;
+/// Most columns that get a block each: of more, warps keep a GPU busy. The number of rows has no say, so
+/// that a row's result does not depend on others.
+const FEW_COLUMNS: usize = 64;
 
 /// A linear layer with addresses on the GPU.
 #[derive(Clone, Copy, Debug)]
@@ -81,6 +90,16 @@ pub(crate) fn dense_linear(list: &mut Vec<Launch>, o: &DenseLinear) {
         .int(o.rows)
         .int(o.inputs)
         .int(o.outputs);
+    if o.outputs <= FEW_COLUMNS {
+        list.push(Launch {
+            kernel: FEW[dtype_code(o.dtype)],
+            grid: [o.outputs as u32, o.rows.div_ceil(ROWS) as u32, 1],
+            block: [32 * COLUMNS as u32, 1, 1],
+            shared_bytes: 0,
+            args,
+        });
+        return;
+    }
     let kernel = DENSE[dtype_code(o.dtype)];
     list.push(launch(kernel, (o.rows, o.outputs), args));
 }

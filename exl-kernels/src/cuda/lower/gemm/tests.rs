@@ -56,4 +56,12 @@ fn dense_products_take_eight_rows_at_a_time() {
     assert_eq!(list[0].grid, [9, 3, 1]);
     assert_eq!(list[0].kernel, dense::DENSE[2]);
     assert_eq!(list[0].args.words()[3..5], [0x3000, 1]);
+    // Of few columns each has a block.
+    let few = DenseLinear {
+        outputs: 8,
+        ..product
+    };
+    dense_linear(&mut list, &few);
+    assert_eq!(list[1].grid, [8, 3, 1]);
+    assert_eq!(list[1].kernel, dense::FEW[2]);
 }

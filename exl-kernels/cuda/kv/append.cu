@@ -4,7 +4,8 @@
 // What: a block takes one head of one row. Values go through the transform in shared memory; a warp
 // encodes a group: of 8 and 6 bits its largest value gives the scale, of 4 bits each lane tries one
 // block with one choice of step and offset for one sign, scale after scale, and the lanes agree on the
-// least squared error. Where rows are few (exl_kv_append_few) four warps share the scales of a group.
+// least squared error. Where rows are few (exl_kv_append_few) seven warps try one
+// scale of a group each.
 //
 // Bytes: q twice, k and v once, in 32-bit floats, and the new part of the cache. Bound: latency at few
 // rows, instructions at many.
@@ -16,7 +17,7 @@ namespace {
 
 constexpr int THREADS = 128;
 // Warps that share the scales of a group where rows are few.
-constexpr int SHARES = 4;
+constexpr int SHARES = 7;
 // Scales of 4-bit codes that are tried: steps around the one that makes the largest value 8 steps.
 constexpr int LEAST = -3, MOST = 3;
 

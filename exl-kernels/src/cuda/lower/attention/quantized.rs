@@ -15,11 +15,13 @@ use crate::ops::{PAGE_TOKENS, PagedAttn, RopeAppend, RopeStyle};
 use crate::{DType, Error, KvFormat, KvType, Mem, MemMut, Result};
 
 pub(super) const APPEND: Kernel = Kernel::new("kv/append", "exl_kv_append");
-/// Four times the threads to look for the scales of 4-bit codes: one step's latency counts.
+/// A warp for each scale of 4-bit codes that is tried: one step's latency counts.
 pub(super) const APPEND_FEW: Kernel = Kernel::new("kv/append", "exl_kv_append_few");
 pub(super) const UNPACK: Kernel = Kernel::new("kv/unpack", "exl_kv_unpack");
 pub(super) const RESTORE: Kernel = Kernel::new("kv/unpack", "exl_kv_restore");
 const APPEND_THREADS: usize = 128;
+/// Scales that are tried (cuda/kv/append.cu: SHARES).
+const SCALES: usize = 7;
 const UNPACK_THREADS: usize = 256;
 /// Values that a thread of the unpacking takes.
 const UNPACK_EACH: usize = 16;
@@ -248,11 +250,11 @@ pub(super) fn rope_append(
         return Ok(());
     }
     let [second, third] = axis_starts(o);
-    // As long as all blocks run side by side, of which a multiprocessor holds four.
+    // As long as all blocks run side by side, of which a multiprocessor holds two.
     let searches = [o.kv.k, o.kv.v].contains(&KvFormat::Q4);
-    let few = searches && o.rows * heads <= 4 * props.sms as usize;
+    let few = searches && o.rows * heads <= 2 * props.sms as usize;
     let (kernel, threads) = match few {
-        true => (APPEND_FEW, 4 * APPEND_THREADS),
+        true => (APPEND_FEW, SCALES * APPEND_THREADS),
         false => (APPEND, APPEND_THREADS),
     };
     list.push(Launch {

@@ -469,9 +469,9 @@ fn appends_to_quantized_caches_have_a_block_per_head() {
         deterministic: false,
     };
     let (heads, kv_heads, head_dim) = LLAMA3;
-    // Few rows are looked at by four times the threads.
+    // Few rows are looked at by seven times the threads.
     for (rows, kernel, threads) in [
-        (3, quantized::APPEND_FEW, 512),
+        (3, quantized::APPEND_FEW, 896),
         (12, quantized::APPEND, 128),
     ] {
         let width = kv_heads * head_dim;

@@ -2,6 +2,7 @@
 
 mod bits;
 mod gpu;
+mod words;
 
 pub(super) use bits::{Bits, bits};
 
@@ -16,6 +17,7 @@ use exl_tensor::KvType;
 use gpu::GpuNeeds;
 use serde::Serialize;
 use std::fmt::Write;
+use words::Words;
 
 /// Context planned for when the user names none.
 const DEFAULT_CONTEXT: usize = 4096;
@@ -32,6 +34,7 @@ struct Output<'a> {
     kv_heads: usize,
     head_dim: usize,
     vocab: usize,
+    tokenizer: Words,
     max_context: usize,
     parameters: u64,
     #[serde(flatten)]
@@ -95,6 +98,7 @@ pub(crate) fn run(args: &InfoArgs, ui: &Ui) -> Result<()> {
         kv_heads: attn.map_or(0, |a| a.kv_heads),
         head_dim: attn.map_or(0, |a| a.head_dim),
         vocab: spec.vocab,
+        tokenizer: Words::new(&source),
         max_context: spec.max_context,
         parameters: spec.parameters(),
         bits: &bits,
@@ -144,6 +148,7 @@ fn text(o: &Output<'_>) -> Result<String> {
         ("architecture", format!("{} ({})", o.architecture, o.family)),
         ("shape", shape),
         ("vocabulary", o.vocab.to_string()),
+        ("tokenizer", o.tokenizer.text()),
         ("context", format!("up to {} tokens", o.max_context)),
         ("parameters", ui::count(o.parameters)),
         ("files", size),

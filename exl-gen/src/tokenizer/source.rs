@@ -34,7 +34,7 @@ pub enum TokenizerFormat {
 impl fmt::Display for TokenizerFormat {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Json => f.write_str("tokenizers"),
+            Self::Json => f.write_str("Hugging Face tokenizers"),
             Self::SentencePieceBpe => f.write_str("SentencePiece, BPE"),
             Self::SentencePieceUnigram => f.write_str("SentencePiece, unigram"),
             Self::Ranks(whose) => write!(f, "tiktoken, words as in {whose}"),

@@ -24,7 +24,7 @@ pub enum Error {
         /// What the system said.
         source: std::io::Error,
     },
-    /// A tokenizer.json that is none.
+    /// A tokenizer's file that is none.
     #[error("{path}: not a usable tokenizer: {reason}")]
     TokenizerInvalid {
         /// The file.

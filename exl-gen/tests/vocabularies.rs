@@ -7,7 +7,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 
-use exl_gen::{Detokenizer, Encode, Tokenizer, TokenizerFormat};
+use exl_gen::{ChatInput, ChatTemplates, Detokenizer, Encode, Tokenizer, TokenizerFormat};
 use proptest::prelude::*;
 use serde_json::Value;
 
@@ -275,6 +275,29 @@ fn special_text_of_strangers_stays_text() {
         assert_eq!(special, None, "{name}: {ids:?}");
         assert_eq!(tokenizer.decode(&ids, true), text);
     }
+}
+
+#[test]
+fn templates_see_the_special_tokens() {
+    let folder = Folder::new("template");
+    folder.write("tokenizer.model", read("bpe.model"));
+    let template =
+        "{{ bos_token }}{% for m in messages %}[{{ m.content }}]{% endfor %}{{ eos_token }}";
+    let config = serde_json::json!({"tokenizer_class": "LlamaTokenizer", "legacy": false,
+        "chat_template": template});
+    folder.write("tokenizer_config.json", config.to_string());
+    let tokenizer = folder.open();
+    let templates = ChatTemplates::open(&folder.0).unwrap().unwrap();
+    let input = ChatInput {
+        messages: &[serde_json::json!({"role": "user", "content": "hi"})],
+        variables: Some(tokenizer.template_variables()),
+        ..ChatInput::default()
+    };
+    let text = templates.select(false).unwrap().render(&input).unwrap();
+    assert_eq!(text, "<s>[hi]</s>");
+    let ids = tokenizer.encode(&text, Encode::PROMPT).unwrap();
+    assert_eq!((ids[0], ids[ids.len() - 1]), (1, 2));
+    assert_eq!(tokenizer.decode(&ids, true), "[hi]");
 }
 
 fn refused(folder: &Folder) -> String {

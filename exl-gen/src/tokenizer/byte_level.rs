@@ -9,7 +9,7 @@ use tokenizers::{ModelWrapper, NormalizerWrapper};
 
 use super::config::Settings;
 use super::family::Family;
-use super::inner::{AnyModel, AnyNormalizer, Rule, Vocabulary};
+use super::inner::{AnyModel, AnyNormalizer, OwnModel, Rule};
 use super::names::Names;
 use super::pieces::{Scheme, letters};
 use super::ranks::Ranks;
@@ -23,7 +23,7 @@ pub(super) fn from_ranks(file: &[u8], settings: &Settings) -> Result<Parts> {
     let (ranks, mut names) = Ranks::read(file).map_err(invalid)?;
     let specials = family.special_tokens(names.next(), settings);
     let added = settings.place(&mut names, specials, &family.defaults())?;
-    let model = AnyModel::Own(Arc::new(Vocabulary {
+    let model = AnyModel::Own(Arc::new(OwnModel {
         names,
         rule: Rule::Ranks(ranks),
     }));
@@ -62,12 +62,14 @@ fn parts(
     settings: &Settings,
     (model, added, format): (AnyModel, Vec<tokenizers::AddedToken>, TokenizerFormat),
 ) -> Result<Parts> {
-    let prefix = settings.flag("add_prefix_space")?.unwrap_or(false);
-    let compose = || AnyNormalizer::Library(NormalizerWrapper::NFC(NFC));
+    // Qwen's own code knows no such setting.
+    let blank = !family.compose && settings.flag("add_prefix_space")?.unwrap_or(false);
+    let compose = AnyNormalizer::Library(NormalizerWrapper::NFC(NFC));
+    let compose = family.compose.then_some(compose);
     Ok(Parts {
         model,
-        normalizer: family.compose.then(compose),
-        pre_tokenizer: Some(family.pre_tokenizer(prefix)?),
+        normalizer: compose.or(blank.then_some(AnyNormalizer::Blank)),
+        pre_tokenizer: Some(family.pre_tokenizer()?),
         added,
         scheme: Scheme {
             byte_level: true,

@@ -167,9 +167,9 @@ impl Family {
     }
 
     /// Cuts texts into words in GPT-2's letters for bytes.
-    pub(super) fn pre_tokenizer(&self, add_prefix_space: bool) -> Result<PreTokenizerWrapper> {
+    pub(super) fn pre_tokenizer(&self) -> Result<PreTokenizerWrapper> {
         let bytes = |use_regex: bool| {
-            json!({"type": "ByteLevel", "add_prefix_space": add_prefix_space, "trim_offsets": true,
+            json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true,
                 "use_regex": use_regex})
         };
         let parts = match self.words {

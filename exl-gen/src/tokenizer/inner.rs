@@ -31,12 +31,12 @@ pub(crate) enum AnyModel {
     /// One of the library's, as tokenizer.json describes it.
     Library(Box<ModelWrapper>),
     /// One of ours.
-    Own(Arc<Vocabulary>),
+    Own(Arc<OwnModel>),
 }
 
 /// Tokens, and the rule that finds them in a text.
 #[derive(Debug)]
-pub(crate) struct Vocabulary {
+pub(crate) struct OwnModel {
     pub(super) names: Names,
     pub(super) rule: Rule,
 }
@@ -107,7 +107,7 @@ impl Model for AnyModel {
     }
 }
 
-impl Vocabulary {
+impl OwnModel {
     fn tokenize(&self, text: &str) -> Vec<Token> {
         let mut tokens = Vec::new();
         let mut push = |id: u32, range: std::ops::Range<usize>| {
@@ -129,6 +129,8 @@ pub(crate) enum AnyNormalizer {
     Library(NormalizerWrapper),
     /// SentencePiece's.
     SentencePiece(Arc<TextRules>),
+    /// A blank in front of a text.
+    Blank,
 }
 
 impl<'de> Deserialize<'de> for AnyNormalizer {
@@ -145,6 +147,12 @@ impl Normalizer for AnyNormalizer {
                 let first = part.offsets_original().0 == 0;
                 // Where the new characters came from is not asked for by any caller.
                 *part = NormalizedString::from(rules.apply(part.get(), first));
+                Ok(())
+            }
+            Self::Blank => {
+                if part.offsets_original().0 == 0 {
+                    part.prepend(" ");
+                }
                 Ok(())
             }
         }

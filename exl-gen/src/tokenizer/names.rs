@@ -10,6 +10,7 @@ pub(super) const MAX_IDS: u32 = 1 << 24;
 pub(super) struct Names {
     ids: HashMap<String, u32>,
     tokens: HashMap<u32, String>,
+    next: u32,
 }
 
 impl Names {
@@ -23,6 +24,7 @@ impl Names {
         }
         self.ids.insert(token.to_owned(), id);
         self.tokens.insert(id, token.to_owned());
+        self.next = self.next.max(id + 1);
         Ok(())
     }
 
@@ -36,7 +38,7 @@ impl Names {
 
     /// The id behind the largest.
     pub(super) fn next(&self) -> u32 {
-        self.tokens.keys().max().map_or(0, |id| id + 1)
+        self.next
     }
 
     pub(super) fn len(&self) -> usize {

@@ -39,8 +39,8 @@ impl Pieces {
     pub(super) fn new(inner: &Inner, scheme: Scheme) -> Result<Self> {
         let vocab = inner.get_vocab(true);
         let len = vocab.values().max().map_or(0, |&id| id as usize + 1);
-        // Ids come from a file; a huge one would otherwise allocate gigabytes.
-        if len > MAX_IDS as usize {
+        // Ids come from a file; a huge one would otherwise take much memory for few tokens.
+        if len > (4 * vocab.len() + (1 << 20)).min(MAX_IDS as usize) {
             return Err(invalid(format!("the largest token id is {}", len - 1)));
         }
         let mut pieces = Self {

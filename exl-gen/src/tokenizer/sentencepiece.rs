@@ -11,7 +11,7 @@ use self::proto::{Algorithm, Kind, Piece, Proto};
 pub(crate) use self::text::TextRules;
 use self::unigram::Unigram;
 use super::config::{Defaults, Settings};
-use super::inner::{AnyModel, AnyNormalizer, Rule, Vocabulary};
+use super::inner::{AnyModel, AnyNormalizer, OwnModel, Rule};
 use super::merge::{Join, Joins, Symbol};
 use super::names::Names;
 use super::pieces::Scheme;
@@ -134,7 +134,7 @@ pub(super) fn build(bytes: &[u8], settings: &Settings) -> Result<Parts> {
     };
     let (rules, scheme) = text_rules(&proto, settings, fixed)?;
     Ok(Parts {
-        model: AnyModel::Own(Arc::new(Vocabulary {
+        model: AnyModel::Own(Arc::new(OwnModel {
             names,
             rule: Rule::SentencePiece(segmenter),
         })),

@@ -10,8 +10,9 @@ every text (`fast` ones decode texts with special tokens). The same bytes on eve
 characters of nmt_nfkc is large, so that model is packed with the command `zstd`.
 
 Kept out, because the Python implementations differ among themselves: special pieces that no file
-declares (slow tokenizers take them for text), and a special token that is not among the named ones
-at the very front of a text (slow tokenizers without `legacy` put a blank before it).
+declares (slow tokenizers take them for text), a special token that is not among the named ones at the
+very front of a text (slow tokenizers without `legacy` put a blank before it), and the empty text where
+GPT-2's tokenizer puts a blank in front (the slow one makes that blank of nothing).
 """
 import base64
 import io
@@ -290,6 +291,8 @@ def from_merges():
     texts = TEXTS + fill(SPECIAL, "<|endoftext|>", "<|endoftext|>")
     made = Repository("gpt2", files, tokenizer_config={"tokenizer_class": "GPT2Tokenizer"})
     yield made.transformers(GPT2Tokenizer, texts)
+    config = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True}
+    yield Repository("gpt2 with a blank", files, tokenizer_config=config).transformers(GPT2Tokenizer, TEXTS[1:])
     config = dict(tokenizer_class="Qwen2Tokenizer", bos_token=None, eos_token="<|im_end|>",
                   additional_special_tokens=["<|im_start|>", "<|im_end|>"])
     made = Repository("qwen2", files, tokenizer_config=config)

@@ -2,6 +2,7 @@
 
 mod bits;
 mod gpu;
+mod words;
 
 pub(super) use bits::{Bits, bits};
 
@@ -16,6 +17,7 @@ use exl_tensor::KvType;
 use gpu::GpuNeeds;
 use serde::Serialize;
 use std::fmt::Write;
+use words::Words;
 
 /// Context planned for when the user names none.
 const DEFAULT_CONTEXT: usize = 4096;
@@ -34,6 +36,7 @@ struct Output<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     experts: Option<Experts>,
     vocab: usize,
+    tokenizer: Words,
     max_context: usize,
     parameters: u64,
     #[serde(flatten)]
@@ -106,6 +109,7 @@ pub(crate) fn run(args: &InfoArgs, ui: &Ui) -> Result<()> {
         head_dim: attn.map_or(0, |a| a.head_dim),
         experts: spec.layers.iter().find_map(experts),
         vocab: spec.vocab,
+        tokenizer: Words::new(&source),
         max_context: spec.max_context,
         parameters: spec.parameters(),
         bits: &bits,
@@ -169,6 +173,7 @@ fn text(o: &Output<'_>) -> Result<String> {
         ("architecture", format!("{} ({})", o.architecture, o.family)),
         ("shape", shape),
         ("vocabulary", o.vocab.to_string()),
+        ("tokenizer", o.tokenizer.text()),
         ("context", format!("up to {} tokens", o.max_context)),
         ("parameters", ui::count(o.parameters)),
         ("files", size),

@@ -57,7 +57,8 @@ fn a_missing_tokenizer_is_named_with_the_remedy() {
     let eval = ["eval", "-m", text(&dir), "--text", demo_text()];
     run(&mut exl(eval)).failure(1, &["tokenizer.json"]);
     // Nothing but the text needs it.
-    run(&mut exl(["info", text(&dir)])).success();
+    let info = run(&mut exl(["info", text(&dir)])).success().stdout;
+    assert!(info.contains("none that can be used"), "{info}");
 }
 
 #[test]

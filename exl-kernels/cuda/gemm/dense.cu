@@ -1,10 +1,13 @@
-// exl_dense_*, exl_dense_gate_up_*: products with unquantized weights at full 32-bit accuracy.
+// exl_dense_*, exl_dense_narrow_*, exl_dense_gate_up_*: products with unquantized weights at full 32-bit
+// accuracy.
 //
 // What: out[rows, outputs] = x W^T with W [outputs, inputs] in 32 or 16 bits. One warp computes one
 // output column for up to eight rows: it streams the column's weights once and takes x, which the
-// block's warps share, from the first-level cache. Of few columns (exl_dense_few_*: routers of experts)
-// a block computes one. Bytes: the weights once per eight rows. Bound by memory up to eight rows, by 32-bit
-// arithmetic beyond; of few columns by latency.
+// block's warps share, from the first-level cache. Bytes: the weights once per eight rows. Bound by
+// memory up to eight rows, by 32-bit arithmetic beyond.
+//
+// The narrow ones are for few rows and few columns (routers, adapters): a whole block computes a column,
+// whose weights are on their way before x is there. Bound by latency.
 
 #include "gemm/dense.cuh"
 #include "qgemm/epilogue.cuh"
@@ -29,29 +32,58 @@ __device__ __forceinline__ void dense(const float* x, const W* weight, const Epi
     }
 }
 
-constexpr int THREADS = 256;
+constexpr int NARROW_THREADS = 256;
+constexpr int FIRST = 2;   // loads of weights before x is there
 
 template <typename W>
-__device__ __forceinline__ void dense_few(const float* x, const W* weight, const Epilogue& e, int rows,
-                                          int inputs) {
-    __shared__ float parts[THREADS / WARP][ROWS];
+__device__ __forceinline__ void dense_narrow(const float* x, const W* weight, const Epilogue& e,
+                                             int rows, int inputs) {
+    constexpr int WARPS = NARROW_THREADS / WARP;
+    __shared__ float sums[WARPS][ROWS];
     pdl_launch();
-    pdl_wait();
     const int column = blockIdx.x, first = blockIdx.y * ROWS;
-    const auto row = [&](int r) { return x + (long long)(first + r) * inputs; };
-    float sum[ROWS];
-    dots<THREADS>(sum, row, weight + (long long)column * inputs, rows - first, inputs, threadIdx.x);
-    if (threadIdx.x % WARP == 0) {
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    const W* w = weight + (long long)column * inputs;
+    float a[FIRST][8];
 #pragma unroll
-        for (int r = 0; r < ROWS; ++r) parts[threadIdx.x / WARP][r] = sum[r];
+    for (int i = 0; i < FIRST; ++i) {
+        const int k = 8 * (threadIdx.x + i * NARROW_THREADS);
+        if (k < inputs) load_row(a[i], w + k);
+    }
+    pdl_wait();
+    float sum[ROWS] = {};
+    const auto add = [&](const float (&a)[8], int k) {
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r) {
+            if (first + r < rows) {
+                float b[8];
+                load_row(b, x + (long long)(first + r) * inputs + k);
+#pragma unroll
+                for (int i = 0; i < 8; ++i) sum[r] = fmaf(a[i], b[i], sum[r]);
+            }
+        }
+    };
+#pragma unroll
+    for (int i = 0; i < FIRST; ++i) {
+        const int k = 8 * (threadIdx.x + i * NARROW_THREADS);
+        if (k < inputs) add(a[i], k);
+    }
+    for (int k = 8 * (threadIdx.x + FIRST * NARROW_THREADS); k < inputs; k += 8 * NARROW_THREADS) {
+        load_row(a[0], w + k);
+        add(a[0], k);
+    }
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+        sum[r] = warp_sum(sum[r]);
+        if (lane == 0) sums[warp][r] = sum[r];
     }
     __syncthreads();
     const int r = threadIdx.x;
     if (r >= ROWS || first + r >= rows) return;
-    float all = 0.0f;
+    float s = 0.0f;
 #pragma unroll
-    for (int warp = 0; warp < THREADS / WARP; ++warp) all += parts[warp][r];
-    finish_linear(e, first + r, column, all);
+    for (int i = 0; i < WARPS; ++i) s += sums[i][r];
+    finish_linear(e, first + r, column, s);
 }
 
 template <typename W>
@@ -82,11 +114,10 @@ __device__ __forceinline__ void dense_gate_up(const float* x, const W* gate, con
                            int bias_type, const float* add, int rows, int inputs, int outputs) {  \
         dense(x, weight, {out, bias, add, outputs, bias_type}, rows, inputs);                     \
     }                                                                                             \
-    extern "C" __global__ void __launch_bounds__(THREADS, 2)                                      \
-        exl_dense_few_##SUFFIX(const float* x, const W* weight, float* out, const void* bias,     \
-                               int bias_type, const float* add, int rows, int inputs,             \
-                               int outputs) {                                                     \
-        dense_few(x, weight, {out, bias, add, outputs, bias_type}, rows, inputs);                 \
+    extern "C" __global__ void __launch_bounds__(NARROW_THREADS, 2) exl_dense_narrow_##SUFFIX(    \
+        const float* x, const W* weight, float* out, const void* bias, int bias_type,             \
+        const float* add, int rows, int inputs, int outputs) {                                    \
+        dense_narrow(x, weight, {out, bias, add, outputs, bias_type}, rows, inputs);              \
     }                                                                                             \
     extern "C" __global__ void __launch_bounds__(256, 2) exl_dense_gate_up_##SUFFIX(              \
         const float* x, const W* gate, const W* up, float* out, const void* gate_bias,            \

@@ -1,6 +1,6 @@
-// Products with unquantized weights at full 32-bit accuracy: one warp, or where columns are few one block,
-// computes one output column for up to eight rows. It streams the column's weights once and takes x, which
-// the block's warps share, from the first-level cache.
+// Products with unquantized weights at full 32-bit accuracy: one warp computes one output column for up
+// to eight rows. It streams the column's weights once and takes x, which the block's warps share, from
+// the first-level cache.
 #pragma once
 
 #include "common/common.cuh"
@@ -25,15 +25,15 @@ __device__ __forceinline__ void load_row(float (&v)[8], const T* p) {
     for (int i = 0; i < 8; ++i) v[i] = to_float(t[i]);
 }
 
-// Sums of up to eight rows with one column of weights over what is `thread`'s share of THREADS, complete
-// in each warp's first lane. `row(r)`: where row r of x is, for r below `rows`.
-template <int THREADS = WARP, typename W, typename Row>
+// Sums of up to eight rows with one column of weights, complete in lane 0. `row(r)`: where row r of x
+// is, for r below `rows`.
+template <typename W, typename Row>
 __device__ __forceinline__ void dots(float (&sum)[ROWS], const Row& row, const W* w, int rows,
-                                     int inputs, int thread) {
+                                     int inputs, int lane) {
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) sum[r] = 0.0f;
     if (inputs % 8 == 0) {
-        for (int k = 8 * thread; k < inputs; k += 8 * THREADS) {
+        for (int k = 8 * lane; k < inputs; k += 8 * WARP) {
             float a[8];
             load_row(a, w + k);
 #pragma unroll
@@ -47,7 +47,7 @@ __device__ __forceinline__ void dots(float (&sum)[ROWS], const Row& row, const W
             }
         }
     } else {
-        for (int k = thread; k < inputs; k += THREADS) {
+        for (int k = lane; k < inputs; k += WARP) {
             float a = to_float(w[k]);
 #pragma unroll
             for (int r = 0; r < ROWS; ++r) {

@@ -83,32 +83,29 @@ struct Stream {
         }
         if (lane < bits) ask(offset + AHEAD + 128 * lane);
     }
-    template <int B>
-    __device__ __forceinline__ void expand_as(u32 (&a)[2][2][4]) const {
-        const HalfScales<KIND> scales(codes);
+    // The block as operands [column half][step of 16 rows].
+    __device__ __forceinline__ void expand(u32 (&a)[2][2][4]) const {
         __half2 v[8][2];
-        expand_halves<B>(words, v);
+        if constexpr (KIND == KIND_GPTQ) {
+            expand_halves<4>(words, v);
+        } else {
+            switch (bits) {
+                case 2: expand_halves<2>(words, v); break;
+                case 3: expand_halves<3>(words, v); break;
+                case 4: expand_halves<4>(words, v); break;
+                case 5: expand_halves<5>(words, v); break;
+                case 6: expand_halves<6>(words, v); break;
+                default: expand_halves<8>(words, v); break;
+            }
+        }
+        // Behind the switch: inside of it ptxas 12.9 dies of this for sm_120.
+        const HalfScales<KIND> scales(codes);
 #pragma unroll
         for (int q = 0; q < 8; ++q) {
             const int column = 2 * (q >> 2) + (q & 1);
             u32(&to)[4] = a[q >> 2][q >> 1 & 1];
             to[q & 1] = as_u32(scales.weight(v[q][0], column));
             to[2 + (q & 1)] = as_u32(scales.weight(v[q][1], column));
-        }
-    }
-    // The block as operands [column half][step of 16 rows].
-    __device__ __forceinline__ void expand(u32 (&a)[2][2][4]) const {
-        if constexpr (KIND == KIND_GPTQ) {
-            expand_as<4>(a);
-        } else {
-            switch (bits) {
-                case 2: expand_as<2>(a); break;
-                case 3: expand_as<3>(a); break;
-                case 4: expand_as<4>(a); break;
-                case 5: expand_as<5>(a); break;
-                case 6: expand_as<6>(a); break;
-                default: expand_as<8>(a); break;
-            }
         }
     }
 };

@@ -173,7 +173,7 @@ fn layout(expert: usize, inputs: usize) -> Vec<(u8, u32)> {
     let (bits, rows) = [(4, 128), (2, 64), (4, 32), (4, 96), (3, 128)][expert % 5];
     let whole = (rest / rows) as usize;
     groups.extend(vec![(bits, rows); whole]);
-    groups.extend((rest % rows > 0).then_some((bits, rest % rows)));
+    groups.extend((!rest.is_multiple_of(rows)).then_some((bits, rest % rows)));
     groups
 }
 

@@ -114,6 +114,7 @@ if [ "${2:-}" = --sanitize ]; then
     done <<FAMILIES
 rows embed,rms_norm,layer_norm,gather_rows,scale_logits,clamp,scale_rows,gated
 linear linear,gate_up,dequant
+moe moe_route,moe_gate_up,moe_down
 attention rope_append,paged_attn
 sample sample
 quantizer hessian_syrk,hessian_factor,hessian_loss,gptq,refine

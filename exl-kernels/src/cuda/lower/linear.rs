@@ -129,6 +129,7 @@ pub(super) fn linear(
                     out: part.out.as_mem().as_ptr() as u64,
                     outputs: part.outputs,
                 },
+                target.deterministic,
             ),
         }
     }

@@ -15,11 +15,11 @@ pub(super) const DENSE: [Kernel; 3] = [
     Kernel::new(UNIT, "exl_dense_f16"),
     Kernel::new(UNIT, "exl_dense_bf16"),
 ];
-/// A block for a column.
-pub(super) const FEW: [Kernel; 3] = [
-    Kernel::new(UNIT, "exl_dense_few_f32"),
-    Kernel::new(UNIT, "exl_dense_few_f16"),
-    Kernel::new(UNIT, "exl_dense_few_bf16"),
+/// The same for few columns.
+pub(super) const NARROW: [Kernel; 3] = [
+    Kernel::new(UNIT, "exl_dense_narrow_f32"),
+    Kernel::new(UNIT, "exl_dense_narrow_f16"),
+    Kernel::new(UNIT, "exl_dense_narrow_bf16"),
 ];
 pub(super) const GATE_UP: [Kernel; 3] = [
     Kernel::new(UNIT, "exl_dense_gate_up_f32"),
@@ -30,9 +30,12 @@ pub(super) const GATE_UP: [Kernel; 3] = [
 /// Columns of a block, one per warp, and rows of a warp.
 const COLUMNS: usize = 8;
 const ROWS: usize = 8;
-/// Most columns that get a block each: of more, warps keep a GPU busy. The number of rows has no say, so
-/// that a row's result does not depend on others.
-const FEW_COLUMNS: usize = 64;
+/// Columns below which one warp for each leaves most of a GPU idle, and the shortest ones that are worth
+/// a block each.
+const NARROW_COLUMNS: usize = 512;
+const NARROW_INPUTS: usize = 1024;
+/// Rows up to which a block for each column reads x often enough.
+const NARROW_ROWS: usize = 32;
 
 /// A linear layer with addresses on the GPU.
 #[derive(Clone, Copy, Debug)]
@@ -78,7 +81,16 @@ fn launch(kernel: Kernel, (rows, outputs): (usize, usize), args: Args) -> Launch
     }
 }
 
-pub(crate) fn dense_linear(list: &mut Vec<Launch>, o: &DenseLinear) {
+/// Whether a block for each column is the way. With `deterministic` the number of rows does not matter,
+/// as it is another order of the sums.
+fn is_narrow(o: &DenseLinear, deterministic: bool) -> bool {
+    o.outputs < NARROW_COLUMNS
+        && o.inputs >= NARROW_INPUTS
+        && o.inputs.is_multiple_of(8)
+        && (deterministic || o.rows <= NARROW_ROWS)
+}
+
+pub(crate) fn dense_linear(list: &mut Vec<Launch>, o: &DenseLinear, deterministic: bool) {
     let (bias, bias_type) = bias_words(o.bias);
     let args = Args::new()
         .ptr(o.x)
@@ -90,18 +102,13 @@ pub(crate) fn dense_linear(list: &mut Vec<Launch>, o: &DenseLinear) {
         .int(o.rows)
         .int(o.inputs)
         .int(o.outputs);
-    if o.outputs <= FEW_COLUMNS {
-        list.push(Launch {
-            kernel: FEW[dtype_code(o.dtype)],
-            grid: [o.outputs as u32, o.rows.div_ceil(ROWS) as u32, 1],
-            block: [32 * COLUMNS as u32, 1, 1],
-            shared_bytes: 0,
-            args,
-        });
-        return;
+    let dtype = dtype_code(o.dtype);
+    let mut launch = launch(DENSE[dtype], (o.rows, o.outputs), args);
+    if is_narrow(o, deterministic) {
+        launch.kernel = NARROW[dtype];
+        launch.grid[0] = o.outputs as u32;
     }
-    let kernel = DENSE[dtype_code(o.dtype)];
-    list.push(launch(kernel, (o.rows, o.outputs), args));
+    list.push(launch);
 }
 
 pub(crate) fn dense_gate_up(list: &mut Vec<Launch>, o: &DenseGateUp) {

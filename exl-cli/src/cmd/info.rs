@@ -95,7 +95,7 @@ pub(crate) fn run(args: &InfoArgs, ui: &Ui) -> Result<()> {
         Some(place) => Some(GpuNeeds::new(&source, place, memory.context, args.cache)?),
         None => None,
     };
-    session::remark_context(&source, "--context", memory.context, ui);
+    session::remark_context(&source, "--context", memory.context, ui)?;
     let found = machine::memory();
     let spec = source.spec();
     let attn = spec.layers.first().map(|layer| &layer.attn);

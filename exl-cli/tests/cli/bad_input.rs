@@ -131,6 +131,16 @@ fn a_prompt_longer_than_the_cache_is_refused_with_the_numbers() {
 }
 
 #[test]
+fn positions_that_were_not_learned_are_refused() {
+    let model = concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/../exl-models/tests/golden/gpt2-tiny"
+    );
+    let args = ["info", "-m", model, "--context", "65"];
+    run(&mut exl(args)).failure(2, &["--context 65", "64 positions"]);
+}
+
+#[test]
 fn a_gpu_is_not_promised() {
     let args = ["generate", "-m", demo(), "-p", "x", "--device", "cuda"];
     run(&mut exl(args)).failure(1, &["--device", "cpu"]);

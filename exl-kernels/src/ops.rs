@@ -244,7 +244,9 @@ pub(crate) fn rope_axis(sections: Option<[usize; 3]>, frequency: usize) -> usize
 ///
 /// Row `j` of the `n` rows of sequence `s` stands at position `kv_len[s] - n + j` and sees keys at
 /// positions `<=` its own, and `> own - window` when a window is set. Queries are those that
-/// [`RopeAppend`] leaves; values of a quantized cache count as they were before their transform.
+/// [`RopeAppend`] leaves; values of a quantized cache count as they were before their transform. Of what a
+/// step appends a row sees what belongs to its own sequence alone: the keys in front of a sequence's rows must
+/// have been there before the step, and so must the regions that describe it.
 #[derive(Debug)]
 pub struct PagedAttn<'a> {
     /// F32 `[rows, heads, head_dim]`.

@@ -23,17 +23,19 @@ struct Attention {
     int chunk;                                      // keys of a block; 0: as even as can be
     int window;                                     // 0: none
     float scale, softcap;
+    int stored;                                     // keys in front of a sequence's rows are there
+                                                    // before the launch before this one
 };
 // What every attention kernel is given, and the same as an Attention.
 #define ATTENTION_PARAMETERS                                                                      \
     const float *q, const void *k_cache, const void *v_cache, const int *block_table,             \
         const int *q_start, const int *kv_len, float *out, float *scratch, u32 *counters,         \
         int rows, int seqs, int pages_per_seq, int heads, int kv_heads, int head_dim, int splits, \
-        int chunk, int window, float scale, float softcap
+        int chunk, int window, float scale, float softcap, int stored
 #define ATTENTION_ARGUMENTS                                                                       \
     {q,    k_cache, v_cache,       block_table, q_start,  kv_len,   out,    scratch, counters,    \
      rows, seqs,    pages_per_seq, heads,       kv_heads, head_dim, splits, chunk,   window,      \
-     scale, softcap}
+     scale, softcap,        stored}
 
 constexpr float LOG2_E = 1.4426950408889634f;
 // Weights are stored times two to this power.

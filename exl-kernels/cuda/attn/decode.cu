@@ -169,6 +169,8 @@ struct Decode {
         cp_async_commit();
     }
 
+    // Behind the last key of which fill() loads something.
+    __device__ __forceinline__ int fill_end(const Turns& t) const { return keys_end<WARPS>(t, STAGES); }
     __device__ __forceinline__ void fill(Pages& pages, const Turns& t) const {
 #pragma unroll 1
         for (int turn = 0; turn < STAGES; ++turn) {

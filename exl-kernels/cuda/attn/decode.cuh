@@ -15,11 +15,15 @@ struct Pages {
         from = page;
         id = a.block_table[(long long)seq * (last + 1) + min(page + int(threadIdx.x % WARP), last)];
     }
-    // First token of the group of keys at `key` in the cache. The same key in all lanes.
-    __device__ __forceinline__ long long token(const Attention& a, int seq, int key) {
+    // The page in the cache that has `key`, which is the same in all lanes.
+    __device__ __forceinline__ int of(const Attention& a, int seq, int key) {
         const int page = key / PAGE_TOKENS;
         if (page >= from + WARP) load(a, seq, page);
-        return (long long)__shfl_sync(FULL_MASK, id, page - from) * PAGE_TOKENS + key % PAGE_TOKENS;
+        return __shfl_sync(FULL_MASK, id, page - from);
+    }
+    // First token of the group of keys at `key` in the cache.
+    __device__ __forceinline__ long long token(const Attention& a, int seq, int key) {
+        return (long long)of(a, seq, key) * PAGE_TOKENS + key % PAGE_TOKENS;
     }
 };
 
@@ -38,6 +42,12 @@ __device__ __forceinline__ Turns find_turns(const Tile& tile, const Chunks& chun
     return {first, (max(end - first, 0) + KEYS * WARPS - 1) / (KEYS * WARPS)};
 }
 
+// Behind the last key of the first `turns` turns.
+template <int WARPS>
+__device__ __forceinline__ int keys_end(const Turns& t, int turns) {
+    return t.first + (max(min(t.count, turns), 1) - 1) * KEYS * WARPS + KEYS;
+}
+
 // The kernel: Walk goes through the keys of a warp (decode.cu says what it has).
 template <class Walk>
 __device__ __forceinline__ void attend(const Attention& a) {
@@ -49,12 +59,14 @@ __device__ __forceinline__ void attend(const Attention& a) {
     __shared__ Chunks chunks;
     __shared__ int query_rows;
     pdl_launch();
-    pdl_wait();
+    // The step block is there before the first kernel of a step.
     const Tile tile = find_tile<ROWS>(a, blockIdx.x);
-    if (tile.count <= 0) return;
     const Chunks found = find_chunks(a, tile.keys_from, tile.keys_to);
     const int split = blockIdx.z;
-    if (split >= found.count) return;
+    if (tile.count <= 0 || split >= found.count) {
+        pdl_wait();   // what follows must not see this kernel end before those that it follows
+        return;
+    }
 
     Walk d(a, tile, shared);
     if (threadIdx.x < ROWS) {
@@ -68,7 +80,12 @@ __device__ __forceinline__ void attend(const Attention& a) {
     auto turns = d.turns(found, split);
     Pages pages;
     pages.load(a, tile.seq, turns.first / PAGE_TOKENS);
-    d.fill(pages, turns);
+    // So are, in the cache itself, the keys in front of the sequence's rows (ops.rs: PagedAttn).
+    const int there = tile.len - (tile.end - tile.start);
+    const bool early = a.stored && d.fill_end(turns) <= there;
+    if (early) d.fill(pages, turns);
+    pdl_wait();
+    if (!early) d.fill(pages, turns);
     constexpr int EACH = ROWS / WARPS, AT_ONCE = D > 128 || EACH < 4 ? 2 : 4;
     store_rows<D, WARPS, EACH, AT_ONCE>(a, tile, d.kv_head, d.warp, Walk::query_rows(shared));
     __syncthreads();

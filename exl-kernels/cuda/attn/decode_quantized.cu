@@ -23,6 +23,12 @@ namespace {
 
 constexpr int ROWS = 8;   // query rows of a tile
 
+// (a & mask) | b
+__device__ __forceinline__ u32 and_or(u32 a, u32 mask, u32 b) {
+    u32 d;
+    asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(d) : "r"(a), "r"(mask), "r"(b));
+    return d;
+}
 
 // 8 values of a head: codes, as 1024 + code in pairs (i, i + 4) of 16-bit floats.
 template <int BITS>
@@ -34,10 +40,10 @@ struct Octet {
 #pragma unroll
         for (int p = 0; p < 4; ++p) {
             if (BITS == 8) {
-                pairs[p] = (__byte_perm(low[0], low[1], p | (4 + p) << 8) & 0x00ff00ff) | 0x64006400;
+                pairs[p] = and_or(__byte_perm(low[0], low[1], p | (4 + p) << 8), 0x00ff00ff, 0x64006400);
             } else {
-                pairs[p] = (low[0] >> (4 * p) & 0x000f000f) | 0x64006400;
-                if (BITS == 6) pairs[p] |= upper >> (2 * p) & 0x00300030;
+                pairs[p] = and_or(low[0] >> (4 * p), 0x000f000f, 0x64006400);
+                if (BITS == 6) pairs[p] = and_or(upper >> (2 * p), 0x00300030, pairs[p]);
             }
         }
     }
@@ -106,9 +112,13 @@ struct Codes {
         const u32 upper = BITS == 6 ? high[octet / 2] >> (octet % 2 * 16) : 0;
         Octet<BITS>::expand(low + octet * Octet<BITS>::WORDS, upper, pairs);
     }
-    // Step and offset of an octet, of which the head has `from` before the first one here.
-    __device__ __forceinline__ __half2 scale(int octet, int from) const {
-        return block_scale(BITS, word[octet / 4], N < 4 ? (from + octet) % 4 : octet % 4);
+    // Step and offset of an octet, of which the head has `from` before the first one here: block_scale, its
+    // factors looked up.
+    __device__ __forceinline__ __half2 scale(int octet, int from, const __half2* factors) const {
+        const u32 w = word[octet / 4];
+        if constexpr (BITS != 4) return block_scale(BITS, w, 0);
+        const int block = N < 4 ? (from + octet) % 4 : octet % 4;
+        return __hmul2(as_half2(__byte_perm(w, 0, 0x1414)), factors[w >> (2 * block) & 3]);
     }
 };
 
@@ -150,6 +160,7 @@ struct Walk {
     const Tile& tile;
     const int kv_head, warp, lane;
     __half* shared;
+    const __half2* factors;   // shared: by the choice of a block of 4-bit codes
     Codes<K_BITS, K_OCTETS> keys[2];
     Codes<V_BITS, V_OCTETS> vals[4];
     // Of rows 2 (lane % 4) + h: maximum, sum of the weights of this lane's keys, values
@@ -158,7 +169,13 @@ struct Walk {
 
     __device__ __forceinline__ Walk(const Attention& a, const Tile& tile, __half* shared)
         : a(a), tile(tile), kv_head(blockIdx.y), warp(threadIdx.x / WARP), lane(threadIdx.x % WARP),
-          shared(shared) {}
+          shared(shared) {
+        // A barrier follows before they are used.
+        __shared__ __half2 table[4];
+        // One in the place of the step: all products are exact.
+        if (threadIdx.x < 4) table[threadIdx.x] = block_scale(4, 0x3c00 | threadIdx.x, 0);
+        factors = table;
+    }
 
     static __device__ __forceinline__ ReorderedRows<D> query_rows(__half* shared) { return {{shared}}; }
     static __device__ __forceinline__ const float* sums(const __half* shared, int warp) {
@@ -199,30 +216,40 @@ struct Walk {
         return find_turns<WARPS>(tile, chunks, chunk, warp);
     }
 
+    // A turn's keys are of one page: where it begins, and this KV head of the key `more` keys on in it.
     template <int BITS>
-    __device__ __forceinline__ Head<const u8> head(const void* cache, long long token) const {
-        return {static_cast<const u8*>(cache), Format(BITS, D), token, a.kv_heads, kv_head};
+    __device__ __forceinline__ const u8* page(const void* cache, Pages& pages, int key) const {
+        const int id = pages.of(a, tile.seq, key);
+        return static_cast<const u8*>(cache) + id * Head<const u8>::page_bytes(Format(BITS, D), a.kv_heads);
+    }
+    template <int BITS>
+    __device__ __forceinline__ Head<const u8> head(const u8* page, int key, int more) const {
+        const u32 at = (key % PAGE_TOKENS + more) * a.kv_heads + kv_head;
+        return {page, Format(BITS, D), a.kv_heads, at};
     }
     __device__ __forceinline__ void load_keys(Pages& pages, const Turns& t, int turn) {
         if (turn >= t.count) return;
-        const long long token = pages.token(a, tile.seq, t.first + turn * KEYS * WARPS);
+        const int key = t.first + turn * KEYS * WARPS;
+        const u8* from = page<K_BITS>(a.k_cache, pages, key);
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
-            keys[j].load(head<K_BITS>(a.k_cache, token + lane / 4 + 8 * j), lane % 4 * K_OCTETS, true);
+            keys[j].load(head<K_BITS>(from, key, lane / 4 + 8 * j), lane % 4 * K_OCTETS, true);
         }
     }
     // What no row sees counts as 0, whatever is stored there.
     __device__ __forceinline__ void load_values(Pages& pages, const Turns& t, int turn) {
         if (turn >= t.count) return;
         const int key = t.first + turn * KEYS * WARPS;
-        const long long token = pages.token(a, tile.seq, key);
+        const u8* from = page<V_BITS>(a.v_cache, pages, key);
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
             const int at = lane % 4 * 2 + j % 2 + j / 2 * 8;
             const bool there = key + at >= tile.keys_from && key + at < tile.keys_to;
-            vals[j].load(head<V_BITS>(a.v_cache, token + at), lane / 4 * V_OCTETS, there);
+            vals[j].load(head<V_BITS>(from, key, at), lane / 4 * V_OCTETS, there);
         }
     }
+    // Behind the last key of which fill() loads something.
+    __device__ __forceinline__ int fill_end(const Turns& t) const { return keys_end<WARPS>(t, 1); }
     __device__ __forceinline__ void fill(Pages& pages, const Turns& t) {
         load_keys(pages, t, 0);
         load_values(pages, t, 0);
@@ -243,7 +270,7 @@ struct Walk {
             for (int j = 0; j < 2; ++j) {
                 u32 pairs[4];
                 keys[j].expand(o, pairs);
-                const __half2 s = keys[j].scale(o, lane % 4 * K_OCTETS);
+                const __half2 s = keys[j].scale(o, lane % 4 * K_OCTETS, factors);
 #pragma unroll
                 for (int p = 0; p < 4; ++p) {
                     b[j][p] = dequantize<K_BITS>(pairs[p], __low2half2(s), __high2half2(s));
@@ -295,8 +322,8 @@ struct Walk {
                 u32 first[4], second[4];
                 vals[2 * j].expand(o, first);
                 vals[2 * j + 1].expand(o, second);
-                const __half2 s = vals[2 * j].scale(o, lane / 4 * V_OCTETS);
-                const __half2 t = vals[2 * j + 1].scale(o, lane / 4 * V_OCTETS);
+                const __half2 s = vals[2 * j].scale(o, lane / 4 * V_OCTETS, factors);
+                const __half2 t = vals[2 * j + 1].scale(o, lane / 4 * V_OCTETS, factors);
                 const __half2 step = __lows2half2(s, t), offset = __highs2half2(s, t);
 #pragma unroll
                 for (int p = 0; p < 4; ++p) {

@@ -51,6 +51,20 @@ __device__ __forceinline__ void barrier_wait(u32 at, u32 parity) {
         : "memory");
 }
 
+// True in one lane of a whole warp. The compiler knows that it is one, and needs no loop around what takes
+// its operands for the warp.
+__device__ __forceinline__ bool elect() {
+    u32 chosen;
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        "elect.sync _|p, 0xffffffff;\n"
+        "selp.u32 %0, 1, 0, p;\n"
+        "}"
+        : "=r"(chosen));
+    return chosen != 0;
+}
+
 // Copies `bytes` bytes, a multiple of 16, to shared memory at `to`, and reports them to `barrier`.
 __device__ __forceinline__ void bulk_copy(u32 to, const char* from, u32 bytes, u32 barrier) {
     asm volatile(

@@ -8,10 +8,12 @@
 #include "common/bulk.cuh"
 #endif
 
+// SMALL: leaves room for other things, at more instructions for the same bytes.
+template <bool SMALL>
 struct Ring {
     // The large GPUs want 32 KB under way on each multiprocessor, and have the room.
 #if __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1100
-    static constexpr u32 SLOT = 2048, SLOTS = 3;
+    static constexpr u32 SLOT = SMALL ? 2048 : 4096, SLOTS = SMALL ? 3 : 2;
 #else
     static constexpr u32 SLOT = 1024, SLOTS = 2;
 #endif
@@ -50,7 +52,7 @@ struct Ring {
     __device__ __forceinline__ void copy(u32 slot, const char* from, u32 bytes) const {
         char* to = base + slot * SLOT;
 #if __CUDA_ARCH__ >= 900
-        if (lane == 0) {
+        if (elect()) {
             barrier_expect(barrier(slot), bytes);
             bulk_copy(smem_address(to), from, bytes, barrier(slot));
         }

@@ -198,16 +198,21 @@ __device__ __forceinline__ void append(float* q, const float* k, const float* v,
     const auto sync = [] { __syncthreads(); };
     const int row = blockIdx.x, which = blockIdx.y;
     pdl_launch();
-    pdl_wait();
     const bool is_q = which < heads, is_k = !is_q && which < heads + kv_heads;
     const int head = is_q ? which : is_k ? which - heads : which - heads - kv_heads;
     const long long at = ((long long)row * (is_q ? heads : kv_heads) + head) * head_dim;
     const float* from = (is_q ? q : is_k ? k : v) + at;
     const int turned = is_q || is_k ? pairs : 0;
+    // Constants, and the step block, which is there before the first kernel of a step.
     const Positions at_axes{positions, int(gridDim.x), second, third};
-    for (int p = threadIdx.x; p < turned; p += COUNT) {
+    const auto rotation_of = [&](int p) { return rotation(at_axes.at(row, p), inv_freq[p], factor); };
+    const int first = threadIdx.x;
+    float2 turn = first < turned ? rotation_of(first) : float2{};
+    const int slot = slots[row];
+    pdl_wait();
+    for (int p = first; p < turned; p += COUNT) {
         const int a = interleaved ? 2 * p : p, b = interleaved ? a + 1 : p + pairs;
-        const float2 turn = rotation(at_axes.at(row, p), inv_freq[p], factor);
+        if (p != first) turn = rotation_of(p);
         x[a] = from[a] * turn.x - from[b] * turn.y;
         x[b] = from[b] * turn.x + from[a] * turn.y;
     }
@@ -223,7 +228,7 @@ __device__ __forceinline__ void append(float* q, const float* k, const float* v,
         return;
     }
     const Format f(is_k ? k_bits : v_bits, head_dim);
-    const Head<u8> to(is_k ? k_cache : v_cache, f, slots[row], kv_heads, head);
+    const Head<u8> to(is_k ? k_cache : v_cache, f, slot, kv_heads, head);
     constexpr int TOGETHER = THREADS / WARP;
     const int mine = threadIdx.x / (SPLIT * WARP);
     for (int group = 0; group < max(head_dim / 32, 1); group += TOGETHER) {

@@ -18,13 +18,19 @@ struct Head {
     Byte *codes, *high, *words;
 
     __device__ __forceinline__ Head(Byte* cache, const Format& f, long long token, int kv_heads,
-                                    int kv_head) {
-        const long long heads = (long long)PAGE_TOKENS * kv_heads;
-        Byte* page = cache + token / PAGE_TOKENS * heads * (f.codes + f.high + f.words);
-        const long long at = token % PAGE_TOKENS * kv_heads + kv_head;
+                                    int kv_head)
+        : Head(cache + page_bytes(f, kv_heads) * (token / PAGE_TOKENS), f, kv_heads,
+               u32(token % PAGE_TOKENS) * kv_heads + kv_head) {}
+
+    // Of the page that begins at `page`: head `at`, which is token * kv_heads + KV head.
+    __device__ __forceinline__ Head(Byte* page, const Format& f, int kv_heads, u32 at) {
+        const u32 heads = PAGE_TOKENS * kv_heads;
         codes = page + at * f.codes;
-        high = page + heads * f.codes + at * f.high;
-        words = page + heads * (f.codes + f.high) + at * f.words;
+        high = page + (heads * f.codes + at * f.high);
+        words = page + (heads * (f.codes + f.high) + at * f.words);
+    }
+    __device__ __forceinline__ static long long page_bytes(const Format& f, int kv_heads) {
+        return (long long)PAGE_TOKENS * kv_heads * (f.codes + f.high + f.words);
     }
 };
 

@@ -18,6 +18,7 @@ __device__ __forceinline__ void rows(const ExpertsTask& task) {
     Own& own = *reinterpret_cast<Own*>(shared);
     task.prefetch_descriptors();
     pdl_wait();
+    const Experts experts = {task.table, nullptr, task.gated ? 2 : 1};
     const Share share = Share::of(max(task.sorted.segment_count(), 1), task.columns);
     const int units = min(share.to, task.sorted.segment_count() * task.columns);
 #pragma unroll 1
@@ -25,7 +26,7 @@ __device__ __forceinline__ void rows(const ExpertsTask& task) {
         const int s = unit / task.columns, first = unit - s * task.columns;
         const Turn turn = {first, min(task.columns, first + units - unit)};
         unit += turn.to - turn.from;
-        if (own.take(task, task.sorted.segments[s])) {
+        if (own.take(task, task.sorted.segments[s], experts)) {
             __syncthreads();
             few_rows<KIND, NT>(own, turn, shared + TASK_BYTES, unit == units);
         }

@@ -23,6 +23,8 @@ struct ExpertsTask {
     int columns, slots;            // column tiles of a matrix; tiles of a thread block whose sums fit
     int row_bytes;                 // of a row of `blocks`
     short by_slot, streams;
+    int held;                      // one row: columns of x that a thread block has room for
+    short early, staged;           // one row: `ids` are there before the launch; see Experts
     short gated, act;
     int next_gated;
     NextPart next[PARTS];          // as in Task
@@ -40,40 +42,64 @@ struct ExpertsTask {
     }
 };
 
-// Stores part of an output of one row. Whoever comes last of the segments of a column tile adds them, in
-// their order, and the residual. By a whole warp.
-__device__ __forceinline__ void add_segments(const ExpertsTask& task, int slot, int tile, int lane,
+// Stores part of an output of one row: a segment's, or what one of the SPLIT thread blocks that divide its rows
+// has of it. Whoever comes last of those of a column tile adds them, in their order, and the residual. By a
+// whole warp.
+template <int SPLIT>
+__device__ __forceinline__ void add_segments(const ExpertsTask& task, int part, int tile, int lane,
                                              float s) {
     const int column = tile * 32 + lane;
     const bool inside = column < task.n;
-    if (inside) task.out[(long long)slot * task.n + column] = s;
+    if (inside) task.out[(long long)part * task.n + column] = s;
     __threadfence();
     __syncwarp();
     u32 before = 0;
     if (lane == 0) before = atomicAdd(task.counters + tile, 1u);
     before = __shfl_sync(FULL_MASK, before, 0);
-    if (before + 1 != u32(task.segments)) return;
+    if (before + 1 != u32(task.segments * SPLIT)) return;
     __threadfence();
     if (lane == 0) task.counters[tile] = 0;
     if (!inside) return;
     float sum = 0.0f;
+#pragma unroll 1
     for (int j = 0; j < task.segments; ++j) {
-        sum = fmaf(task.weights[j], __ldcg(task.out + (long long)j * task.n + column), sum);
+        const float* own = task.out + (long long)j * SPLIT * task.n + column;
+        float output = __ldcg(own);
+#pragma unroll
+        for (int r = 1; r < SPLIT; ++r) output += __ldcg(own + (long long)r * task.n);
+        sum = fmaf(task.weights[j], output, sum);
     }
     task.sum[column] = sum + (task.residual ? task.residual[column] : 0.0f);
 }
 
+// Where the matrices of a layer's experts are described: their table in device memory, or copies of all
+// descriptors in shared memory, made before it was known which ones matter.
+struct Experts {
+    const QMatrix* const* table;
+    const QMatrix* staged;   // 0: the table
+    int parts;               // of an expert
+
+    // 0: of another format.
+    __device__ __forceinline__ const QMatrix* of(int expert, int part) const {
+        const int i = expert * parts + part;
+        if (!staged) return table[i];
+        return staged[i].tiles ? staged + i : nullptr;
+    }
+};
+
 // What a thread block computes of a segment: in shared memory, in the form that the products of few rows
-// take (Task). ADDS: the outputs of the segments are added up.
-template <bool ADDS>
+// take (Task). ADDS: the outputs of the segments are added up; SPLIT thread blocks divide the rows.
+template <bool ADDS, int SPLIT_BLOCKS = 1>
 struct SegmentTask {
-    static constexpr int MOST = 2, ROUNDS = 3;
+    static constexpr int MOST = 2, SPLIT = SPLIT_BLOCKS;
+    static constexpr int ROUNDS = 3;
 
     QMatrix matrix[MOST];      // gate and up, or one and none
     const float* x;            // one row
     const char* blocks[MOST];  // several rows, by order
     const ExpertsTask* whole;
     int rows, inputs, slots, orders;
+    int rank;                  // of the thread blocks that divide the rows
     short gated, streams;
     u8 order[4];
     int slot[16];              // of each row
@@ -83,7 +109,7 @@ struct SegmentTask {
         if (gated) {
             finish_gated(e, e, whole->act, slot[r], index * 32 + column, s, up);
         } else if (ADDS) {
-            add_segments(*whole, slot[r], index, column, s);
+            add_segments<SPLIT>(*whole, slot[r] * SPLIT + rank, index, column, s);
         } else {
             finish_linear(e, slot[r], index * 32 + column, s);
         }
@@ -92,15 +118,16 @@ struct SegmentTask {
 
     // Fills the struct for a segment, unless it is another kernel's. By the whole block, behind a
     // barrier; another one must follow.
-    __device__ __forceinline__ bool take(const ExpertsTask& task, const Segment& s) {
+    __device__ __forceinline__ bool take(const ExpertsTask& task, const Segment& s,
+                                         const Experts& experts, int split_rank = 0) {
         constexpr int WORDS = sizeof(QMatrix) / 8;
-        const int parts = task.gated ? 2 : 1;
         if (u32(s.expert) >= u32(task.experts)) return false;
-        const QMatrix* const* from = task.table + s.expert * parts;
-        if (!from[0]) return false;
-        for (int i = threadIdx.x; i < parts * WORDS; i += blockDim.x) {
-            const u64* words = reinterpret_cast<const u64*>(from[i / WORDS]);
-            reinterpret_cast<u64*>(&matrix[i / WORDS])[i % WORDS] = words[i % WORDS];
+        const QMatrix* first = experts.of(s.expert, 0);
+        if (!first) return false;
+        for (int i = threadIdx.x; i < experts.parts * WORDS; i += blockDim.x) {
+            const QMatrix* from = i < WORDS ? first : experts.of(s.expert, 1);
+            reinterpret_cast<u64*>(&matrix[i / WORDS])[i % WORDS] =
+                reinterpret_cast<const u64*>(from)[i % WORDS];
         }
         if (s.rows == 1 && task.ids) {
             if (threadIdx.x == 0) slot[0] = s.first;
@@ -108,8 +135,8 @@ struct SegmentTask {
             slot[threadIdx.x] = task.sorted.slots[s.first + threadIdx.x];
         }
         if (threadIdx.x == blockDim.x - 1) {
-            if (parts == 1) matrix[1].columns = 0;
-            const bool apart = parts == 2 && from[0]->perm != from[1]->perm;
+            if (experts.parts == 1) matrix[1].columns = 0;
+            const bool apart = experts.parts == 2 && first->perm != experts.of(s.expert, 1)->perm;
             x = task.x + (task.by_slot ? (long long)s.first * task.inputs : 0);
             blocks[0] = task.blocks + (long long)s.first * task.row_bytes;
             blocks[1] = blocks[0] + task.part_bytes;
@@ -123,6 +150,7 @@ struct SegmentTask {
             order[0] = 0;
             order[1] = apart ? 1 : 0;
             order[2] = order[3] = 0;
+            rank = split_rank;
         }
         return true;
     }

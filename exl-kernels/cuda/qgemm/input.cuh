@@ -163,3 +163,47 @@ struct RowStage {
         }
     }
 };
+
+// The part of one row of x that belongs to packed columns [from, to), whole chunks: gathered from shared memory
+// and rounded, as bytes [blocks][2][32] and scales [chunks].
+//
+// ROUNDS: chunks of a warp whose places are known before x is.
+template <int ROUNDS>
+struct RowSlice {
+    int from, to;
+    uint4 first[ROUNDS];   // features of the first columns
+
+    // Of the warp's chunk of this number: the lane's first column.
+    __device__ __forceinline__ int column(int chunk) const {
+        const int warps = blockDim.x / WARP, warp = threadIdx.x / WARP;
+        return from + 128 * (chunk * warps + warp) + 4 * (threadIdx.x % WARP);
+    }
+    // `perm`: of a matrix (QMatrix::perm).
+    __device__ __forceinline__ void prepare(const u32* perm, int begin, int end) {
+        from = begin;
+        to = end;
+#pragma unroll
+        for (int i = 0; i < ROUNDS; ++i) first[i] = features(perm, column(i), to);
+    }
+    // By the whole block; a barrier must follow.
+    __device__ __forceinline__ void round(const float* x, const u32* perm, char* bytes,
+                                          float* scales) const {
+        const int lane = threadIdx.x % WARP;
+#pragma unroll 1
+        for (int base = 0; column(base) - 4 * lane < to; base += ROUNDS) {
+#pragma unroll
+            for (int i = 0; i < ROUNDS; ++i) {
+                const int k = column(base + i), at = k - from;
+                if (k - 4 * lane >= to) break;
+                float v[4];
+                gather(v, x, base == 0 ? first[i] : features(perm, k, to), k, to);
+                const Quantized q = quantize_chunk(v);
+                if (k >= to) continue;
+                u32* out = reinterpret_cast<u32*>(bytes + at / 32 * X_ROW + lane % 8 * 4);
+                out[0] = q.high;
+                out[8] = q.low;
+                if (lane == 0) scales[at / 128] = q.scale;
+            }
+        }
+    }
+};

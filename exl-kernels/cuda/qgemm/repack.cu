@@ -32,51 +32,38 @@ __device__ __forceinline__ u32 codes(const char* p, int bits, int i, int c) {
     }
 }
 
-// Four-bit fields of the registers in the order of tile.cuh.
-__device__ __forceinline__ void put_nibbles(u32* w, const u32 (&v)[8]) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        w[i] = (v[2 * i] & 0x0f0f0f0fu) << 4 | (v[2 * i + 1] & 0x0f0f0f0fu);
-    }
-}
-__device__ __forceinline__ void put_pairs(u32* w, const u32 (&v)[8]) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        w[i] = 0;
-#pragma unroll
-        for (int j = 0; j < 4; ++j) w[i] |= (v[4 * i + j] & 0x03030303u) << (6 - 2 * j);
-    }
-}
-__device__ __forceinline__ u32 put_bits(const u32 (&v)[8]) {
-    u32 w = 0;
-#pragma unroll
-    for (int j = 0; j < 8; ++j) w |= (v[j] & 0x01010101u) << (7 - j);
-    return w;
+// Bits `from` and up of the codes, as many as `mask` has.
+__device__ __forceinline__ u32 piece(u32 codes, int from, u32 mask) {
+    return codes >> from & mask * 0x01010101u;
 }
 
 // `v` are the codes of the registers, one per byte.
 template <int B>
 __device__ __forceinline__ void pack(char* block, int lane, u32 (&v)[8]) {
     constexpr u32 top = 0x01010101u << (B - 1);
-    u32 high[8], w[B];
+    u32 w[B] = {};
 #pragma unroll
     for (int q = 0; q < 8; ++q) v[q] ^= top;   // two's complement of the centred code
-    if constexpr (B == 8) {
+    // Whole codes, from the top of the bytes down; the words in the order of tile.cuh.
+    constexpr int WHOLE = 8 / B;
 #pragma unroll
-        for (int q = 0; q < 8; ++q) w[q] = v[q];
-    } else if constexpr (B == 2) {
-        put_pairs(w, v);
+    for (int q = 0; q < WHOLE * B; ++q) w[q / WHOLE] |= v[q] << (8 - B - q % WHOLE * B);
+    if constexpr (B == 6) {
+#pragma unroll
+        for (int i = 0; i < 6; ++i) w[i] |= piece(v[6 + i / 3], 4 - i % 3 * 2, 3);
+    } else if constexpr (B == 5) {
+#pragma unroll
+        for (int i = 0; i < 3; ++i) w[i] |= piece(v[5 + i], 2, 7);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            w[3 + i] |= piece(v[5 + i], 0, 3) << 1 | piece(v[7], 1 - i, 1);
+        }
     } else if constexpr (B == 3) {
 #pragma unroll
-        for (int q = 0; q < 8; ++q) high[q] = v[q] >> 2;
-        put_pairs(w, v);
-        w[2] = put_bits(high);
-    } else {
-#pragma unroll
-        for (int q = 0; q < 8; ++q) high[q] = v[q] >> 4;
-        put_nibbles(w, v);
-        if constexpr (B == 5) w[4] = put_bits(high);
-        if constexpr (B == 6) put_pairs(w + 4, high);
+        for (int i = 0; i < 2; ++i) {
+            w[i] |= piece(v[6 + i], 1, 3);
+            w[2] |= piece(v[6 + i], 0, 1) << (1 - i);
+        }
     }
 #pragma unroll
     for (int i = 0; i < B; ++i) *reinterpret_cast<u32*>(block + word_offset<B>(i, lane)) = w[i];

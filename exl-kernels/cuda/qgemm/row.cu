@@ -11,24 +11,11 @@
 
 #include "qgemm/row.cuh"
 
-namespace {
-
-template <int KIND>
-__device__ __forceinline__ void qgemm(const Task& task) {
-    extern __shared__ __align__(1024) char shared[];
-    pdl_launch();
-    RowProduct<KIND, Task> product(task, task.slots, task.inputs, shared);
-    // The thread block's tiles are consecutive, so that most belong to one matrix.
-    product.run(Turn::of(blockIdx.x, task.tiles, task.each, gridDim.x), true);
-}
-
-}  // namespace
-
 extern "C" __global__ void __launch_bounds__(ROW_WARPS* WARP, 1)
     exl_qgemm_row1_exl2(const __grid_constant__ Task task) {
-    qgemm<KIND_EXL2>(task);
+    multiply_row<KIND_EXL2, Ring<false>>(task);
 }
 extern "C" __global__ void __launch_bounds__(ROW_WARPS* WARP, 1)
     exl_qgemm_row1_gptq(const __grid_constant__ Task task) {
-    qgemm<KIND_GPTQ>(task);
+    multiply_row<KIND_GPTQ, Ring<false>>(task);
 }

@@ -1,15 +1,20 @@
 // A product of one row with quantized matrices, by whole thread blocks.
 //
 // A thread block takes consecutive column tiles (tile.cuh); each of its warps takes one share of the
-// rows of all of them and keeps sums of its own in shared memory, which are added in the warps' order.
+// rows of all of them, of gate and up two shares of one, and keeps sums of its own in shared memory, which are
+// added in the warps' order.
 //
-// T: what is computed, a Task (task.cuh) or what looks like one.
+// T: what is computed, a Task (task.cuh) or what looks like one. Of T::SPLIT thread blocks that divide the
+// rows of the same columns each has x of its rows alone.
 #pragma once
 
 #include "qgemm/row_walk.cuh"
 
 constexpr int ROW_WARPS = SHARES;
 constexpr int ZEROS = 4 * 4 * X_ROW;   // bytes: x of a round of four slots
+
+// Where a lane's bytes of x are in a block.
+__device__ __forceinline__ int x_place(int lane) { return (lane >> 2 & 1) * 32 + (lane & 3) * 8; }
 
 // x of every order that the parts have, in shared memory.
 template <int KIND, typename T>
@@ -20,7 +25,7 @@ struct RowInput {
     // Others have registers for two.
     RowStage<KIND == KIND_EXL2 && LARGE ? T::ROUNDS : 2> row;
 
-    __device__ __forceinline__ RowInput(const T& task, int inputs, char* base)
+    __device__ __forceinline__ RowInput(const T& task, int inputs, int, char* base)
         : task(task), base(base), bytes((inputs + 127) / 128 * ROW_CHUNK, 1, inputs) {
         row.inputs = inputs;
     }
@@ -29,13 +34,14 @@ struct RowInput {
     }
     __device__ __forceinline__ void point(RowWalk<KIND>& walk, int part) const {
         const char* at = of(task.order[part]);
-        walk.x = at + (walk.lane >> 2 & 1) * 32 + (walk.lane & 3) * 8;
+        walk.x = at + x_place(walk.lane);
         walk.scales = reinterpret_cast<const float*>(at + bytes.scales);
         walk.x_sums = reinterpret_cast<const int*>(at + bytes.sums);
     }
+    // What can be loaded before x is there, and before weights are asked for: it would be served after them.
+    __device__ __forceinline__ void prepare() { row.prepare(task.matrix[0].perm); }
     // Waits for x, gathers and rounds it. By the whole block.
     __device__ __forceinline__ void stage() {
-        row.prepare(task.matrix[0].perm);
         pdl_wait();
 #pragma unroll 1
         for (int order = 0; order < task.orders; ++order) {
@@ -54,38 +60,85 @@ struct RowInput {
     }
 };
 
-// Sum of a column over the warps, two at a time.
+// x of the rows of one of several thread blocks, at most `held`: all of x is copied as it is, then each
+// warp gathers chunks.
+template <typename T>
+struct SliceInput {
+    const T& task;
+    char* base;   // shared: bytes, scales, and x
+    int inputs, held;
+    RowSlice<2> row;
+
+    __device__ __forceinline__ SliceInput(const T& task, int inputs, int held, char* base)
+        : task(task), base(base), inputs(inputs), held(held) {}
+
+    __device__ __forceinline__ float* scales() const { return reinterpret_cast<float*>(base + 2 * held); }
+    __device__ __forceinline__ void point(RowWalk<KIND_EXL2>& walk, int) const {
+        const int first = row.from / 32;
+        walk.x = base - first * X_ROW + x_place(walk.lane);
+        walk.scales = scales() - first / X_CHUNK_BLOCKS;
+    }
+    // As those of RowInput.
+    __device__ __forceinline__ void prepare() {
+        const u16* shares = task.matrix[0].shares + task.rank * SPLIT_SHARES<T>;
+        row.prepare(task.matrix[0].perm, 32 * shares[0], 32 * shares[SPLIT_SHARES<T>]);
+    }
+    __device__ __forceinline__ void stage() {
+        float* all = reinterpret_cast<float*>(base + 2 * held + round_16(held / 128 * 4 + 4));
+        pdl_wait();
+        for (int i = 4 * threadIdx.x; i < inputs; i += 4 * blockDim.x) cp_async_16(all + i, task.x + i);
+        cp_async_commit();
+        cp_async_wait<0>();
+        __syncthreads();
+        row.round(all, task.matrix[0].perm, base, scales());
+        __syncthreads();
+    }
+};
+
+template <int KIND, typename T, int SPLIT>
+struct InputOf {
+    typedef SliceInput<T> Type;
+};
+template <int KIND, typename T>
+struct InputOf<KIND, T, 1> {
+    typedef RowInput<KIND, T> Type;
+};
+
+// Sum of a column over the COUNT shares of the rows, two at a time.
+template <int COUNT>
 __device__ __forceinline__ float add_up_row(const float* at) {
     float s = 0.0f;
 #pragma unroll 4
-    for (int i = 0; i < ROW_WARPS; i += 2) s += at[i * 32] + at[(i + 1) * 32];
+    for (int i = 0; i < COUNT; i += 2) s += at[i * 32] + at[(i + 1) * 32];
     return s;
 }
 
-// A thread block at work.
-template <int KIND, typename T>
+// A thread block at work, whose weights come through rings R.
+template <int KIND, typename T, typename R = Ring<false>>
 struct RowProduct {
+    static constexpr int OWN = SPLIT_SHARES<T>;
+
     const T& task;
     int lane, warp;
-    float* sums;   // shared: [slots][warps][32]
-    Ring ring;
-    Ring::Place at;
-    RowInput<KIND, T> input;
+    float* sums;   // shared: [slots][OWN][32]
+    R ring;
+    typename R::Place at;
+    typename InputOf<KIND, T, T::SPLIT>::Type input;
     RowWalk<KIND> walk;
     Way<T> way;
-    Supply<T> supply;
+    Supply<T, R> supply;
 
-    // `shared` has room for: sums; rings of the warps; zeros; x of each order. `slots` and `inputs` are
-    // those of the task, which need not be there yet.
-    __device__ __forceinline__ RowProduct(const T& task, int slots, int inputs, char* shared)
+    // `shared` has room for: sums; rings of the warps; zeros; x of each order, `held` columns of it. `slots`
+    // and `inputs` are those of the task, which need not be there yet.
+    __device__ __forceinline__ RowProduct(const T& task, int slots, int inputs, int held, char* shared)
         : task(task), lane(threadIdx.x % WARP),
           // The same in all lanes, and known to be.
           warp(__shfl_sync(FULL_MASK, threadIdx.x / WARP, 0)),
           sums(reinterpret_cast<float*>(shared)),
-          ring(shared + slots * ROW_WARPS * 128 + warp * Ring::BYTES, lane),
-          input(task, inputs, shared + slots * ROW_WARPS * 128 + ROW_WARPS * Ring::BYTES + ZEROS),
+          ring(shared + slots * OWN * 128 + warp * R::BYTES, lane),
+          input(task, inputs, held, shared + slots * OWN * 128 + ROW_WARPS * R::BYTES + ZEROS),
           way(task, warp), supply(way) {
-        char* zeros = shared + slots * ROW_WARPS * 128 + ROW_WARPS * Ring::BYTES;
+        char* zeros = shared + slots * OWN * 128 + ROW_WARPS * R::BYTES;
         if (threadIdx.x < ZEROS / 16) reinterpret_cast<uint4*>(zeros)[threadIdx.x] = uint4{};
         walk.lane = lane;
         walk.zero = zeros;
@@ -93,38 +146,39 @@ struct RowProduct {
 
     // Adds up and stores the tiles of a turn. By the whole block.
     __device__ __forceinline__ void finish(const Turn& turn) const {
-        const int tile = ROW_WARPS * 32 * (task.gated ? 2 : 1);   // floats
+        constexpr int HALF = OWN / 2;
         for (int j = warp; j < turn.to - turn.from; j += ROW_WARPS) {
-            const float* at = sums + j * tile + lane;
-            const float s = add_up_row(at);
-            const float up = task.gated ? add_up_row(at + ROW_WARPS * 32) : 0.0f;
+            const float* at = sums + j * OWN * 32 + lane;
+            float s = add_up_row<HALF>(at), up = add_up_row<HALF>(at + HALF * 32);
+            if (!task.gated) s += up;
             task.finish(0, turn.from + j, lane, s, up);
         }
     }
 
     // Column tiles `mine` of all parts. `last`: nothing follows.
     __device__ __forceinline__ void run(const Turn& mine, bool last) {
-        const int each = task.gated ? 2 : 1, at_once = task.slots / each;
 #pragma unroll 1
-        for (int from = mine.from; from < mine.to; from += at_once) {
-            const Turn turn = {from, min(from + at_once, mine.to)};
+        for (int from = mine.from; from < mine.to; from += task.slots) {
+            const Turn turn = {from, min(from + task.slots, mine.to)};
+            if (from == mine.from) input.prepare();
             // The first copies start before x is there.
             supply.start(turn);
 #pragma unroll 1
-            for (u32 i = 0, slot = at.slot; i < Ring::SLOTS; ++i) {
+            for (u32 i = 0, slot = at.slot; i < R::SLOTS; ++i) {
                 supply.ask(ring, slot);
-                slot = slot + 1 == Ring::SLOTS ? 0 : slot + 1;
+                slot = slot + 1 == R::SLOTS ? 0 : slot + 1;
             }
-            for (int slot = 0; slot < (turn.to - turn.from) * each; ++slot) {
-                sums[(slot * ROW_WARPS + warp) * 32 + lane] = 0.0f;
+            for (int i = warp; i < (turn.to - turn.from) * OWN; i += ROW_WARPS) sums[i * 32 + lane] = 0.0f;
+            if (from == mine.from) {
+                input.stage();
+            } else {
+                __syncthreads();
             }
-            if (from == mine.from) input.stage();
             way.start(turn);
             while (way.next()) {
                 walk.m = &task.matrix[way.part];
-                const int slot = task.gated ? way.part : way.tiles.step;
-                walk.sums = sums + (slot * ROW_WARPS + warp) * 32;
-                walk.step = each * ROW_WARPS * 32;
+                walk.sums = sums + way.tiles.step * 32;
+                walk.step = T::SPLIT * OWN * 32;
                 input.point(walk, way.part);
                 walk.run(way, supply, ring, at);
             }
@@ -136,3 +190,12 @@ struct RowProduct {
         }
     }
 };
+
+template <int KIND, typename R>
+__device__ __forceinline__ void multiply_row(const Task& task) {
+    extern __shared__ __align__(1024) char shared[];
+    pdl_launch();
+    RowProduct<KIND, Task, R> product(task, task.slots, task.inputs, task.inputs, shared);
+    // The thread block's tiles are consecutive, so that most belong to one matrix.
+    product.run(Turn::of(blockIdx.x, task.tiles, task.each, gridDim.x), true);
+}

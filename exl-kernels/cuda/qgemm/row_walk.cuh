@@ -14,18 +14,32 @@
 #include "qgemm/turn.cuh"
 
 // Blocks of a unit: a power of two, as many as a slot of the ring holds.
+template <typename R>
 constexpr u32 row_unit(u32 bits) {
-    const u32 fit = Ring::SLOT / (128 * bits);
-    return fit >= 8 ? 8 : fit >= 4 ? 4 : fit >= 2 ? 2 : 1;
+    const u32 fit = R::SLOT / (128 * bits);
+    return fit >= 16 ? 16 : fit >= 8 ? 8 : fit >= 4 ? 4 : fit >= 2 ? 2 : 1;
 }
 
+// Shares of the rows of a thread block, of T::SPLIT that divide the rows of the same column tiles.
+template <typename T>
+constexpr int SPLIT_SHARES = SHARES / T::SPLIT;
+
 // A warp's blocks in all parts of a turn, one Fold after the other.
+//
+// A warp has one share of the rows of all tiles; where there are more warps than shares (SPLIT) they take turns
+// at the tiles. Of gate and up a warp has one, and two shares of it, so that what is done once for a tile and
+// share is done half as often. Shares are whole chunks and not equally long, the first ones, which have more
+// bits, often the longest: so for half of the tiles a warp has two of the first, for the others two of the last.
+//
+// Tiles::step is where sums are: slot of the tile in the turn * SPLIT_SHARES + place of the share.
 template <typename T>
 struct Way {
+    static constexpr int OWN = SPLIT_SHARES<T>, HALF = SHARES / 2;
+
     const T& task;
     Turn turn;
     int warp;
-    int part, first;   // and the part's first tile
+    int part, first;   // and the part's first tile; of gate and up: the first of the next tiles
     Tiles tiles;
     Cursor cursor;
     Fold fold;
@@ -35,25 +49,53 @@ struct Way {
     __device__ __forceinline__ void start(const Turn& at) {
         turn = at;
         part = -1;
-        first = 0;
+        first = task.gated ? turn.from : 0;
         cursor = {};
     }
     // To the next fold, if there is one.
     __device__ __forceinline__ bool next() {
         while (cursor.at >= cursor.end) {
-            if (part >= 0 && !task.gated) first += task.matrix[part].columns;
-            if (++part == (task.gated ? 2 : T::MOST)) return false;
-            const QMatrix& m = task.matrix[part];
-            tiles = turn.tiles(first, m.columns);
-            if (tiles.count > 0) cursor.enter(m, m.shares[warp], m.shares[warp + 1]);
+            if (!(task.gated ? enter_pair() : enter_part())) return false;
         }
         fold = cursor.next();
         return true;
     }
+    // To the next half of the tiles, of gate or up.
+    __device__ __forceinline__ bool enter_pair() {
+        const int left = turn.to - first;
+        if (left <= 0) return false;
+        const bool begins = part < 0;
+        part = warp / HALF;
+        const QMatrix& m = task.matrix[part];
+        const int share = begins ? warp % HALF : HALF - 1 - warp % HALF;
+        const int count = begins ? (left + 1) / 2 : left;
+        tiles = {first, count, 1, nullptr, (first - turn.from) * OWN + part * HALF + share};
+        cursor.enter(m, m.shares[2 * share], m.shares[2 * share + 2]);
+        first += count;
+        return true;
+    }
+    // To the tiles of the next part.
+    __device__ __forceinline__ bool enter_part() {
+        if (part >= 0) first += task.matrix[part].columns;
+        if (++part == T::MOST) return false;
+        const QMatrix& m = task.matrix[part];
+        tiles = turn.tiles(first, m.columns);
+        int share = warp;
+        if constexpr (T::SPLIT > 1) {
+            const int side = warp / OWN;
+            share = task.rank * OWN + warp % OWN;
+            tiles.column += side;
+            tiles.step += side;
+            tiles.count = (tiles.count - side + T::SPLIT - 1) / T::SPLIT;
+        }
+        tiles.step = tiles.step * OWN + warp % OWN;
+        if (tiles.count > 0) cursor.enter(m, m.shares[share], m.shares[share + 1]);
+        return true;
+    }
 };
 
-// Asks for the units of a way.
-template <typename T>
+// Asks for the units of a way, which go through a ring R.
+template <typename T, typename R>
 struct Supply {
     Way<T> way;
     const char* at;
@@ -73,14 +115,14 @@ struct Supply {
         const Run& run = way.fold.run;
         const QMatrix& m = way.task.matrix[way.part];
         bytes = 128 * run.bits;
-        unit = row_unit(run.bits);
+        unit = row_unit<R>(run.bits);
         left = count = way.fold.count;
         tiles = way.tiles.count;
         at = m.tiles + m.column_bytes * way.tiles.column + offset_of(run, way.fold.first);
-        next_tile = m.column_bytes - count * bytes;
+        next_tile = m.column_bytes * T::SPLIT - count * bytes;
     }
     // Starts the copy of the next unit.
-    __device__ __forceinline__ void ask(const Ring& ring, u32 slot) {
+    __device__ __forceinline__ void ask(const R& ring, u32 slot) {
         if (tiles > 0) {
             const u32 blocks = min(unit, left);
             ring.copy(slot, at, blocks * bytes);
@@ -106,7 +148,7 @@ struct RowWalk {
     const int* x_sums;     // shared: [blocks], for GPTQ's zero points
     const QMatrix* m;
     float* sums;           // shared: the warp's of the first tile, [32]
-    int step;              // floats from the sums of a tile to those of the next
+    int step;              // floats from the sums of a tile to those of the warp's next one
     // Of the lane's slot in this round: codes, scale of x, and for GPTQ the sum of x.
     ScaleCodes<KIND> codes;
     float scale;
@@ -187,10 +229,10 @@ struct RowWalk {
     }
 
     // All tiles of a fold.
-    template <u32 B, u32 FOLD, typename T>
-    __device__ __forceinline__ void pass(const Way<T>& way, Supply<T>& supply, const Ring& ring,
-                                         Ring::Place& at) {
-        constexpr u32 UNIT = row_unit(B), STEP = FOLD < UNIT ? FOLD : UNIT, ROUND = 4 * FOLD;
+    template <u32 B, u32 FOLD, typename T, typename R>
+    __device__ __forceinline__ void pass(const Way<T>& way, Supply<T, R>& supply, const R& ring,
+                                         typename R::Place& at) {
+        constexpr u32 UNIT = row_unit<R>(B), STEP = FOLD < UNIT ? FOLD : UNIT, ROUND = 4 * FOLD;
         constexpr u32 BYTES = Sections<B>::BYTES;
         const Fold f = way.fold;
         const u32 count = f.count;
@@ -207,7 +249,7 @@ struct RowWalk {
                 if (done < count) {
                     load_scales<FOLD>(f, tile, done);
                 } else if (left > 1) {
-                    load_scales<FOLD>(f, tile + 1, 0);
+                    load_scales<FOLD>(f, tile + T::SPLIT, 0);
                 }
             };
             u32 done = 0;
@@ -255,23 +297,23 @@ struct RowWalk {
                 supply.ask(ring, at.slot);
                 at.pass();
             }
-            ++tile;
+            tile += T::SPLIT;
             leave(to);
             to += step;
         }
     }
-    template <u32 B, typename T>
-    __device__ __forceinline__ void folds(const Way<T>& way, Supply<T>& supply, const Ring& ring,
-                                          Ring::Place& at) {
+    template <u32 B, typename T, typename R>
+    __device__ __forceinline__ void folds(const Way<T>& way, Supply<T, R>& supply, const R& ring,
+                                          typename R::Place& at) {
         if constexpr (fold_blocks(B) == 4) {
             if (way.fold.fold == 4) return pass<B, 4>(way, supply, ring, at);
         }
         if (way.fold.fold == 2) return pass<B, 2>(way, supply, ring, at);
         pass<B, 1>(way, supply, ring, at);
     }
-    template <typename T>
-    __device__ __forceinline__ void run(const Way<T>& way, Supply<T>& supply, const Ring& ring,
-                                        Ring::Place& at) {
+    template <typename T, typename R>
+    __device__ __forceinline__ void run(const Way<T>& way, Supply<T, R>& supply, const R& ring,
+                                        typename R::Place& at) {
         if constexpr (KIND == KIND_GPTQ) {
             folds<4>(way, supply, ring, at);
         } else {

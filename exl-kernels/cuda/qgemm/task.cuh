@@ -22,6 +22,7 @@ struct PartTile {
 struct Task {
     static constexpr int MOST = PARTS;
     static constexpr int ROUNDS = 4;   // of loads that overlap when one row is staged
+    static constexpr int SPLIT = 1;    // thread blocks that divide the rows of the same columns
 
     QMatrix matrix[PARTS];
     Epilogue epilogue[PARTS];   // gate and up: of the gate; the second holds the other bias

@@ -18,10 +18,17 @@
 //   8 bits: word q = register q
 //   4 bits: word w < 4 = register 2w in the high, 2w+1 in the low halves of the bytes
 //   2 bits: word w < 2 = register 4w+j at bits 6-2j, 7-2j of the bytes
-//   1 bit:  register j at bit 7-j of the bytes
-//   6 bits: 4-bit words of the low bits, then 2-bit words of the high bits
-//   5 bits: 4-bit words of the low bits, then one word of the high bits
-//   3 bits: 2-bit words of the low bits, then one word of the high bits
+//
+// Other widths fill the top of the bytes with as many whole codes as there is room for, so that most
+// registers are one piece of a word; the codes that are left are cut into the bits below them:
+//
+//   6 bits: word w < 6 = register w at bits 2..7; register 6 at bits 0, 1 of words 0, 1, 2, its highest
+//           bits first, register 7 at those of words 3, 4, 5
+//   5 bits: word w < 5 = register w at bits 3..7; register 5 at bits 0..2 of word 0 and 1, 2 of word 3,
+//           register 6 at bits 0..2 of word 1 and 1, 2 of word 4, register 7 at bits 0..2 of word 2 and
+//           bit 0 of words 3 and 4
+//   3 bits: word w < 3 = register 2w at bits 5..7, 2w+1 at bits 2..4; register 6 at bits 0, 1 of word 0
+//           and bit 1 of word 2, register 7 at bits 0, 1 of word 1 and bit 0 of word 2
 //
 // The top bit is stored inverted (two's complement of the centred code). The words of the lanes are
 // stored in sections, so that every load of a warp is contiguous and as wide as it can be: first
@@ -92,27 +99,6 @@ constexpr u32 MAGIC = 0x64006400u;
 __device__ __forceinline__ __half2 as_half2(u32 v) { return *reinterpret_cast<__half2*>(&v); }
 __device__ __forceinline__ u32 as_u32(__half2 v) { return *reinterpret_cast<u32*>(&v); }
 
-// Shifts left, right when negative.
-template <int LEFT>
-__device__ __forceinline__ u32 shift(u32 w) {
-    if constexpr (LEFT >= 0) {
-        return w << LEFT;
-    } else {
-        return w >> -LEFT;
-    }
-}
-
-// Four-bit words with their codes at bits LOW.. of the bytes.
-template <int LOW>
-__device__ __forceinline__ void nibbles(const u32* w, u32 (&v)[8]) {
-    constexpr u32 mask = 0x0f0f0f0fu << LOW;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        v[2 * i] = shift<LOW - 4>(w[i]) & mask;
-        v[2 * i + 1] = shift<LOW>(w[i]) & mask;
-    }
-}
-
 // The registers of a lane: (q - zero) 2^(8 - B) per byte.
 template <int B>
 __device__ __forceinline__ void expand(const u32* w, u32 (&v)[8]) {
@@ -120,24 +106,41 @@ __device__ __forceinline__ void expand(const u32* w, u32 (&v)[8]) {
 #pragma unroll
         for (int q = 0; q < 8; ++q) v[q] = w[q];
     } else if constexpr (B == 4) {
-        nibbles<4>(w, v);
-    } else if constexpr (B == 6) {
-        nibbles<2>(w, v);
 #pragma unroll
-        for (int q = 0; q < 8; ++q) v[q] = and_or(w[4 + q / 4] << (2 * (q % 4)), 0xc0c0c0c0u, v[q]);
-    } else if constexpr (B == 5) {
-        nibbles<3>(w, v);
-#pragma unroll
-        for (int q = 0; q < 8; ++q) v[q] = and_or(w[4] << q, 0x80808080u, v[q]);
+        for (int i = 0; i < 4; ++i) {
+            v[2 * i] = w[i] & 0xf0f0f0f0u;
+            v[2 * i + 1] = w[i] << 4 & 0xf0f0f0f0u;
+        }
     } else if constexpr (B == 2) {
 #pragma unroll
         for (int q = 0; q < 8; ++q) v[q] = (w[q / 4] << (2 * (q % 4))) & 0xc0c0c0c0u;
+    } else if constexpr (B == 6) {
+#pragma unroll
+        for (int q = 0; q < 6; ++q) v[q] = w[q] & 0xfcfcfcfcu;
+#pragma unroll
+        for (int q = 0; q < 2; ++q) {
+            const u32 low = and_or(w[3 * q + 1] << 4, 0x30303030u, w[3 * q + 2] << 2 & 0x0c0c0c0cu);
+            v[6 + q] = and_or(w[3 * q] << 6, 0xc0c0c0c0u, low);
+        }
+    } else if constexpr (B == 5) {
+#pragma unroll
+        for (int q = 0; q < 5; ++q) v[q] = w[q] & 0xf8f8f8f8u;
+#pragma unroll
+        for (int q = 0; q < 2; ++q) {
+            v[5 + q] = and_or(w[q] << 5, 0xe0e0e0e0u, w[3 + q] << 2 & 0x18181818u);
+        }
+        const u32 low = and_or(w[3] << 4, 0x10101010u, w[4] << 3 & 0x08080808u);
+        v[7] = and_or(w[2] << 5, 0xe0e0e0e0u, low);
     } else {
         static_assert(B == 3, "2, 3, 4, 5, 6 or 8 bits");
 #pragma unroll
-        for (int q = 0; q < 8; ++q) {
-            u32 low = q % 4 ? w[q / 4] << (2 * (q % 4) - 1) : w[q / 4] >> 1;
-            v[q] = and_or(w[2] << q, 0x80808080u, low & 0x60606060u);
+        for (int q = 0; q < 6; q += 2) {
+            v[q] = w[q / 2] & 0xe0e0e0e0u;
+            v[q + 1] = w[q / 2] << 3 & 0xe0e0e0e0u;
+        }
+#pragma unroll
+        for (int q = 0; q < 2; ++q) {
+            v[6 + q] = and_or(w[q] << 6, 0xc0c0c0c0u, w[2] << (4 + q) & 0x20202020u);
         }
     }
 }

@@ -55,13 +55,14 @@ __device__ __forceinline__ void rope_append(float* q, const float* k, const floa
     const int lanes = max(min(pairs, THREADS), 1), side = THREADS / lanes;
     const int pair = threadIdx.x % lanes, all = heads + kv_heads;
     const int first = (blockIdx.y * side + threadIdx.x / lanes) * HEADS;
-    // Constants, which no kernel writes.
-    float frequency = pair < pairs ? inv_freq[pair] : 0.0f;
-    pdl_launch();
-    pdl_wait();
     const int row = blockIdx.x;
+    pdl_launch();
+    // Constants, and the step block, which is there before the first kernel of a step.
+    float frequency = pair < pairs ? inv_freq[pair] : 0.0f;
     int position = positions.at(row, pair);
     const long long slot = slots[row];
+    float2 turn = rotation(position, frequency, factor);
+    pdl_wait();
     float* q_row = q + (long long)row * heads * head_dim;
     const float* k_row = k + (long long)row * kv_heads * head_dim;
     const float* v_row = v + (long long)row * kv_heads * head_dim;
@@ -81,9 +82,9 @@ __device__ __forceinline__ void rope_append(float* q, const float* k, const floa
             if (p != pair) {
                 frequency = inv_freq[p];
                 position = positions.at(row, p);
+                turn = rotation(position, frequency, factor);
             }
             const int at = interleaved ? 2 * p : p, other = interleaved ? at + 1 : p + pairs;
-            float2 turn = make_float2(0.0f, 0.0f);
             for (int from = first; from < all; from += gridDim.y * side * HEADS) {
                 float x[HEADS], y[HEADS];
 #pragma unroll
@@ -94,7 +95,6 @@ __device__ __forceinline__ void rope_append(float* q, const float* k, const floa
                     x[i] = h < all ? head[at] : 0.0f;
                     y[i] = h < all ? head[other] : 0.0f;
                 }
-                if (from == first) turn = rotation(position, frequency, factor);
 #pragma unroll
                 for (int i = 0; i < HEADS; ++i) {
                     const int h = from + i;

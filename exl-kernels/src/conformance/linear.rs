@@ -39,8 +39,8 @@ pub(super) fn cases(quick: bool) -> Vec<Case> {
             list.push(exl2(name, layout, rows, 96));
         }
         list.push(exl2("padded", LAYOUTS[8].1, rows, 75));
-        list.push(gptq(rows, true));
-        list.push(gptq(rows, false));
+        list.push(gptq(rows, 256, true));
+        list.push(gptq(rows, 256, false));
         for (act, dtype) in [
             (Activation::Silu, DType::Bf16),
             (Activation::GeluTanh, DType::F16),
@@ -66,7 +66,10 @@ pub(super) fn cases(quick: bool) -> Vec<Case> {
             }
         }
         // More rows than the smaller products of clusters take, and outputs for large tiles.
-        list.push(gptq(30, true));
+        list.push(gptq(30, 256, true));
+        // Rows as long as those of the largest models.
+        list.push(gptq(1, 28_672, true));
+        list.push(exl2("long", &[(4, 128); 224], 1, 40));
         list.push(exl2("wide", &[(4, 64)], 200, 8576));
     }
     list
@@ -166,12 +169,12 @@ fn deep(bits: u8, group: u32, odd: bool, rows: usize) -> Case {
     exl2(&format!("{bits}b g{group} {place}"), &layout, rows, 40)
 }
 
-fn gptq(rows: usize, act_order: bool) -> Case {
-    let name = format!("linear::gptq/act_order={act_order}/rows={rows}");
+fn gptq(rows: usize, k: usize, act_order: bool) -> Case {
+    let name = format!("linear::gptq/act_order={act_order}/rows={rows}/k={k}");
     // Measured up to 3e-4, as for EXL2.
     Case::new(name, 1e-3, move |run| {
         let mut rng = Rng::new(13);
-        let (k, n, size) = (256, 40, 64);
+        let (n, size) = (40, 64);
         let qweight: Vec<u32> = (0..k / 8 * n).map(|_| rng.next()).collect();
         let qzeros: Vec<u32> = (0..k / size * n / 8).map(|_| rng.next()).collect();
         let scales: Vec<u16> = (0..k / size * n)

@@ -42,6 +42,7 @@ pub(super) fn cases(quick: bool) -> Vec<Case> {
             list.push(gate_up(Weights::Exl2, rows, &WIDE));
             list.push(down(Weights::Exl2, rows, &WIDE));
         }
+        list.push(down(Weights::Exl2, 1, &LARGE));
         for rows in [1, 5, 16, 60] {
             list.push(gate_up(Weights::Exl2, rows, &DEEP));
             list.push(down(Weights::Gptq, rows, &DEEP));
@@ -143,6 +144,15 @@ const DEEP: Sizes = Sizes {
     top_k: 1,
     inputs: 11_264,
     outputs: 40,
+};
+
+/// Of one row, so much that thread blocks divide the rows of a matrix, and have several column tiles each.
+const LARGE: Sizes = Sizes {
+    name: "large",
+    experts: 4,
+    top_k: 2,
+    inputs: 4480,
+    outputs: 1100,
 };
 
 /// The matrix of one expert.

@@ -90,9 +90,11 @@ pub fn lower(op: &Op<'_>, target: &Target<'_>, list: &mut Vec<Launch>) -> Result
 }
 
 /// What is known only when all launches of a plan are: call it once, with those of all ops in their
-/// order. Products learn which one follows, to prefetch its weights; a plan is taken to be run again.
+/// order. Products learn which one follows, to prefetch its weights, a plan being taken to be run again, and
+/// what they need not wait for.
 pub fn link(launches: &mut [Launch]) {
     linear::link(launches);
+    moe::link(launches);
 }
 
 /// Bytes of device memory that tables of the launches of an op take (`Args::with_table`). Equal tables of

@@ -469,12 +469,13 @@ pub(super) fn paged_attn(
         return quantized::paged_attn(o, target, list);
     }
     let c = choose(&shape, target)?;
-    list.push(attention_launch(o, &c, &target.scratch));
+    list.push(attention_launch(o, &c, (&target.scratch, true)));
     Ok(())
 }
 
 /// Attention by a chosen kernel.
-fn attention_launch(o: &PagedAttn<'_>, c: &Choice, scratch: &Scratch) -> Launch {
+/// `stored`: the op's caches are what earlier steps left, not what the launch before this one makes of them.
+fn attention_launch(o: &PagedAttn<'_>, c: &Choice, (scratch, stored): (&Scratch, bool)) -> Launch {
     Launch {
         kernel: c.kernel,
         grid: c.grid.map(|n| n as u32),
@@ -500,7 +501,8 @@ fn attention_launch(o: &PagedAttn<'_>, c: &Choice, scratch: &Scratch) -> Launch 
             .int(c.chunk)
             .int(o.window.min(i32::MAX as usize))
             .float(o.scale)
-            .float(o.softcap),
+            .float(o.softcap)
+            .int(usize::from(stored)),
     }
 }
 

@@ -15,7 +15,7 @@ use crate::ops::{self, Activation, LinearPart, Matrix};
 use crate::{DType, Error, Mem, Result};
 
 pub(in crate::cuda) use few::{CLUSTER, CLUSTER_ARCHITECTURES, link};
-pub(super) use few::{From, X_CHUNK, row_bytes, slot_bytes, warps, ways};
+pub(super) use few::{From, MATRIX_WORDS, X_CHUNK, row_bytes, slot_bytes, warps, ways};
 
 /// The one of its module that takes most of a multiprocessor.
 pub(in crate::cuda) const CLUSTER_KERNEL: Kernel = few::CLUSTER_KERNELS[2];
@@ -34,6 +34,8 @@ pub(crate) static KERNELS: &[Kernel] = &[
     few::KERNELS[7],
     few::KERNELS[8],
     few::KERNELS[9],
+    few::LONG_ROW_KERNELS[0],
+    few::LONG_ROW_KERNELS[1],
     few::CLUSTER_KERNELS[0],
     few::CLUSTER_KERNELS[1],
     few::CLUSTER_KERNELS[2],

@@ -21,12 +21,12 @@ use self::tile::Tile;
 use super::linear::activation_code;
 use super::{COUNTERS, Target};
 use crate::cuda::launch::Args;
-use crate::cuda::matrix::{CudaMatrix, ScaleKind};
+use crate::cuda::matrix::{CudaMatrix, SHARES, ScaleKind};
 use crate::cuda::{DeviceProps, Kernel, Launch};
 use crate::ops::{Matrix, MoeDown, MoeGateUp, MoeRoute};
 use crate::{DType, Error, Result};
 
-pub(super) use few::next_word;
+pub(super) use few::{link, next_word};
 
 /// Most experts of a layer (cuda/moe/experts.cuh).
 const MOST_EXPERTS: usize = 1024;
@@ -53,6 +53,7 @@ pub(crate) static KERNELS: &[Kernel] = &[
     few::ROW[0],
     few::ROW[1],
     few::ROW_ADD,
+    few::ROW_ADD_SPLIT,
     few::ROWS[0].1[0],
     few::ROWS[0].1[1],
     few::ROWS[1].1[0],
@@ -135,6 +136,8 @@ struct Format {
     table: Arc<[u64]>,
     /// Orders that the inputs of an expert have, at most.
     orders: usize,
+    /// Most blocks of rows of any matrix that one of [`few::SPLIT`] thread blocks has.
+    slice: usize,
 }
 
 impl Format {
@@ -193,7 +196,7 @@ fn formats<'m>(
     if experts > MOST_EXPERTS {
         return unsupported(op, format!("{experts} experts"));
     }
-    let mut found: Vec<(Kind, Vec<u64>, usize)> = Vec::new();
+    let mut found: Vec<(Kind, Vec<u64>, usize, usize)> = Vec::new();
     for e in 0..experts {
         let own = (0..parts).map(|p| locate(op, matrix(e, p)));
         let own = own.collect::<Result<Vec<_>>>()?;
@@ -202,23 +205,36 @@ fn formats<'m>(
             return unsupported(op, "gate and up of different formats");
         }
         let at = found.iter().position(|f| f.0 == kind).unwrap_or_else(|| {
-            found.push((kind, vec![0; experts * parts], 1));
+            found.push((kind, vec![0; experts * parts], 1, 0));
             found.len() - 1
         });
-        let (_, table, orders) = &mut found[at];
+        let (_, table, orders, slice) = &mut found[at];
         for (p, (_, address, order)) in own.iter().enumerate() {
             table[e * parts + p] = *address;
+            *slice = (*slice).max(slice_of(matrix(e, p)));
             if *order != own[0].2 {
                 *orders = parts;
             }
         }
     }
-    let formats = found.into_iter().map(|(kind, table, orders)| Format {
-        kind,
-        table: table.into(),
-        orders,
-    });
+    let formats = found
+        .into_iter()
+        .map(|(kind, table, orders, slice)| Format {
+            kind,
+            table: table.into(),
+            orders,
+            slice,
+        });
     Ok(formats.collect())
+}
+
+/// Most blocks of rows that one of [`few::SPLIT`] thread blocks has.
+fn slice_of(matrix: Matrix<'_>) -> usize {
+    let Matrix::Cuda(m) = matrix else { return 0 };
+    let bounds = m.shares().iter().step_by(SHARES / few::SPLIT);
+    let bounds: Vec<usize> = bounds.map(|&b| usize::from(b)).collect();
+    let slices = bounds.windows(2).map(|b| b[1] - b[0]);
+    slices.max().unwrap_or(0)
 }
 
 /// A matrix's format, where kernels find it, and what tells the order of its input.
@@ -412,8 +428,10 @@ fn down_layer<'f>(o: &MoeDown<'_>, formats: &'f [Format], scratch: u64) -> Layer
     }
 }
 
+/// Bytes of the outputs of all slots, of one row those of all thread blocks that divide them.
 fn output_bytes(o: &MoeDown<'_>) -> usize {
-    (4 * o.rows * o.top_k * o.outputs).next_multiple_of(ALIGN)
+    let parts = if o.rows == 1 { few::SPLIT } else { 1 };
+    (4 * o.rows * o.top_k * parts * o.outputs).next_multiple_of(ALIGN)
 }
 
 pub(super) fn down(o: &MoeDown<'_>, target: &Target<'_>, list: &mut Vec<Launch>) -> Result<()> {
@@ -431,6 +449,7 @@ pub(super) fn down(o: &MoeDown<'_>, target: &Target<'_>, list: &mut Vec<Launch>)
         && let Way::Few(few) = layer.way(format, target.props, target.deterministic)?
         && few.is_row()
     {
+        let few = Few::split(&layer, format, target.props).unwrap_or(few);
         few.row(&layer, format, Some(&sum), (target, list));
         return Ok(());
     }

@@ -155,7 +155,7 @@ pub(super) fn paged_attn(
     let shape = Shape::new(o);
     if let Some(c) = direct(&shape, o.kv, target.props, target.deterministic) {
         super::countable(&shape)?;
-        list.push(attention_launch(o, &c, &target.scratch));
+        list.push(attention_launch(o, &c, (&target.scratch, true)));
         return Ok(());
     }
     let grid = [o.pages_per_seq, 2 * o.seqs, o.heads];
@@ -195,7 +195,7 @@ pub(super) fn paged_attn(
         out,
         ..*o
     };
-    list.push(attention_launch(&inner, &c, &scratch));
+    list.push(attention_launch(&inner, &c, (&scratch, false)));
     list.push(Launch {
         kernel: RESTORE,
         grid: [o.rows as u32, o.heads as u32, 1],

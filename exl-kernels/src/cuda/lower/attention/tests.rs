@@ -263,7 +263,7 @@ fn launches_stay_within_the_scratch_they_asked_for() {
                     let splits = launch.grid[2] as usize;
                     assert!(Shape::new(o).scratch(splits) as u64 <= bytes);
                     assert_eq!(launch.kernel.module == "attn/simt", !q_aligned);
-                    assert_eq!(launch.args.params().count(), 20);
+                    assert_eq!(launch.args.params().count(), 21);
                 }
             }
         }
@@ -397,11 +397,13 @@ fn few_rows_read_codes_and_prompts_read_unpacked_pages() {
                         list[0].kernel.entry,
                         format!("exl_attn_decode_{dim}_{name}")
                     );
-                    assert_eq!(list[0].args.params().count(), 20);
+                    // Of the cache as it lies there.
+                    assert_eq!(list[0].args.params().nth(20), Some(&1));
                 }
                 let prompt = quantized_attention(kv, heads, (2048, 1, 32));
                 let list = lowered(prompt, &props, false);
                 assert_eq!(list[0].kernel, quantized::UNPACK);
+                assert_eq!(list[1].args.params().nth(20), Some(&0));
                 let floats = shape(heads, 2048, 1, 8192);
                 assert_eq!(
                     list[1].kernel,

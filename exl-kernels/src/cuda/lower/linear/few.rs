@@ -32,6 +32,11 @@ pub(super) const KERNELS: [Kernel; 2 * VARIANTS.len()] = [
     Kernel::new(MODULE, "exl_qgemm_rows32_exl2"),
     Kernel::new(MODULE, "exl_qgemm_rows32_gptq"),
 ];
+/// One row that is too long for the first ones, by kind of scales.
+pub(super) const LONG_ROW_KERNELS: [Kernel; 2] = [
+    Kernel::new("qgemm/row_long", "exl_qgemm_row1_long_exl2"),
+    Kernel::new("qgemm/row_long", "exl_qgemm_row1_long_gptq"),
+];
 /// With 16-bit floats by clusters of thread blocks: by most rows and kind of scales.
 pub(super) const CLUSTER_KERNELS: [Kernel; 4] = [
     Kernel::new(CLUSTER_MODULE, "exl_qgemm_f16_rows16_exl2"),
@@ -67,7 +72,7 @@ impl Epilogue {
 }
 
 /// Words of a matrix in the task.
-const MATRIX_WORDS: usize = 26;
+pub(in crate::cuda::lower) const MATRIX_WORDS: usize = 26;
 
 fn pair(low: usize, high: usize) -> u64 {
     low as u64 | (high as u64) << 32
@@ -89,9 +94,8 @@ const NEXT_BYTES: usize = 96 << 10;
 /// Tells every product which one follows, the first after the last, so that its last act is to ask for
 /// weights of that. Which weights a product of experts reads is known on the GPU alone.
 pub(in crate::cuda) fn link(launches: &mut [Launch]) {
-    let is_known = |launch: &Launch| {
-        KERNELS.contains(&launch.kernel) || CLUSTER_KERNELS.contains(&launch.kernel)
-    };
+    let lists: [&[Kernel]; 3] = [&KERNELS, &LONG_ROW_KERNELS, &CLUSTER_KERNELS];
+    let is_known = |launch: &Launch| lists.iter().any(|list| list.contains(&launch.kernel));
     let is_product = |launch: &&Launch| is_known(launch) || moe::is_product(launch.kernel);
     let first = launches.iter().find(is_product);
     let mut next = first.filter(|launch| is_known(launch)).cloned();
@@ -146,7 +150,7 @@ impl Product<'_> {
             let blocks = |order: usize| {
                 target.scratch.address + (order * blocks_bytes(rows, self.inputs())) as u64
             };
-            if self.config.from != From::Row {
+            if !self.config.from.is_row() {
                 for (order, part) in self.config.orders.firsts().enumerate() {
                     let kernel = self.config.block_x();
                     list.push(block_x(

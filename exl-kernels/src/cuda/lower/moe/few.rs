@@ -5,7 +5,7 @@ use super::{Format, Layer, Sum, pair};
 use crate::cuda::launch::Args;
 use crate::cuda::lower::Target;
 use crate::cuda::lower::linear::{From, X_CHUNK, row_bytes, slot_bytes, warps, ways};
-use crate::cuda::matrix::{ScaleKind, TILE_COLUMNS};
+use crate::cuda::matrix::{BLOCK_ROWS, ScaleKind, TILE_COLUMNS};
 use crate::cuda::{DeviceProps, Kernel, Launch};
 
 /// Rows that experts have on average up to which this is the way: with more, exact sums take more time
@@ -19,6 +19,13 @@ pub(super) const ROW: [Kernel; 2] = [
 ];
 /// One row, whose experts' outputs are added up.
 pub(super) const ROW_ADD: Kernel = Kernel::new("moe/row", "exl_moe_row1_add_exl2");
+/// The same by [`SPLIT`] thread blocks for the same columns.
+pub(super) const ROW_ADD_SPLIT: Kernel = Kernel::new("moe/row", "exl_moe_row1_add_split_exl2");
+/// Thread blocks that divide the rows of a matrix (cuda/moe/row.cu).
+pub(super) const SPLIT: usize = 4;
+/// Inputs from which on that is worth it: with fewer it does not matter how long each thread block takes to
+/// gather all of them.
+const SPLIT_INPUTS: usize = 4096;
 /// Most rows of a segment, and the kernels by kind of scales.
 pub(super) const ROWS: [(usize, [Kernel; 2]); 3] = [
     (
@@ -48,14 +55,40 @@ pub(super) const BLOCK_X: Kernel = Kernel::new("moe/input", "exl_moe_block_x");
 
 /// Bytes of shared memory that describe what a thread block computes (cuda/moe/task.cuh).
 const TASK_BYTES: usize = 1024;
-/// Word of the task where the next product is described (`ExpertsTask` of task.cuh).
-const NEXT_WORD: usize = 19;
+/// Bytes of a matrix's descriptor, and most descriptors that thread blocks copy to shared memory.
+const DESCRIPTOR_BYTES: usize = 8 * crate::cuda::lower::linear::MATRIX_WORDS;
+const MOST_STAGED: usize = 32;
+/// Words of the task (`ExpertsTask` of task.cuh): the ids of one row, whether they are there early, and the
+/// next product.
+const IDS_WORD: usize = 5;
+const EARLY_WORD: usize = 18;
+const NEXT_WORD: usize = 20;
 
 /// Where a launch describes the product that follows it, if it does.
 pub(in crate::cuda::lower) fn next_word(kernel: Kernel) -> Option<usize> {
     let rows = ROWS.iter().flat_map(|(_, kernels)| kernels);
-    let mut all = rows.chain(&ROW).chain([&ROW_ADD]);
+    let mut all = rows.chain(&ROW).chain(&ROW_ADDS);
     all.any(|&k| k == kernel).then_some(NEXT_WORD)
+}
+
+const ROW_ADDS: [Kernel; 2] = [ROW_ADD, ROW_ADD_SPLIT];
+
+/// Tells down products of one row that come behind gate and up of the same row that they need not wait for
+/// the experts' numbers: those were there before gate and up let anything begin that comes behind them.
+pub(in crate::cuda::lower) fn link(launches: &mut [Launch]) {
+    for at in 0..launches.len() {
+        let (before, rest) = launches.split_at_mut(at);
+        let args = &mut rest[0].args;
+        if !ROW_ADDS.contains(&rest[0].kernel) {
+            continue;
+        }
+        let ids = args.words()[IDS_WORD];
+        let gate_up = |l: &Launch| ROW.contains(&l.kernel) && l.args.words()[IDS_WORD] == ids;
+        if before.iter().any(gate_up) {
+            let word = args.words()[EARLY_WORD];
+            args.patch(EARLY_WORD, &[word | 1 << 32]);
+        }
+    }
 }
 
 /// How launches divide their work.
@@ -67,8 +100,13 @@ pub(super) struct Few {
     from: From,
     /// Bytes of shared memory.
     shared: usize,
-    /// Column tiles of a thread block whose sums are held at a time; of gate and up each counts.
+    /// Column tiles of a thread block whose sums are held at a time; of gate and up each counts where their
+    /// sums lie apart.
     slots: usize,
+    /// Columns of one row of x that a thread block has room for.
+    held: usize,
+    /// Thread blocks that divide the rows of a matrix.
+    split: usize,
 }
 
 impl Few {
@@ -84,7 +122,8 @@ impl Few {
             ScaleKind::Columns => 1,
         };
         let find = |rows: usize, kernel: Kernel, wanted: &[From]| {
-            let slot = slot_bytes(rows, layer.act.is_some());
+            let apart = layer.act.is_some() && !wanted.contains(&From::Row);
+            let slot = slot_bytes(rows, apart);
             let free = (props.shared_per_block as usize).checked_sub(TASK_BYTES)?;
             let ways = ways((rows, layer.inputs), format.orders, kind, props).into_iter();
             let (from, used, most) = ways
@@ -99,7 +138,9 @@ impl Few {
                 kernel,
                 from,
                 shared: TASK_BYTES + used + tiles * slot,
-                slots: tiles * layer.parts(),
+                slots: if apart { 2 * tiles } else { tiles },
+                held: layer.inputs,
+                split: 1,
             })
         };
         // The sums of one row have another order.
@@ -118,6 +159,43 @@ impl Few {
         let ways = [From::Blocks, From::Rings];
         let several = |(rows, kernels): &(usize, [Kernel; 2])| find(*rows, kernels[kernel], &ways);
         alone.or_else(|| larger.chain(smaller).find_map(several))
+    }
+
+    /// One row of a long input, whose outputs are added up: several thread blocks divide the rows of the same
+    /// columns. `None` when that leaves more of the GPU idle.
+    pub(super) fn split(layer: &Layer<'_>, format: &Format, props: &DeviceProps) -> Option<Self> {
+        let columns = layer.outputs.div_ceil(TILE_COLUMNS);
+        let blocks = props.sms as usize / (layer.top_k * SPLIT);
+        if layer.inputs < SPLIT_INPUTS || blocks == 0 || columns < blocks {
+            return None;
+        }
+        // Shares of the rows have about the same bytes.
+        let mine = columns.div_ceil(blocks);
+        if mine > SPLIT * columns.div_ceil(blocks_of(layer, props)) {
+            return None;
+        }
+        // Behind the rounded slice: x as it is (row.cuh: SliceInput).
+        let held = (format.slice * BLOCK_ROWS).next_multiple_of(X_CHUNK);
+        let scales = (4 * held / X_CHUNK + 4).next_multiple_of(16);
+        let x = 2 * held + scales + 4 * layer.inputs;
+        let (_, used) = ways((1, 0), 1, ScaleKind::Codes, props)[0];
+        let used = used + x;
+        let slot = slot_bytes(1, false) / SPLIT;
+        let free = (props.shared_per_block as usize).checked_sub(TASK_BYTES + used)?;
+        let most = free / slot / SPLIT * SPLIT;
+        let slots = match most {
+            0 => return None,
+            most => mine.div_ceil(mine.div_ceil(most)).next_multiple_of(SPLIT),
+        };
+        Some(Self {
+            rows: 1,
+            kernel: ROW_ADD_SPLIT,
+            from: From::Row,
+            shared: TASK_BYTES + used + slots * slot,
+            slots,
+            held,
+            split: SPLIT,
+        })
     }
 
     /// Whether there is one row, which needs no scratch memory.
@@ -142,8 +220,14 @@ impl Few {
         sum: Option<&Sum>,
         (target, list): (&Target<'_>, &mut Vec<Launch>),
     ) {
-        let kernel = if sum.is_some() { ROW_ADD } else { self.kernel };
-        let grid = layer.top_k * blocks_of(layer, target.props);
+        let (kernel, grid) = match sum {
+            Some(_) if self.split > 1 => {
+                let groups = layer.top_k * self.split;
+                (self.kernel, target.props.sms as usize / groups * groups)
+            }
+            Some(_) => (ROW_ADD, layer.top_k * blocks_of(layer, target.props)),
+            None => (self.kernel, layer.top_k * blocks_of(layer, target.props)),
+        };
         let mut task = Task::new(layer, self);
         task.ids = layer.ids;
         task.segments = layer.top_k;
@@ -260,6 +344,10 @@ impl<'l> Task<'l> {
         words.push(pair(l.outputs.div_ceil(TILE_COLUMNS), few.slots));
         let modes = flag(l.by == 1) | flag(few.from == From::Rings) << 16;
         words.push(pair(row_bytes(l.inputs), modes));
+        // Their copies lie where sums, rings and x will be.
+        let bytes = DESCRIPTOR_BYTES * l.experts * l.parts();
+        let staged = l.experts * l.parts() <= MOST_STAGED && TASK_BYTES + bytes <= few.shared;
+        words.push(pair(few.held, flag(staged) << 16));
         let (gated, act) = (flag(l.act.is_some()), l.act.unwrap_or(0));
         words.push(pair(gated | act << 16, 0));
         debug_assert_eq!(words.len(), NEXT_WORD);

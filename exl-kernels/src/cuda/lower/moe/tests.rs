@@ -109,8 +109,17 @@ fn rows_choose_the_kernels() {
     // A launch each: nothing is sorted, and outputs are added up where they are computed.
     assert_eq!(
         kernels(1, 0),
-        [["exl_moe_row1_exl2"], ["exl_moe_row1_add_exl2"]]
+        [["exl_moe_row1_exl2"], ["exl_moe_row1_add_split_exl2"]]
     );
+    // A short input is gathered at once.
+    assert_eq!(kernels(1, 1)[1], ["exl_moe_row1_add_exl2"]);
+    // Where that divides the columns among fewer thread blocks than there are.
+    with_ops(1, SHAPES[0], |_, down| {
+        assert_eq!(
+            names(down, &target(&samples[0], false)),
+            ["exl_moe_row1_add_exl2"]
+        );
+    });
     let few = |rows: &'static str| vec!["exl_moe_sort", "exl_moe_block_x", rows];
     let added = |mut list: Vec<&'static str>| {
         list.push("exl_moe_combine");
@@ -164,7 +173,8 @@ fn scratch_holds_what_launches_put_there() {
             for fixed in [false, true] {
                 with_ops(rows, SHAPES[0], |gate_up, down| {
                     let (slots, hidden, inner) = (rows * 2, 4096, 14336);
-                    let outputs = (4 * slots * hidden) as u64;
+                    let parts = if rows == 1 { few::SPLIT } else { 1 };
+                    let outputs = (4 * slots * parts * hidden) as u64;
                     let inputs = |k: usize| (2 * slots * k) as u64;
                     let many = rows > 1 || fixed;
                     let (up, down) = (scratch_bytes(gate_up, &props), scratch_bytes(down, &props));
@@ -241,6 +251,28 @@ fn very_many_experts_are_refused() {
     });
     let error = lower(&op, &target(&samples[0], false), &mut Vec::new()).unwrap_err();
     assert!(error.to_string().contains("1025 experts"), "{error}");
+}
+
+/// Down of one row looks up its experts early where gate and up of the same row come before it.
+#[test]
+fn down_behind_gate_and_up_knows_its_experts() {
+    let samples = DeviceProps::samples();
+    for shape in [SHAPES[0], SHAPES[1]] {
+        with_ops(1, shape, |gate_up, down| {
+            let early = |ops: &[&Op<'_>]| {
+                let mut list = Vec::new();
+                for op in ops {
+                    lower(op, &target(&samples[5], false), &mut list).unwrap();
+                }
+                link(&mut list);
+                let words = list.iter().map(|l| l.args.words()[18] >> 32 & 0xffff);
+                words.collect::<Vec<u64>>()
+            };
+            assert_eq!(early(&[gate_up, down]), [0, 1]);
+            assert_eq!(early(&[down]), [0]);
+            assert_eq!(early(&[down, gate_up]), [0, 0]);
+        });
+    }
 }
 
 /// Which weights come next is not known before experts, and is behind them.

@@ -1,7 +1,7 @@
 //! How a product of few rows is divided among launches, thread blocks and shared memory.
 
 use super::super::MAX_PARTS;
-use super::{BLOCK_X, BLOCK_X_F16, CLUSTER_KERNELS, KERNELS};
+use super::{BLOCK_X, BLOCK_X_F16, CLUSTER_KERNELS, KERNELS, LONG_ROW_KERNELS};
 use crate::cuda::lower::Target;
 use crate::cuda::matrix::{CudaMatrix, SHARES, ScaleKind};
 use crate::cuda::{DeviceProps, Kernel};
@@ -62,12 +62,21 @@ impl Orders {
 pub(in crate::cuda::lower) enum From {
     /// One row, gathered and rounded by every thread block.
     Row,
+    /// The same for a row so long that rings of weights have to be small.
+    LongRow,
     /// Gathered and rounded by a launch before; all of it is copied.
     Blocks,
     /// The same, through a ring for each warp because it does not fit as a whole.
     Rings,
     /// Gathered as 16-bit floats by a launch before; each block of a cluster copies its part.
     Clusters,
+}
+
+impl From {
+    /// Whether thread blocks gather one row themselves.
+    pub(in crate::cuda::lower) fn is_row(self) -> bool {
+        matches!(self, Self::Row | Self::LongRow)
+    }
 }
 
 /// How launches divide their work.
@@ -166,25 +175,29 @@ impl Config {
         let props = target.props;
         let inputs = matrices.first()?.inputs();
         let orders = Orders::new(matrices);
-        let slot = slot_bytes(rows, gated);
         let grid = tiles.min(props.sms as usize);
         let mine = tiles.div_ceil(grid);
         // The sums of one row have another order.
         let alone = rows == 1 && !target.deterministic;
         let free = |used: usize| (props.shared_per_block as usize).saturating_sub(used);
+        let slot = |from: From| slot_bytes(rows, gated && !from.is_row());
         let (from, used, most) = ways((rows, inputs), orders.count, matrices[0].kind(), props)
             .into_iter()
-            .filter(|(from, _)| alone || *from != From::Row)
-            .map(|(from, used)| (from, used, free(used) / slot))
+            .filter(|(from, _)| alone || !from.is_row())
+            .map(|(from, used)| (from, used, free(used) / slot(from)))
             .find(|&(_, _, slots)| slots > 0)?;
         // Turns of equal length.
         let slots = mine.div_ceil(mine.div_ceil(most));
         Some(Self {
             rows,
             grid,
-            shared: used + slots * slot,
+            shared: used + slots * slot(from),
             tiles,
-            slots: if gated { 2 * slots } else { slots },
+            slots: if gated && !from.is_row() {
+                2 * slots
+            } else {
+                slots
+            },
             from,
             x_blocks: 0,
             gated,
@@ -197,6 +210,9 @@ impl Config {
         let columns = usize::from(kind == ScaleKind::Columns);
         if self.from == From::Clusters {
             return CLUSTER_KERNELS[2 * usize::from(self.rows > 16) + columns];
+        }
+        if self.from == From::LongRow {
+            return LONG_ROW_KERNELS[columns];
         }
         let fits = |&most: &usize| self.rows <= most && (most > 1 || self.from == From::Row);
         let variant = VARIANTS.iter().position(fits);
@@ -226,7 +242,7 @@ pub(in crate::cuda::lower) fn ways(
     orders: usize,
     kind: ScaleKind,
     props: &DeviceProps,
-) -> [(From, usize); 3] {
+) -> Vec<(From, usize)> {
     let x = XBytes::new(rows, inputs);
     let side = match kind {
         ScaleKind::Codes => x.sums - x.scales,
@@ -236,18 +252,24 @@ pub(in crate::cuda::lower) fn ways(
     let ring = Ring::new(rows, props);
     let x_rings = warps * ring.slots * X_UNIT * rows * X_ROW;
     let row = inputs.div_ceil(X_CHUNK) * ROW_CHUNK;
+    let gathered = ZEROS + orders * (row + side);
     let rings = warps * ring.bytes;
-    [
-        (
-            From::Row,
-            warps * row_ring(props) + ZEROS + orders * (row + side),
-        ),
+    // The warps' rings: Ring::BYTES of common/ring.cuh.
+    let mut ways = match is_large(props) {
+        true => vec![
+            (From::Row, warps * (2 * 4096 + 32) + gathered),
+            (From::LongRow, warps * (3 * 2048 + 32) + gathered),
+        ],
+        false => vec![(From::Row, warps * (2 * 1024 + 32) + gathered)],
+    };
+    ways.extend([
         (From::Blocks, rings + orders * (x.scales + side)),
         (From::Rings, rings + orders * side + x_rings),
-    ]
+    ]);
+    ways
 }
 
-/// Bytes of the sums of a column tile; `gated`: of two.
+/// Bytes of the sums of a column tile; `gated`: of two, whose sums lie apart.
 pub(in crate::cuda::lower) fn slot_bytes(rows: usize, gated: bool) -> usize {
     warps(rows) * rows * 128 * if gated { 2 } else { 1 }
 }
@@ -266,15 +288,6 @@ fn slice_blocks(matrices: &[&CudaMatrix]) -> usize {
 /// Warps of a thread block (walk.cuh: WARPS).
 pub(in crate::cuda::lower) fn warps(rows: usize) -> usize {
     if rows > 8 { SHARES / 2 } else { SHARES }
-}
-
-/// Bytes of a warp's ring of weights for one row (common/ring.cuh: Ring::BYTES).
-fn row_ring(props: &DeviceProps) -> usize {
-    if is_large(props) {
-        3 * 2048 + 32
-    } else {
-        2 * 1024 + 32
-    }
 }
 
 /// Whether kernels have more under way, as the images for these GPUs are compiled; others get one for a

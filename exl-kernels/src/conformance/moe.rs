@@ -149,10 +149,10 @@ const DEEP: Sizes = Sizes {
 /// Of one row, so much that thread blocks divide the rows of a matrix, and have several column tiles each.
 const LARGE: Sizes = Sizes {
     name: "large",
-    experts: 4,
+    experts: 3,
     top_k: 2,
     inputs: 4480,
-    outputs: 1100,
+    outputs: 528,
 };
 
 /// The matrix of one expert.

@@ -126,6 +126,7 @@ fn key(rows: usize, out_rows: usize) -> PlanKey {
 fn kv() -> KvBuffers {
     let shape = KvShape {
         layers: 1,
+        sliding: Default::default(),
         kv_heads: KV_HEADS,
         head_dim: HEAD_DIM,
         kv: KvType::F32,

@@ -143,6 +143,7 @@ fn record(rows: usize) -> Plan {
 fn kv() -> KvBuffers {
     let shape = KvShape {
         layers: 0,
+        sliding: Default::default(),
         kv_heads: 1,
         head_dim: 1,
         kv: KvType::F32,
@@ -260,6 +261,7 @@ fn a_plan_names_the_first_expert() {
 fn costs_are_those_of_the_experts_that_rows_read() {
     let shape = KvShape {
         layers: 0,
+        sliding: Default::default(),
         kv_heads: 1,
         head_dim: 1,
         kv: KvType::F32,

@@ -174,6 +174,7 @@ fn step(start: usize) -> StepBlock {
 fn kv() -> KvBuffers {
     let shape = KvShape {
         layers: 0,
+        sliding: Default::default(),
         kv_heads: 1,
         head_dim: 1,
         kv: KvType::F32,

@@ -19,6 +19,10 @@ pub struct SliceExtras<'a> {
     /// Positions of the sequence whose last hidden states are wanted, rising, of which the new ones
     /// count.
     pub hidden: &'a [usize],
+    /// Pages of layers with a window, in the places of the sequence's pages, where those have pages of
+    /// their own ([`crate::WindowPages::Needed`]); nothing where they have the same. Any page stands
+    /// where the window of the first new position does not reach.
+    pub window_pages: &'a [u32],
 }
 
 /// Hidden states that stand in place of the embeddings of tokens, as the first layer reads them.
@@ -105,11 +109,13 @@ pub(super) fn of_step<'a>((slice, rows): (&SeqSlice<'a>, &'a Rows)) -> StepExtra
         adapters: slice.extras.adapters,
         vectors: &rows.vectors,
         hidden: &rows.hidden,
+        window_pages: slice.extras.window_pages,
     }
 }
 
-/// What a plan for these slices has.
-pub(super) fn of_key(slices: &[SeqSlice<'_>]) -> PlanExtras {
+/// What a plan for these slices has, with a cache in which layers with a window have pages of their own
+/// or not.
+pub(super) fn of_key(slices: &[SeqSlice<'_>], window_pages: bool) -> PlanExtras {
     let adapters = slices.iter().flat_map(|s| s.extras.adapters);
     let mut adapters: Vec<u32> = adapters.map(|(id, _)| *id).collect();
     adapters.sort_unstable();
@@ -119,6 +125,7 @@ pub(super) fn of_key(slices: &[SeqSlice<'_>]) -> PlanExtras {
         adapters,
         vectors: slices.iter().any(has_vectors),
         hidden_rows: slices.iter().map(|s| hidden(s).count()).sum(),
+        window_pages,
     }
 }
 

@@ -28,6 +28,9 @@ impl fmt::Display for PlanKey {
         if extras.vectors {
             write!(f, " vectors")?;
         }
+        if extras.window_pages {
+            write!(f, " window_pages")?;
+        }
         match extras.hidden_rows {
             0 => Ok(()),
             rows => write!(f, " hidden_rows={rows}"),

@@ -27,6 +27,7 @@ const KEY: PlanKey = PlanKey {
         adapters: Vec::new(),
         vectors: false,
         hidden_rows: 0,
+        window_pages: false,
     },
 };
 

@@ -135,7 +135,10 @@ mod tests {
         let page = mixed.bytes(1) / 6;
         assert_eq!(mixed.bytes(pages), page * (128 + 5 * 14));
         assert_eq!(mixed.windowed(14, (1, 513)), 14.into());
-        assert_eq!(shape(6, SlidingLayers::default()).windowed(128, (1, 513)), 128.into());
+        assert_eq!(
+            shape(6, SlidingLayers::default()).windowed(128, (1, 513)),
+            128.into()
+        );
         let only = shape(5, sliding);
         assert_eq!(only.bytes(only.windowed(1000, (1, 513))), 5 * 14 * page);
     }

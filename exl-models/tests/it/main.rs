@@ -10,3 +10,4 @@ mod gpu;
 mod greedy;
 mod plans;
 mod quantized;
+mod windows;

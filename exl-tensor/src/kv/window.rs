@@ -119,7 +119,7 @@ mod tests {
                 }
             }
         }
-        assert_eq!(least_window_pages(usize::MAX, (3, 5)), usize::MAX);
+        assert!(least_window_pages(usize::MAX, (3, 5)) > usize::MAX / PAGE_TOKENS);
     }
 
     #[test]

@@ -1,13 +1,14 @@
 //! A backend without a model, for tests of whatever sits on the engine.
 //!
 //! It keeps the tokens of every page and reads the context of each row back through the block
-//! table it is given, so a page in wrong hands gives wrong answers.
+//! table it is given, so a page in wrong hands gives wrong answers. With window pages it keeps the tokens
+//! there as well, and a step fails that finds others in them than in the pages.
 
 use std::fmt;
 
 use exl_cache::PAGE_TOKENS;
 
-use crate::{Backend, BackendError, LogitRows, SeqSlice};
+use crate::{Backend, BackendError, LogitRows, SeqSlice, WindowCache};
 
 /// Fills logits for the token after a context.
 type Script = Box<dyn Fn(&[u32], &mut [f32]) + Send>;
@@ -20,11 +21,90 @@ pub struct SimBackend {
     max_rows: usize,
     max_seqs: usize,
     /// Tokens by cache slot; none where nothing was written.
-    slots: Vec<Option<u32>>,
+    slots: Slots,
+    /// The same of window pages, and how many tokens a row sees of them.
+    window: Option<(usize, Slots)>,
     script: Script,
     hook: Option<Hook>,
     steps: usize,
     logits: Vec<f32>,
+}
+
+/// Pages of tokens.
+struct Slots(Vec<Option<u32>>);
+
+impl Slots {
+    fn new(pages: usize) -> Self {
+        Self(vec![None; pages * PAGE_TOKENS])
+    }
+
+    fn pages(&self) -> usize {
+        self.0.len() / PAGE_TOKENS
+    }
+
+    /// Where a position lies.
+    fn slot(&self, pages: &[u32], position: usize) -> Result<usize, BackendError> {
+        let page = pages.get(position / PAGE_TOKENS).map(|&p| p as usize);
+        let page = page.filter(|&page| page < self.pages());
+        let page = page.ok_or_else(|| BackendError(format!("no page for position {position}")))?;
+        Ok(page * PAGE_TOKENS + position % PAGE_TOKENS)
+    }
+
+    fn read(&self, page: u32, content: &mut [u8]) -> Result<(), BackendError> {
+        let page = page as usize * PAGE_TOKENS;
+        let slots = self.0.get(page..page + PAGE_TOKENS);
+        let slots = slots.ok_or_else(|| BackendError(format!("a read of slot {page}")))?;
+        for (bytes, slot) in content.chunks_exact_mut(4).zip(slots) {
+            bytes.copy_from_slice(&slot.unwrap_or(u32::MAX).to_le_bytes());
+        }
+        Ok(())
+    }
+
+    fn write(&mut self, page: u32, content: &[u8]) -> Result<(), BackendError> {
+        let page = page as usize * PAGE_TOKENS;
+        let slots = self.0.get_mut(page..page + PAGE_TOKENS);
+        let slots = slots.ok_or_else(|| BackendError(format!("a write of slot {page}")))?;
+        for (bytes, slot) in content.as_chunks().0.iter().zip(slots) {
+            *slot = Some(u32::from_le_bytes(*bytes)).filter(|&token| token != u32::MAX);
+        }
+        Ok(())
+    }
+
+    fn copy(&mut self, from: u32, to: u32) -> Result<(), BackendError> {
+        let (from, to) = (from as usize, to as usize);
+        if from.max(to) >= self.pages() {
+            return Err(BackendError(format!("a copy of page {from} to {to}")));
+        }
+        let source = from * PAGE_TOKENS..(from + 1) * PAGE_TOKENS;
+        self.0.copy_within(source, to * PAGE_TOKENS);
+        Ok(())
+    }
+
+    /// As a real backend, refuses a page that is written and used a second time. `pages` are those of a
+    /// sequence, and the first of them that counts.
+    fn check_writes<'a>(
+        &self,
+        seqs: &'a [SeqSlice<'_>],
+        pages: impl Fn(&'a SeqSlice<'_>) -> (&'a [u32], usize),
+    ) -> Result<(), BackendError> {
+        let mut uses = vec![0; self.pages()];
+        let used = |seq: &SeqSlice<'_>| (seq.start + seq.tokens.len()).div_ceil(PAGE_TOKENS);
+        for seq in seqs {
+            let (pages, first) = pages(seq);
+            for place in first..used(seq) {
+                uses[self.slot(pages, place * PAGE_TOKENS)? / PAGE_TOKENS] += 1;
+            }
+        }
+        for seq in seqs {
+            let written = &pages(seq).0[seq.start / PAGE_TOKENS..used(seq)];
+            if let Some(page) = written.iter().find(|&&page| uses[page as usize] > 1) {
+                return Err(BackendError(format!(
+                    "page {page} is written and used twice"
+                )));
+            }
+        }
+        Ok(())
+    }
 }
 
 impl fmt::Debug for SimBackend {
@@ -49,7 +129,8 @@ impl SimBackend {
             vocab,
             max_rows: 512,
             max_seqs: 64,
-            slots: vec![None; pages * PAGE_TOKENS],
+            slots: Slots::new(pages),
+            window: None,
             script: Box::new(script),
             hook: None,
             steps: 0,
@@ -76,6 +157,13 @@ impl SimBackend {
         self
     }
 
+    /// Window pages, and how many tokens a row sees of them, its own included.
+    #[must_use]
+    pub fn with_window(mut self, tokens: usize, pages: usize) -> Self {
+        self.window = Some((tokens, Slots::new(pages)));
+        self
+    }
+
     /// Calls `hook` before each step; it may wait, fail or panic.
     #[must_use]
     pub fn with_hook(
@@ -86,40 +174,51 @@ impl SimBackend {
         self
     }
 
-    fn slot(&self, seq: &SeqSlice<'_>, position: usize) -> Result<usize, BackendError> {
-        let page = seq.pages.get(position / PAGE_TOKENS).map(|&p| p as usize);
-        let page = page.filter(|&page| page < self.pages());
-        let page = page.ok_or_else(|| BackendError(format!("no page for position {position}")))?;
-        Ok(page * PAGE_TOKENS + position % PAGE_TOKENS)
+    fn window_mut(&mut self) -> Result<&mut Slots, BackendError> {
+        let window = self.window.as_mut().map(|(_, slots)| slots);
+        window.ok_or_else(|| BackendError("there are no window pages".to_owned()))
     }
 
-    /// As a real backend, refuses a page that is written and used a second time.
     fn check_writes(&self, seqs: &[SeqSlice<'_>]) -> Result<(), BackendError> {
-        let mut uses = vec![0; self.pages()];
-        let used = |seq: &SeqSlice<'_>| (seq.start + seq.tokens.len()).div_ceil(PAGE_TOKENS);
-        for seq in seqs {
-            for position in (0..used(seq)).map(|place| place * PAGE_TOKENS) {
-                uses[self.slot(seq, position)? / PAGE_TOKENS] += 1;
-            }
-        }
-        for seq in seqs {
-            let written = &seq.pages[seq.start / PAGE_TOKENS..used(seq)];
-            if let Some(page) = written.iter().find(|&&page| uses[page as usize] > 1) {
-                return Err(BackendError(format!(
-                    "page {page} is written and used twice"
-                )));
+        self.slots.check_writes(seqs, |seq| (seq.pages, 0))?;
+        let Some((tokens, slots)) = &self.window else {
+            return Ok(());
+        };
+        // What stands before the window names no page.
+        let first = |seq: &SeqSlice<'_>| (seq.start + 1).saturating_sub(*tokens) / PAGE_TOKENS;
+        slots.check_writes(seqs, |seq| (seq.extras.window_pages, first(seq)))
+    }
+
+    fn write(&mut self, seq: &SeqSlice<'_>) -> Result<(), BackendError> {
+        for (position, &token) in (seq.start..).zip(seq.tokens) {
+            let slot = self.slots.slot(seq.pages, position)?;
+            self.slots.0[slot] = Some(token);
+            if let Some((_, slots)) = &mut self.window {
+                let slot = slots.slot(seq.extras.window_pages, position)?;
+                slots.0[slot] = Some(token);
             }
         }
         Ok(())
     }
 
     fn row(&mut self, seq: &SeqSlice<'_>, length: usize) -> Result<(), BackendError> {
+        let token = |slots: &Slots, pages, position| {
+            slots.0[slots.slot(pages, position)?]
+                .ok_or_else(|| BackendError(format!("position {position} is not in the cache")))
+        };
         let context = (0..length)
-            .map(|position| {
-                self.slots[self.slot(seq, position)?]
-                    .ok_or_else(|| BackendError(format!("position {position} is not in the cache")))
-            })
+            .map(|position| token(&self.slots, seq.pages, position))
             .collect::<Result<Vec<u32>, _>>()?;
+        if let Some((tokens, slots)) = &self.window {
+            for position in length.saturating_sub(*tokens)..length {
+                let found = token(slots, seq.extras.window_pages, position)?;
+                if found != context[position] {
+                    return Err(BackendError(format!(
+                        "position {position} holds another token in its window page"
+                    )));
+                }
+            }
+        }
         let at = self.logits.len();
         self.logits.resize(at + self.vocab, 0.0);
         (self.script)(&context, &mut self.logits[at..]);
@@ -133,7 +232,7 @@ impl Backend for SimBackend {
     }
 
     fn pages(&self) -> usize {
-        self.slots.len() / PAGE_TOKENS
+        self.slots.pages()
     }
 
     fn max_rows(&self) -> usize {
@@ -154,33 +253,36 @@ impl Backend for SimBackend {
     }
 
     fn read_page(&mut self, page: u32, content: &mut [u8]) -> Result<(), BackendError> {
-        let page = page as usize * PAGE_TOKENS;
-        let slots = self.slots.get(page..page + PAGE_TOKENS);
-        let slots = slots.ok_or_else(|| BackendError(format!("a read of slot {page}")))?;
-        for (bytes, slot) in content.chunks_exact_mut(4).zip(slots) {
-            bytes.copy_from_slice(&slot.unwrap_or(u32::MAX).to_le_bytes());
-        }
-        Ok(())
+        self.slots.read(page, content)
     }
 
     fn write_page(&mut self, page: u32, content: &[u8]) -> Result<(), BackendError> {
-        let page = page as usize * PAGE_TOKENS;
-        let slots = self.slots.get_mut(page..page + PAGE_TOKENS);
-        let slots = slots.ok_or_else(|| BackendError(format!("a write of slot {page}")))?;
-        for (bytes, slot) in content.as_chunks().0.iter().zip(slots) {
-            *slot = Some(u32::from_le_bytes(*bytes)).filter(|&token| token != u32::MAX);
-        }
-        Ok(())
+        self.slots.write(page, content)
     }
 
     fn copy_page(&mut self, from: u32, to: u32) -> Result<(), BackendError> {
-        let (from, to) = (from as usize, to as usize);
-        if from.max(to) >= self.pages() {
-            return Err(BackendError(format!("a copy of page {from} to {to}")));
-        }
-        let source = from * PAGE_TOKENS..(from + 1) * PAGE_TOKENS;
-        self.slots.copy_within(source, to * PAGE_TOKENS);
-        Ok(())
+        self.slots.copy(from, to)
+    }
+
+    fn window(&self) -> Option<WindowCache> {
+        let (tokens, slots) = self.window.as_ref()?;
+        Some(WindowCache {
+            tokens: *tokens,
+            pages: slots.pages(),
+            page_bytes: 4 * PAGE_TOKENS,
+        })
+    }
+
+    fn read_window_page(&mut self, page: u32, content: &mut [u8]) -> Result<(), BackendError> {
+        self.window_mut()?.read(page, content)
+    }
+
+    fn write_window_page(&mut self, page: u32, content: &[u8]) -> Result<(), BackendError> {
+        self.window_mut()?.write(page, content)
+    }
+
+    fn copy_window_page(&mut self, from: u32, to: u32) -> Result<(), BackendError> {
+        self.window_mut()?.copy(from, to)
     }
 
     fn step(&mut self, seqs: &[SeqSlice<'_>]) -> Result<&[f32], BackendError> {
@@ -199,10 +301,7 @@ impl Backend for SimBackend {
         self.check_writes(seqs)?;
         self.logits.clear();
         for seq in seqs {
-            for (offset, &token) in seq.tokens.iter().enumerate() {
-                let slot = self.slot(seq, seq.start + offset)?;
-                self.slots[slot] = Some(token);
-            }
+            self.write(seq)?;
             let end = seq.start + seq.tokens.len();
             let from = match seq.logits {
                 LogitRows::None => end,

@@ -28,7 +28,7 @@ fn adapter(name: &str, seed: u64) -> PathBuf {
     let model = Model::open(DIR.as_ref(), &LoadOptions::default()).unwrap();
     let (mut header, mut data, mut state) = (serde_json::Map::new(), Vec::new(), seed);
     for layer in &model.spec().layers {
-        for linear in [&layer.attn.q, &layer.mlp.down] {
+        for linear in [&layer.attn.q, &layer.mlp.parts()[0].down] {
             for (side, shape) in [("A", [2, linear.inputs]), ("B", [linear.outputs, 2])] {
                 let begin = data.len();
                 for _ in 0..shape[0] * shape[1] {

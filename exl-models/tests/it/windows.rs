@@ -11,7 +11,7 @@ use exl_tensor::{KvFormat, KvType, PAGE_TOKENS, StepBlock};
 use crate::common::golden;
 
 /// Families in which all layers slide, or some.
-const CASES: [&str; 6] = [
+pub(crate) const CASES: [&str; 6] = [
     "mistral-window",
     "phi3-window",
     "gemma2",

@@ -367,7 +367,7 @@ pub(crate) struct BenchArgs {
     /// Random weights in the shape of a known model: no download, only speed means something
     #[arg(long, value_name = "SHAPE")]
     pub(crate) synthetic: Option<String>,
-    /// Bit mix of the random weights: 2.5, 4.0 or 6.0
+    /// Bit mix of the random weights: 2.5, 3.5, 4.0 or 6.0
     #[arg(
         long,
         value_name = "BITS",

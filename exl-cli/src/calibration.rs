@@ -17,11 +17,6 @@ const TOKENS_PER_INPUT: usize = 32;
 const CHEAP: usize = 1_100_000_000_000;
 /// Rows at least, as every eighth is held out, and at most.
 const ROWS: (usize, usize) = (24, 100);
-/// Text as it stands: what looks like a special token is text, and nothing is added.
-const PLAIN: Encode = Encode {
-    parse_special: false,
-    add_special: false,
-};
 
 /// Tokens per row when the user names no number.
 pub(crate) fn default_length(source: &ModelSource) -> usize {
@@ -61,7 +56,10 @@ pub(crate) fn read(
         return Ok(Calibration::from_file(path, &refuse, rows, length)?);
     }
     let tokenizer = Tokenizer::open(source.files().dir())?;
-    let encode = |text: &str| tokenizer.encode(text, PLAIN).map_err(|e| e.to_string());
+    let encode = |text: &str| {
+        let tokens = crate::rows::encode(&tokenizer, text, source);
+        tokens.map_err(|e| e.to_string())
+    };
     if let Some(path) = file {
         return Ok(Calibration::from_file(path, &encode, rows, length)?);
     }

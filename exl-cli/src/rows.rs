@@ -15,10 +15,24 @@ const TEXT_ROWS: usize = 20;
 const TEXT_LENGTH: usize = 2048;
 
 /// Text as it stands: what looks like a special token is text, and nothing is added.
-pub(crate) const PLAIN: Encode = Encode {
+const PLAIN: Encode = Encode {
     parse_special: false,
     add_special: false,
 };
+
+/// The tokens of a plain text, all of which the model knows.
+///
+/// # Errors
+/// A text that cannot be encoded, a token that was added to the tokenizer but not to the model.
+pub(crate) fn encode(
+    tokenizer: &Tokenizer,
+    text: &str,
+    source: &ModelSource,
+) -> exl_gen::Result<Vec<u32>> {
+    let tokens = tokenizer.encode(text, PLAIN)?;
+    tokenizer.check(&tokens, source.spec().vocab)?;
+    Ok(tokens)
+}
 
 /// Where rows come from, as the flags name it.
 #[derive(Clone, Copy, Debug)]
@@ -118,7 +132,8 @@ fn text_rows(
     let text = std::fs::read_to_string(path)
         .with_context(|| format!("cannot read {} as UTF-8 text", path.display()))?;
     let tokenizer = Tokenizer::open(source.files().dir())?;
-    let tokens = tokenizer.encode(&text, PLAIN)?;
+    let tokens =
+        encode(&tokenizer, &text, source).with_context(|| format!("{}", path.display()))?;
     let whole = tokens.len() / length;
     let rows = asked.unwrap_or(TEXT_ROWS.min(whole.max(1)));
     if asked.is_none() && rows < TEXT_ROWS && whole > 0 {

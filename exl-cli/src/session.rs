@@ -1,7 +1,7 @@
 //! From flags to a loaded model that can run.
 
 use crate::args::{ActivationMode, CacheArgs, ComputeArgs, Device, DeviceArgs, LoadArgs, Lora};
-use crate::failure::Interrupted;
+use crate::failure::{Interrupted, Usage};
 use crate::guessing::Guessing;
 use crate::machine;
 use crate::memory::{self, Taken};
@@ -205,14 +205,26 @@ pub(crate) fn load(
     })
 }
 
-/// Says when a flag asks for more tokens than the model was trained for.
-pub(crate) fn remark_context(source: &ModelSource, flag: &str, tokens: usize, ui: &Ui) {
+/// Says when a flag asks for more tokens than the model was trained for; refuses more than it has learned
+/// positions for.
+pub(crate) fn remark_context(
+    source: &ModelSource,
+    flag: &str,
+    tokens: usize,
+    ui: &Ui,
+) -> Result<()> {
     let max = source.spec().max_context;
+    let learned = source.spec().embed.positions.as_ref();
+    if let Some(learned) = learned.filter(|p| tokens > p.count) {
+        let what = format!("{flag} {tokens}: the model has {} positions", learned.count);
+        return Err(Usage(what).into());
+    }
     if tokens > max {
         ui.note(&format!(
             "{flag} {tokens}: the model was trained for {max}, expect nonsense beyond"
         ));
     }
+    Ok(())
 }
 
 /// What an engine must hold.

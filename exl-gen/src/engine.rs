@@ -210,7 +210,7 @@ impl EngineHandle {
     /// Queues a request. Its events come through the stream; dropping that aborts the job.
     ///
     /// # Errors
-    /// [`Error::EmptyPrompt`], [`Error::PromptTooLong`], [`Error::UnknownToken`],
+    /// [`Error::EmptyPrompt`], [`Error::PromptTooLong`], [`Error::UnknownToken`], [`Error::NoRow`],
     /// [`Error::Setting`], [`Error::UnknownAdapter`], [`Error::Extras`], [`Error::DraftModel`] where
     /// there is none, [`Error::QueueFull`], and [`Error::Closed`] while draining.
     pub fn submit(&self, request: Request) -> Result<JobStream> {
@@ -219,7 +219,7 @@ impl EngineHandle {
         if inner.shared.closed.load(Ordering::Acquire) {
             return Err(Error::Closed);
         }
-        self.check(&request)?;
+        let rows = self.check(&request)?;
         let extras = Extras::new(&request, &inner.adapters, inner.hidden_size)?;
         let id = JobId(inner.shared.next.fetch_add(1, Ordering::Relaxed));
         let (sender, receiver) = channel();
@@ -234,6 +234,7 @@ impl EngineHandle {
                 cancelled: Arc::clone(&cancelled),
             },
         )?
+        .with_rows(rows)
         .with_extras(extras);
         let full = |waiting| (waiting < inner.max_waiting).then_some(waiting + 1);
         inner
@@ -254,7 +255,8 @@ impl EngineHandle {
         ))
     }
 
-    fn check(&self, request: &Request) -> Result<()> {
+    /// Refuses what can never run; gives how many tokens the models know that will see it.
+    fn check(&self, request: &Request) -> Result<usize> {
         let inner = &*self.inner;
         let (prompt, new) = (request.prompt.len(), request.max_new_tokens);
         if prompt == 0 {
@@ -290,8 +292,8 @@ impl EngineHandle {
         let tokens = prompt.chain(&request.prefix);
         let mut tokens = tokens.chain(negative.into_iter().flatten());
         match tokens.find(|&&id| id as usize >= vocab) {
-            Some(&id) => Err(Error::UnknownToken { id, vocab }),
-            None => Ok(()),
+            Some(&id) => inner.tokenizer.check(&[id], vocab).map(|()| vocab),
+            None => Ok(vocab),
         }
     }
 

@@ -4,14 +4,17 @@ use std::path::PathBuf;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// A model directory without tokenizer.json.
+    /// A model directory without a tokenizer.
     #[error(
-        "{path}: no tokenizer here; copy tokenizer.json from the original model's repository into \
-         this directory (a SentencePiece .model alone has to be converted with transformers first)"
+        "{}: no tokenizer here: none of tokenizer.json, tokenizer.model, *.tiktoken, and vocab.json \
+         with merges.txt{more}; copy the one of the original model's repository into this directory",
+        dir.display()
     )]
     TokenizerMissing {
-        /// The file looked for.
-        path: PathBuf,
+        /// The directory looked into.
+        dir: PathBuf,
+        /// What is there of one.
+        more: &'static str,
     },
     /// A file that cannot be read.
     #[error("{path}: {source}")]
@@ -21,7 +24,7 @@ pub enum Error {
         /// What the system said.
         source: std::io::Error,
     },
-    /// A tokenizer.json that is none.
+    /// A tokenizer's file that is none.
     #[error("{path}: not a usable tokenizer: {reason}")]
     TokenizerInvalid {
         /// The file.
@@ -52,6 +55,19 @@ pub enum Error {
         id: u32,
         /// Size of the vocabulary.
         vocab: usize,
+    },
+    /// A token of the tokenizer that the model has nothing for.
+    #[error(
+        "the tokenizer makes token {id} (`{token}`) of this text, but the model has only {rows} rows \
+         of embeddings: the token was added to the tokenizer and not to the model"
+    )]
+    NoRow {
+        /// The id.
+        id: u32,
+        /// Its spelling.
+        token: String,
+        /// Tokens that the model knows.
+        rows: usize,
     },
     /// A chat template that does not compile or refuses a conversation.
     #[error("the chat template {what}{}: {reason}", at_line(*line))]

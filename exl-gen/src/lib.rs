@@ -31,4 +31,4 @@ pub use speculation::{DraftModel, Speculation};
 pub use stats::{Load, Stats};
 pub use stop::{StopStrings, StopText};
 pub use template::{ChatInput, ChatTemplate, ChatTemplates, LocalTime};
-pub use tokenizer::{Detokenizer, Encode, Tokenizer, TokenizerConfig};
+pub use tokenizer::{Detokenizer, Encode, Tokenizer, TokenizerConfig, TokenizerFormat};

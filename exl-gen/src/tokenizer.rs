@@ -1,24 +1,39 @@
-//! Text to token ids and back, around `tokenizer.json`.
+//! Text to token ids and back, in whatever form a model brings its tokenizer.
 
 use std::fmt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
 use serde_json::{Map, Value as Json};
-use tokenizers::Tokenizer as Inner;
+use tokenizers::{AddedToken, PreTokenizerWrapper};
 
 use crate::grammar::Vocabulary;
 use crate::{Error, Result};
 
+mod added;
+mod byte_level;
 mod config;
 mod detokenizer;
+mod family;
+mod inner;
+mod merge;
+mod names;
 mod pieces;
+mod prefixes;
+mod ranks;
+mod sentencepiece;
+mod source;
 #[cfg(test)]
 pub(crate) mod tests;
 
 pub use config::TokenizerConfig;
+use config::{Defaults, Settings};
 pub use detokenizer::Detokenizer;
-use pieces::Pieces;
+pub(crate) use inner::Inner;
+use inner::{AnyModel, AnyNormalizer};
+use pieces::{Pieces, Scheme};
+use source::Source;
+pub use source::TokenizerFormat;
 
 /// How a text is encoded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,6 +68,20 @@ pub struct Tokenizer {
     config: TokenizerConfig,
     prefix: Vec<u32>,
     suffix: Vec<u32>,
+    format: TokenizerFormat,
+    files: Vec<PathBuf>,
+}
+
+/// What a tokenizer is put together from.
+struct Parts {
+    model: AnyModel,
+    normalizer: Option<AnyNormalizer>,
+    pre_tokenizer: Option<PreTokenizerWrapper>,
+    /// Found in a text before anything is done to it.
+    added: Vec<AddedToken>,
+    scheme: Scheme,
+    defaults: Defaults,
+    format: TokenizerFormat,
 }
 
 impl fmt::Debug for Tokenizer {
@@ -65,25 +94,50 @@ impl fmt::Debug for Tokenizer {
 }
 
 impl Tokenizer {
-    /// Reads tokenizer.json of a model directory, and special ids from tokenizer_config.json,
-    /// config.json and generation_config.json where these are.
+    /// Reads the tokenizer of a model directory: tokenizer.json, else tokenizer.model, else a
+    /// .tiktoken file, else vocab.json with merges.txt. Special tokens and their rules come from
+    /// tokenizer_config.json, special_tokens_map.json, added_tokens.json, config.json and
+    /// generation_config.json where these are.
     ///
     /// # Errors
-    /// [`Error::TokenizerMissing`], [`Error::Io`], [`Error::TokenizerInvalid`], [`Error::Config`].
+    /// [`Error::TokenizerMissing`], [`Error::Io`], [`Error::TokenizerInvalid`], [`Error::Config`],
+    /// [`Error::UnknownToken`].
     pub fn open(dir: &Path) -> Result<Self> {
-        let path = dir.join("tokenizer.json");
-        let bytes = match std::fs::read(&path) {
-            Ok(bytes) => bytes,
-            Err(source) if source.kind() == std::io::ErrorKind::NotFound => {
-                return Err(Error::TokenizerMissing { path });
+        let source = Source::find(dir)?;
+        let settings = Settings::open(dir)?;
+        let made = match &source {
+            Source::Json(path) => {
+                let bytes = source::read(path)?;
+                Self::build(&bytes, &settings)
             }
-            Err(source) => return Err(Error::Io { path, source }),
+            Source::SentencePiece(path) => {
+                let bytes = source::read(path)?;
+                Self::assemble(sentencepiece::build(&bytes, &settings), &settings)
+            }
+            Source::Ranks(path) => {
+                let bytes = source::read(path)?;
+                Self::assemble(byte_level::from_ranks(&bytes, &settings), &settings)
+            }
+            Source::Merges { vocab, merges } => {
+                let (vocab, merges) = (source::read(vocab)?, source::read(merges)?);
+                let parts = byte_level::from_merges(&vocab, &merges, &settings);
+                Self::assemble(parts, &settings)
+            }
         };
-        let settings = config::Settings::open(dir)?;
-        Self::build(&bytes, &settings).map_err(|error| match error {
-            Error::TokenizerInvalid { reason, .. } => Error::TokenizerInvalid { path, reason },
+        let files = source.files();
+        let mut made = made.map_err(|error| match error {
+            // Where several files make a tokenizer, the error knows which one it is.
+            Error::TokenizerInvalid { path, reason } => Error::TokenizerInvalid {
+                path: match path.as_os_str().is_empty() {
+                    true => files[0].to_owned(),
+                    false => dir.join(path),
+                },
+                reason,
+            },
             other => other,
-        })
+        })?;
+        made.files = files.into_iter().map(Path::to_owned).collect();
+        Ok(made)
     }
 
     /// From the text of a tokenizer.json and, where there is one, tokenizer_config.json.
@@ -91,23 +145,55 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::TokenizerInvalid`], [`Error::Config`].
     pub fn from_json(tokenizer: &[u8], tokenizer_config: Option<&Json>) -> Result<Self> {
-        let settings = config::Settings {
+        let settings = Settings {
             tokenizer: tokenizer_config.cloned().unwrap_or(Json::Null),
-            ..config::Settings::default()
+            ..Settings::default()
         };
-        Self::build(tokenizer, &settings)
+        Self::build(tokenizer, &settings).map_err(|error| match error {
+            Error::TokenizerInvalid { reason, .. } => Error::TokenizerInvalid {
+                path: "tokenizer.json".into(),
+                reason,
+            },
+            other => other,
+        })
     }
 
-    fn build(bytes: &[u8], settings: &config::Settings) -> Result<Self> {
+    fn build(bytes: &[u8], settings: &Settings) -> Result<Self> {
         let json: Json = serde_json::from_slice(bytes).map_err(|e| invalid(e.to_string()))?;
+        check_merges(&json["model"])?;
         let mut inner = Inner::from_bytes(bytes).map_err(|e| invalid(e.to_string()))?;
         inner
             .with_truncation(None)
             .map_err(|e| invalid(e.to_string()))?
             .with_padding(None);
         settings.add_tokens(&mut inner)?;
-        let pieces = Pieces::new(&inner, json.get("decoder").unwrap_or(&Json::Null))?;
-        let config = settings.resolve(&inner, pieces.len())?;
+        let scheme = Scheme::read(json.get("decoder").unwrap_or(&Json::Null))?;
+        let format = TokenizerFormat::Json;
+        Self::finish(inner, scheme, settings, (&Defaults::default(), format))
+    }
+
+    fn assemble(parts: Result<Parts>, settings: &Settings) -> Result<Self> {
+        let parts = parts?;
+        let mut inner = Inner::new(parts.model);
+        inner
+            .with_normalizer(parts.normalizer)
+            .map_err(|e| invalid(e.to_string()))?
+            .with_pre_tokenizer(parts.pre_tokenizer);
+        inner
+            .add_tokens(parts.added)
+            .map_err(|e| invalid(e.to_string()))?;
+        let kind = (&parts.defaults, parts.format);
+        Self::finish(inner, parts.scheme, settings, kind)
+    }
+
+    fn finish(
+        inner: Inner,
+        scheme: Scheme,
+        settings: &Settings,
+        (defaults, format): (&Defaults, TokenizerFormat),
+    ) -> Result<Self> {
+        let pieces = Pieces::new(&inner, scheme)?;
+        let config = settings.resolve(&inner, pieces.len(), defaults)?;
         let (prefix, suffix) = surroundings(&inner, &config)?;
         Ok(Self {
             inner,
@@ -117,6 +203,8 @@ impl Tokenizer {
             config,
             prefix,
             suffix,
+            format,
+            files: Vec::new(),
         })
     }
 
@@ -186,6 +274,31 @@ impl Tokenizer {
     /// Largest id plus one. A model's head may have more rows; those are never sampled.
     pub fn vocab_size(&self) -> usize {
         self.pieces.len()
+    }
+
+    /// Whether a model with `rows` rows of embeddings knows all these tokens. Vocabularies may be
+    /// larger than models: tokens that were added to one need not have been added to the other.
+    ///
+    /// # Errors
+    /// [`Error::NoRow`] with the first token that it does not know, [`Error::UnknownToken`] for one
+    /// that is not this tokenizer's either.
+    pub fn check(&self, ids: &[u32], rows: usize) -> Result<()> {
+        let unknown = ids.iter().find(|&&id| id as usize >= rows);
+        match unknown.map(|&id| (id, self.token(id))) {
+            None => Ok(()),
+            Some((id, Some(token))) => Err(Error::NoRow { id, token, rows }),
+            Some((id, None)) => Err(Error::UnknownToken { id, vocab: rows }),
+        }
+    }
+
+    /// How it was written down.
+    pub fn format(&self) -> TokenizerFormat {
+        self.format
+    }
+
+    /// The files it was read from; none if it was not read from a directory.
+    pub fn files(&self) -> &[PathBuf] {
+        &self.files
     }
 
     /// Special ids and their texts.
@@ -262,9 +375,30 @@ fn surroundings(inner: &Inner, config: &TokenizerConfig) -> Result<(Vec<u32>, Ve
     Ok((prefix, suffix))
 }
 
+/// Refuses pairs that are longer than every token: the library counts on there being none.
+fn check_merges(model: &Json) -> Result<()> {
+    let vocab = model["vocab"].as_object();
+    let longest = vocab.and_then(|vocab| vocab.keys().map(String::len).max());
+    let prefix = model["continuing_subword_prefix"].as_str().unwrap_or("");
+    for merge in model["merges"].as_array().into_iter().flatten() {
+        let pair = match merge.as_str() {
+            Some(line) => line.split_once(' '),
+            None => merge[0].as_str().zip(merge[1].as_str()),
+        };
+        let fits = |(left, right): (&str, &str)| {
+            right.len() >= prefix.len() && Some(left.len() + right.len() - prefix.len()) <= longest
+        };
+        if !pair.is_none_or(fits) {
+            return Err(invalid(format!("the pair {merge} makes no token")));
+        }
+    }
+    Ok(())
+}
+
+/// An error in a file that [`Tokenizer::open`] names.
 fn invalid(reason: String) -> Error {
     Error::TokenizerInvalid {
-        path: "tokenizer.json".into(),
+        path: PathBuf::new(),
         reason,
     }
 }

@@ -21,7 +21,7 @@ pub use device::{Device, FunctionInfo};
 pub use driver::{DeviceInfo, probe};
 pub use graph::Graph;
 pub use launch::{Args, Kernel, Launch, MAX_ARGS};
-pub use lower::{COUNTERS, Scratch, Target, kernels, link, lower, scratch_bytes};
+pub use lower::{COUNTERS, Scratch, Target, kernels, link, lower, scratch_bytes, table_bytes};
 pub use matrix::{CudaMatrix, MatrixShape, MatrixUploader};
 pub use memory::{DeviceMemory, DevicePool, DeviceRegion, PinnedMemory};
 pub use pack::Pack;

@@ -190,6 +190,10 @@ pub struct GateUp<'a> {
 
 /// Rotates q in place and k by their positions, then writes k and v into the paged cache.
 ///
+/// With `sections` a token has a position on three axes (time, height and width of what it is a part of),
+/// and each axis has a share of the frequencies: the first `sections[0]` of them, the next `sections[1]`,
+/// the rest. Tokens of text have the same position on all axes, which is the plain rotation.
+///
 /// A quantized cache holds keys that went through a Hadamard transform (`KvFormat`); q goes through
 /// the inverse one, so that its products with them are those of q and k.
 #[derive(Debug)]
@@ -200,7 +204,7 @@ pub struct RopeAppend<'a> {
     pub k: Mem<'a>,
     /// F32 `[rows, kv_heads, head_dim]`.
     pub v: Mem<'a>,
-    /// I32 `[rows]`: position of each token in its sequence.
+    /// I32 `[rows]`: position of each token in its sequence; `[3, rows]` with `sections`.
     pub positions: Mem<'a>,
     /// I32 `[rows]`: `page * PAGE_TOKENS + offset` of each token in the cache; all different.
     pub slots: Mem<'a>,
@@ -224,6 +228,16 @@ pub struct RopeAppend<'a> {
     pub style: RopeStyle,
     /// Multiplies sine and cosine (yarn, longrope), 1 otherwise.
     pub attention_factor: f32,
+    /// Frequencies of each axis, as many together as there are.
+    pub sections: Option<[usize; 3]>,
+}
+
+/// The axis whose position turns the pair of a frequency.
+pub(crate) fn rope_axis(sections: Option<[usize; 3]>, frequency: usize) -> usize {
+    match sections {
+        Some([a, b, _]) => usize::from(frequency >= a) + usize::from(frequency >= a + b),
+        None => 0,
+    }
 }
 
 /// Causal attention of new tokens over the paged cache, grouped-query.

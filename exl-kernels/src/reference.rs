@@ -254,15 +254,16 @@ fn rope_append(op: &mut RopeAppend<'_>) -> Result<()> {
         return Err(ops::repeated_slot(slots, *slot));
     }
     for r in 0..op.rows {
-        let position = f64::from(positions[r]);
+        let position =
+            |i: usize| f64::from(positions[ops::rope_axis(op.sections, i) * op.rows + r]);
         for head in q[r * op.heads * d..][..op.heads * d].chunks_exact_mut(d) {
-            rotate(head, &freqs, position, (op.style, factor));
+            rotate(head, &freqs, &position, (op.style, factor));
             if op.kv.k.is_quantized() {
                 kv::unrotate(head);
             }
         }
         for head in k[r * width..][..width].chunks_exact_mut(d) {
-            rotate(head, &freqs, position, (op.style, factor));
+            rotate(head, &freqs, &position, (op.style, factor));
         }
         let slot = index(slots, r, tokens, "rope_append.slots")?;
         let (k, v) = (&k[r * width..][..width], &v[r * width..][..width]);
@@ -275,13 +276,19 @@ fn rope_append(op: &mut RopeAppend<'_>) -> Result<()> {
     Ok(())
 }
 
-fn rotate(head: &mut [f64], freqs: &[f64], position: f64, (style, factor): (RopeStyle, f64)) {
+/// Turns each pair of a head by the position that counts for its frequency.
+fn rotate(
+    head: &mut [f64],
+    freqs: &[f64],
+    position: &dyn Fn(usize) -> f64,
+    (style, factor): (RopeStyle, f64),
+) {
     for (i, f) in freqs.iter().enumerate() {
         let (a, b) = match style {
             RopeStyle::Neox => (i, i + freqs.len()),
             RopeStyle::GptJ => (2 * i, 2 * i + 1),
         };
-        let (sin, cos) = (position * f).sin_cos();
+        let (sin, cos) = (position(i) * f).sin_cos();
         let (x, y) = (head[a], head[b]);
         head[a] = (x * cos - y * sin) * factor;
         head[b] = (y * cos + x * sin) * factor;

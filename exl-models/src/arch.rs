@@ -161,7 +161,7 @@ fn nearest(name: &str) -> &'static str {
 }
 
 /// Keys that are in every configuration and say nothing about what is computed.
-const NEUTRAL: [&str; 22] = [
+const NEUTRAL: [&str; 23] = [
     "_name_or_path",
     "architectures",
     "attention_dropout",
@@ -179,6 +179,7 @@ const NEUTRAL: [&str; 22] = [
     "quantization_config",
     "resid_pdrop",
     "router_aux_loss_coef",
+    "router_jitter_noise",
     "text_config",
     "torch_dtype",
     "transformers_version",

@@ -17,6 +17,9 @@ pub struct RopeTable {
     pub inv_freq: Vec<f32>,
     /// Multiplies sine and cosine.
     pub attention_factor: f32,
+    /// Frequencies of each position axis (time, height, width), as many together as `inv_freq` has;
+    /// `None` for a model whose tokens have one position.
+    pub sections: Option<[usize; 3]>,
 }
 
 /// What the user may change about positions.
@@ -44,6 +47,8 @@ pub struct RopeParams {
     pub max_context: usize,
     /// How the series is changed for long contexts.
     pub kind: RopeKind,
+    /// Pairs of each position axis, if they are all that turn.
+    pub sections: Option<[usize; 3]>,
 }
 
 impl RopeParams {
@@ -75,12 +80,17 @@ impl RopeParams {
             let found = s.short_factor.len().to_string();
             return Err(config.error("short_factor", expected, found).into());
         }
+        let whole = |s: &[usize; 3]| {
+            let sum = s.iter().try_fold(0usize, |sum, &n| sum.checked_add(n));
+            sum == Some(rotary_dim / 2)
+        };
         Ok(Self {
             theta: rope.theta,
             head_dim,
             rotary_dim,
             max_context,
             kind: rope.kind,
+            sections: rope.mrope_section.filter(whole),
         })
     }
 
@@ -124,6 +134,7 @@ impl RopeParams {
         RopeTable {
             inv_freq: freqs.into_iter().map(|f| f as f32).collect(),
             attention_factor: self.attention_factor() as f32,
+            sections: self.sections,
         }
     }
 

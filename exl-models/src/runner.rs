@@ -394,7 +394,7 @@ impl Runner {
         if slice.tokens.is_empty() {
             return refuse("no tokens".to_owned());
         }
-        if let Err(what) = extras::check(slice, spec.hidden, self.options.adapters.len()) {
+        if let Err(what) = extras::check(slice, spec, self.options.adapters.len()) {
             return refuse(what);
         }
         let tokens = extras::tokens(slice);

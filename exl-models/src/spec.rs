@@ -303,6 +303,11 @@ impl Spec {
         self.layers.iter().find_map(dense).unwrap_or(0)
     }
 
+    /// Whether its tokens may have positions on axes.
+    pub fn has_axes(&self) -> bool {
+        self.ropes.iter().any(|rope| rope.sections.is_some())
+    }
+
     /// Name of the weight that holds a rope table.
     pub fn rope_weight(index: usize) -> String {
         format!("rope.inv_freq.{index}")

@@ -48,7 +48,7 @@ pub enum GpuPart {
     Activations,
     /// Scratch memory of kernels.
     Scratch,
-    /// The step block and counters.
+    /// The step block, counters and tables of kernels.
     Step,
     /// Captured decode steps.
     Graphs,

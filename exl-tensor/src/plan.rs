@@ -63,6 +63,8 @@ pub struct PlanExtras {
     pub hidden_rows: usize,
     /// Sliding layers have pages of their own ([`crate::KvPages::window`]).
     pub window_pages: bool,
+    /// Some of its rows have positions on axes ([`RopeArgs::sections`]).
+    pub axes: bool,
 }
 
 impl PlanExtras {
@@ -325,6 +327,7 @@ pub struct RopeOp {
     pub head_dim: usize,
     pub style: RopeStyle,
     pub attention_factor: f32,
+    pub sections: Option<[usize; 3]>,
 }
 
 /// Arguments of [`PlanOp::PagedAttn`].

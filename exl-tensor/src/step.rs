@@ -7,6 +7,9 @@ use exl_kernels::{DType, Mem};
 
 use crate::{Error, HostMemory, PlanKey, Result};
 
+/// Axes of positions.
+const AXES: usize = 3;
+
 /// One array of the step block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum StepField {
@@ -40,6 +43,8 @@ pub enum StepField {
     OutRowScales,
     /// F32 `[hidden_rows, scales]`: those of the rows whose hidden state is wanted.
     HiddenRowScales,
+    /// `[3, rows]` positions on the axes of time, height and width; empty unless the key has axes.
+    AxisPositions,
     /// `[rows]` cache slots of sliding layers, in window pages. This and the next array are empty unless
     /// the key has [`crate::PlanExtras::window_pages`].
     WindowSlots,
@@ -82,6 +87,9 @@ pub struct StepExtras<'a> {
     /// Window pages in the place of its pages, for a key with [`crate::PlanExtras::window_pages`]: any
     /// number stands where no window reaches.
     pub window_pages: &'a [u32],
+    /// Positions of its new rows on the axes of time, height and width, of all of them; when there are
+    /// none, those in the sequence on all three.
+    pub positions: &'a [[u32; 3]],
 }
 
 /// How the token of one row of logits is chosen.
@@ -344,6 +352,7 @@ fn offset(key: &PlanKey, field: StepField) -> (usize, usize) {
         .map_or((0, 0, 0), |s| (key.out_rows, s.window, s.blocked));
     let scales = key.extras.scales();
     let window_pages = usize::from(key.extras.window_pages);
+    let axes = if key.extras.axes { AXES } else { 0 };
     let sizes = [
         (StepField::Tokens, key.rows),
         (StepField::Positions, key.rows),
@@ -359,6 +368,7 @@ fn offset(key: &PlanKey, field: StepField) -> (usize, usize) {
         (StepField::RowScales, key.rows * scales),
         (StepField::OutRowScales, key.out_rows * scales),
         (StepField::HiddenRowScales, key.extras.hidden_rows * scales),
+        (StepField::AxisPositions, axes * key.rows),
         (StepField::WindowSlots, window_pages * key.rows),
         (
             StepField::WindowTable,

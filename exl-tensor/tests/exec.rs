@@ -6,7 +6,7 @@ use exl_tensor::{
     Activation, AttnArgs, Bound, Buffer, CostReport, Cpu, CpuOptions, DType, Executor, GateUpArgs,
     HostExecutor, Isa, KvBuffers, KvPages, KvShape, KvType, Part, Phase, Plan, PlanBuilder,
     PlanKey, RopeArgs, RopeStyle, SampleParams, SampleShape, Side, SlidingLayers, StepBlock,
-    StepDraw, StepSeq, Weight, Weights, check,
+    StepDraw, StepExtras, StepSeq, Weight, Weights, check,
 };
 
 const DIM: usize = 64;
@@ -80,6 +80,7 @@ fn record(key: &PlanKey) -> Plan {
         head_dim,
         style,
         attention_factor: 1.0,
+        sections: Some([2, 3, 3]),
     };
     b.rope_append([qkv[0], qkv[1], qkv[2]], 0, &rope);
     let attn = AttnArgs {
@@ -216,6 +217,63 @@ fn a_plan_without_window_pages_is_refused_where_layers_have_them() {
     assert!(error.to_string().contains("slots"), "{error}");
     let mut together = KvBuffers::new(shape, 3).unwrap();
     executor.run(&bound, &step, &mut together).unwrap();
+}
+
+#[test]
+fn positions_on_axes_turn_heads() {
+    let plain = key(5, 5);
+    let mut axes = plain.clone();
+    axes.extras.axes = true;
+    let tokens = tokens(5);
+    let seq = StepSeq {
+        tokens: &tokens,
+        start: 0,
+        pages: &[1],
+        logits: (0, 5),
+    };
+    let weights = weights();
+    let placed = [[0, 0, 0], [1, 1, 1], [2, 2, 2], [2, 2, 3], [4, 4, 4]];
+    let step = |key: &PlanKey, positions: &[[u32; 3]]| {
+        let extras = StepExtras {
+            positions,
+            ..StepExtras::default()
+        };
+        let mut step = StepBlock::new(key).expect("memory");
+        let filled = step.fill_all(&[seq], &[], &[extras]);
+        filled.expect("valid by construction");
+        step
+    };
+    let logits = |key: &PlanKey, positions: &[[u32; 3]]| {
+        let bound = Bound::new(Arc::new(record(key)), &weights).expect("valid by construction");
+        let mut exec = executor(Isa::detect());
+        exec.prepare(&bound).expect("memory");
+        exec.run(&bound, &step(key, positions), &mut kv())
+            .expect("valid by construction");
+        let slot = bound.plan().output("logits").expect("recorded");
+        exec.slot(&bound, slot).to_vec()
+    };
+    let text = logits(&plain, &[]);
+    assert_eq!(text, logits(&axes, &[]));
+    let moved = logits(&axes, &placed);
+    // Rows before the first that moves.
+    assert_eq!(text[..3 * VOCAB], moved[..3 * VOCAB]);
+    let differ = |row: usize| text[row * VOCAB..][..VOCAB] != moved[row * VOCAB..][..VOCAB];
+    assert!(differ(3) && differ(4));
+
+    let bound = Bound::new(Arc::new(record(&axes)), &weights).expect("valid by construction");
+    let report = check(
+        side(&mut executor(Isa::detect()), &bound, &mut kv()),
+        side(&mut HostExecutor::reference().unwrap(), &bound, &mut kv()),
+        &step(&axes, &placed),
+        &[],
+        |_| 2e-6, // measured: 3.0e-7
+    );
+    let report = report.expect("valid by construction");
+    assert_eq!(report.first_failure(), None);
+    let line = "inv_freq factor=1 sections=[2, 3, 3]";
+    assert!(record(&axes).to_string().contains(line));
+    assert!(!record(&plain).to_string().contains("sections"));
+    assert!(axes.to_string().ends_with(" axes"));
 }
 
 #[test]

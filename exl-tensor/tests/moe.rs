@@ -4,9 +4,9 @@
 use std::sync::Arc;
 
 use exl_tensor::{
-    Activation, Bound, Buffer, CostReport, Cpu, CpuOptions, DType, Executor, Exl2Parts, Group,
-    HostExecutor, Isa, KvBuffers, KvShape, KvType, Part, Phase, Plan, PlanBuilder, PlanKey,
-    RouteNorm, Side, StepBlock, Weight, Weights, check,
+    Activation, Bound, Buffer, CostReport, Cpu, CpuOptions, DType, DeviceProps, Executor,
+    Exl2Parts, GpuSketch, Group, HostExecutor, Isa, KvBuffers, KvShape, KvType, Part, Phase, Plan,
+    PlanBuilder, PlanKey, RouteNorm, Side, StepBlock, Weight, Weights, check,
 };
 
 const DIM: usize = 128;
@@ -280,4 +280,53 @@ fn costs_are_those_of_the_experts_that_rows_read() {
     let flops: Vec<u64> = report.ops.iter().map(|op| op.cost.flops).collect();
     let product = (3 * TOP_K * DIM * INNER) as u64;
     assert_eq!(flops[2..], [4 * product, 2 * product]);
+}
+
+/// What a plan takes on a GPU is known without one: scratch memory, and a table for each format of an op.
+#[test]
+fn gpu_memory_is_worked_out() {
+    let mut sketch = GpuSketch::new();
+    sketch.dense("router", DType::F32, &[EXPERTS, DIM]);
+    for i in 0..EXPERTS {
+        for (what, n, k) in [
+            ("gate", INNER, DIM),
+            ("up", INNER, DIM),
+            ("down", DIM, INNER),
+        ] {
+            let name = expert(i, what);
+            if i + 1 == EXPERTS {
+                sketch.dense(&name, DType::F32, &[n, k]);
+                continue;
+            }
+            let rest = (k - 32) as u32;
+            let groups = vec![
+                Group { bits: 5, rows: 32 },
+                Group {
+                    bits: 3,
+                    rows: rest,
+                },
+            ];
+            let order: Vec<u32> = (0..k as u32).rev().collect();
+            sketch.exl2(&name, (k, n), groups, &order);
+        }
+    }
+    let shape = KvShape {
+        layers: 0,
+        sliding: Default::default(),
+        kv_heads: 1,
+        head_dim: 1,
+        kv: KvType::F32,
+    };
+    for props in DeviceProps::samples() {
+        for rows in [1, 10, 500] {
+            let plan = Arc::new(record(rows));
+            let used = sketch.plan(&plan, (&shape, 0.into()), &props).unwrap();
+            // Two tables of gate and up and two of down, in memory of their own.
+            let step = StepBlock::bytes_for(plan.key()) as u64;
+            assert_eq!(used.step, step + 4 * 256, "{}", props.name);
+            assert_eq!(used.arena, plan.arena().bytes() as u64);
+            // The outputs of the experts, at least.
+            assert!(used.scratch >= (4 * rows * TOP_K * DIM) as u64);
+        }
+    }
 }

@@ -28,6 +28,7 @@ const KEY: PlanKey = PlanKey {
         vectors: false,
         hidden_rows: 0,
         window_pages: false,
+        axes: false,
     },
 };
 

@@ -241,6 +241,50 @@ fn refuses_draws_that_do_not_fit() {
     );
 }
 
+#[test]
+fn positions_on_axes_lie_axis_by_axis() {
+    let mut with = key(4, 2, 2, 0);
+    with.extras.axes = true;
+    let seq = |tokens, start, pages| StepSeq {
+        tokens,
+        start,
+        pages,
+        logits: (0, 0),
+    };
+    let seqs = [seq(&[7, 8, 9], 255, &[4, 2]), seq(&[5], 3, &[0])];
+    let placed = StepExtras {
+        positions: &[[1, 2, 3], [1, 2, 4], [5, 5, 5]],
+        ..StepExtras::default()
+    };
+    let mut step = StepBlock::new(&with).unwrap();
+    step.fill_all(&seqs, &[], &[placed]).unwrap();
+    let axes = [1, 1, 5, 3, 2, 2, 5, 3, 3, 4, 5, 3];
+    assert_eq!(step.field(StepField::AxisPositions), axes);
+    assert_eq!(step.field(StepField::Positions), [255, 256, 257, 3]);
+    // Nothing of a step stays for the next.
+    step.fill(&seqs).unwrap();
+    let plain = [255, 256, 257, 3].repeat(3);
+    assert_eq!(step.field(StepField::AxisPositions), plain);
+
+    let mut refused = |positions: &[[u32; 3]]| {
+        let extras = StepExtras {
+            positions,
+            ..placed
+        };
+        step.fill_all(&seqs, &[], &[extras])
+            .unwrap_err()
+            .to_string()
+    };
+    assert!(refused(&[[0; 3]; 2]).contains("sequence 0: positions on axes of 2 of 3 rows"));
+    assert!(refused(&[[0, 0, u32::MAX]; 3]).contains("position 4294967295 on an axis"));
+    let without = key(4, 2, 2, 0);
+    let mut step = StepBlock::new(&without).unwrap();
+    assert!(step.field(StepField::AxisPositions).is_empty());
+    assert!(step.fill_all(&seqs, &[], &[placed]).is_err());
+    let more = StepBlock::bytes_for(&with) - StepBlock::bytes_for(&without);
+    assert_eq!(more, 4 * 3 * 4);
+}
+
 proptest! {
     #[test]
     fn every_draw_finds_its_history(

@@ -24,31 +24,40 @@ pub(crate) fn run(sh: &Shell, flags: &crate::flags::Bundle) -> Result<()> {
     let out = flags.out.clone().unwrap_or_else(|| DEFAULT_OUT.into());
     kernels::run_all(sh)?;
     println!("Building exl and its GPU tests (the first time takes minutes)");
-    cmd!(sh, "cargo build --release --locked --package exl-cli").run()?;
-    let (package, test, name) = TEST;
-    let messages = cmd!(sh, "cargo test --release --locked --package {package}")
-        .args(["--test", test, "--no-run", "--message-format=json"])
-        .read()?;
-    let test = executable(&messages, test)?;
+    // The kernels travel once, beside the two programs.
     let target = sh
         .var_os("CARGO_TARGET_DIR")
         .map_or_else(|| "target".into(), PathBuf::from);
+    let none = sh.current_dir().join(&target).join("kernels/none.pack");
+    sh.write_file(&none, "")?;
+    let _without = sh.push_env("EXL_KERNEL_PACK", &none);
+    cmd!(sh, "cargo build --profile small --locked --package exl-cli").run()?;
+    let (package, test, name) = TEST;
+    let messages = cmd!(
+        sh,
+        "cargo test --profile small --locked --package {package}"
+    )
+    .args(["--test", test, "--no-run", "--message-format=json"])
+    .read()?;
+    let test = executable(&messages, test)?;
 
     // Made beside the old one, which goes only when this one is whole.
     let new = out.with_extension("new");
     sh.remove_path(&new)?;
     sh.create_dir(&new)?;
-    for (file, name) in [(target.join("release/exl"), "exl"), (test, name)] {
+    for (file, name) in [(target.join("small/exl"), "exl"), (test, name)] {
         let to = new.join(name);
         cmd!(sh, "strip -o {to} {file}")
             .run()
             .context("`strip` comes with the C compiler's package (binutils)")?;
     }
+    sh.copy_file(target.join("kernels/exl.pack"), new.join("kernels.pack"))?;
     for file in FILES {
         copy(sh, file.as_ref(), &new)?;
     }
     // Models alone, without what makes them.
-    for model in sh.read_dir(GOLDEN)?.iter().filter(|path| path.is_dir()) {
+    let made = |path: &Path| path.is_dir() && !path.ends_with("families");
+    for model in sh.read_dir(GOLDEN)?.iter().filter(|path| made(path)) {
         let name = model.file_name().unwrap_or_default();
         copy(sh, &Path::new(GOLDEN).join(name), &new)?;
     }

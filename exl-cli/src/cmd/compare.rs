@@ -98,7 +98,7 @@ fn rows(args: &CompareArgs, source: &ModelSource, ui: &Ui) -> Result<Vec<Vec<u32
     let count = args.rows.map_or(BUILTIN_ROWS, |n| n as usize);
     let tokenizer = Tokenizer::open(source.files().dir())?;
     let encode = |text: &str| {
-        let tokens = tokenizer.encode(text, rows::PLAIN);
+        let tokens = rows::encode(&tokenizer, text, source);
         tokens.map_err(|e| e.to_string())
     };
     Ok(builtin(&encode, None, count, length)?.rows)

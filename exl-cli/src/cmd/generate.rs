@@ -174,7 +174,7 @@ fn jobs(
     tokenizer: &Tokenizer,
     ui: &Ui,
 ) -> Result<Vec<Job>> {
-    let limit = limit(args, source, ui);
+    let limit = limit(args, source, ui)?;
     let mut jobs = Vec::new();
     for (number, text) in texts(&args.prompt)?.into_iter().enumerate() {
         let tokens = tokenizer.encode(&text, PROMPT)?;
@@ -212,11 +212,11 @@ fn jobs(
 }
 
 /// Tokens of prompt and answer together, at most.
-fn limit(args: &GenerateArgs, source: &ModelSource, ui: &Ui) -> usize {
+fn limit(args: &GenerateArgs, source: &ModelSource, ui: &Ui) -> Result<usize> {
     let max = source.spec().max_context;
     let limit = args.cache.context.map_or(max, |n| n as usize);
-    session::remark_context(source, "--context", limit, ui);
-    limit
+    session::remark_context(source, "--context", limit, ui)?;
+    Ok(limit)
 }
 
 /// The prompts; `-` is replaced by all of stdin.

@@ -2,6 +2,7 @@
 
 mod bits;
 mod gpu;
+mod words;
 
 pub(super) use bits::{Bits, bits};
 
@@ -11,11 +12,12 @@ use crate::machine;
 use crate::session::{self, Room};
 use crate::ui::{self, Align, Table, Ui};
 use anyhow::Result;
-use exl_models::{LoadOptions, MemoryUse, ModelSource};
+use exl_models::{LayerSpec, LoadOptions, MemoryUse, MlpSpec, ModelSource};
 use exl_tensor::KvType;
 use gpu::GpuNeeds;
 use serde::Serialize;
 use std::fmt::Write;
+use words::Words;
 
 /// Context planned for when the user names none.
 const DEFAULT_CONTEXT: usize = 4096;
@@ -31,7 +33,10 @@ struct Output<'a> {
     heads: usize,
     kv_heads: usize,
     head_dim: usize,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    experts: Option<Experts>,
     vocab: usize,
+    tokenizer: Words,
     max_context: usize,
     parameters: u64,
     #[serde(flatten)]
@@ -43,6 +48,14 @@ struct Output<'a> {
     /// On the GPU that is here or was named.
     #[serde(skip_serializing_if = "Option::is_none")]
     gpu: Option<GpuNeeds>,
+}
+
+/// Of the layers that have them.
+#[derive(Serialize)]
+struct Experts {
+    count: usize,
+    /// For each token.
+    used: usize,
 }
 
 #[derive(Serialize)]
@@ -82,7 +95,7 @@ pub(crate) fn run(args: &InfoArgs, ui: &Ui) -> Result<()> {
         Some(place) => Some(GpuNeeds::new(&source, place, memory.context, args.cache)?),
         None => None,
     };
-    session::remark_context(&source, "--context", memory.context, ui);
+    session::remark_context(&source, "--context", memory.context, ui)?;
     let found = machine::memory();
     let spec = source.spec();
     let attn = spec.layers.first().map(|layer| &layer.attn);
@@ -94,7 +107,9 @@ pub(crate) fn run(args: &InfoArgs, ui: &Ui) -> Result<()> {
         heads: attn.map_or(0, |a| a.heads),
         kv_heads: attn.map_or(0, |a| a.kv_heads),
         head_dim: attn.map_or(0, |a| a.head_dim),
+        experts: spec.layers.iter().find_map(experts),
         vocab: spec.vocab,
+        tokenizer: Words::new(&source),
         max_context: spec.max_context,
         parameters: spec.parameters(),
         bits: &bits,
@@ -113,6 +128,16 @@ pub(crate) fn run(args: &InfoArgs, ui: &Ui) -> Result<()> {
     Ok(())
 }
 
+fn experts(layer: &LayerSpec) -> Option<Experts> {
+    match &layer.mlp {
+        MlpSpec::Moe(moe) => Some(Experts {
+            count: moe.experts.len(),
+            used: moe.top_k,
+        }),
+        MlpSpec::Dense(_) => None,
+    }
+}
+
 fn memory(source: &ModelSource, context: Option<usize>, cache: KvType) -> Memory {
     let context = context.unwrap_or(DEFAULT_CONTEXT.min(source.spec().max_context));
     let request = Room::one(context, cache).memory_request(session::PREFILL_ROWS);
@@ -129,10 +154,14 @@ fn memory(source: &ModelSource, context: Option<usize>, cache: KvType) -> Memory
 
 fn text(o: &Output<'_>) -> Result<String> {
     let mut out = String::new();
-    let shape = format!(
+    let mut shape = format!(
         "{} layers, hidden {}, {} heads of {} ({} for keys and values)",
         o.layers, o.hidden, o.heads, o.head_dim, o.kv_heads
     );
+    if let Some(experts) = &o.experts {
+        let (count, used) = (experts.count, experts.used);
+        write!(shape, ", {count} experts, {used} for each token")?;
+    }
     let size = format!(
         "{}, {} ({:.2} bits per layer weight, head {:.2})",
         ui::bytes(o.bits.bytes),
@@ -144,6 +173,7 @@ fn text(o: &Output<'_>) -> Result<String> {
         ("architecture", format!("{} ({})", o.architecture, o.family)),
         ("shape", shape),
         ("vocabulary", o.vocab.to_string()),
+        ("tokenizer", o.tokenizer.text()),
         ("context", format!("up to {} tokens", o.max_context)),
         ("parameters", ui::count(o.parameters)),
         ("files", size),

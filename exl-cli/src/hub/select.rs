@@ -35,7 +35,8 @@ fn is_needed(name: &str) -> bool {
     let weights = file.ends_with(".safetensors") && !file.starts_with("consolidated");
     let text = [".json", ".jinja"].iter().any(|end| file.ends_with(end))
         && !file.ends_with(".bin.index.json");
-    let tokenizer = ["tokenizer.model", "merges.txt", "vocab.txt"].contains(&file);
+    let tokenizer = ["tokenizer.model", "merges.txt", "vocab.txt"].contains(&file)
+        || file.ends_with(".tiktoken");
     weights || text || tokenizer
 }
 
@@ -65,6 +66,10 @@ mod tests {
             "chat_template.jinja",
             "additional_chat_templates/tool_use.jinja",
             "tokenizer.model",
+            "merges.txt",
+            "vocab.json",
+            "qwen.tiktoken",
+            "tokenization_qwen.py",
         ]);
         assert_eq!(
             needed_files(&names).unwrap(),
@@ -72,8 +77,11 @@ mod tests {
                 "additional_chat_templates/tool_use.jinja",
                 "chat_template.jinja",
                 "config.json",
+                "merges.txt",
                 "model.safetensors.index.json",
+                "qwen.tiktoken",
                 "tokenizer.model",
+                "vocab.json",
                 "model-00001-of-00002.safetensors",
                 "model-00002-of-00002.safetensors",
             ])

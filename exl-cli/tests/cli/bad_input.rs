@@ -57,7 +57,8 @@ fn a_missing_tokenizer_is_named_with_the_remedy() {
     let eval = ["eval", "-m", text(&dir), "--text", demo_text()];
     run(&mut exl(eval)).failure(1, &["tokenizer.json"]);
     // Nothing but the text needs it.
-    run(&mut exl(["info", text(&dir)])).success();
+    let info = run(&mut exl(["info", text(&dir)])).success().stdout;
+    assert!(info.contains("none that can be used"), "{info}");
 }
 
 #[test]
@@ -127,6 +128,16 @@ fn a_prompt_longer_than_the_cache_is_refused_with_the_numbers() {
     let prompt = "word ".repeat(4000);
     let args = ["generate", "-m", demo(), "-p", &prompt, "-n", "8"];
     run(&mut exl(args)).failure(1, &["2048"]);
+}
+
+#[test]
+fn positions_that_were_not_learned_are_refused() {
+    let model = concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/../exl-models/tests/golden/gpt2-tiny"
+    );
+    let args = ["info", "-m", model, "--context", "65"];
+    run(&mut exl(args)).failure(2, &["--context 65", "64 positions"]);
 }
 
 #[test]

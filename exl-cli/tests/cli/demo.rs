@@ -12,6 +12,12 @@ fn info_tells_sizes_and_memory() {
     assert_eq!(info["layers"], 4);
     assert_eq!(info["hidden"], 256);
     assert_eq!(info["vocab"], 2048);
+    assert_eq!(
+        info["tokenizer"]["files"],
+        serde_json::json!(["tokenizer.json"])
+    );
+    assert_eq!(info["tokenizer"]["tokens"], 2048);
+    assert_eq!(info["tokenizer"]["without_row"], 0);
     assert_eq!(info["bpw"], 16.0);
     assert_eq!(info["layer_bpw"].as_array().unwrap().len(), 4);
     // 1024 tokens are 4 pages; 4 layers of 2 heads of 64, keys and values.

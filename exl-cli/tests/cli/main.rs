@@ -12,4 +12,5 @@ mod lora;
 mod pull;
 mod sampling;
 mod support;
+mod tokenizers;
 mod usage;

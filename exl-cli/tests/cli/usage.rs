@@ -54,7 +54,7 @@ fn missing_and_clashing_flags_are_named() {
     refused("bench --synthetic llama9", &["unknown shape", "llama2-7b"]);
     refused(
         "bench --synthetic llama2-7b --recipe 4.5",
-        &["2.5, 4.0 or 6.0"],
+        &["2.5, 3.5, 4.0 or 6.0"],
     );
     refused("bench --synthetic llama2-7b --batch 0", &["--batch"]);
     refused("pull not-a-name", &["ORG/NAME"]);

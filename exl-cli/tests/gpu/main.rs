@@ -6,6 +6,8 @@
 // The files have helpers that only the other tests of their crates use.
 #![allow(dead_code)]
 
+#[path = "../../../exl-models/tests/it/axes.rs"]
+mod axes;
 #[path = "../../../exl-models/tests/it/common.rs"]
 mod common;
 #[path = "../../../exl-kernels/tests/gpu_conformance.rs"]
@@ -18,6 +20,8 @@ mod engine;
 mod extras;
 #[path = "../../../exl-models/tests/it/golden.rs"]
 mod golden;
+#[path = "../../../exl-models/tests/it/greedy.rs"]
+mod greedy;
 #[path = "../../../exl-models/tests/it/gpu.rs"]
 mod models;
 #[path = "../../../exl-models/tests/it/quantized.rs"]

@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use llguidance::ParserFactory;
 use llguidance::toktrie::{TokEnv, TokRxInfo, TokTrie, TokenizerEnv};
-use tokenizers::Tokenizer as Inner;
 
+use crate::tokenizer::Inner;
 use crate::{Error, Result, Tokenizer};
 
 /// Longer tokens are never allowed: the engine's tree is not as deep.

@@ -11,6 +11,8 @@ pub(super) struct Form {
     prefer_end: bool,
     /// The tokens that the answer was made to begin with were followed.
     begun: bool,
+    /// Tokens that the model knows.
+    rows: usize,
 }
 
 impl Form {
@@ -21,6 +23,7 @@ impl Form {
             guide: Guide::new(grammar, tokenizer)?,
             prefer_end,
             begun: false,
+            rows: usize::MAX,
         })
     }
 
@@ -47,7 +50,12 @@ impl Form {
     /// Follows a guess; gives what must come then, and whether the answer is over with that.
     pub(super) fn follow_trail(&mut self, token: u32) -> Result<(Vec<u32>, bool)> {
         self.guide.take(token)?;
-        self.forced()
+        let (forced, done) = self.forced()?;
+        let vocab = self.rows;
+        match forced.iter().find(|&&id| id as usize >= vocab) {
+            Some(&id) => Err(Error::UnknownToken { id, vocab }),
+            None => Ok((forced, done)),
+        }
     }
 
     /// Takes the guesses back.
@@ -70,6 +78,14 @@ impl Job {
         if let Some(form) = &mut self.form {
             form.guide.prepare(thread, self.lanes[0].draft());
         }
+    }
+
+    /// For a model that knows `rows` tokens.
+    pub(crate) fn with_rows(mut self, rows: usize) -> Self {
+        if let Some(form) = &mut self.form {
+            form.rows = rows;
+        }
+        self
     }
 
     /// Whether the answer has a form.
@@ -127,6 +143,10 @@ impl Job {
             Ok(state) => state,
             Err(error) => return failed(&error),
         };
+        // The grammar knows the tokenizer's tokens, not the model's.
+        if let Err(error) = tokenizer.check(&forced, form.rows) {
+            return failed(&error);
+        }
         for (at, &token) in forced.iter().enumerate() {
             match self.append(token, None, tokenizer) {
                 Outcome::Next => {}

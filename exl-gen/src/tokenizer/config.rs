@@ -3,9 +3,9 @@
 use std::path::Path;
 
 use serde_json::{Map, Value as Json};
-use tokenizers::{AddedToken, Tokenizer as Inner};
 
-use super::invalid;
+use super::inner::Inner;
+use super::source;
 use crate::{Error, Result};
 
 /// Special tokens of a model.
@@ -19,7 +19,7 @@ pub struct TokenizerConfig {
     pub pad: Option<u32>,
     /// Unknown text.
     pub unk: Option<u32>,
-    /// `add_bos_token` of tokenizer_config.json.
+    /// `add_bos_token` of tokenizer_config.json, or what the kind of tokenizer implies.
     pub add_bos: Option<bool>,
     /// `add_eos_token` of tokenizer_config.json.
     pub add_eos: Option<bool>,
@@ -40,6 +40,15 @@ impl TokenizerConfig {
     }
 }
 
+/// What the kind of a tokenizer implies where its files say nothing.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Defaults {
+    /// Special tokens by name.
+    pub(super) texts: Vec<(&'static str, String)>,
+    /// A text begins with the BOS token.
+    pub(super) add_bos: bool,
+}
+
 /// The files, null where there is none.
 #[derive(Default)]
 pub(super) struct Settings {
@@ -51,7 +60,7 @@ pub(super) struct Settings {
 }
 
 /// Special tokens templates may name.
-const NAMES: [&str; 7] = [
+pub(super) const NAMES: [&str; 7] = [
     "bos_token",
     "eos_token",
     "unk_token",
@@ -72,45 +81,55 @@ impl Settings {
         })
     }
 
-    /// Adds tokens of added_tokens.json and tokenizer_config.json that tokenizer.json lacks.
-    pub(super) fn add_tokens(&self, inner: &mut Inner) -> Result<()> {
-        let mut missing: Vec<(u32, String, bool)> = Vec::new();
-        if let Some(added) = self.added.as_object() {
-            for (token, id) in added {
-                missing.push((id_of(id, "added_tokens.json", token)?, token.clone(), false));
-            }
+    /// The class of tokenizer that the files name, without the ending of its fast version; empty if
+    /// they name none.
+    pub(super) fn class(&self) -> &str {
+        let files = [&self.tokenizer, &self.model];
+        let class = files.iter().find_map(|f| f["tokenizer_class"].as_str());
+        let class = class.unwrap_or_default();
+        class.strip_suffix("Fast").unwrap_or(class)
+    }
+
+    /// `model_type` of config.json, empty if it has none.
+    pub(super) fn model_type(&self) -> &str {
+        self.model["model_type"].as_str().unwrap_or_default()
+    }
+
+    /// A switch of tokenizer_config.json; null is none.
+    ///
+    /// # Errors
+    /// [`Error::Config`].
+    pub(super) fn flag(&self, key: &str) -> Result<Option<bool>> {
+        match &self.tokenizer[key] {
+            Json::Null => Ok(None),
+            Json::Bool(flag) => Ok(Some(*flag)),
+            _ => Err(Error::Config {
+                file: "tokenizer_config.json".to_owned(),
+                key: key.to_owned(),
+                expected: "true or false",
+            }),
         }
-        if let Some(decoder) = self.tokenizer["added_tokens_decoder"].as_object() {
-            for (id, entry) in decoder {
-                let id = id.parse().map_err(|_| config_error(id, "a token id"))?;
-                if let Some(token) = entry["content"].as_str() {
-                    missing.push((id, token.to_owned(), entry["special"] == Json::Bool(true)));
-                }
-            }
-        }
-        missing.retain(|(_, token, _)| inner.token_to_id(token).is_none());
-        missing.sort();
-        missing.dedup_by_key(|(id, _, _)| *id);
-        for (id, token, special) in missing {
-            inner
-                .add_tokens([AddedToken::from(token.clone(), special)])
-                .map_err(|error| invalid(error.to_string()))?;
-            let got = inner.token_to_id(&token);
-            if got != Some(id) {
-                return Err(invalid(format!(
-                    "the added token `{token}` should have id {id}, but the vocabulary gives {got:?}"
-                )));
-            }
-        }
-        Ok(())
+    }
+
+    /// A special token's text: the files', or if they do not mention it the usual one.
+    pub(super) fn text(&self, name: &str, defaults: &Defaults) -> Option<String> {
+        let given = token_text(self.entry(name));
+        let silent = self.tokenizer.get(name).is_none();
+        let usual = defaults.texts.iter().find(|(other, _)| *other == name);
+        let usual = usual.filter(|_| silent).map(|(_, text)| text.clone());
+        given.map(str::to_owned).or(usual)
     }
 
     /// Special ids; ids beyond `vocab` are errors.
-    pub(super) fn resolve(&self, inner: &Inner, vocab: usize) -> Result<TokenizerConfig> {
+    pub(super) fn resolve(
+        &self,
+        inner: &Inner,
+        vocab: usize,
+        defaults: &Defaults,
+    ) -> Result<TokenizerConfig> {
         let mut texts = Map::new();
         for name in NAMES {
-            let text = token_text(&self.tokenizer[name]).or(token_text(&self.special_map[name]));
-            if let Some(text) = text {
+            if let Some(text) = self.text(name, defaults) {
                 texts.insert(name.to_owned(), Json::from(text));
             }
         }
@@ -131,6 +150,7 @@ impl Settings {
         };
         let mut eos = from("eos_token_id")?;
         eos.extend(eos_token);
+        eos.extend(self.turn_end(inner));
         let mut seen = Vec::new();
         eos.retain(|&id| {
             !seen.contains(&id) && {
@@ -162,21 +182,33 @@ impl Settings {
             eos,
             pad,
             unk,
-            add_bos: self.tokenizer["add_bos_token"].as_bool(),
-            add_eos: self.tokenizer["add_eos_token"].as_bool(),
+            add_bos: self
+                .flag("add_bos_token")?
+                .or(defaults.add_bos.then_some(true)),
+            add_eos: self.flag("add_eos_token")?,
             bos_token,
             eos_token,
             texts,
         })
     }
+
+    /// What ends an answer of the first Qwen chat models: their code knows it, and their files
+    /// only name the form of the chat.
+    fn turn_end(&self, inner: &Inner) -> Option<u32> {
+        let form = self.generation["chat_format"].as_str();
+        form.filter(|&form| form == "chatml")
+            .and_then(|_| inner.token_to_id("<|im_end|>"))
+    }
 }
 
 fn read(dir: &Path, name: &str) -> Result<Json> {
     let path = dir.join(name);
-    let bytes = match std::fs::read(&path) {
+    let bytes = match source::read(&path) {
         Ok(bytes) => bytes,
-        Err(source) if source.kind() == std::io::ErrorKind::NotFound => return Ok(Json::Null),
-        Err(source) => return Err(Error::Io { path, source }),
+        Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
+            return Ok(Json::Null);
+        }
+        Err(error) => return Err(error),
     };
     serde_json::from_slice(&bytes).map_err(|error| Error::TokenizerInvalid {
         path,
@@ -185,7 +217,7 @@ fn read(dir: &Path, name: &str) -> Result<Json> {
 }
 
 /// A token given as a string or as an object with `content`.
-fn token_text(value: &Json) -> Option<&str> {
+pub(super) fn token_text(value: &Json) -> Option<&str> {
     value.as_str().or_else(|| value["content"].as_str())
 }
 
@@ -199,7 +231,7 @@ fn ids_of(value: &Json, file: &str, key: &str) -> Result<Vec<u32>> {
     }
 }
 
-fn id_of(value: &Json, file: &str, key: &str) -> Result<u32> {
+pub(super) fn id_of(value: &Json, file: &str, key: &str) -> Result<u32> {
     let id = value.as_u64().and_then(|id| u32::try_from(id).ok());
     id.ok_or_else(|| Error::Config {
         file: file.to_owned(),
@@ -208,7 +240,7 @@ fn id_of(value: &Json, file: &str, key: &str) -> Result<u32> {
     })
 }
 
-fn config_error(key: &str, expected: &'static str) -> Error {
+pub(super) fn config_error(key: &str, expected: &'static str) -> Error {
     Error::Config {
         file: "tokenizer_config.json".to_owned(),
         key: format!("added_tokens_decoder.{key}"),

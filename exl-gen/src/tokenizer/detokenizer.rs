@@ -15,6 +15,9 @@ pub struct Detokenizer {
     strip: Option<usize>,
     /// The text goes on from a prompt, so nothing is taken off its front.
     continuing: bool,
+    /// Every byte that is part of no character comes out as a U+FFFD of its own, as SentencePiece
+    /// has it; otherwise one stands for the beginning of a character.
+    apart: bool,
 }
 
 impl Detokenizer {
@@ -26,6 +29,7 @@ impl Detokenizer {
             started: false,
             strip: None,
             continuing: false,
+            apart: false,
         }
     }
 
@@ -48,6 +52,7 @@ impl Detokenizer {
             return String::new();
         };
         let scheme = &pieces.scheme;
+        self.apart = scheme.byte_fallback;
         let first = !std::mem::replace(&mut self.started, true);
         if !first {
             self.pending.extend(scheme.separator.as_bytes());
@@ -71,8 +76,11 @@ impl Detokenizer {
 
     /// Ends the text: bytes that never became a character come out as U+FFFD.
     pub fn finish(&mut self) -> String {
-        let bytes = std::mem::take(&mut self.pending);
-        String::from_utf8_lossy(&bytes).into_owned()
+        let mut text = String::new();
+        // What waits is the beginning of one character.
+        self.replace(self.pending.len(), &mut text);
+        self.pending.clear();
+        text
     }
 
     /// Whether bytes of an unfinished character wait.
@@ -95,11 +103,17 @@ impl Detokenizer {
             if last && may_continue(wrong) {
                 break;
             }
-            text.push(char::REPLACEMENT_CHARACTER);
+            self.replace(wrong.len(), &mut text);
             done += wrong.len();
         }
         self.pending.drain(..done);
         text
+    }
+
+    /// Shows bytes that are no character, at most three.
+    fn replace(&self, wrong: usize, text: &mut String) {
+        let count = if self.apart { wrong } else { wrong.min(1) };
+        text.extend(std::iter::repeat_n(char::REPLACEMENT_CHARACTER, count));
     }
 
     fn strip_front(&mut self, text: String, limit: usize) -> String {

@@ -1,20 +1,21 @@
 //! The bytes behind every token id.
 
 use serde_json::Value as Json;
-use tokenizers::Tokenizer as Inner;
 
+use super::inner::Inner;
 use super::invalid;
+use super::names::MAX_IDS;
 use crate::Result;
 
 /// How a decoder turns the spelling of tokens into bytes.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(super) struct Scheme {
     /// Letters stand for bytes (GPT-2's table).
-    byte_level: bool,
+    pub(super) byte_level: bool,
     /// `<0xNN>` stands for a byte.
-    byte_fallback: bool,
+    pub(super) byte_fallback: bool,
     /// Texts replaced inside each token, in order.
-    replace: Vec<(String, String)>,
+    pub(super) replace: Vec<(String, String)>,
     /// Put between tokens: only where there is no decoder at all.
     pub(super) separator: &'static str,
     /// Blanks taken off the front of a text, at most.
@@ -35,12 +36,11 @@ pub(super) struct Pieces {
 }
 
 impl Pieces {
-    pub(super) fn new(inner: &Inner, decoder: &Json) -> Result<Self> {
-        let scheme = Scheme::read(decoder)?;
+    pub(super) fn new(inner: &Inner, scheme: Scheme) -> Result<Self> {
         let vocab = inner.get_vocab(true);
         let len = vocab.values().max().map_or(0, |&id| id as usize + 1);
-        // Ids come from a file; a huge one would otherwise allocate gigabytes.
-        if len > 1 << 24 {
+        // Ids come from a file; a huge one would otherwise take much memory for few tokens.
+        if len > (4 * vocab.len() + (1 << 20)).min(MAX_IDS as usize) {
             return Err(invalid(format!("the largest token id is {}", len - 1)));
         }
         let mut pieces = Self {
@@ -81,7 +81,8 @@ impl Pieces {
 }
 
 impl Scheme {
-    fn read(decoder: &Json) -> Result<Self> {
+    /// That of a decoder of tokenizer.json, null for none.
+    pub(super) fn read(decoder: &Json) -> Result<Self> {
         let mut scheme = Self::default();
         if decoder.is_null() {
             scheme.separator = " ";
@@ -172,20 +173,21 @@ fn fallback_byte(token: &str) -> Option<u8> {
         .flatten()
 }
 
-/// GPT-2's table of letters for bytes, by code point: printable bytes stand for themselves, the
-/// others for the letters from U+0100 on.
+/// GPT-2's letters for bytes: printable bytes stand for themselves, the others for the letters from
+/// U+0100 on.
+pub(super) fn letters() -> [char; 256] {
+    let mut next = 'Ā'..;
+    std::array::from_fn(|byte| match byte as u8 {
+        byte @ (b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff) => char::from(byte),
+        _ => next.next().unwrap_or_default(),
+    })
+}
+
+/// The same by code point: the byte of every letter.
 fn byte_table() -> [Option<u8>; 512] {
     let mut table = [None; 512];
-    let mut next = 256;
-    for byte in 0..=255u8 {
-        let printable = matches!(byte, b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff);
-        let letter = if printable {
-            usize::from(byte)
-        } else {
-            next += 1;
-            next - 1
-        };
-        table[letter] = Some(byte);
+    for (byte, letter) in (0..=255).zip(letters()) {
+        table[letter as usize] = Some(byte);
     }
     table
 }

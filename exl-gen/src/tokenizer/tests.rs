@@ -148,7 +148,8 @@ fn byte_fallback_joins_characters() {
     assert!(parts.iter().all(|part| !part.contains('\u{fffd}')));
     // Cut in the middle of the crab: three of its four bytes are there.
     let cut = &ids[..ids.len() - 2];
-    assert_eq!(tokenizer.decode(cut, true), "a  é\u{fffd}");
+    // Each is a mistake of its own, as SentencePiece and the library show it.
+    assert_eq!(tokenizer.decode(cut, true), "a  é\u{fffd}\u{fffd}\u{fffd}");
 }
 
 #[test]
@@ -211,7 +212,7 @@ fn missing_and_broken_files_are_named() {
         .unwrap_err()
         .to_string();
     assert!(
-        error.contains("/nonexistent/model/tokenizer.json") && error.contains("copy"),
+        error.contains("/nonexistent/model: no tokenizer") && error.contains("copy"),
         "{error}"
     );
     assert!(matches!(
@@ -225,6 +226,42 @@ fn missing_and_broken_files_are_named() {
         .unwrap_err()
         .to_string();
     assert!(error.contains("`CTC`"), "{error}");
+}
+
+#[test]
+fn pairs_without_a_token_are_refused() {
+    let refused = |pair: Json| {
+        let mut json = byte_level();
+        json["model"]["merges"] = serde_json::json!([pair]);
+        let json = json.to_string();
+        Tokenizer::from_json(json.as_bytes(), None)
+            .unwrap_err()
+            .to_string()
+    };
+    for pair in ["the the", "x", "Q z"] {
+        assert!(
+            refused(Json::from(pair)).contains("tokenizer.json"),
+            "{pair}"
+        );
+    }
+    assert!(refused(serde_json::json!(["Ġthe", "Ġthe"])).contains("makes no token"));
+}
+
+#[test]
+fn added_tokens_keep_how_they_are_looked_for() {
+    let entry = |content: &str, special: bool| {
+        serde_json::json!({"content": content, "lstrip": true, "rstrip": true,
+            "normalized": false, "special": special})
+    };
+    let config = serde_json::json!({
+        "eos_token": "<end>",
+        "added_tokens_decoder": {"263": entry("<trim>", false), "264": entry("<end>", false)},
+    });
+    let tokenizer = make(&byte_level(), config);
+    let ids = tokenizer.encode("the  <trim>  the <end>", Encode::PROMPT);
+    assert_eq!(ids.unwrap(), [257, 263, 257, 264]);
+    // Named among the special ones, it is one.
+    assert!(tokenizer.is_special(264) && !tokenizer.is_special(263));
 }
 
 fn stream(tokenizer: &Tokenizer, ids: &[u32], skip: bool) -> String {

@@ -4,23 +4,22 @@
 // What: a block takes one head of one row. Values go through the transform in shared memory; a warp
 // encodes a group: of 8 and 6 bits its largest value gives the scale, of 4 bits each lane tries one
 // block with one choice of step and offset for one sign, scale after scale, and the lanes agree on the
-// least squared error.
+// least squared error. Where rows are few (exl_kv_append_few) seven warps try one
+// scale of a group each.
 //
 // Bytes: q twice, k and v once, in 32-bit floats, and the new part of the cache. Bound: latency at few
 // rows, instructions at many.
 
 #include "kv/kv.cuh"
+#include "rope/rope.cuh"
 
 namespace {
 
 constexpr int THREADS = 128;
-
-__device__ __forceinline__ float2 rotation(int position, float frequency, float factor) {
-    const double turns = double(position) * double(frequency) * 0.15915494309189535;
-    float sine, cosine;
-    sincospif(float(2.0 * (turns - rint(turns))), &sine, &cosine);
-    return make_float2(cosine * factor, sine * factor);
-}
+// Warps that share the scales of a group where rows are few.
+constexpr int SHARES = 7;
+// Scales of 4-bit codes that are tried: steps around the one that makes the largest value 8 steps.
+constexpr int LEAST = -3, MOST = 3;
 
 __device__ __forceinline__ float nearest(float v, float low, float high) {
     return rintf(fminf(fmaxf(v, low), high));
@@ -40,10 +39,23 @@ __device__ __forceinline__ float block_error(const float (&y)[N], int count, flo
     return error;
 }
 
-// Word of a group of 4-bit codes whose largest value is `most` and whose blocks have N values. For whole
-// warps. Candidates do not wait for each other.
-template <int N>
-__device__ __forceinline__ u32 search(const float* y, const Group& g, float most) {
+// The best word so far, and its squared error.
+struct Found {
+    float error;
+    u32 word;
+
+    // The better one: of equal errors that with a positive scale, then the one found first.
+    __device__ __forceinline__ Found or_else(const Found& later) const {
+        const bool turns = later.error == error && (later.word >> 15) < (word >> 15);
+        return later.error < error || turns ? later : *this;
+    }
+};
+
+// Best word of a group of 4-bit codes whose largest value is `most` and whose blocks have N values, of
+// the scales that are this one of SPLIT shares. For whole warps. Candidates do not wait for each other.
+template <int N, int SPLIT>
+__device__ __forceinline__ Found search(const float* y, const Group& g, float most, int share) {
+    constexpr int EACH = (MOST - LEAST + SPLIT) / SPLIT;
     const int lane = threadIdx.x % WARP, block = lane / 4 % 4, choice = lane % 4;
     const int from = block * N, count = min(N, g.len - from);
     const float ratio = choice & 1 ? 0.6875f : 1.0f, shift = choice & 2 ? 1.5f : 0.0f;
@@ -53,8 +65,8 @@ __device__ __forceinline__ u32 search(const float* y, const Group& g, float most
     for (int i = 0; i < N; ++i) mine[i] = i < count ? y[from + i] : 0.0f;
     u32 word = 0;
 #pragma unroll
-    for (int t = -3; t <= 3; ++t) {
-        const int top = middle + t;
+    for (int i = 0; i < EACH; ++i) {
+        const int t = LEAST + EACH * share + i, top = middle + t;
         const u32 scale = u32(top) << 8 | u32(lane / 16) << 15;
         float error = 0.0f;
         if (count > 0) {
@@ -77,14 +89,14 @@ __device__ __forceinline__ u32 search(const float* y, const Group& g, float most
             error += __shfl_xor_sync(FULL_MASK, error, d);
             bits |= __shfl_xor_sync(FULL_MASK, bits, d);
         }
-        if (top >= 1 && top <= 0x6f && error < best) {
+        if (t <= MOST && top >= 1 && top <= 0x6f && error < best) {
             best = error;
             word = scale | bits;
         }
     }
-    const float other = __shfl_xor_sync(FULL_MASK, best, 16);
-    const u32 theirs = __shfl_xor_sync(FULL_MASK, word, 16);
-    return other < best || (other == best && lane >= 16) ? theirs : word;
+    const Found mine_found{best, word};
+    return mine_found.or_else({__shfl_xor_sync(FULL_MASK, best, 16),
+                               __shfl_xor_sync(FULL_MASK, word, 16)});
 }
 
 // The transform (kv.cuh) of a head of 64 or 128 values, one of each thread.
@@ -106,11 +118,14 @@ __device__ __forceinline__ void hadamard_by_lanes(float* x, int dim, bool forwar
     __syncthreads();
 }
 
-// Encodes a group of transformed values. For whole warps.
+// Encodes a group of transformed values, of which there may be none. For whole warps, of which SPLIT in
+// a row share a group, in step with those of the other groups.
+template <int SPLIT>
 __device__ __forceinline__ void encode(const float* head, int group, int dim, const Format& f,
                                        const Head<u8>& to) {
-    const int lane = threadIdx.x % WARP;
-    const Group g(group, dim);
+    const int lane = threadIdx.x % WARP, share = threadIdx.x / WARP % SPLIT;
+    const bool there = group < max(dim / 32, 1);
+    const Group g(there ? group : 0, dim);
     const float* y = head + g.from;
     float high = 0.0f, low = 0.0f;
     bool finite = true;
@@ -123,12 +138,26 @@ __device__ __forceinline__ void encode(const float* head, int group, int dim, co
     low = -warp_max(-low);
     finite = __all_sync(FULL_MASK, finite);
     const float zero = float(1 << (f.bits - 1)), most = fminf(fmaxf(high, -low), 65504.0f);
-    u32 word;
+    Found found{__int_as_float(0x7f800000), 0};
+    if (there && finite && f.bits == 4 && most != 0.0f) {
+        found = g.block == 8 ? search<8, SPLIT>(y, g, most, share) : search<16, SPLIT>(y, g, most, share);
+    }
+    if constexpr (SPLIT > 1) {
+        __shared__ Found shares[SPLIT * THREADS / WARP];
+        const int warp = threadIdx.x / WARP;
+        if (lane == 0) shares[warp] = found;
+        __syncthreads();
+#pragma unroll
+        for (int i = 1; i < SPLIT; ++i) {
+            if (share == 0) found = found.or_else(shares[warp + i]);
+        }
+        __syncthreads();
+    }
+    if (!there || share != 0) return;
+    u32 word = found.word;
     if (!finite) {
         word = 0x7e00;
-    } else if (f.bits == 4) {
-        word = most == 0.0f ? 0 : g.block == 8 ? search<8>(y, g, most) : search<16>(y, g, most);
-    } else {
+    } else if (f.bits != 4) {
         const float scale = (high > -low ? -most : most) / zero;
         word = __half_as_ushort(__float2half_rn(scale));
         if ((word & 0x7fff) == 0) word = 0;
@@ -158,12 +187,13 @@ __device__ __forceinline__ void encode(const float* head, int group, int dim, co
     if (lane == 0) *reinterpret_cast<u16*>(to.words + 2 * group) = u16(word);
 }
 
-}  // namespace
-
-extern "C" __global__ void __launch_bounds__(THREADS, 4)
-    exl_kv_append(float* q, const float* k, const float* v, const int* positions, const int* slots,
-                  const float* inv_freq, u8* k_cache, u8* v_cache, int heads, int kv_heads,
-                  int head_dim, int pairs, int interleaved, float factor, int k_bits, int v_bits) {
+// One head of one row; SPLIT warps share the scales of a group.
+template <int SPLIT>
+__device__ __forceinline__ void append(float* q, const float* k, const float* v, const int* positions,
+                                       const int* slots, const float* inv_freq, u8* k_cache, u8* v_cache,
+                                       int heads, int kv_heads, int head_dim, int pairs, int interleaved,
+                                       float factor, int k_bits, int v_bits, int second, int third) {
+    constexpr int COUNT = SPLIT * THREADS;
     extern __shared__ float x[];
     const auto sync = [] { __syncthreads(); };
     const int row = blockIdx.x, which = blockIdx.y;
@@ -174,26 +204,47 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4)
     const long long at = ((long long)row * (is_q ? heads : kv_heads) + head) * head_dim;
     const float* from = (is_q ? q : is_k ? k : v) + at;
     const int turned = is_q || is_k ? pairs : 0;
-    for (int p = threadIdx.x; p < turned; p += THREADS) {
+    const Positions at_axes{positions, int(gridDim.x), second, third};
+    for (int p = threadIdx.x; p < turned; p += COUNT) {
         const int a = interleaved ? 2 * p : p, b = interleaved ? a + 1 : p + pairs;
-        const float2 turn = rotation(positions[row], inv_freq[p], factor);
+        const float2 turn = rotation(at_axes.at(row, p), inv_freq[p], factor);
         x[a] = from[a] * turn.x - from[b] * turn.y;
         x[b] = from[b] * turn.x + from[a] * turn.y;
     }
-    for (int i = 2 * turned + threadIdx.x; i < head_dim; i += THREADS) x[i] = from[i];
+    for (int i = 2 * turned + threadIdx.x; i < head_dim; i += COUNT) x[i] = from[i];
     __syncthreads();
     if (head_dim == 64 || head_dim == 128) {
         hadamard_by_lanes(x, head_dim, !is_q);
     } else {
-        hadamard<THREADS>(x, head_dim, !is_q, sync);
+        hadamard<COUNT>(x, head_dim, !is_q, sync);
     }
     if (is_q) {
-        for (int i = threadIdx.x; i < head_dim; i += THREADS) q[at + i] = x[i];
+        for (int i = threadIdx.x; i < head_dim; i += COUNT) q[at + i] = x[i];
         return;
     }
     const Format f(is_k ? k_bits : v_bits, head_dim);
     const Head<u8> to(is_k ? k_cache : v_cache, f, slots[row], kv_heads, head);
-    for (int group = threadIdx.x / WARP; group < max(head_dim / 32, 1); group += THREADS / WARP) {
-        encode(x, group, head_dim, f, to);
+    constexpr int TOGETHER = THREADS / WARP;
+    const int mine = threadIdx.x / (SPLIT * WARP);
+    for (int group = 0; group < max(head_dim / 32, 1); group += TOGETHER) {
+        encode<SPLIT>(x, group + mine, head_dim, f, to);
     }
+}
+
+}  // namespace
+
+#define APPEND_ARGUMENTS                                                                             \
+    float *q, const float *k, const float *v, const int *positions, const int *slots,                \
+        const float *inv_freq, u8 *k_cache, u8 *v_cache, int heads, int kv_heads, int head_dim,      \
+        int pairs, int interleaved, float factor, int k_bits, int v_bits, int second, int third
+#define APPEND_VALUES                                                                                \
+    q, k, v, positions, slots, inv_freq, k_cache, v_cache, heads, kv_heads, head_dim, pairs,         \
+        interleaved, factor, k_bits, v_bits, second, third
+
+extern "C" __global__ void __launch_bounds__(THREADS, 4) exl_kv_append(APPEND_ARGUMENTS) {
+    append<1>(APPEND_VALUES);
+}
+
+extern "C" __global__ void __launch_bounds__(SHARES* THREADS, 1) exl_kv_append_few(APPEND_ARGUMENTS) {
+    append<SHARES>(APPEND_VALUES);
 }

@@ -20,8 +20,9 @@ constexpr u32 row_unit(u32 bits) {
 }
 
 // A warp's blocks in all parts of a turn, one Fold after the other.
+template <typename T>
 struct Way {
-    const Task& task;
+    const T& task;
     Turn turn;
     int warp;
     int part, first;   // and the part's first tile
@@ -29,7 +30,7 @@ struct Way {
     Cursor cursor;
     Fold fold;
 
-    __device__ __forceinline__ Way(const Task& task, int warp) : task(task), warp(warp) {}
+    __device__ __forceinline__ Way(const T& task, int warp) : task(task), warp(warp) {}
 
     __device__ __forceinline__ void start(const Turn& at) {
         turn = at;
@@ -41,7 +42,7 @@ struct Way {
     __device__ __forceinline__ bool next() {
         while (cursor.at >= cursor.end) {
             if (part >= 0 && !task.gated) first += task.matrix[part].columns;
-            if (++part == (task.gated ? 2 : PARTS)) return false;
+            if (++part == (task.gated ? 2 : T::MOST)) return false;
             const QMatrix& m = task.matrix[part];
             tiles = turn.tiles(first, m.columns);
             if (tiles.count > 0) cursor.enter(m, m.shares[warp], m.shares[warp + 1]);
@@ -52,15 +53,16 @@ struct Way {
 };
 
 // Asks for the units of a way.
+template <typename T>
 struct Supply {
-    Way way;
+    Way<T> way;
     const char* at;
     u64 next_tile;   // from a tile's last unit to the next one's first
     u32 left, count;   // blocks of the tile, of all tiles
     u32 unit, bytes;   // blocks of a unit, bytes of a block
     int tiles;         // 0: nothing is left
 
-    __device__ __forceinline__ explicit Supply(const Way& way) : way(way), tiles(0) {}
+    __device__ __forceinline__ explicit Supply(const Way<T>& way) : way(way), tiles(0) {}
 
     __device__ __forceinline__ void start(const Turn& turn) {
         way.start(turn);
@@ -185,8 +187,8 @@ struct RowWalk {
     }
 
     // All tiles of a fold.
-    template <u32 B, u32 FOLD>
-    __device__ __forceinline__ void pass(const Way& way, Supply& supply, const Ring& ring,
+    template <u32 B, u32 FOLD, typename T>
+    __device__ __forceinline__ void pass(const Way<T>& way, Supply<T>& supply, const Ring& ring,
                                          Ring::Place& at) {
         constexpr u32 UNIT = row_unit(B), STEP = FOLD < UNIT ? FOLD : UNIT, ROUND = 4 * FOLD;
         constexpr u32 BYTES = Sections<B>::BYTES;
@@ -258,8 +260,8 @@ struct RowWalk {
             to += step;
         }
     }
-    template <u32 B>
-    __device__ __forceinline__ void folds(const Way& way, Supply& supply, const Ring& ring,
+    template <u32 B, typename T>
+    __device__ __forceinline__ void folds(const Way<T>& way, Supply<T>& supply, const Ring& ring,
                                           Ring::Place& at) {
         if constexpr (fold_blocks(B) == 4) {
             if (way.fold.fold == 4) return pass<B, 4>(way, supply, ring, at);
@@ -267,7 +269,8 @@ struct RowWalk {
         if (way.fold.fold == 2) return pass<B, 2>(way, supply, ring, at);
         pass<B, 1>(way, supply, ring, at);
     }
-    __device__ __forceinline__ void run(const Way& way, Supply& supply, const Ring& ring,
+    template <typename T>
+    __device__ __forceinline__ void run(const Way<T>& way, Supply<T>& supply, const Ring& ring,
                                         Ring::Place& at) {
         if constexpr (KIND == KIND_GPTQ) {
             folds<4>(way, supply, ring, at);

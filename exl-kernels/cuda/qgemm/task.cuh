@@ -20,6 +20,9 @@ struct PartTile {
 
 // What one launch computes. The host fills this struct word by word: lower/linear/few.rs.
 struct Task {
+    static constexpr int MOST = PARTS;
+    static constexpr int ROUNDS = 4;   // of loads that overlap when one row is staged
+
     QMatrix matrix[PARTS];
     Epilogue epilogue[PARTS];   // gate and up: of the gate; the second holds the other bias
     const float* x;             // one row: [inputs]
@@ -42,4 +45,16 @@ struct Task {
         while (part < PARTS - 1 && index >= matrix[part].columns) index -= matrix[part++].columns;
         return {part, index};
     }
+    // Stores the sum of row r in a column of the tile with this index among those of all parts; gate and
+    // up: with the sum of up.
+    __device__ __forceinline__ void finish(int r, int index, int column, float s, float up) const {
+        if (gated) {
+            finish_gated(epilogue[0], epilogue[1], act, r, index * 32 + column, s, up);
+            return;
+        }
+        const PartTile own = tile(index);
+        finish_linear(epilogue[own.part], r, own.index * 32 + column, s);
+    }
+    // Who knows the product that follows.
+    __device__ __forceinline__ const Task& following() const { return *this; }
 };

@@ -24,7 +24,8 @@ struct Turn {
 // Asks for weights of the product that follows, the first that the thread block of this number will want
 // (of a product by clusters, some that its cluster will want):
 // the memory would rest while sums are added, other kernels run, and the next input is prepared.
-__device__ __forceinline__ void prefetch_next(const Task& task) {
+template <typename T>
+__device__ __forceinline__ void prefetch_next(const T& task) {
     if (int(blockIdx.x) >= task.next_grid) return;
     int all = task.next[0].columns;
     if (!task.next_gated) all += task.next[1].columns + task.next[2].columns;

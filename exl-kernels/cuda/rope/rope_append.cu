@@ -1,25 +1,17 @@
 // exl_rope_append_*: rotates q in place, rotates k and writes k and v into the paged cache.
 //
 // What: a block takes a group of heads of one row. A thread computes the angle of one pair of values
-// once and applies it to up to HEADS heads, loads first. Angles are position * frequency in 64-bit
-// floats, brought to one turn, so that sine and cosine are exact to 32 bits at any position.
+// once and applies it to up to HEADS heads, loads first. Positions may have three axes (rope.cuh).
 //
 // Bytes: q twice, k and v once, in 32-bit floats, and the new part of the cache. Bound: latency at few
 // rows, memory at many.
 
-#include "common/common.cuh"
+#include "rope/rope.cuh"
 
 namespace {
 
 constexpr int THREADS = 256;
 constexpr int HEADS = 4;   // heads of a thread at a time
-
-__device__ __forceinline__ float2 rotation(int position, float frequency, float factor) {
-    const double turns = double(position) * double(frequency) * 0.15915494309189535;
-    float sine, cosine;
-    sincospif(float(2.0 * (turns - rint(turns))), &sine, &cosine);
-    return make_float2(cosine * factor, sine * factor);
-}
 
 __device__ __forceinline__ void store(float* to, float v) { *to = v; }
 __device__ __forceinline__ void store(__half* to, float v) { *to = __float2half_rn(v); }
@@ -55,7 +47,7 @@ __device__ __forceinline__ void store(__half* to, const float (&v)[4], bool four
 
 template <typename KV>
 __device__ __forceinline__ void rope_append(float* q, const float* k, const float* v,
-                                            const int* positions, const int* slots,
+                                            const Positions& positions, const int* slots,
                                             const float* inv_freq, KV* k_cache, KV* v_cache,
                                             int heads, int kv_heads, int head_dim, int pairs,
                                             int interleaved, float factor) {
@@ -67,7 +59,8 @@ __device__ __forceinline__ void rope_append(float* q, const float* k, const floa
     float frequency = pair < pairs ? inv_freq[pair] : 0.0f;
     pdl_launch();
     pdl_wait();
-    const int row = blockIdx.x, position = positions[row];
+    const int row = blockIdx.x;
+    int position = positions.at(row, pair);
     const long long slot = slots[row];
     float* q_row = q + (long long)row * heads * head_dim;
     const float* k_row = k + (long long)row * kv_heads * head_dim;
@@ -85,7 +78,10 @@ __device__ __forceinline__ void rope_append(float* q, const float* k, const floa
 
     if (int(threadIdx.x) < lanes * side) {
         for (int p = pair; p < pairs; p += lanes) {
-            if (p != pair) frequency = inv_freq[p];
+            if (p != pair) {
+                frequency = inv_freq[p];
+                position = positions.at(row, p);
+            }
             const int at = interleaved ? 2 * p : p, other = interleaved ? at + 1 : p + pairs;
             float2 turn = make_float2(0.0f, 0.0f);
             for (int from = first; from < all; from += gridDim.y * side * HEADS) {
@@ -133,9 +129,10 @@ __device__ __forceinline__ void rope_append(float* q, const float* k, const floa
     extern "C" __global__ void __launch_bounds__(THREADS, 4)                                      \
         NAME(float* q, const float* k, const float* v, const int* positions, const int* slots,    \
              const float* inv_freq, KV* k_cache, KV* v_cache, int heads, int kv_heads,            \
-             int head_dim, int pairs, int interleaved, float factor) {                            \
-        rope_append<KV>(q, k, v, positions, slots, inv_freq, k_cache, v_cache, heads, kv_heads,   \
-                        head_dim, pairs, interleaved, factor);                                    \
+             int head_dim, int pairs, int interleaved, float factor, int second, int third) {     \
+        rope_append<KV>(q, k, v, Positions{positions, int(gridDim.x), second, third}, slots,      \
+                        inv_freq, k_cache, v_cache, heads, kv_heads, head_dim, pairs,             \
+                        interleaved, factor);                                                     \
     }
 ROPE(exl_rope_append_f16, __half)
 ROPE(exl_rope_append_f32, float)

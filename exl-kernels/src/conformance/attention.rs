@@ -1,5 +1,7 @@
 //! Rotation with cache append, and attention over the paged cache.
 
+use std::fmt;
+
 use super::Case;
 use super::Run;
 use super::data::{Rng, Stored};
@@ -24,6 +26,24 @@ const fn heads(heads: usize, kv_heads: usize, head_dim: usize) -> Heads {
     }
 }
 
+/// How heads turn.
+#[derive(Clone, Copy)]
+struct Turn {
+    style: RopeStyle,
+    /// Values that turn.
+    rotary: usize,
+    /// By positions on three axes.
+    axes: bool,
+}
+
+impl fmt::Display for Turn {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { style, rotary, .. } = self;
+        let axes = if self.axes { " on axes" } else { "" };
+        write!(f, "{style:?}{axes}/rotary={rotary}")
+    }
+}
+
 pub(super) fn cases(quick: bool) -> Vec<Case> {
     let mut list = Vec::new();
     for style in [RopeStyle::Neox, RopeStyle::GptJ] {
@@ -33,11 +53,19 @@ pub(super) fn cases(quick: bool) -> Vec<Case> {
                 (heads(3, 1, 64), 32),
                 (heads(2, 2, 8), 0),
             ] {
-                list.push(rope(style, cache, shape, rotary));
+                for axes in [false, true] {
+                    let turn = Turn {
+                        style,
+                        rotary,
+                        axes,
+                    };
+                    list.push(rope(turn, cache, shape));
+                }
             }
         }
     }
     let shapes = [
+        heads(4, 2, 16),
         heads(1, 1, 32),
         heads(4, 2, 64),
         heads(8, 1, 80),
@@ -79,7 +107,7 @@ pub(super) fn cases(quick: bool) -> Vec<Case> {
     }
     // Rows and heads enough for the large tiles of a GPU.
     if !quick {
-        for head_dim in [64, 80, 128, 256] {
+        for head_dim in [16, 32, 64, 80, 128, 256] {
             for (shape, seqs) in [
                 (heads(18, 18, head_dim), &[(150, 150), (70, 600)]),
                 (heads(24, 12, head_dim), &[(150, 150), (170, 600)]),
@@ -110,9 +138,18 @@ fn quantized(quick: bool) -> Vec<Case> {
             (heads(2, 1, 256), 64),
             (heads(2, 2, 22), 20),
         ] {
-            list.push(rope_quantized(RopeStyle::Neox, kv, shape, rotary));
+            for axes in [false, true] {
+                let turn = Turn {
+                    style: RopeStyle::Neox,
+                    rotary,
+                    axes,
+                };
+                list.push(rope_quantized(turn, kv, shape));
+            }
         }
         for shape in [
+            heads(4, 2, 16),
+            heads(4, 2, 32),
             heads(4, 2, 64),
             heads(8, 1, 80),
             heads(2, 1, 96),
@@ -148,7 +185,7 @@ fn quantized(quick: bool) -> Vec<Case> {
             }
         }
         // Rows and heads enough for the large tiles of a GPU.
-        for head_dim in [64, 80, 128, 256] {
+        for head_dim in [16, 32, 64, 80, 128, 256] {
             let seqs = &[(150, 150), (70, 300)];
             list.push(attention(
                 "prefill",
@@ -221,16 +258,13 @@ fn losses(
 
 /// Rotation and append in a quantized cache. Which of two codes a value between them gets may
 /// differ, what it loses may not.
-fn rope_quantized(style: RopeStyle, kv: KvType, h: Heads, rotary: usize) -> Case {
-    let name = format!(
-        "rope_append::{style:?}/{kv}/d={}/rotary={rotary}",
-        h.head_dim
-    );
+fn rope_quantized(turn: Turn, kv: KvType, h: Heads) -> Case {
+    let name = format!("rope_append::{turn}/{kv}/d={}", h.head_dim);
     // Measured 3e-5.
     Case::new(name, 1e-3, move |run| {
         let slots = [300, 3, 0, 511, 256];
-        let (q, k, v) = append(run, (style, KvType::F32, h, rotary), &slots)?;
-        let (again, k_codes, v_codes) = append(run, (style, kv, h, rotary), &slots)?;
+        let (q, k, v) = append(run, turn, (KvType::F32, h), &slots)?;
+        let (again, k_codes, v_codes) = append(run, turn, (kv, h), &slots)?;
         let (k_loss, k_rest) = losses((kv.k, h), bytemuck::cast_slice(&k_codes), &slots, &k);
         let (v_loss, v_rest) = losses((kv.v, h), bytemuck::cast_slice(&v_codes), &slots, &v);
         Ok(vec![q, again, k_loss, k_rest, v_loss, v_rest])
@@ -240,7 +274,8 @@ fn rope_quantized(style: RopeStyle, kv: KvType, h: Heads, rotary: usize) -> Case
 /// The rotated queries of a few rows, and the memory of both caches.
 fn append(
     run: Run<'_>,
-    (style, kv, h, rotary): (RopeStyle, KvType, Heads, usize),
+    turn: Turn,
+    (kv, h): (KvType, Heads),
     slots: &[i32],
 ) -> Result<(Vec<f32>, Vec<f32>, Vec<f32>)> {
     let mut rng = Rng::new(20);
@@ -248,10 +283,16 @@ fn append(
     let width = h.kv_heads * h.head_dim;
     let mut q = rng.floats(rows * h.heads * h.head_dim);
     let (k, v) = (rng.floats(rows * width), rng.floats(rows * width));
-    let positions: Vec<i32> = [0, 1, 77, 8191, 131_071][..rows].to_vec();
-    let inv_freq: Vec<f32> = (0..rotary / 2)
-        .map(|i| 10000f32.powf(-2.0 * i as f32 / rotary as f32))
+    let mut positions: Vec<i32> = [0, 1, 77, 8191, 131_071][..rows].to_vec();
+    if turn.axes {
+        positions.extend_from_slice(&[5, 2, 77, 40_000, 0][..rows]);
+        positions.extend_from_slice(&[3, 9, 77, 1, 131_070][..rows]);
+    }
+    let pairs = turn.rotary / 2;
+    let inv_freq: Vec<f32> = (0..pairs)
+        .map(|i| 10000f32.powf(-2.0 * i as f32 / turn.rotary as f32))
         .collect();
+    let (a, b) = (pairs / 4, pairs * 3 / 8);
     let words = |format: KvFormat| 2 * format.page_bytes(h.kv_heads, h.head_dim) / 4;
     let (mut k_words, mut v_words) = (vec![0f32; words(kv.k)], vec![0f32; words(kv.v)]);
     let op = RopeAppend {
@@ -268,8 +309,9 @@ fn append(
         heads: h.heads,
         kv_heads: h.kv_heads,
         head_dim: h.head_dim,
-        style,
+        style: turn.style,
         attention_factor: 1.25,
+        sections: turn.axes.then_some([a, b, pairs - a - b]),
     };
     run(&mut Op::RopeAppend(op))?;
     Ok((q, k_words, v_words))
@@ -284,15 +326,12 @@ fn region(words: &mut [f32], format: KvFormat) -> MemMut<'_> {
     }
 }
 
-fn rope(style: RopeStyle, kv: KvType, h: Heads, rotary: usize) -> Case {
-    let name = format!(
-        "rope_append::{style:?}/{kv}/d={}/rotary={rotary}",
-        h.head_dim
-    );
+fn rope(turn: Turn, kv: KvType, h: Heads) -> Case {
+    let name = format!("rope_append::{turn}/{kv}/d={}", h.head_dim);
     // Measured 1.4e-7, and one rounding step of 16 bits where the cache has 16.
     let tolerance = if kv == KvType::F16 { 6e-4 } else { 1e-6 };
     Case::new(name, tolerance, move |run| {
-        let (q, k, v) = append(run, (style, kv, h, rotary), &[300, 3, 0, 511, 256])?;
+        let (q, k, v) = append(run, turn, (kv, h), &[300, 3, 0, 511, 256])?;
         let floats = |words: Vec<f32>| match kv.k {
             KvFormat::F16 => {
                 let halves: &[f16] = bytemuck::cast_slice(&words);
@@ -305,16 +344,17 @@ fn rope(style: RopeStyle, kv: KvType, h: Heads, rotary: usize) -> Case {
 }
 
 /// Sequences of `(new rows, tokens in the cache)` on scattered pages, each shape with and without
-/// a window and a soft-cap. Page 0 holds NaN and stands for all pages that no window reaches.
+/// a window and a soft-cap; one window is narrower than any tile of keys. Page 0 holds NaN and stands for
+/// all pages that no window reaches.
 fn attention(what: &str, kv: KvType, h: Heads, seqs: &'static [(usize, usize)]) -> Case {
     let name = format!(
         "paged_attn::{what}/{kv}/heads={}/{}/d={}",
         h.heads, h.kv_heads, h.head_dim
     );
-    // Measured up to 5.5e-6, at scores of several hundred: their rounding is the weights' error.
+    // Measured up to 8.3e-6, at scores of several hundred: their rounding is the weights' error.
     Case::new(name, 1.5e-5, move |run| {
         let mut outputs = Vec::new();
-        for (window, softcap) in [(0, 0.0), (20, 0.0), (300, 5.0)] {
+        for (window, softcap) in [(0, 0.0), (20, 0.0), (300, 5.0), (7, 5.0)] {
             let mut rng = Rng::new(21);
             let width = seqs
                 .iter()

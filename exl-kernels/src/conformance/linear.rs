@@ -31,7 +31,7 @@ pub(super) fn cases(quick: bool) -> Vec<Case> {
     };
     for &rows in rows {
         for dtype in STORAGE {
-            for (inputs, outputs) in [(33, 7), (64, 48), (256, 130)] {
+            for (inputs, outputs) in [(33, 7), (64, 48), (256, 130), (4360, 9)] {
                 list.push(dense(dtype, rows, inputs, outputs));
             }
         }

@@ -42,6 +42,10 @@ pub(super) fn cases(quick: bool) -> Vec<Case> {
             list.push(gate_up(Weights::Exl2, rows, &WIDE));
             list.push(down(Weights::Exl2, rows, &WIDE));
         }
+        for rows in [1, 5, 16, 60] {
+            list.push(gate_up(Weights::Exl2, rows, &DEEP));
+            list.push(down(Weights::Gptq, rows, &DEEP));
+        }
     }
     list
 }
@@ -132,6 +136,15 @@ const WIDE: Sizes = Sizes {
     outputs: 2560,
 };
 
+/// Rows that do not fit shared memory as a whole.
+const DEEP: Sizes = Sizes {
+    name: "deep",
+    experts: 3,
+    top_k: 1,
+    inputs: 11_264,
+    outputs: 40,
+};
+
 /// The matrix of one expert.
 enum Weight {
     Quant(QuantMatrix),
@@ -147,16 +160,21 @@ impl Weight {
     }
 }
 
-/// Mixes of widths for so many inputs, which are 128 and more.
+/// Mixes of widths for so many inputs, which are 128 and more, in groups of different lengths.
 fn layout(expert: usize, inputs: usize) -> Vec<(u8, u32)> {
-    let rest = (inputs - 96) as u32;
-    match expert % 5 {
-        0 => vec![(4, 32), (4, 64), (4, rest)],
-        1 => vec![(6, 32), (5, 32), (3, 32), (2, rest)],
-        2 => vec![(8, 32), (4, rest), (3, 64)],
-        3 => vec![(5, 96), (4, rest)],
-        _ => vec![(3, rest), (2, 96)],
-    }
+    let rest = inputs as u32 - 96;
+    let mut groups = match expert % 5 {
+        0 => vec![(4, 32), (4, 64)],
+        1 => vec![(6, 32), (5, 32), (3, 32)],
+        2 => vec![(8, 32), (5, 64)],
+        3 => vec![(5, 96)],
+        _ => vec![(3, 96)],
+    };
+    let (bits, rows) = [(4, 128), (2, 64), (4, 32), (4, 96), (3, 128)][expert % 5];
+    let whole = (rest / rows) as usize;
+    groups.extend(vec![(bits, rows); whole]);
+    groups.extend((!rest.is_multiple_of(rows)).then_some((bits, rest % rows)));
+    groups
 }
 
 impl Weights {
@@ -202,8 +220,8 @@ impl Weights {
         match self {
             // Measured up to 4e-7.
             Weights::Dense(_) => 5e-6,
-            // Measured up to 5.9e-4.
-            _ => 1e-3,
+            // Measured up to 1.1e-3: the product of two branches, of few inputs.
+            _ => 2e-3,
         }
     }
 }

@@ -309,6 +309,7 @@ pub(super) fn rope_append(op: &mut RopeAppend<'_>, cpu: &Cpu) -> Result<()> {
     let freqs = op.inv_freq.slice::<f32>()?;
     let (k, v) = (op.k.slice::<f32>()?, op.v.slice::<f32>()?);
     let (style, factor, half) = (op.style, f64::from(op.attention_factor), freqs.len());
+    let (rows, sections) = (op.rows, op.sections);
     let q_width = op.heads * d;
     let q = Rows(op.q.slice_mut::<f32>()?.as_mut_ptr());
     let k_cache = Cache::new(&mut op.k_cache, op.kv.k, heads, cpu.isa())?;
@@ -327,8 +328,9 @@ pub(super) fn rope_append(op: &mut RopeAppend<'_>, cpu: &Cpu) -> Result<()> {
                 let (key, head) = rest.split_at_mut(width);
                 let (cos, sin) = angles.split_at_mut(half);
                 for (i, f) in freqs.iter().enumerate() {
+                    let position = positions[ops::rope_axis(sections, i) * rows + r];
                     // Angles of long contexts need the bits of f64.
-                    let (s, c) = (f64::from(positions[r]) * f64::from(*f)).sin_cos();
+                    let (s, c) = (f64::from(position) * f64::from(*f)).sin_cos();
                     cos[i] = (c * factor) as f32;
                     sin[i] = (s * factor) as f32;
                 }

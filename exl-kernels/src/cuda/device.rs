@@ -12,7 +12,7 @@ use cudarc::driver::sys::CUfunction_attribute_enum as Attribute;
 
 use super::driver::{self, Api, DeviceInfo, OUT_OF_MEMORY};
 use super::lower::{CLUSTER, CLUSTER_ARCHITECTURES, CLUSTER_KERNEL};
-use super::memory::DeviceRegion;
+use super::memory::{DeviceRegion, WeakRegion};
 use super::pack::Pack;
 use super::stream::{ReadyLaunch, Stream};
 use super::{DeviceProps, Kernel, Launch};
@@ -224,6 +224,8 @@ unsafe impl Send for Function {}
 /// what others queued there: give each thread its own GPU or its own [`Stream`].
 pub struct Device {
     functions: Mutex<HashMap<Kernel, Function>>,
+    /// Those of launches ([`Device::ready`]), which share equal ones.
+    tables: Mutex<HashMap<Arc<[u64]>, WeakRegion>>,
     /// Device memory that loading them took.
     kernel_bytes: AtomicI64,
     stream: Stream,
@@ -251,6 +253,7 @@ impl Device {
         let context = Arc::new(Context::new(ordinal)?);
         let mut device = Self {
             functions: Mutex::default(),
+            tables: Mutex::default(),
             kernel_bytes: AtomicI64::new(0),
             stream: Stream::on(context.clone())?,
             pack,
@@ -406,7 +409,28 @@ impl Device {
         {
             return Err(kernel_error(name(), format!("a grid of {:?}", launch.grid)));
         }
-        Ok(ReadyLaunch::new(self.context.clone(), handle, launch))
+        let table = launch.args.table().map(|words| self.table(words));
+        let context = self.context.clone();
+        Ok(ReadyLaunch::new(
+            context,
+            handle,
+            launch,
+            table.transpose()?,
+        ))
+    }
+
+    /// These words in device memory, where they are as long as anyone has the region.
+    fn table(&self, words: &Arc<[u64]>) -> Result<DeviceRegion> {
+        let mut tables = self.tables.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(region) = tables.get(words).and_then(WeakRegion::upgrade) {
+            return Ok(region);
+        }
+        tables.retain(|_, region| region.upgrade().is_some());
+        let bytes: &[u8] = bytemuck::cast_slice(words);
+        let region = DeviceRegion::alone(self, bytes.len(), "tables of experts")?;
+        self.copy_in(&region, 0, bytes)?;
+        tables.extend(region.downgrade().map(|weak| (words.clone(), weak)));
+        Ok(region)
     }
 
     /// What a kernel takes on this GPU. Loads it.

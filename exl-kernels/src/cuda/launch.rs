@@ -1,6 +1,7 @@
 //! Kernel launches as plain data.
 
 use std::fmt;
+use std::sync::Arc;
 
 /// Most parameters of a kernel.
 pub const MAX_ARGS: usize = 32;
@@ -32,13 +33,15 @@ impl fmt::Debug for Kernel {
 /// Arguments of a launch in the order of the kernel's parameters. A parameter is read from the low
 /// bytes of a 64-bit word, be it a pointer, an integer or a float, or it is a struct of several
 /// words.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub struct Args {
     words: [u64; MAX_WORDS],
     used: usize,
     /// First word of each parameter.
     starts: [u8; MAX_ARGS],
     len: usize,
+    /// What must lie in device memory, at an address that takes the place of the first word.
+    table: Option<Arc<[u64]>>,
 }
 
 impl Args {
@@ -49,6 +52,7 @@ impl Args {
             used: 0,
             starts: [0; MAX_ARGS],
             len: 0,
+            table: None,
         }
     }
 
@@ -80,6 +84,21 @@ impl Args {
     /// When there are fewer words.
     pub fn patch(&mut self, first: usize, words: &[u64]) {
         self.words[..self.used][first..first + words.len()].copy_from_slice(words);
+    }
+
+    /// Makes the first word the address of these words in device memory: a table that a kernel looks up,
+    /// which never changes. Whoever makes the launch ready puts it there.
+    #[must_use]
+    pub fn with_table(self, table: Arc<[u64]>) -> Self {
+        Self {
+            table: Some(table),
+            ..self
+        }
+    }
+
+    /// The words of [`Args::with_table`].
+    pub fn table(&self) -> Option<&Arc<[u64]>> {
+        self.table.as_ref()
     }
 
     /// A device address; 0 for an absent buffer.

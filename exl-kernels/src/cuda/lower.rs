@@ -3,13 +3,14 @@
 mod attention;
 mod gemm;
 mod linear;
+mod moe;
 pub(super) mod quant;
 mod rows;
 mod sample;
 
 use super::{DeviceProps, Kernel, Launch};
+use crate::Result;
 use crate::ops::{self, Op};
-use crate::{Error, Result};
 pub(super) use linear::{CLUSTER, CLUSTER_ARCHITECTURES, CLUSTER_KERNEL};
 
 /// Device memory that the launches of one op may use. Ops run one after the other, so all of
@@ -47,6 +48,7 @@ pub fn kernels() -> impl Iterator<Item = Kernel> {
         attention::KERNELS,
         gemm::KERNELS,
         linear::KERNELS,
+        moe::KERNELS,
         sample::KERNELS,
         quant::KERNELS,
         super::matrix::KERNELS,
@@ -81,10 +83,9 @@ pub fn lower(op: &Op<'_>, target: &Target<'_>, list: &mut Vec<Launch>) -> Result
         Op::Dequant(o) => linear::dequant(o, target, list),
         Op::RopeAppend(o) => attention::rope_append(o, target, list),
         Op::PagedAttn(o) => attention::paged_attn(o, target, list),
-        Op::MoeRoute(_) | Op::MoeGateUp(_) | Op::MoeDown(_) => Err(Error::Unsupported {
-            op: op.name(),
-            what: "a mixture of experts on a GPU".to_owned(),
-        }),
+        Op::MoeRoute(o) => moe::route(o, target, list),
+        Op::MoeGateUp(o) => moe::gate_up(o, target, list),
+        Op::MoeDown(o) => moe::down(o, target, list),
     }
 }
 
@@ -94,11 +95,23 @@ pub fn link(launches: &mut [Launch]) {
     linear::link(launches);
 }
 
+/// Bytes of device memory that tables of the launches of an op take (`Args::with_table`). Equal tables of
+/// launches that are kept share memory.
+pub fn table_bytes(op: &Op<'_>) -> u64 {
+    match op {
+        Op::MoeGateUp(o) => moe::gate_up_tables(o),
+        Op::MoeDown(o) => moe::down_tables(o),
+        _ => 0,
+    }
+}
+
 /// Bytes of scratch memory that the launches of an op need.
 pub fn scratch_bytes(op: &Op<'_>, props: &DeviceProps) -> u64 {
     match op {
         Op::Linear(o) => linear::linear_scratch(o, props),
         Op::GateUp(o) => linear::gate_up_scratch(o, props),
+        Op::MoeGateUp(o) => moe::gate_up_scratch(o, props),
+        Op::MoeDown(o) => moe::down_scratch(o, props),
         Op::PagedAttn(o) => attention::paged_attn_scratch(o, props),
         Op::Sample(o) => sample::sample_scratch(o, props),
         Op::HessianFactor(o) => quant::hessian_factor_scratch(o),
@@ -114,8 +127,6 @@ pub fn scratch_bytes(op: &Op<'_>, props: &DeviceProps) -> u64 {
         | Op::ScaleRows(_)
         | Op::Gated(_)
         | Op::MoeRoute(_)
-        | Op::MoeGateUp(_)
-        | Op::MoeDown(_)
         | Op::HessianSyrk(_)
         | Op::Dequant(_)
         | Op::RopeAppend(_) => 0,

@@ -232,6 +232,11 @@ impl CudaMatrix {
         self.outputs
     }
 
+    /// Where the struct that kernels read lies.
+    pub(crate) fn address(&self) -> u64 {
+        self.address
+    }
+
     /// Bytes in device memory.
     pub fn bytes(&self) -> usize {
         self.bytes

@@ -5,7 +5,7 @@ mod bump;
 use std::fmt;
 use std::ops::{Deref, DerefMut};
 use std::ptr::null_mut;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use self::bump::Bump;
 use super::device::{Context, Device};
@@ -90,8 +90,8 @@ pub struct DeviceRegion {
     address: u64,
     bytes: usize,
     place: Place,
-    /// `None` without memory.
-    _owner: Option<Arc<DeviceMemory>>,
+    /// Keeps the memory; `None` without.
+    owner: Option<Arc<DeviceMemory>>,
 }
 
 impl fmt::Debug for DeviceRegion {
@@ -130,7 +130,7 @@ impl DeviceRegion {
             address: memory.address + offset as u64,
             bytes,
             place: Place::Device(memory.context.ordinal()),
-            _owner: Some(memory.clone()),
+            owner: Some(memory.clone()),
         }
     }
 
@@ -144,7 +144,7 @@ impl DeviceRegion {
             address: UNBACKED,
             bytes,
             place: Place::Device(0),
-            _owner: None,
+            owner: None,
         }
     }
 
@@ -155,7 +155,7 @@ impl DeviceRegion {
             address,
             bytes,
             place: Place::Device(0),
-            _owner: None,
+            owner: None,
         }
     }
 
@@ -181,6 +181,16 @@ impl DeviceRegion {
     /// The GPU.
     pub fn place(&self) -> Place {
         self.place
+    }
+
+    /// The region without keeping its memory; `None` where there is none.
+    pub(super) fn downgrade(&self) -> Option<WeakRegion> {
+        Some(WeakRegion {
+            bytes: self.bytes,
+            address: self.address,
+            place: self.place,
+            owner: Arc::downgrade(self.owner.as_ref()?),
+        })
     }
 
     /// Address of `bytes` bytes from `offset` on.
@@ -243,6 +253,26 @@ impl DeviceRegion {
         let address = self.typed(offset, bytes, dtype)?;
         // SAFETY: as in `mem`; exclusive use is the caller's promise.
         Ok(unsafe { MemMut::from_raw(address, bytes, dtype, self.place()) })
+    }
+}
+
+/// Finds a region again as long as somebody keeps it.
+#[derive(Debug)]
+pub(super) struct WeakRegion {
+    bytes: usize,
+    address: u64,
+    place: Place,
+    owner: Weak<DeviceMemory>,
+}
+
+impl WeakRegion {
+    pub(super) fn upgrade(&self) -> Option<DeviceRegion> {
+        Some(DeviceRegion {
+            address: self.address,
+            bytes: self.bytes,
+            place: self.place,
+            owner: Some(self.owner.upgrade()?),
+        })
     }
 }
 

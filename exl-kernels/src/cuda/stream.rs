@@ -21,6 +21,8 @@ pub struct ReadyLaunch {
     block: [u32; 3],
     shared_bytes: u32,
     args: Args,
+    /// Keeps the memory of [`Args::table`].
+    _table: Option<DeviceRegion>,
     /// Keeps the kernel loaded.
     context: Arc<Context>,
 }
@@ -43,14 +45,25 @@ impl fmt::Debug for ReadyLaunch {
 }
 
 impl ReadyLaunch {
-    pub(super) fn new(context: Arc<Context>, function: sys::CUfunction, launch: &Launch) -> Self {
+    /// `table`: where [`Args::table`] lies, if there is one.
+    pub(super) fn new(
+        context: Arc<Context>,
+        function: sys::CUfunction,
+        launch: &Launch,
+        table: Option<DeviceRegion>,
+    ) -> Self {
+        let mut args = launch.args.clone();
+        if let Some(table) = &table {
+            args.patch(0, &[table.address()]);
+        }
         Self {
             kernel: launch.kernel,
             function,
             grid: launch.grid,
             block: launch.block,
             shared_bytes: launch.shared_bytes,
-            args: launch.args,
+            args,
+            _table: table,
             context,
         }
     }

@@ -58,7 +58,8 @@ pub fn check(op: &Op<'_>) -> Result<()> {
             c.write("q", &o.q, F32, &[o.rows, o.heads, o.head_dim])?;
             c.read("k", &o.k, F32, &kv)?;
             c.read("v", &o.v, F32, &kv)?;
-            c.read("positions", &o.positions, INT, &[o.rows])?;
+            let axes = if o.sections.is_some() { 3 } else { 1 };
+            c.read("positions", &o.positions, INT, &[axes, o.rows])?;
             c.read("slots", &o.slots, INT, &[o.rows])?;
             c.rule(
                 "inv_freq",
@@ -66,6 +67,12 @@ pub fn check(op: &Op<'_>) -> Result<()> {
                 "at most head_dim / 2 angles",
             )?;
             c.read("inv_freq", &o.inv_freq, F32, &[o.inv_freq.len()])?;
+            let sum = |s: [usize; 3]| s.iter().try_fold(0usize, |n, &s| n.checked_add(s));
+            c.rule(
+                "sections",
+                o.sections.is_none_or(|s| sum(s) == Some(o.inv_freq.len())),
+                "as many frequencies together as there are",
+            )?;
             let caches = (&o.k_cache.as_mem(), &o.v_cache.as_mem());
             c.caches(caches, o.kv, (o.kv_heads, o.head_dim))
         }

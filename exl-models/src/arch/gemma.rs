@@ -46,11 +46,12 @@ pub(super) fn decoder(
     let mut d = Decoder::new(family, &config, options)?;
     d.norm = NormKind::Rms { offset: 1.0 };
     d.embed_scale = (d.sizes.hidden as f32).sqrt();
-    // The older key says gelu and means the approximation.
-    d.act = match p.key(&["hidden_activation"]).string()? {
+    // The older key, `hidden_act`, says gelu and means the approximation.
+    let newer = p.key(&["hidden_activation"]);
+    d.act = match newer.string()? {
         Some("gelu") => Activation::Gelu,
-        Some("silu") => Activation::Silu,
-        _ => Activation::GeluTanh,
+        None | Some("gelu_pytorch_tanh") => Activation::GeluTanh,
+        Some(other) => return Err(newer.error("gelu or gelu_pytorch_tanh", other).into()),
     };
     if let Some(scalar) = p.above_zero("query_pre_attn_scalar")? {
         d.scale = scalar.powf(-0.5) as f32;

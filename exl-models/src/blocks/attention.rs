@@ -79,6 +79,6 @@ fn rope_args(b: &mut PlanBuilder, spec: &Spec, attn: &AttnSpec) -> RopeArgs {
         head_dim: attn.head_dim,
         style: attn.style,
         attention_factor: table.map_or(1.0, |(_, t)| t.attention_factor),
-        //sections: table.and_then(|(_, t)| t.sections),
+        sections: table.and_then(|(_, t)| t.sections),
     }
 }

@@ -126,3 +126,19 @@ fn impossible_settings_are_refused() {
     assert!(message("rope_theta", json!(0.5)).contains("a number above 1"));
     assert!(message("partial_rotary_factor", json!(0.2)).contains("found 3 of heads of 16"));
 }
+
+#[test]
+fn axes_need_all_frequencies() {
+    let sections = |head_dim: usize, part: f64, sections: Value| {
+        let config = json!({
+            "head_dim": head_dim, "max_position_embeddings": 256, "partial_rotary_factor": part,
+            "rope_scaling": {"type": "mrope", "mrope_section": sections},
+        });
+        table(&config, RopeOptions::default()).sections
+    };
+    assert_eq!(sections(128, 1.0, json!([16, 24, 24])), Some([16, 24, 24]));
+    assert_eq!(sections(128, 0.5, json!([8, 12, 12])), Some([8, 12, 12]));
+    assert_eq!(sections(128, 0.5, json!([16, 24, 24])), None);
+    assert_eq!(sections(128, 1.0, json!([u64::MAX, 24, 24])), None);
+    assert_eq!(table(&base(), RopeOptions::default()).sections, None);
+}

@@ -1,4 +1,5 @@
-//! What only some sequences of a step have: adapters, vectors in place of tokens, hidden states.
+//! What only some sequences of a step have: adapters, vectors in place of tokens, hidden states, positions
+//! on axes.
 
 use std::borrow::Cow;
 use std::ops::Range;
@@ -7,6 +8,7 @@ use std::sync::Arc;
 use exl_tensor::{PlanExtras, StepExtras};
 
 use super::SeqSlice;
+use crate::Spec;
 
 /// What a sequence has in a step beyond tokens; nothing by default.
 #[derive(Clone, Copy, Debug, Default)]
@@ -23,6 +25,10 @@ pub struct SliceExtras<'a> {
     /// their own ([`crate::WindowPages::Needed`]); nothing where they have the same. Any page stands
     /// where the window of the first new position does not reach.
     pub window_pages: &'a [u32],
+    /// Positions of the new tokens on the axes of time, height and width, of all of them; when there are
+    /// none, those in the sequence on all three. For models with axes ([`crate::Spec::has_axes`]). Keys go
+    /// into the cache rotated by them, so tokens that a step reads there need none.
+    pub positions: &'a [[u32; 3]],
 }
 
 /// Hidden states that stand in place of the embeddings of tokens, as the first layer reads them.
@@ -51,9 +57,16 @@ impl Vectors {
     }
 }
 
-/// Why a slice's extras cannot be, if so; `width` is that of hidden states.
-pub(super) fn check(slice: &SeqSlice<'_>, width: usize, adapters: usize) -> Result<(), String> {
-    let extras = &slice.extras;
+/// Why a slice's extras cannot be, if so.
+pub(super) fn check(slice: &SeqSlice<'_>, spec: &Spec, adapters: usize) -> Result<(), String> {
+    let (extras, width) = (&slice.extras, spec.hidden);
+    let (positions, rows) = (extras.positions.len(), slice.tokens.len());
+    if positions > 0 && !spec.has_axes() {
+        return Err("positions on axes, the model's positions have none".to_owned());
+    }
+    if positions > 0 && positions != rows {
+        return Err(format!("{positions} positions on axes for {rows} tokens"));
+    }
     for (id, scale) in extras.adapters {
         if *id as usize >= adapters || !scale.is_finite() {
             return Err(format!("adapter {id} times {scale}, there are {adapters}"));
@@ -110,6 +123,7 @@ pub(super) fn of_step<'a>((slice, rows): (&SeqSlice<'a>, &'a Rows)) -> StepExtra
         vectors: &rows.vectors,
         hidden: &rows.hidden,
         window_pages: slice.extras.window_pages,
+        positions: slice.extras.positions,
     }
 }
 
@@ -126,6 +140,7 @@ pub(super) fn of_key(slices: &[SeqSlice<'_>], window_pages: bool) -> PlanExtras 
         vectors: slices.iter().any(has_vectors),
         hidden_rows: slices.iter().map(|s| hidden(s).count()).sum(),
         window_pages,
+        axes: slices.iter().any(|s| !s.extras.positions.is_empty()),
     }
 }
 

@@ -277,6 +277,80 @@ fn hidden_states_come_out() {
     assert!(one.hidden().unwrap().is_empty());
 }
 
+/// The model, its tokens allowed positions on axes.
+pub(crate) fn on_axes(model: &Model) -> Arc<Model> {
+    let mut spec = exl_models::Spec::clone(model.spec());
+    let pairs = spec.ropes[0].inv_freq.len();
+    spec.ropes[0].sections = Some([pairs / 4, pairs * 3 / 8, pairs - pairs / 4 - pairs * 3 / 8]);
+    Arc::new(Model::from_parts(Arc::new(spec), model.weights().clone()))
+}
+
+/// All logits of tokens at these positions, in pieces; at the ordinary ones where there are none.
+pub(crate) fn placed(
+    runner: &mut Runner,
+    ids: &[u32],
+    positions: &[[u32; 3]],
+    size: usize,
+) -> Vec<f32> {
+    let mut all = Vec::new();
+    for (i, tokens) in ids.chunks(size).enumerate() {
+        let own = positions.chunks(size).nth(i).unwrap_or(&[]);
+        let slice = SeqSlice {
+            tokens,
+            start: i * size,
+            pages: &[0],
+            logits: LogitRows::All,
+            extras: SliceExtras {
+                positions: own,
+                ..SliceExtras::default()
+            },
+        };
+        all.extend_from_slice(runner.step(&[slice]).unwrap());
+    }
+    all
+}
+
+/// Where tokens are of a text with an image of 2 by 3 in it, from `first` on.
+pub(crate) fn image(tokens: usize, first: u32) -> Vec<[u32; 3]> {
+    let text = |p: u32| [p; 3];
+    let mut all: Vec<[u32; 3]> = (first..first + 4).map(text).collect();
+    let p = first + 4;
+    all.extend((0..6).map(|k| [p, p + k / 3, p + k % 3]));
+    let rest = (p + 3..).map(text);
+    all.extend(rest.take(tokens - all.len()));
+    all
+}
+
+#[test]
+fn positions_on_axes_are_relative_and_kept_in_the_cache() {
+    let golden = golden("qwen2");
+    let (model, ids) = (on_axes(&golden.model), golden.ids);
+    let run = |backend: Backend, positions: &[[u32; 3]], size: usize| {
+        placed(&mut runner(&model, backend, &[]), &ids, positions, size)
+    };
+    let n = ids.len();
+    let text = run(Backend::Cpu, &[], n);
+    // Ordinary positions said aloud give the same bits.
+    let aloud: Vec<[u32; 3]> = (0..n as u32).map(|p| [p; 3]).collect();
+    assert_eq!(text, run(Backend::Cpu, &aloud, n));
+    let image_at = |first| image(n, first);
+    let found = run(Backend::Cpu, &image_at(0), n);
+    let vocab = model.spec().vocab;
+    assert_eq!(text[..5 * vocab], found[..5 * vocab]);
+    let apart = error(&found, &text);
+    assert!(apart > 1e-2, "{apart}");
+    for (what, other) in [
+        ("in pieces", run(Backend::Cpu, &image_at(0), 7)),
+        ("one by one", run(Backend::Cpu, &image_at(0), 1)),
+        ("by the reference", run(Backend::Reference, &image_at(0), n)),
+        ("further on", run(Backend::Cpu, &image_at(100), n)),
+    ] {
+        let worst = error(&other, &found);
+        println!("{what}: {worst:.1e}");
+        assert!(worst < TOLERANCE, "{what}: {worst}");
+    }
+}
+
 #[test]
 fn impossible_extras_are_refused() {
     let model = golden("llama-plain").model;
@@ -286,7 +360,7 @@ fn impossible_extras_are_refused() {
         count: 2,
         values: vec![0.0; 65].into(),
     }];
-    let cases: [(SliceExtras<'_>, &str); 3] = [
+    let cases: [(SliceExtras<'_>, &str); 4] = [
         (
             SliceExtras {
                 adapters: &[(0, 1.0)],
@@ -308,16 +382,35 @@ fn impossible_extras_are_refused() {
             },
             "do not rise",
         ),
+        (
+            SliceExtras {
+                positions: &[[0; 3]; 3],
+                ..Default::default()
+            },
+            "positions on axes, the model's positions have none",
+        ),
     ];
+    let slice = |extras| SeqSlice {
+        tokens: &[1, 2, 3],
+        start: 0,
+        pages: &[0],
+        logits: LogitRows::Last,
+        extras,
+    };
     for (extras, expected) in cases {
-        let slice = SeqSlice {
-            tokens: &[1, 2, 3],
-            start: 0,
-            pages: &[0],
-            logits: LogitRows::Last,
-            extras,
+        let text = one.step(&[slice(extras)]).unwrap_err().to_string();
+        assert!(text.contains(expected), "{text}");
+    }
+    let mut axes = runner(&on_axes(&golden("qwen2").model), Backend::Cpu, &[]);
+    for (positions, expected) in [
+        (&[[0; 3]; 2][..], "2 positions on axes for 3 tokens"),
+        (&[[0, u32::MAX, 0]; 3], "position 4294967295 on an axis"),
+    ] {
+        let extras = SliceExtras {
+            positions,
+            ..Default::default()
         };
-        let text = one.step(&[slice]).unwrap_err().to_string();
+        let text = axes.step(&[slice(extras)]).unwrap_err().to_string();
         assert!(text.contains(expected), "{text}");
     }
 }

@@ -224,6 +224,7 @@ fn fixtures_notice_their_settings() {
         let table = RopeTable {
             inv_freq: (0..8).map(freq).collect(),
             attention_factor: 1.0,
+            sections: None,
         };
         assert_ne!(spec.ropes[0], table);
         spec.ropes = vec![table];

@@ -1,6 +1,7 @@
 //! Tests on whole models: against transformers, of plans, of damaged directories.
 #![allow(clippy::unwrap_used)] // helpers of tests count as no tests for the lint
 
+mod axes;
 mod bad_input;
 mod common;
 mod drawn;

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use exl_format::{Dtype, Exl2Linear, TensorSpec};
-use exl_models::{BlockPart, ModelSource, Module, WeightKind, block_plan};
+use exl_models::{BlockPart, LayerSpec, MlpSpec, ModelSource, Module, WeightKind, block_plan};
 use exl_tensor::KvType;
 
 use super::logits::Head;
@@ -238,7 +238,17 @@ pub(super) fn check_memory(
         .filter(|k| k.is_linear())
         .map(|k| k.parameters())
         .max();
-    let hidden = tokens * (spec.hidden as u64 + widest) * 4;
+    // Between computing them and their products, inputs of o or of down: with experts one for each that
+    // a token goes through, beside the inputs of the experts.
+    let kept = |layer: &LayerSpec| match &layer.mlp {
+        MlpSpec::Moe(moe) => {
+            let inner = moe.experts.first().map_or(0, |e| e.down.inputs);
+            spec.hidden + moe.top_k * inner
+        }
+        MlpSpec::Dense(_) => 0,
+    };
+    let kept = spec.layers.iter().map(kept).max().unwrap_or(0) as u64;
+    let hidden = tokens * (spec.hidden as u64 + widest.max(kept)) * 4;
     let threads = rayon::current_num_threads();
     let (hessian, matrix) = host_bytes(widest as usize, largest.unwrap_or(0), threads);
     let logits = 3 * (32 << 20) + tokens.min(1 << 16) * spec.vocab as u64 / 64;
@@ -254,7 +264,7 @@ pub(super) fn check_memory(
     let packed = weights / 2 * probed / spec.layers.len().max(1) as u64;
     let rows = options.measure_rows.min(calibration.rows.len());
     let measured = (rows * options.measure_length.min(calibration.length())) as u64;
-    let measured = measured * (spec.hidden as u64 + widest) * 4;
+    let measured = measured * (spec.hidden as u64 + widest.max(kept)) * 4;
     // The model's own states, and those of as many exchanged ones as run side by side.
     let changes = spec.layers.iter().map(|l| roles(l).len()).max();
     let exchanged = probed as usize * changes.unwrap_or(0) + 1;

@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use exl_kernels::cuda::{
     COUNTERS, Device, DeviceProps, DeviceRegion, Event, Graph, PinnedMemory, ReadyLaunch, Scratch,
-    Stream, Target, link, lower, scratch_bytes,
+    Stream, Target, link, lower, scratch_bytes, table_bytes,
 };
 use exl_kernels::{DType, Mem, MemMut};
 
@@ -220,13 +220,16 @@ impl CudaExecutor {
         }
         link(&mut list);
         let device = self.gpu.device();
-        // SAFETY: the launches name the arena, scratch, counters and step block, which outlive
-        // them here (growing one drops the launches), weights that `bound` keeps, and the cache,
-        // whose identity is compared before every run.
-        let ready = list.iter().map(|l| unsafe { device.ready(l) });
-        let launches = ready
-            .collect::<std::result::Result<_, _>>()
-            .map_err(Error::Gpu)?;
+        // Tables of launches take memory.
+        let launches = self.gpu.metered(GpuPart::Step, || {
+            // SAFETY: the launches name the arena, scratch, counters and step block, which outlive
+            // them here (growing one drops the launches), weights that `bound` keeps, and the cache,
+            // whose identity is compared before every run.
+            let ready = list.iter().map(|l| unsafe { device.ready(l) });
+            ready
+                .collect::<std::result::Result<_, _>>()
+                .map_err(Error::Gpu)
+        })?;
         self.make_room()?;
         let lowered = Lowered {
             bound: bound.clone(),
@@ -351,6 +354,18 @@ fn capture(stream: &Stream, launches: &[ReadyLaunch], overlap: bool) -> Result<G
     let graph = stream.capture(record).map_err(Error::Gpu)?;
     graph.upload(stream).map_err(Error::Gpu)?;
     Ok(graph)
+}
+
+/// Bytes of the tables that a plan's launches keep, which are the same for all plans of a model.
+pub(super) fn tables_for(
+    bound: &Bound,
+    step: &StepBlock,
+    kv: &mut KvBuffers,
+    space: &Space<'_>,
+) -> usize {
+    let ops = bound.plan().ops().iter();
+    let bytes = ops.map(|op| table_bytes(&Regions::new(bound, space).op(op, step, kv)));
+    bytes.sum::<u64>() as usize
 }
 
 /// Scratch bytes of the plan's most demanding op, wherever its operands are.

@@ -354,11 +354,15 @@ impl<'a> Regions<'a> {
         ((k_cache, v_cache), kv): ((MemMut<'s>, MemMut<'s>), KvType),
         args: &RopeOp,
     ) -> Op<'a> {
+        let positions = match args.sections {
+            Some(_) => StepField::AxisPositions,
+            None => StepField::Positions,
+        };
         Op::RopeAppend(ops::RopeAppend {
             q: self.mem_mut(q),
             k: self.mem(k),
             v: self.mem(v),
-            positions: self.arena.step(step, StepField::Positions),
+            positions: self.arena.step(step, positions),
             slots,
             inv_freq: args
                 .inv_freq
@@ -372,6 +376,7 @@ impl<'a> Regions<'a> {
             head_dim: args.head_dim,
             style: args.style,
             attention_factor: args.attention_factor,
+            sections: args.sections,
         })
     }
 

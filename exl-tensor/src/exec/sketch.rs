@@ -8,7 +8,7 @@ use exl_kernels::cuda::{DevicePool, DeviceProps, DeviceRegion, MatrixShape};
 use exl_kernels::{DType, Group};
 
 use super::Bound;
-use super::cuda::{Space, scratch_for};
+use super::cuda::{Space, scratch_for, tables_for};
 use crate::{KvBuffers, KvPages, KvShape, Plan, QuantKind, Result, StepBlock, Weight, Weights};
 
 /// The weights of a model as far as sizes depend on them.
@@ -29,7 +29,7 @@ pub struct PlanMemory {
     pub arena: u64,
     /// Scratch memory of the most demanding op.
     pub scratch: u64,
-    /// The step block.
+    /// The step block, and tables in which kernels look up experts.
     pub step: u64,
 }
 
@@ -169,10 +169,11 @@ impl GpuSketch {
         // The contents of the step do not matter.
         let step = StepBlock::new(plan.key())?;
         let scratch = scratch_for(&bound, &step, &mut kv, &space, props);
+        let tables = tables_for(&bound, &step, &mut kv, &space);
         Ok(PlanMemory {
             arena: arena as u64,
             scratch: scratch as u64,
-            step: step_bytes as u64,
+            step: (step_bytes + tables) as u64,
         })
     }
 }

@@ -53,6 +53,9 @@ pub struct RopeArgs {
     pub style: RopeStyle,
     /// Multiplies sine and cosine.
     pub attention_factor: f32,
+    /// Frequencies of each position axis (time, height, width), as many together as `inv_freq` has. They
+    /// count in plans whose key has axes; in others every row has one position.
+    pub sections: Option<[usize; 3]>,
 }
 
 /// Arguments of [`PlanBuilder::attention`].
@@ -313,6 +316,7 @@ impl PlanBuilder {
             head_dim: args.head_dim,
             style: args.style,
             attention_factor: args.attention_factor,
+            sections: args.sections.filter(|_| self.key.extras.axes),
         };
         self.push(PlanOp::RopeAppend {
             q,

@@ -2,9 +2,8 @@
 
 use std::fmt;
 
-use crate::StepField;
-
 use super::{Phase, Plan, PlanKey, PlanOp, RowScales, RowSet, SampleShape, Slot, WeightId};
+use crate::StepField;
 
 impl fmt::Display for PlanKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -31,10 +30,13 @@ impl fmt::Display for PlanKey {
         if extras.window_pages {
             write!(f, " window_pages")?;
         }
-        match extras.hidden_rows {
-            0 => Ok(()),
-            rows => write!(f, " hidden_rows={rows}"),
+        if extras.hidden_rows > 0 {
+            write!(f, " hidden_rows={}", extras.hidden_rows)?;
         }
+        if extras.axes {
+            write!(f, " axes")?;
+        }
+        Ok(())
     }
 }
 
@@ -195,16 +197,22 @@ impl fmt::Display for OpText<'_> {
                 v,
                 layer,
                 args,
-            } => write!(
-                f,
-                "rope_append({q}, {k}, {v}) layer={layer} heads={}/{} head_dim={} {:?} {} factor={}",
-                args.heads,
-                args.kv_heads,
-                args.head_dim,
-                args.style,
-                args.inv_freq.map_or("no rotation", |w| self.name(w)),
-                args.attention_factor
-            ),
+            } => {
+                write!(
+                    f,
+                    "rope_append({q}, {k}, {v}) layer={layer} heads={}/{} head_dim={} {:?} {} factor={}",
+                    args.heads,
+                    args.kv_heads,
+                    args.head_dim,
+                    args.style,
+                    args.inv_freq.map_or("no rotation", |w| self.name(w)),
+                    args.attention_factor
+                )?;
+                match args.sections {
+                    Some(sections) => write!(f, " sections={sections:?}"),
+                    None => Ok(()),
+                }
+            }
             PlanOp::PagedAttn {
                 q,
                 out,

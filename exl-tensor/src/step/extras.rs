@@ -1,8 +1,8 @@
-//! Adapters, vectors, hidden states and window pages of a step.
+//! Adapters, vectors, hidden states, positions on axes and window pages of a step.
 
 use exl_kernels::ops::PAGE_TOKENS;
 
-use super::{StepBlock, StepExtras, StepField, StepSeq, set_table, slot};
+use super::{AXES, StepBlock, StepExtras, StepField, StepSeq, set_table, slot};
 use crate::{Error, PlanKey, Result};
 
 /// Refuses extras that are not those of the key.
@@ -30,6 +30,19 @@ pub(super) fn check(key: &PlanKey, seqs: &[StepSeq<'_>], extras: &[StepExtras<'_
         }
         if !extras.vectors.is_empty() && !key.extras.vectors {
             return refuse(i, "the plan takes no vectors".to_owned());
+        }
+        let axes = extras.positions;
+        if !axes.is_empty() && (axes.len() != rows || !key.extras.axes) {
+            return refuse(
+                i,
+                format!(
+                    "positions on axes of {} of {rows} rows are not those of a plan for {key}",
+                    axes.len()
+                ),
+            );
+        }
+        if let Some(far) = axes.iter().flatten().find(|p| i32::try_from(**p).is_err()) {
+            return refuse(i, format!("position {far} on an axis"));
         }
         let ends = extras.vectors.iter().map(|v| v.1);
         let last = ends.chain(extras.hidden.iter().map(|row| row + 1)).max();
@@ -64,6 +77,9 @@ impl StepBlock {
                     out += 1;
                 }
             }
+            if self.key.extras.axes {
+                self.set_axes(row, seq, own.positions);
+            }
             row += seq.tokens.len();
         }
     }
@@ -76,6 +92,18 @@ impl StepBlock {
         let slots = &mut self.field_mut(StepField::WindowSlots)[first..][..seq.tokens.len()];
         for (i, to) in slots.iter_mut().enumerate() {
             *to = slot(pages, seq.start + i);
+        }
+    }
+
+    /// Positions of a sequence's rows, of which `first` is the first.
+    fn set_axes(&mut self, first: usize, seq: &StepSeq<'_>, positions: &[[u32; 3]]) {
+        let rows = self.key.rows;
+        let field = self.field_mut(StepField::AxisPositions);
+        for at in 0..seq.tokens.len() {
+            let own = [(seq.start + at) as u32; AXES];
+            for (axis, position) in positions.get(at).unwrap_or(&own).iter().enumerate() {
+                field[axis * rows + first + at] = *position as i32;
+            }
         }
     }
 

@@ -20,7 +20,8 @@ results=$(cd "$results" && pwd)
 work=$(mktemp -d) || exit 1
 trap 'rm -rf "$work"' EXIT
 exl="$here/exl"
-export EXL_TEST_ROOT="$here" TMPDIR="$work"
+export EXL_TEST_ROOT="$here" TMPDIR="$work" EXL_CUDA_TABLE="$results/cuda.json"
+export EXL_KERNEL_PACK="$here/kernels.pack"
 model="$here/testdata/demo-4m"
 failed=0
 summary=
@@ -113,6 +114,7 @@ if [ "${2:-}" = --sanitize ]; then
     done <<FAMILIES
 rows embed,rms_norm,layer_norm,gather_rows,scale_logits,clamp,scale_rows,gated
 linear linear,gate_up,dequant
+moe moe_route,moe_gate_up,moe_down
 attention rope_append,paged_attn
 sample sample
 quantizer hessian_syrk,hessian_factor,hessian_loss,gptq,refine

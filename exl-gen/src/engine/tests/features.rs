@@ -60,6 +60,60 @@ fn shown(events: &[Event]) -> (String, Vec<u32>) {
     (all, ids)
 }
 
+/// The tokenizer of the other tests with a token more, which a model need not know.
+fn with_added_token() -> Arc<Tokenizer> {
+    let config = serde_json::json!({"eos_token": "</s>", "added_tokens_decoder": {
+        "263": {"content": "<new>", "special": false, "normalized": false}}});
+    Arc::new(make(&byte_level(), config))
+}
+
+#[test]
+fn tokens_that_the_model_does_not_know_are_named() {
+    let start = |rows| {
+        let backend = SimBackend::saying(rows, 9, 2, encode("yes"), EOS);
+        let options = EngineOptions::default();
+        Engine::start(Box::new(backend), with_added_token(), options).unwrap()
+    };
+    let prompt = with_added_token().encode("<new>a", Encode::TEXT).unwrap();
+    assert_eq!(prompt[0], 263);
+    let engine = start(263);
+    let error = engine.submit(greedy(prompt.clone())).unwrap_err();
+    assert!(matches!(
+        error,
+        Error::NoRow {
+            id: 263,
+            rows: 263,
+            ..
+        }
+    ));
+    assert!(error.to_string().contains("`<new>`"), "{error}");
+    // What is no token at all is told apart.
+    let error = engine.submit(greedy(vec![264])).unwrap_err();
+    assert!(matches!(error, Error::UnknownToken { id: 264, .. }));
+    // Nor does a form bring it in, and a job beside it does not suffer.
+    let form = |regex: &str| Request {
+        grammar: Some(crate::Grammar::Regex(regex.to_owned())),
+        ..greedy(vec![97, 97])
+    };
+    let wrong = engine.submit(form("yes<new>s")).unwrap();
+    let right = engine.submit(form("ye.")).unwrap();
+    let error = wrong.wait().done.reason;
+    assert!(
+        matches!(&error, DoneReason::Error(why) if why.contains("`<new>`")),
+        "{error:?}"
+    );
+    assert_eq!(right.wait().text, "yes");
+    assert_all_free(&engine);
+    // A model with the row takes it; one that is larger than the vocabulary never gives the rest.
+    for rows in [264, 300] {
+        let engine = start(rows);
+        assert_eq!(
+            engine.submit(greedy(prompt.clone())).unwrap().wait().text,
+            "yes"
+        );
+    }
+}
+
 #[test]
 fn banned_strings_are_taken_back() {
     let engine = start(choices(&["say xAbC now", "say xAbz end", "say y there"]));

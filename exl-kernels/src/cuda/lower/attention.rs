@@ -45,6 +45,7 @@ pub(crate) static KERNELS: &[Kernel] = &[
     ANY[0],
     ANY[1],
     quantized::APPEND,
+    quantized::APPEND_FEW,
     quantized::UNPACK,
     quantized::RESTORE,
     FUSED[0].kernel,
@@ -522,13 +523,19 @@ pub(super) fn paged_attn_scratch(o: &PagedAttn<'_>, props: &DeviceProps) -> u64 
     most.into_iter().max().unwrap_or(0) as u64
 }
 
+/// First frequencies of the second and of the third axis; beyond all where there is one.
+fn axis_starts(o: &RopeAppend<'_>) -> [usize; 2] {
+    let [a, b, _] = o.sections.unwrap_or([i32::MAX as usize, 0, 0]);
+    [a, a + b]
+}
+
 pub(super) fn rope_append(
     o: &RopeAppend<'_>,
     target: &Target<'_>,
     list: &mut Vec<Launch>,
 ) -> Result<()> {
     if o.kv.k.is_quantized() {
-        return quantized::rope_append(o, list);
+        return quantized::rope_append(o, target.props, list);
     }
     let heads = o.heads + o.kv_heads;
     if [o.rows, heads.saturating_mul(o.head_dim)]
@@ -544,6 +551,7 @@ pub(super) fn rope_append(
         return Ok(());
     }
     let pairs = o.inv_freq.len();
+    let [second, third] = axis_starts(o);
     // Several blocks per row while that gives the GPU more to do.
     let side = ROPE_THREADS / pairs.clamp(1, ROPE_THREADS);
     let useful = heads.div_ceil(side * ROPE_HEADS);
@@ -567,7 +575,9 @@ pub(super) fn rope_append(
             .int(o.head_dim)
             .int(pairs)
             .int(usize::from(o.style == RopeStyle::GptJ))
-            .float(o.attention_factor),
+            .float(o.attention_factor)
+            .int(second)
+            .int(third),
     });
     Ok(())
 }

@@ -31,6 +31,9 @@ pub(crate) static KERNELS: &[Kernel] = &[
     dense::DENSE[0],
     dense::DENSE[1],
     dense::DENSE[2],
+    dense::NARROW[0],
+    dense::NARROW[1],
+    dense::NARROW[2],
     dense::GATE_UP[0],
     dense::GATE_UP[1],
     dense::GATE_UP[2],
@@ -79,7 +82,7 @@ fn fastest<'t>(
 }
 
 /// Whether 16-byte vectors of `elements` elements cover the rows of matrices at these addresses.
-fn vectors(addresses: &[u64], lengths: &[usize], elements: usize) -> bool {
+pub(super) fn vectors(addresses: &[u64], lengths: &[usize], elements: usize) -> bool {
     addresses.iter().all(|a| a.is_multiple_of(16))
         && lengths.iter().all(|n| n.is_multiple_of(elements))
 }

@@ -15,6 +15,7 @@ use crate::ops::{self, Activation, LinearPart, Matrix};
 use crate::{DType, Error, Mem, Result};
 
 pub(in crate::cuda) use few::{CLUSTER, CLUSTER_ARCHITECTURES, link};
+pub(super) use few::{From, X_CHUNK, row_bytes, slot_bytes, warps, ways};
 
 /// The one of its module that takes most of a multiprocessor.
 pub(in crate::cuda) const CLUSTER_KERNEL: Kernel = few::CLUSTER_KERNELS[2];
@@ -128,6 +129,7 @@ pub(super) fn linear(
                     out: part.out.as_mem().as_ptr() as u64,
                     outputs: part.outputs,
                 },
+                target.deterministic,
             ),
         }
     }

@@ -155,7 +155,7 @@ pub(super) fn hessian_factor(
             break;
         }
         let both = Args::new().ptr(matrix).ptr(panel).int(first).int(dim);
-        push(list, FACTOR_PANEL, (tiles, 1), both);
+        push(list, FACTOR_PANEL, (tiles, 1), both.clone());
         if block + 1 < tiles {
             push(list, FACTOR_UPDATE, (tiles, tiles - block - 1), both);
         }
@@ -308,6 +308,7 @@ fn scales(
         .ptr(at(&o.upper) + 4 * (first * (k + 1)) as u64)
         .long(k as u64 + 1);
     let table = group
+        .clone()
         .ptr(space.table)
         .ptr(space.beta)
         .ptr(space.total)

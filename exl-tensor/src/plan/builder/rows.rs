@@ -6,8 +6,9 @@ use crate::StepField;
 use crate::plan::{LayerNormOp, PlanBuilder, PlanOp, RowScales, Slot, WeightId};
 
 impl PlanBuilder {
-    /// `hidden += table[position]`, in place: learned positions. Steps may reach no position beyond the
-    /// table ([`crate::Plan::position_limit`]).
+    /// `hidden += table[position]`, in place: learned positions, of vectors too where they have been taken
+    /// ([`PlanBuilder::take_vectors`]). Steps may reach no position beyond the table
+    /// ([`crate::Plan::position_limit`]).
     pub fn embed_positions(&mut self, table: WeightId, hidden: Slot) {
         let (vocab, dim) = self.matrix_shape(table);
         self.push(PlanOp::Embed {

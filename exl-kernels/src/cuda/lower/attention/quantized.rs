@@ -5,7 +5,8 @@
 //! cache, and the kernels for 16-bit floats read them; their output is transformed back.
 
 use super::{
-    Choice, SHARED_OVERHEAD, Shape, Work, attention_launch, choose, many_rows, select, split,
+    Choice, SHARED_OVERHEAD, Shape, Work, attention_launch, axis_starts, choose, many_rows, select,
+    split,
 };
 use crate::cuda::launch::Args;
 use crate::cuda::lower::{Scratch, Target};
@@ -14,9 +15,13 @@ use crate::ops::{PAGE_TOKENS, PagedAttn, RopeAppend, RopeStyle};
 use crate::{DType, Error, KvFormat, KvType, Mem, MemMut, Result};
 
 pub(super) const APPEND: Kernel = Kernel::new("kv/append", "exl_kv_append");
+/// A warp for each scale of 4-bit codes that is tried: one step's latency counts.
+pub(super) const APPEND_FEW: Kernel = Kernel::new("kv/append", "exl_kv_append_few");
 pub(super) const UNPACK: Kernel = Kernel::new("kv/unpack", "exl_kv_unpack");
 pub(super) const RESTORE: Kernel = Kernel::new("kv/unpack", "exl_kv_restore");
 const APPEND_THREADS: usize = 128;
+/// Scales that are tried (cuda/kv/append.cu: SHARES).
+const SCALES: usize = 7;
 const UNPACK_THREADS: usize = 256;
 /// Values that a thread of the unpacking takes.
 const UNPACK_EACH: usize = 16;
@@ -231,7 +236,11 @@ fn unpack(o: &PagedAttn<'_>, k_at: u64, v_at: u64) -> Launch {
     }
 }
 
-pub(super) fn rope_append(o: &RopeAppend<'_>, list: &mut Vec<Launch>) -> Result<()> {
+pub(super) fn rope_append(
+    o: &RopeAppend<'_>,
+    props: &DeviceProps,
+    list: &mut Vec<Launch>,
+) -> Result<()> {
     let heads = o.heads + 2 * o.kv_heads;
     if o.head_dim > MAX_DIM || heads > usize::from(u16::MAX) || i32::try_from(o.rows).is_err() {
         let what = format!("{} rows of {heads} heads of {} values", o.rows, o.head_dim);
@@ -240,10 +249,18 @@ pub(super) fn rope_append(o: &RopeAppend<'_>, list: &mut Vec<Launch>) -> Result<
     if o.rows == 0 || o.head_dim == 0 {
         return Ok(());
     }
+    let [second, third] = axis_starts(o);
+    // As long as all blocks run side by side, of which a multiprocessor holds two.
+    let searches = [o.kv.k, o.kv.v].contains(&KvFormat::Q4);
+    let few = searches && o.rows * heads <= 2 * props.sms as usize;
+    let (kernel, threads) = match few {
+        true => (APPEND_FEW, SCALES * APPEND_THREADS),
+        false => (APPEND, APPEND_THREADS),
+    };
     list.push(Launch {
-        kernel: APPEND,
+        kernel,
         grid: [o.rows as u32, heads as u32, 1],
-        block: [APPEND_THREADS as u32, 1, 1],
+        block: [threads as u32, 1, 1],
         shared_bytes: 4 * (o.head_dim + PADDING) as u32,
         args: Args::new()
             .ptr(o.q.as_mem().as_ptr() as u64)
@@ -261,7 +278,9 @@ pub(super) fn rope_append(o: &RopeAppend<'_>, list: &mut Vec<Launch>) -> Result<
             .int(usize::from(o.style == RopeStyle::GptJ))
             .float(o.attention_factor)
             .int(bits(o.kv.k))
-            .int(bits(o.kv.v)),
+            .int(bits(o.kv.v))
+            .int(second)
+            .int(third),
     });
     Ok(())
 }

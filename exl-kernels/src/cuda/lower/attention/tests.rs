@@ -133,6 +133,11 @@ fn prompts_take_large_tiles_and_decoding_small_ones() {
         "exl_attn_decode_128"
     );
     // Head sizes in between take the next larger kernel.
+    assert_eq!(named(&shape((4, 2, 16), 1, 1, 256)), "exl_attn_decode_64");
+    assert_eq!(
+        named(&shape((24, 12, 16), 322, 2, 256)),
+        "exl_attn_wgmma_64"
+    );
     assert_eq!(named(&shape((32, 32, 80), 1, 1, 256)), "exl_attn_decode_96");
     assert_eq!(
         named(&shape((32, 8, 192), 1, 1, 256)),
@@ -273,19 +278,21 @@ fn rotations_use_several_blocks_for_few_rows() {
         scratch: Scratch::default(),
         deterministic: false,
     };
-    for (rows, pairs, dtype, blocks) in [
-        (1, 64, DType::F16, 3),
-        (1, 0, DType::F32, 1),
-        (1, 48, DType::F16, 2),
-        (4096, 64, DType::F16, 1),
+    for (rows, pairs, dtype, blocks, sections) in [
+        (1, 64, DType::F16, 3, None),
+        (1, 64, DType::F16, 3, Some([16, 24, 24])),
+        (1, 0, DType::F32, 1, None),
+        (1, 48, DType::F16, 2, None),
+        (4096, 64, DType::F16, 1, None),
     ] {
+        let axes = if sections.is_some() { 3 } else { 1 };
         let (heads, kv_heads, head_dim) = LLAMA3;
         let width = kv_heads * head_dim;
         let op = Op::RopeAppend(RopeAppend {
             q: write(BASE, rows * heads * head_dim, DType::F32),
             k: read(BASE + (1 << 26), rows * width, DType::F32),
             v: read(BASE + (2 << 26), rows * width, DType::F32),
-            positions: read(BASE + (3 << 26), rows, DType::I32),
+            positions: read(BASE + (3 << 26), axes * rows, DType::I32),
             slots: read(BASE + (4 << 26), rows, DType::I32),
             inv_freq: read(BASE + (5 << 26), pairs, DType::F32),
             k_cache: write(BASE + (6 << 26), 16 * PAGE_TOKENS * width, dtype),
@@ -301,13 +308,17 @@ fn rotations_use_several_blocks_for_few_rows() {
             head_dim,
             style: RopeStyle::GptJ,
             attention_factor: 1.0,
+            sections,
         });
         let mut list = Vec::new();
         lower(&op, &target, &mut list).unwrap();
         assert_eq!(list.len(), 1);
         assert_eq!(list[0].grid, [rows as u32, blocks, 1]);
         assert_eq!(list[0].kernel, ROPE[usize::from(dtype == DType::F32)]);
-        assert_eq!(list[0].args.params().count(), 14);
+        assert_eq!(list[0].args.params().count(), 16);
+        let none = i32::MAX as u64;
+        let starts = sections.map_or([none; 2], |_| [16, 40]);
+        assert_eq!(list[0].args.words()[14..], starts);
     }
 }
 
@@ -458,30 +469,37 @@ fn appends_to_quantized_caches_have_a_block_per_head() {
         deterministic: false,
     };
     let (heads, kv_heads, head_dim) = LLAMA3;
-    let (rows, width) = (3, kv_heads * head_dim);
-    let cache = KvType::Q4.k.page_bytes(kv_heads, head_dim);
-    let op = Op::RopeAppend(RopeAppend {
-        q: write(BASE, rows * heads * head_dim, DType::F32),
-        k: read(BASE + (1 << 26), rows * width, DType::F32),
-        v: read(BASE + (2 << 26), rows * width, DType::F32),
-        positions: read(BASE + (3 << 26), rows, DType::I32),
-        slots: read(BASE + (4 << 26), rows, DType::I32),
-        inv_freq: read(BASE + (5 << 26), 64, DType::F32),
-        k_cache: write(BASE + (6 << 26), 4 * cache, DType::U8),
-        v_cache: write(BASE + (7 << 26), 4 * cache, DType::U8),
-        kv: KvType::Q4,
-        rows,
-        heads,
-        kv_heads,
-        head_dim,
-        style: RopeStyle::Neox,
-        attention_factor: 1.0,
-    });
-    let mut list = Vec::new();
-    lower(&op, &target, &mut list).unwrap();
-    assert_eq!(list.len(), 1);
-    assert_eq!(list[0].kernel, quantized::APPEND);
-    assert_eq!(list[0].grid, [3, 48, 1]);
-    assert_eq!(list[0].shared_bytes, 640);
-    assert_eq!(list[0].args.params().count(), 16);
+    // Few rows are looked at by seven times the threads.
+    for (rows, kernel, threads) in [
+        (3, quantized::APPEND_FEW, 896),
+        (12, quantized::APPEND, 128),
+    ] {
+        let width = kv_heads * head_dim;
+        let cache = KvType::Q4.k.page_bytes(kv_heads, head_dim);
+        let op = Op::RopeAppend(RopeAppend {
+            q: write(BASE, rows * heads * head_dim, DType::F32),
+            k: read(BASE + (1 << 26), rows * width, DType::F32),
+            v: read(BASE + (2 << 26), rows * width, DType::F32),
+            positions: read(BASE + (3 << 26), rows, DType::I32),
+            slots: read(BASE + (4 << 26), rows, DType::I32),
+            inv_freq: read(BASE + (5 << 26), 64, DType::F32),
+            k_cache: write(BASE + (6 << 26), 4 * cache, DType::U8),
+            v_cache: write(BASE + (7 << 26), 4 * cache, DType::U8),
+            kv: KvType::Q4,
+            rows,
+            heads,
+            kv_heads,
+            head_dim,
+            style: RopeStyle::Neox,
+            attention_factor: 1.0,
+            sections: None,
+        });
+        let mut list = Vec::new();
+        lower(&op, &target, &mut list).unwrap();
+        assert_eq!(list.len(), 1);
+        assert_eq!((list[0].kernel, list[0].block), (kernel, [threads, 1, 1]));
+        assert_eq!(list[0].grid, [rows as u32, 48, 1]);
+        assert_eq!(list[0].shared_bytes, 640);
+        assert_eq!(list[0].args.params().count(), 18);
+    }
 }

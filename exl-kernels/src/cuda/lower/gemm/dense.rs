@@ -15,6 +15,12 @@ pub(super) const DENSE: [Kernel; 3] = [
     Kernel::new(UNIT, "exl_dense_f16"),
     Kernel::new(UNIT, "exl_dense_bf16"),
 ];
+/// The same for few columns.
+pub(super) const NARROW: [Kernel; 3] = [
+    Kernel::new(UNIT, "exl_dense_narrow_f32"),
+    Kernel::new(UNIT, "exl_dense_narrow_f16"),
+    Kernel::new(UNIT, "exl_dense_narrow_bf16"),
+];
 pub(super) const GATE_UP: [Kernel; 3] = [
     Kernel::new(UNIT, "exl_dense_gate_up_f32"),
     Kernel::new(UNIT, "exl_dense_gate_up_f16"),
@@ -24,6 +30,12 @@ pub(super) const GATE_UP: [Kernel; 3] = [
 /// Columns of a block, one per warp, and rows of a warp.
 const COLUMNS: usize = 8;
 const ROWS: usize = 8;
+/// Columns below which one warp for each leaves most of a GPU idle, and the shortest ones that are worth
+/// a block each.
+const NARROW_COLUMNS: usize = 512;
+const NARROW_INPUTS: usize = 1024;
+/// Rows up to which a block for each column reads x often enough.
+const NARROW_ROWS: usize = 32;
 
 /// A linear layer with addresses on the GPU.
 #[derive(Clone, Copy, Debug)]
@@ -69,7 +81,16 @@ fn launch(kernel: Kernel, (rows, outputs): (usize, usize), args: Args) -> Launch
     }
 }
 
-pub(crate) fn dense_linear(list: &mut Vec<Launch>, o: &DenseLinear) {
+/// Whether a block for each column is the way. With `deterministic` the number of rows does not matter,
+/// as it is another order of the sums.
+fn is_narrow(o: &DenseLinear, deterministic: bool) -> bool {
+    o.outputs < NARROW_COLUMNS
+        && o.inputs >= NARROW_INPUTS
+        && o.inputs.is_multiple_of(8)
+        && (deterministic || o.rows <= NARROW_ROWS)
+}
+
+pub(crate) fn dense_linear(list: &mut Vec<Launch>, o: &DenseLinear, deterministic: bool) {
     let (bias, bias_type) = bias_words(o.bias);
     let args = Args::new()
         .ptr(o.x)
@@ -81,8 +102,13 @@ pub(crate) fn dense_linear(list: &mut Vec<Launch>, o: &DenseLinear) {
         .int(o.rows)
         .int(o.inputs)
         .int(o.outputs);
-    let kernel = DENSE[dtype_code(o.dtype)];
-    list.push(launch(kernel, (o.rows, o.outputs), args));
+    let dtype = dtype_code(o.dtype);
+    let mut launch = launch(DENSE[dtype], (o.rows, o.outputs), args);
+    if is_narrow(o, deterministic) {
+        launch.kernel = NARROW[dtype];
+        launch.grid[0] = o.outputs as u32;
+    }
+    list.push(launch);
 }
 
 pub(crate) fn dense_gate_up(list: &mut Vec<Launch>, o: &DenseGateUp) {

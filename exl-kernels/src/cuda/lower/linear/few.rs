@@ -5,14 +5,15 @@ mod config;
 
 use super::{LinearPart, MAX_PARTS, activation_code, address, bias_code};
 use crate::cuda::launch::Args;
-use crate::cuda::lower::Target;
+use crate::cuda::lower::{Target, moe};
 use crate::cuda::matrix::CudaMatrix;
 use crate::cuda::{Kernel, Launch};
 use crate::ops;
 
 pub(in crate::cuda) use config::{CLUSTER, CLUSTER_ARCHITECTURES};
 pub(super) use config::{Config, scratch};
-use config::{From, VARIANTS, X_CHUNK, blocks_bytes};
+pub(in crate::cuda::lower) use config::{From, X_CHUNK, row_bytes, slot_bytes, warps, ways};
+use config::{VARIANTS, blocks_bytes};
 
 const MODULE: &str = "qgemm/decode";
 const ROW_MODULE: &str = "qgemm/row";
@@ -86,22 +87,28 @@ const NEXT_WORD: usize = MAX_PARTS * (MATRIX_WORDS + 4) + 8;
 const NEXT_BYTES: usize = 96 << 10;
 
 /// Tells every product which one follows, the first after the last, so that its last act is to ask for
-/// weights of that.
+/// weights of that. Which weights a product of experts reads is known on the GPU alone.
 pub(in crate::cuda) fn link(launches: &mut [Launch]) {
-    let is_product = |launch: &&Launch| {
+    let is_known = |launch: &Launch| {
         KERNELS.contains(&launch.kernel) || CLUSTER_KERNELS.contains(&launch.kernel)
     };
-    let mut next = launches.iter().find(is_product).cloned();
+    let is_product = |launch: &&Launch| is_known(launch) || moe::is_product(launch.kernel);
+    let first = launches.iter().find(is_product);
+    let mut next = first.filter(|launch| is_known(launch)).cloned();
     for launch in launches.iter_mut().rev() {
-        if let Some(next) = next.as_mut().filter(|_| is_product(&&*launch)) {
-            describe(next, &mut launch.args);
-            *next = launch.clone();
+        let place = moe::next_word(launch.kernel);
+        let known = is_known(launch);
+        if let (Some(next), Some(word)) = (&next, place.or(known.then_some(NEXT_WORD))) {
+            describe(next, &mut launch.args, word);
+        }
+        if is_product(&&*launch) {
+            next = known.then(|| launch.clone());
         }
     }
 }
 
-/// Puts the weights of `next` into a task.
-fn describe(next: &Launch, to: &mut Args) {
+/// Puts the weights of `next` into a task, whose description of it begins at a word.
+fn describe(next: &Launch, to: &mut Args, word: usize) {
     let words = next.args.words();
     let low = |word: u64| word & u64::from(u32::MAX);
     let gated = low(words[NEXT_WORD - 2]) & 0xffff;
@@ -112,9 +119,9 @@ fn describe(next: &Launch, to: &mut Args) {
     }
     let bytes = NEXT_BYTES / if gated != 0 { 2 } else { 1 };
     described.push(pair(next.grid[0] as usize, bytes));
-    let order = low(to.words()[NEXT_WORD - 1]);
-    to.patch(NEXT_WORD - 1, &[order | gated << 32]);
-    to.patch(NEXT_WORD, &described);
+    let before = low(to.words()[word - 1]);
+    to.patch(word - 1, &[before | gated << 32]);
+    to.patch(word, &described);
 }
 
 /// A product: what all its launches share.

@@ -13,7 +13,7 @@ const MOST_ROWS: usize = 64;
 /// Major compute capabilities that cluster.cu is compiled for.
 pub(in crate::cuda) const CLUSTER_ARCHITECTURES: [u32; 2] = [9, 10];
 /// Columns of x with one scale, and of a block.
-pub(super) const X_CHUNK: usize = 128;
+pub(in crate::cuda::lower) const X_CHUNK: usize = 128;
 const X_BLOCK: usize = 32;
 /// Bytes of a row of x in a block.
 const X_ROW: usize = 2 * X_BLOCK;
@@ -59,7 +59,7 @@ impl Orders {
 
 /// How x comes to shared memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum From {
+pub(in crate::cuda::lower) enum From {
     /// One row, gathered and rounded by every thread block.
     Row,
     /// Gathered and rounded by a launch before; all of it is copied.
@@ -166,29 +166,13 @@ impl Config {
         let props = target.props;
         let inputs = matrices.first()?.inputs();
         let orders = Orders::new(matrices);
-        let x = XBytes::new(rows, inputs);
-        let side = match matrices[0].kind() {
-            ScaleKind::Codes => x.sums - x.scales,
-            ScaleKind::Columns => x.all - x.scales,
-        };
-        let warps = warps(rows);
-        let ring = Ring::new(rows, props);
-        let x_rings = warps * ring.slots * X_UNIT * rows * X_ROW;
-        let slot = warps * rows * 128 * if gated { 2 } else { 1 };
+        let slot = slot_bytes(rows, gated);
         let grid = tiles.min(props.sms as usize);
         let mine = tiles.div_ceil(grid);
-        let row = inputs.div_ceil(X_CHUNK) * ROW_CHUNK;
-        let rings = warps * ring.bytes;
-        let one = warps * row_ring(props) + ZEROS + orders.count * (row + side);
-        let ways = [
-            (From::Row, one),
-            (From::Blocks, rings + orders.count * (x.scales + side)),
-            (From::Rings, rings + orders.count * side + x_rings),
-        ];
         // The sums of one row have another order.
         let alone = rows == 1 && !target.deterministic;
         let free = |used: usize| (props.shared_per_block as usize).saturating_sub(used);
-        let (from, used, most) = ways
+        let (from, used, most) = ways((rows, inputs), orders.count, matrices[0].kind(), props)
             .into_iter()
             .filter(|(from, _)| alone || *from != From::Row)
             .map(|(from, used)| (from, used, free(used) / slot))
@@ -236,6 +220,38 @@ impl Config {
     }
 }
 
+/// How x may come to shared memory, the best way first, with the bytes that all but sums take there.
+pub(in crate::cuda::lower) fn ways(
+    (rows, inputs): (usize, usize),
+    orders: usize,
+    kind: ScaleKind,
+    props: &DeviceProps,
+) -> [(From, usize); 3] {
+    let x = XBytes::new(rows, inputs);
+    let side = match kind {
+        ScaleKind::Codes => x.sums - x.scales,
+        ScaleKind::Columns => x.all - x.scales,
+    };
+    let warps = warps(rows);
+    let ring = Ring::new(rows, props);
+    let x_rings = warps * ring.slots * X_UNIT * rows * X_ROW;
+    let row = inputs.div_ceil(X_CHUNK) * ROW_CHUNK;
+    let rings = warps * ring.bytes;
+    [
+        (
+            From::Row,
+            warps * row_ring(props) + ZEROS + orders * (row + side),
+        ),
+        (From::Blocks, rings + orders * (x.scales + side)),
+        (From::Rings, rings + orders * side + x_rings),
+    ]
+}
+
+/// Bytes of the sums of a column tile; `gated`: of two.
+pub(in crate::cuda::lower) fn slot_bytes(rows: usize, gated: bool) -> usize {
+    warps(rows) * rows * 128 * if gated { 2 } else { 1 }
+}
+
 /// Most blocks of x that a thread block of a cluster needs for any of the matrices, in whole chunks.
 fn slice_blocks(matrices: &[&CudaMatrix]) -> usize {
     let share = |m: &CudaMatrix, i: usize| usize::from(m.shares()[i * SHARES / CLUSTER]);
@@ -247,8 +263,8 @@ fn slice_blocks(matrices: &[&CudaMatrix]) -> usize {
     blocks.max().unwrap_or(0)
 }
 
-/// Warps of a thread block (decode.cu: WARPS).
-fn warps(rows: usize) -> usize {
+/// Warps of a thread block (walk.cuh: WARPS).
+pub(in crate::cuda::lower) fn warps(rows: usize) -> usize {
     if rows > 8 { SHARES / 2 } else { SHARES }
 }
 
@@ -306,6 +322,11 @@ impl XBytes {
             all: sums + padded(blocks * rows),
         }
     }
+}
+
+/// Bytes that are enough for each of several rows of rounded x, wherever they begin.
+pub(in crate::cuda::lower) fn row_bytes(inputs: usize) -> usize {
+    XBytes::new(1, inputs).all
 }
 
 /// Bytes of several rows of rounded x.

@@ -1,0 +1,133 @@
+// What one launch of a product of experts of few rows computes.
+#pragma once
+
+#include "moe/experts.cuh"
+#include "qgemm/task.cuh"
+#include "qgemm/turn.cuh"
+
+// The host fills this struct word by word: lower/moe/few.rs.
+struct ExpertsTask {
+    const QMatrix* const* table;   // [experts][gate and up, or one]; 0: not this kernel's
+    Sorted sorted;                 // several rows
+    const int* ids;                // one row: [segments]
+    const float* x;                // one row: [inputs], or with `by_slot` [segments, inputs]
+    const char* blocks;            // several rows: what exl_moe_block_x leaves
+    long long part_bytes;          // of that, of all slots in one order
+    float* out;                    // [slots, n]
+    const float* weights;          // one row, down: [segments]
+    const float* residual;         // [n], or 0; may be `sum`
+    float* sum;                    // [n]; 0: nothing is added up
+    u32* counters;                 // of each column tile
+    int experts, segments;         // segments: of one row
+    int inputs, n;
+    int columns, slots;            // column tiles of a matrix; tiles of a thread block whose sums fit
+    int row_bytes;                 // of a row of `blocks`
+    short by_slot, streams;
+    short gated, act;
+    int next_gated;
+    NextPart next[PARTS];          // as in Task
+    int next_grid;
+    u32 next_bytes;
+
+    // Asks for the descriptors of all experts: they are used as soon as the experts of a row are known.
+    __device__ __forceinline__ void prefetch_descriptors() const {
+        const int all = experts * (gated ? 2 : 1);
+        const int i = blockIdx.x + threadIdx.x * gridDim.x;
+        if (i >= all || !table[i]) return;
+        const char* at = reinterpret_cast<const char*>(table[i]);
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(at + 128));
+    }
+};
+
+// Stores part of an output of one row. Whoever comes last of the segments of a column tile adds them, in
+// their order, and the residual. By a whole warp.
+__device__ __forceinline__ void add_segments(const ExpertsTask& task, int slot, int tile, int lane,
+                                             float s) {
+    const int column = tile * 32 + lane;
+    const bool inside = column < task.n;
+    if (inside) task.out[(long long)slot * task.n + column] = s;
+    __threadfence();
+    __syncwarp();
+    u32 before = 0;
+    if (lane == 0) before = atomicAdd(task.counters + tile, 1u);
+    before = __shfl_sync(FULL_MASK, before, 0);
+    if (before + 1 != u32(task.segments)) return;
+    __threadfence();
+    if (lane == 0) task.counters[tile] = 0;
+    if (!inside) return;
+    float sum = 0.0f;
+    for (int j = 0; j < task.segments; ++j) {
+        sum = fmaf(task.weights[j], __ldcg(task.out + (long long)j * task.n + column), sum);
+    }
+    task.sum[column] = sum + (task.residual ? task.residual[column] : 0.0f);
+}
+
+// What a thread block computes of a segment: in shared memory, in the form that the products of few rows
+// take (Task). ADDS: the outputs of the segments are added up.
+template <bool ADDS>
+struct SegmentTask {
+    static constexpr int MOST = 2, ROUNDS = 3;
+
+    QMatrix matrix[MOST];      // gate and up, or one and none
+    const float* x;            // one row
+    const char* blocks[MOST];  // several rows, by order
+    const ExpertsTask* whole;
+    int rows, inputs, slots, orders;
+    short gated, streams;
+    u8 order[4];
+    int slot[16];              // of each row
+
+    __device__ __forceinline__ void finish(int r, int index, int column, float s, float up) const {
+        const Epilogue e = {whole->out, nullptr, nullptr, whole->n, 0};
+        if (gated) {
+            finish_gated(e, e, whole->act, slot[r], index * 32 + column, s, up);
+        } else if (ADDS) {
+            add_segments(*whole, slot[r], index, column, s);
+        } else {
+            finish_linear(e, slot[r], index * 32 + column, s);
+        }
+    }
+    __device__ __forceinline__ const ExpertsTask& following() const { return *whole; }
+
+    // Fills the struct for a segment, unless it is another kernel's. By the whole block, behind a
+    // barrier; another one must follow.
+    __device__ __forceinline__ bool take(const ExpertsTask& task, const Segment& s) {
+        constexpr int WORDS = sizeof(QMatrix) / 8;
+        const int parts = task.gated ? 2 : 1;
+        if (u32(s.expert) >= u32(task.experts)) return false;
+        const QMatrix* const* from = task.table + s.expert * parts;
+        if (!from[0]) return false;
+        for (int i = threadIdx.x; i < parts * WORDS; i += blockDim.x) {
+            const u64* words = reinterpret_cast<const u64*>(from[i / WORDS]);
+            reinterpret_cast<u64*>(&matrix[i / WORDS])[i % WORDS] = words[i % WORDS];
+        }
+        if (s.rows == 1 && task.ids) {
+            if (threadIdx.x == 0) slot[0] = s.first;
+        } else if (int(threadIdx.x) < s.rows) {
+            slot[threadIdx.x] = task.sorted.slots[s.first + threadIdx.x];
+        }
+        if (threadIdx.x == blockDim.x - 1) {
+            if (parts == 1) matrix[1].columns = 0;
+            const bool apart = parts == 2 && from[0]->perm != from[1]->perm;
+            x = task.x + (task.by_slot ? (long long)s.first * task.inputs : 0);
+            blocks[0] = task.blocks + (long long)s.first * task.row_bytes;
+            blocks[1] = blocks[0] + task.part_bytes;
+            whole = &task;
+            rows = s.rows;
+            inputs = task.inputs;
+            slots = task.slots;
+            gated = task.gated;
+            streams = task.streams;
+            orders = apart ? 2 : 1;
+            order[0] = 0;
+            order[1] = apart ? 1 : 0;
+            order[2] = order[3] = 0;
+        }
+        return true;
+    }
+};
+
+// Bytes of shared memory before what a product uses (lower/moe/few.rs: TASK_BYTES).
+constexpr int TASK_BYTES = 1024;
+static_assert(sizeof(SegmentTask<true>) <= TASK_BYTES, "the struct fits");

@@ -1,0 +1,25 @@
+// How far pairs of values turn.
+#pragma once
+
+#include "common/common.cuh"
+
+// Angles are position * frequency in 64-bit floats, brought to one turn, so that sine and cosine are exact
+// to 32 bits at any position.
+__device__ __forceinline__ float2 rotation(int position, float frequency, float factor) {
+    const double turns = double(position) * double(frequency) * 0.15915494309189535;
+    float sine, cosine;
+    sincospif(float(2.0 * (turns - rint(turns))), &sine, &cosine);
+    return make_float2(cosine * factor, sine * factor);
+}
+
+// Positions are [axes, rows]. Frequencies from `second` and from `third` on go by the position on the
+// second and on the third axis; where there is one axis they are larger than any.
+struct Positions {
+    const int* all;
+    int rows, second, third;
+
+    __device__ __forceinline__ int at(int row, int frequency) const {
+        const int axis = int(frequency >= second) + int(frequency >= third);
+        return all[axis * rows + row];
+    }
+};

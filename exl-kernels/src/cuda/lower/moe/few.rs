@@ -1,0 +1,252 @@
+//! Few rows of an expert: its packed weights are read once for up to 16 rows (cuda/moe/row.cu, few.cu).
+
+use super::sort::Space;
+use super::{Format, Layer, Sum, pair};
+use crate::cuda::launch::Args;
+use crate::cuda::lower::Target;
+use crate::cuda::lower::linear::{From, X_CHUNK, row_bytes, slot_bytes, warps, ways};
+use crate::cuda::matrix::{ScaleKind, TILE_COLUMNS};
+use crate::cuda::{DeviceProps, Kernel, Launch};
+
+/// Rows that experts have on average up to which this is the way: with more, exact sums take more time
+/// than the memory.
+pub(super) const MOST_AVERAGE: usize = 8;
+
+/// One row, by kind of scales.
+pub(super) const ROW: [Kernel; 2] = [
+    Kernel::new("moe/row", "exl_moe_row1_exl2"),
+    Kernel::new("moe/row", "exl_moe_row1_gptq"),
+];
+/// One row, whose experts' outputs are added up.
+pub(super) const ROW_ADD: Kernel = Kernel::new("moe/row", "exl_moe_row1_add_exl2");
+/// Most rows of a segment, and the kernels by kind of scales.
+pub(super) const ROWS: [(usize, [Kernel; 2]); 3] = [
+    (
+        4,
+        [
+            Kernel::new("moe/few", "exl_moe_rows4_exl2"),
+            Kernel::new("moe/few", "exl_moe_rows4_gptq"),
+        ],
+    ),
+    (
+        8,
+        [
+            Kernel::new("moe/few", "exl_moe_rows8_exl2"),
+            Kernel::new("moe/few", "exl_moe_rows8_gptq"),
+        ],
+    ),
+    (
+        16,
+        [
+            Kernel::new("moe/few", "exl_moe_rows16_exl2"),
+            Kernel::new("moe/few", "exl_moe_rows16_gptq"),
+        ],
+    ),
+];
+/// Gathers and rounds rows of x in the orders of their experts.
+pub(super) const BLOCK_X: Kernel = Kernel::new("moe/input", "exl_moe_block_x");
+
+/// Bytes of shared memory that describe what a thread block computes (cuda/moe/task.cuh).
+const TASK_BYTES: usize = 1024;
+/// Word of the task where the next product is described (`ExpertsTask` of task.cuh).
+const NEXT_WORD: usize = 19;
+
+/// Where a launch describes the product that follows it, if it does.
+pub(in crate::cuda::lower) fn next_word(kernel: Kernel) -> Option<usize> {
+    let rows = ROWS.iter().flat_map(|(_, kernels)| kernels);
+    let mut all = rows.chain(&ROW).chain([&ROW_ADD]);
+    all.any(|&k| k == kernel).then_some(NEXT_WORD)
+}
+
+/// How launches divide their work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Few {
+    /// Most rows of a segment.
+    pub(super) rows: usize,
+    kernel: Kernel,
+    from: From,
+    /// Bytes of shared memory.
+    shared: usize,
+    /// Column tiles of a thread block whose sums are held at a time; of gate and up each counts.
+    slots: usize,
+}
+
+impl Few {
+    /// `None` when shared memory is too small.
+    pub(super) fn new(
+        layer: &Layer<'_>,
+        format: &Format,
+        kind: ScaleKind,
+        (props, deterministic): (&DeviceProps, bool),
+    ) -> Option<Self> {
+        let kernel = match kind {
+            ScaleKind::Codes => 0,
+            ScaleKind::Columns => 1,
+        };
+        let find = |rows: usize, kernel: Kernel, wanted: &[From]| {
+            let slot = slot_bytes(rows, layer.act.is_some());
+            let free = (props.shared_per_block as usize).checked_sub(TASK_BYTES)?;
+            let ways = ways((rows, layer.inputs), format.orders, kind, props).into_iter();
+            let (from, used, most) = ways
+                .filter(|(from, _)| wanted.contains(from))
+                .map(|(from, used)| (from, used, free.saturating_sub(used) / slot))
+                .find(|way| way.2 > 0)?;
+            let tiles = most.min(layer.outputs.div_ceil(TILE_COLUMNS).max(1));
+            Some(Self {
+                rows,
+                kernel,
+                from,
+                shared: TASK_BYTES + used + tiles * slot,
+                slots: tiles * layer.parts(),
+            })
+        };
+        // The sums of one row have another order.
+        let alone = (layer.rows == 1 && !deterministic)
+            .then(|| find(1, ROW[kernel], &[From::Row]))
+            .flatten();
+        // So many that an expert seldom has more, as none has more than there are rows.
+        let average = layer.average() as f64;
+        let usual = (average + 2.0 * average.sqrt()) as usize;
+        let wanted = match deterministic {
+            true => ROWS[ROWS.len() - 1].0,
+            false => usual.min(layer.rows),
+        };
+        let larger = ROWS.iter().filter(|(rows, _)| *rows >= wanted);
+        let smaller = ROWS.iter().rev().filter(|(rows, _)| *rows < wanted);
+        let ways = [From::Blocks, From::Rings];
+        let several = |(rows, kernels): &(usize, [Kernel; 2])| find(*rows, kernels[kernel], &ways);
+        alone.or_else(|| larger.chain(smaller).find_map(several))
+    }
+
+    /// Whether there is one row, which needs no scratch memory.
+    pub(super) fn is_row(&self) -> bool {
+        self.from == From::Row
+    }
+
+    /// Bytes of the prepared rows.
+    pub(super) fn input_bytes(&self, layer: &Layer<'_>, format: &Format) -> usize {
+        match self.is_row() {
+            true => 0,
+            false => format.orders * layer.slots() * row_bytes(layer.inputs),
+        }
+    }
+
+    /// One row: thread blocks in equal number for each of its experts. With `sum` their outputs are
+    /// added up.
+    pub(super) fn row(
+        &self,
+        layer: &Layer<'_>,
+        format: &Format,
+        sum: Option<&Sum>,
+        (target, list): (&Target<'_>, &mut Vec<Launch>),
+    ) {
+        let kernel = if sum.is_some() { ROW_ADD } else { self.kernel };
+        let each = target.props.sms as usize / layer.top_k;
+        let grid = layer.top_k * each.clamp(1, layer.outputs.div_ceil(TILE_COLUMNS).max(1));
+        let mut task = Task::new(layer, self);
+        task.ids = layer.ids;
+        task.segments = layer.top_k;
+        task.sum = sum.copied();
+        task.counters = target.scratch.counters;
+        list.push(self.launch(kernel, grid, format, &task));
+    }
+
+    /// Segments of sorted slots.
+    pub(super) fn rows(
+        &self,
+        layer: &Layer<'_>,
+        format: &Format,
+        space: &Space,
+        (target, list): (&Target<'_>, &mut Vec<Launch>),
+    ) {
+        let row_bytes = row_bytes(layer.inputs);
+        let part_bytes = layer.slots() * row_bytes;
+        list.push(Launch {
+            kernel: BLOCK_X,
+            // Eight warps, each for one chunk of one row.
+            grid: [
+                layer.inputs.div_ceil(8 * X_CHUNK) as u32,
+                layer.slots() as u32,
+                format.orders as u32,
+            ],
+            block: [256, 1, 1],
+            shared_bytes: 0,
+            args: Args::new()
+                .ptr(0)
+                .block(&space.words())
+                .ptr(layer.x)
+                .ptr(space.inputs)
+                .int(layer.parts())
+                .int(layer.by)
+                .int(layer.inputs)
+                .int(row_bytes)
+                .long(part_bytes as u64)
+                .with_table(format.table.clone()),
+        });
+        let units = layer.segments(self.rows) * layer.outputs.div_ceil(TILE_COLUMNS);
+        let grid = units.min(target.props.sms as usize);
+        let mut task = Task::new(layer, self);
+        task.sorted = space.words();
+        task.blocks = space.inputs;
+        task.part_bytes = part_bytes;
+        list.push(self.launch(self.kernel, grid, format, &task));
+    }
+
+    fn launch(&self, kernel: Kernel, grid: usize, format: &Format, task: &Task<'_>) -> Launch {
+        let warps = warps(self.rows);
+        Launch {
+            shared_bytes: self.shared as u32,
+            ..format.launch(kernel, grid, 32 * warps, &task.words())
+        }
+    }
+}
+
+/// `ExpertsTask` of task.cuh.
+struct Task<'l> {
+    layer: &'l Layer<'l>,
+    few: &'l Few,
+    sorted: [u64; 4],
+    ids: u64,
+    blocks: u64,
+    part_bytes: usize,
+    sum: Option<Sum>,
+    counters: u64,
+    segments: usize,
+}
+
+impl<'l> Task<'l> {
+    fn new(layer: &'l Layer<'l>, few: &'l Few) -> Self {
+        Self {
+            layer,
+            few,
+            sorted: [0; 4],
+            ids: 0,
+            blocks: 0,
+            part_bytes: 0,
+            sum: None,
+            counters: 0,
+            segments: 0,
+        }
+    }
+
+    fn words(&self) -> Vec<u64> {
+        let (l, few) = (self.layer, self.few);
+        let sum = |of: fn(&Sum) -> u64| self.sum.as_ref().map_or(0, of);
+        let flag = usize::from;
+        let mut words = vec![0];
+        words.extend(self.sorted);
+        words.extend([self.ids, l.x, self.blocks, self.part_bytes as u64, l.out]);
+        words.extend([sum(|s| s.weights), sum(|s| s.residual), sum(|s| s.out)]);
+        words.push(self.counters);
+        words.push(pair(l.experts, self.segments));
+        words.push(pair(l.inputs, l.outputs));
+        words.push(pair(l.outputs.div_ceil(TILE_COLUMNS), few.slots));
+        let modes = flag(l.by == 1) | flag(few.from == From::Rings) << 16;
+        words.push(pair(row_bytes(l.inputs), modes));
+        let (gated, act) = (flag(l.act.is_some()), l.act.unwrap_or(0));
+        words.push(pair(gated | act << 16, 0));
+        debug_assert_eq!(words.len(), NEXT_WORD);
+        words.extend([0; 7]);
+        words
+    }
+}

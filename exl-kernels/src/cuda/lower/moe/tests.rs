@@ -1,0 +1,273 @@
+use super::*;
+use crate::cuda::lower::{Scratch, link, lower, scratch_bytes, table_bytes};
+use crate::ops::{Activation, Linear, LinearPart, Op, RouteNorm};
+use crate::{Mem, MemMut};
+
+/// Experts, experts of a row, hidden size and intermediate size of models from 30 to 140 billion.
+const SHAPES: [(usize, usize, usize, usize); 4] = [
+    (8, 2, 4096, 14336),
+    (128, 8, 2048, 768),
+    (16, 4, 6144, 10752),
+    (60, 4, 2048, 1408),
+];
+
+fn target(props: &DeviceProps, deterministic: bool) -> Target<'_> {
+    Target {
+        props,
+        scratch: Scratch {
+            address: 0x100_0000,
+            bytes: 1 << 40,
+            counters: 0x200,
+        },
+        deterministic,
+    }
+}
+
+/// Gate and up, and down, of a layer. The regions are never read: lowering looks at addresses only.
+fn with_ops(
+    rows: usize,
+    (experts, top_k, hidden, inner): (usize, usize, usize, usize),
+    look: impl FnOnce(&Op<'_>, &Op<'_>),
+) {
+    let address = |i: usize| 0x1_0000_0000 + ((i as u64) << 28);
+    let matrix = |i: usize, k: usize, n: usize| CudaMatrix::imaginary(k, n, address(i));
+    let gates: Vec<CudaMatrix> = (0..experts).map(|e| matrix(e, hidden, inner)).collect();
+    let downs: Vec<CudaMatrix> = (0..experts).map(|e| matrix(e, inner, hidden)).collect();
+    let (x, mut wide) = (vec![0f32; rows * hidden], vec![0f32; rows * top_k * inner]);
+    let (ids, weights) = (vec![0i32; rows * top_k], vec![0f32; rows * top_k]);
+    let mut out = vec![0f32; rows * hidden];
+    let inner_x = vec![0f32; rows * top_k * inner];
+    let pair = |gate| (Matrix::Cuda(gate), Matrix::Cuda(gate));
+    let gate_up = Op::MoeGateUp(MoeGateUp {
+        x: Mem::host(&x),
+        ids: Mem::host(&ids),
+        experts: gates.iter().map(pair).collect(),
+        out: MemMut::host(&mut wide),
+        rows,
+        top_k,
+        inputs: hidden,
+        outputs: inner,
+        act: Activation::Silu,
+    });
+    let down = Op::MoeDown(MoeDown {
+        x: Mem::host(&inner_x),
+        ids: Mem::host(&ids),
+        weights: Mem::host(&weights),
+        experts: downs.iter().map(Matrix::Cuda).collect(),
+        residual: None,
+        out: MemMut::host(&mut out),
+        rows,
+        top_k,
+        inputs: inner,
+        outputs: hidden,
+    });
+    look(&gate_up, &down);
+}
+
+fn names(op: &Op<'_>, target: &Target<'_>) -> Vec<&'static str> {
+    let mut list = Vec::new();
+    lower(op, target, &mut list).unwrap();
+    list.iter().map(|l| l.kernel.entry).collect()
+}
+
+#[test]
+fn launches_fit_every_gpu() {
+    for props in DeviceProps::samples() {
+        for shape in SHAPES {
+            for (rows, fixed) in [1, 2, 5, 16, 33, 100, 300].map(|rows| (rows, rows % 2 == 0)) {
+                with_ops(rows, shape, |gate_up, down| {
+                    for op in [gate_up, down] {
+                        let mut list = Vec::new();
+                        lower(op, &target(&props, fixed), &mut list).unwrap();
+                        for launch in list {
+                            assert!(
+                                launch.shared_bytes <= props.shared_per_block,
+                                "{}: {shape:?} x {rows}: {launch:?}",
+                                props.name
+                            );
+                            assert!((1..=1024).contains(&launch.block[0]), "{launch:?}");
+                            assert!(launch.grid[1] < 1 << 16, "{launch:?}");
+                        }
+                    }
+                });
+            }
+        }
+    }
+}
+
+#[test]
+fn rows_choose_the_kernels() {
+    let samples = DeviceProps::samples();
+    let h200 = target(&samples[5], false);
+    let kernels = |rows, shape: usize| {
+        let mut found = Vec::new();
+        with_ops(rows, SHAPES[shape], |gate_up, down| {
+            found.extend([names(gate_up, &h200), names(down, &h200)]);
+        });
+        found
+    };
+    // A launch each: nothing is sorted, and outputs are added up where they are computed.
+    assert_eq!(
+        kernels(1, 0),
+        [["exl_moe_row1_exl2"], ["exl_moe_row1_add_exl2"]]
+    );
+    let few = |rows: &'static str| vec!["exl_moe_sort", "exl_moe_block_x", rows];
+    let added = |mut list: Vec<&'static str>| {
+        list.push("exl_moe_combine");
+        list
+    };
+    for (rows, shape, kernel) in [
+        (2, 0, "exl_moe_rows4_exl2"),
+        (16, 0, "exl_moe_rows8_exl2"),
+        (32, 0, "exl_moe_rows16_exl2"),
+        (16, 1, "exl_moe_rows4_exl2"),
+        (128, 1, "exl_moe_rows16_exl2"),
+    ] {
+        let expected = [few(kernel), added(few(kernel))];
+        assert_eq!(kernels(rows, shape), expected, "{rows} rows of {shape}");
+    }
+    let many = |tile: &'static str| vec!["exl_moe_sort", "exl_moe_block_x_f16", tile];
+    for (rows, shape, kernel) in [
+        (64, 0, "exl_moe_tile32_exl2"),
+        (160, 0, "exl_moe_tile64_exl2"),
+        (512, 0, "exl_moe_tile128_exl2"),
+        (512, 1, "exl_moe_tile64_exl2"),
+    ] {
+        let expected = [many(kernel), added(many(kernel))];
+        assert_eq!(kernels(rows, shape), expected, "{rows} rows of {shape}");
+    }
+}
+
+/// With fixed sums every number of rows takes the same kernels, in passes that scratch memory is enough
+/// for.
+#[test]
+fn fixed_sums_come_from_one_kernel() {
+    let samples = DeviceProps::samples();
+    for (rows, passes) in [(1, 1), (40, 1), (2048, 1), (2049, 2), (5000, 3)] {
+        with_ops(rows, SHAPES[0], |gate_up, _| {
+            let names = names(gate_up, &target(&samples[5], true));
+            let pass = ["exl_moe_sort", "exl_moe_block_x", "exl_moe_rows16_exl2"];
+            assert_eq!(names, pass.repeat(passes), "{rows} rows");
+        });
+    }
+}
+
+#[test]
+fn scratch_holds_what_launches_put_there() {
+    for props in DeviceProps::samples() {
+        for rows in [1, 3, 16, 100, 700] {
+            for fixed in [false, true] {
+                with_ops(rows, SHAPES[0], |gate_up, down| {
+                    let (slots, hidden, inner) = (rows * 2, 4096, 14336);
+                    let outputs = (4 * slots * hidden) as u64;
+                    let inputs = |k: usize| (2 * slots * k) as u64;
+                    let many = rows > 1 || fixed;
+                    let (up, down) = (scratch_bytes(gate_up, &props), scratch_bytes(down, &props));
+                    assert!(!many || up >= inputs(hidden));
+                    assert!(down >= outputs + if many { inputs(inner) } else { 0 });
+                    // Little beside the inputs in either way, and the outputs.
+                    let side = |k: usize| inputs(k) + (slots * (k / 4 + 64) + (1 << 16)) as u64;
+                    assert!(up <= side(hidden) && down <= outputs + side(inner));
+                });
+            }
+        }
+    }
+}
+
+#[test]
+fn formats_have_launches_of_their_own() {
+    let samples = DeviceProps::samples();
+    let matrix = CudaMatrix::imaginary(128, 64, 0x10_0000);
+    let dense = vec![0f32; 128 * 64];
+    let (x, ids) = (vec![0f32; 128], vec![0i32; 2]);
+    let mut out = vec![0f32; 128];
+    let dense = Matrix::Dense(Mem::host(&dense));
+    let quant = Matrix::Cuda(&matrix);
+    let mut gate_up = |experts: Vec<_>| {
+        let op = Op::MoeGateUp(MoeGateUp {
+            x: Mem::host(&x),
+            ids: Mem::host(&ids),
+            experts,
+            out: MemMut::host(&mut out),
+            rows: 1,
+            top_k: 2,
+            inputs: 128,
+            outputs: 64,
+            act: Activation::Gelu,
+        });
+        let mut list = Vec::new();
+        let done = lower(&op, &target(&samples[0], false), &mut list);
+        done.map(|()| (list, table_bytes(&op)))
+    };
+    let (list, tables) = gate_up(vec![(quant, quant), (dense, dense), (quant, quant)]).unwrap();
+    let entries: Vec<_> = list.iter().map(|l| l.kernel.entry).collect();
+    let expected = [
+        "exl_moe_row1_exl2",
+        "exl_moe_sort",
+        "exl_moe_dense_gate_up_f32",
+    ];
+    assert_eq!(entries, expected);
+    let address = matrix.address();
+    let table = |i: usize| list[i].args.table().map(|t| t.to_vec());
+    assert_eq!(
+        table(0),
+        Some(vec![address, address, 0, 0, address, address])
+    );
+    assert!(table(2).is_some_and(|t| t[..2] == [0, 0] && t[2] == t[3] && t[2] > 0));
+    assert_eq!((table(1), tables), (None, 2 * 256));
+    let error = gate_up(vec![(quant, dense), (quant, quant)]).unwrap_err();
+    assert!(error.to_string().contains("different formats"), "{error}");
+}
+
+#[test]
+fn very_many_experts_are_refused() {
+    let samples = DeviceProps::samples();
+    let experts = MOST_EXPERTS + 1;
+    let logits = vec![0f32; experts];
+    let (mut ids, mut weights) = ([0i32], [0f32]);
+    let op = Op::MoeRoute(MoeRoute {
+        logits: Mem::host(&logits),
+        ids: MemMut::host(&mut ids),
+        weights: MemMut::host(&mut weights),
+        rows: 1,
+        experts,
+        top_k: 1,
+        norm: RouteNorm::Sum,
+    });
+    let error = lower(&op, &target(&samples[0], false), &mut Vec::new()).unwrap_err();
+    assert!(error.to_string().contains("1025 experts"), "{error}");
+}
+
+/// Which weights come next is not known before experts, and is behind them.
+#[test]
+fn products_of_experts_end_a_chain_of_prefetches() {
+    let samples = DeviceProps::samples();
+    let matrix = CudaMatrix::imaginary(4096, 4096, 0x10_0000);
+    let (x, mut out) = (vec![0f32; 4096], vec![0f32; 4096]);
+    let linear = Op::Linear(Linear {
+        x: Mem::host(&x),
+        rows: 1,
+        inputs: 4096,
+        parts: vec![LinearPart {
+            matrix: Matrix::Cuda(&matrix),
+            bias: None,
+            residual: None,
+            out: MemMut::host(&mut out),
+            outputs: 4096,
+        }],
+    });
+    with_ops(1, SHAPES[0], |gate_up, down| {
+        let mut list = Vec::new();
+        for op in [&linear, gate_up, down] {
+            lower(op, &target(&samples[5], false), &mut list).unwrap();
+        }
+        link(&mut list);
+        // The next product's grid, 0 where it is unknown.
+        let grid = |launch: &Launch, word: usize| launch.args.words()[word] as u32;
+        let few = next_word(list[1].kernel).unwrap();
+        assert_eq!(list[0].args.words()[98 + 6] as u32, 0);
+        assert_eq!(grid(&list[1], few + 6), 0);
+        assert_eq!(grid(&list[2], few + 6), list[0].grid[0]);
+        assert_eq!(list[2].args.words()[few], matrix.words()[0]);
+    });
+}

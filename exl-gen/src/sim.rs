@@ -1,8 +1,9 @@
 //! A backend without a model, for tests of whatever sits on the engine.
 //!
 //! It keeps the tokens of every page and reads the context of each row back through the block
-//! table it is given, so a page in wrong hands gives wrong answers. With window pages it keeps the tokens
-//! there as well, and a step fails that finds others in them than in the pages.
+//! table it is given, so a page in wrong hands gives wrong answers. A step fails that finds a token which
+//! came after another text, as keys and values depend on all before them. With window pages it keeps the
+//! same there, and a step fails that finds something else in them than in the pages.
 
 use std::fmt;
 
@@ -30,8 +31,28 @@ pub struct SimBackend {
     logits: Vec<f32>,
 }
 
-/// Pages of tokens.
-struct Slots(Vec<Option<u32>>);
+/// What a slot holds.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Held {
+    token: u32,
+    /// Stands for the token and all before it.
+    text: u64,
+}
+
+impl Held {
+    /// Bytes in a page.
+    const BYTES: usize = 12;
+
+    /// A token behind a text; that of no token is 0.
+    fn after(text: u64, token: u32) -> Self {
+        let text = (text ^ u64::from(token)).wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let text = (text ^ text >> 31).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        Self { token, text }
+    }
+}
+
+/// Pages of what their slots hold.
+struct Slots(Vec<Option<Held>>);
 
 impl Slots {
     fn new(pages: usize) -> Self {
@@ -50,12 +71,20 @@ impl Slots {
         Ok(page * PAGE_TOKENS + position % PAGE_TOKENS)
     }
 
+    /// What is there for a position.
+    fn held(&self, pages: &[u32], position: usize) -> Result<Held, BackendError> {
+        self.0[self.slot(pages, position)?]
+            .ok_or_else(|| BackendError(format!("position {position} is not in the cache")))
+    }
+
     fn read(&self, page: u32, content: &mut [u8]) -> Result<(), BackendError> {
         let page = page as usize * PAGE_TOKENS;
         let slots = self.0.get(page..page + PAGE_TOKENS);
         let slots = slots.ok_or_else(|| BackendError(format!("a read of slot {page}")))?;
-        for (bytes, slot) in content.chunks_exact_mut(4).zip(slots) {
-            bytes.copy_from_slice(&slot.unwrap_or(u32::MAX).to_le_bytes());
+        for (bytes, slot) in content.chunks_exact_mut(Held::BYTES).zip(slots) {
+            let token = slot.map_or(u32::MAX, |held| held.token);
+            bytes[..4].copy_from_slice(&token.to_le_bytes());
+            bytes[4..].copy_from_slice(&slot.map_or(0, |held| held.text).to_le_bytes());
         }
         Ok(())
     }
@@ -64,8 +93,11 @@ impl Slots {
         let page = page as usize * PAGE_TOKENS;
         let slots = self.0.get_mut(page..page + PAGE_TOKENS);
         let slots = slots.ok_or_else(|| BackendError(format!("a write of slot {page}")))?;
-        for (bytes, slot) in content.as_chunks().0.iter().zip(slots) {
-            *slot = Some(u32::from_le_bytes(*bytes)).filter(|&token| token != u32::MAX);
+        let pages = content.as_chunks::<{ Held::BYTES }>().0;
+        for ([a, b, c, d, text @ ..], slot) in pages.iter().zip(slots) {
+            let token = u32::from_le_bytes([*a, *b, *c, *d]);
+            let text = u64::from_le_bytes(*text);
+            *slot = Some(Held { token, text }).filter(|held| held.token != u32::MAX);
         }
         Ok(())
     }
@@ -190,35 +222,52 @@ impl SimBackend {
     }
 
     fn write(&mut self, seq: &SeqSlice<'_>) -> Result<(), BackendError> {
+        let mut text = match seq.start.checked_sub(1) {
+            Some(last) => self.slots.held(seq.pages, last)?.text,
+            None => 0,
+        };
         for (position, &token) in (seq.start..).zip(seq.tokens) {
+            let held = Held::after(text, token);
+            text = held.text;
             let slot = self.slots.slot(seq.pages, position)?;
-            self.slots.0[slot] = Some(token);
+            self.slots.0[slot] = Some(held);
             if let Some((_, slots)) = &mut self.window {
                 let slot = slots.slot(seq.extras.window_pages, position)?;
-                slots.0[slot] = Some(token);
+                slots.0[slot] = Some(held);
             }
         }
         Ok(())
     }
 
-    fn row(&mut self, seq: &SeqSlice<'_>, length: usize) -> Result<(), BackendError> {
-        let token = |slots: &Slots, pages, position| {
-            slots.0[slots.slot(pages, position)?]
-                .ok_or_else(|| BackendError(format!("position {position} is not in the cache")))
+    /// The first `length` tokens of a sequence, which must be its own.
+    fn context(&self, seq: &SeqSlice<'_>, length: usize) -> Result<Vec<u32>, BackendError> {
+        let wrong = |position, what| {
+            let what = format!("position {position} holds {what}");
+            Err(BackendError(what))
         };
-        let context = (0..length)
-            .map(|position| token(&self.slots, seq.pages, position))
-            .collect::<Result<Vec<u32>, _>>()?;
-        if let Some((tokens, slots)) = &self.window {
-            for position in length.saturating_sub(*tokens)..length {
-                let found = token(slots, seq.extras.window_pages, position)?;
-                if found != context[position] {
-                    return Err(BackendError(format!(
-                        "position {position} holds another token in its window page"
-                    )));
-                }
+        let window = self.window.as_ref();
+        let seen = window.map(|(tokens, slots)| (length.saturating_sub(*tokens), slots));
+        let mut text = 0;
+        let mut context = Vec::with_capacity(length);
+        for position in 0..length {
+            let held = self.slots.held(seq.pages, position)?;
+            if held != Held::after(text, held.token) {
+                return wrong(position, "a token of another text");
             }
+            if let Some((first, slots)) = seen
+                && position >= first
+                && slots.held(seq.extras.window_pages, position)? != held
+            {
+                return wrong(position, "something else in its window page");
+            }
+            text = held.text;
+            context.push(held.token);
         }
+        Ok(context)
+    }
+
+    fn row(&mut self, seq: &SeqSlice<'_>, length: usize) -> Result<(), BackendError> {
+        let context = self.context(seq, length)?;
         let at = self.logits.len();
         self.logits.resize(at + self.vocab, 0.0);
         (self.script)(&context, &mut self.logits[at..]);
@@ -249,7 +298,7 @@ impl Backend for SimBackend {
     }
 
     fn page_bytes(&self) -> usize {
-        4 * PAGE_TOKENS
+        Held::BYTES * PAGE_TOKENS
     }
 
     fn read_page(&mut self, page: u32, content: &mut [u8]) -> Result<(), BackendError> {
@@ -269,7 +318,7 @@ impl Backend for SimBackend {
         Some(WindowCache {
             tokens: *tokens,
             pages: slots.pages(),
-            page_bytes: 4 * PAGE_TOKENS,
+            page_bytes: Held::BYTES * PAGE_TOKENS,
         })
     }
 

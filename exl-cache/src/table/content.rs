@@ -46,14 +46,18 @@ impl PageTable {
     /// # Errors
     /// [`crate::Error::UnknownSequence`].
     pub fn catch_up(&mut self, seq: SeqId) -> Result<usize> {
-        let sequence = self.sequence(seq)?;
-        let mut filled = sequence.filled;
+        let agreed = self.sequence(seq)?.agreed;
+        let mut filled = self.sequence(seq)?.filled;
         let mut backed = filled;
-        while filled / PAGE_TOKENS < sequence.agreed {
+        while filled / PAGE_TOKENS < agreed {
             let place = filled / PAGE_TOKENS;
-            let held = self.pool.page(sequence.pages[place]).tokens.len();
+            if filled == backed {
+                self.take_over(seq, place)?;
+            }
+            let pages = &self.sequence(seq)?.pages;
+            let held = self.pool.page(pages[place]).tokens.len();
             filled = filled.max(place * PAGE_TOKENS + held);
-            if self.is_backed(&sequence.pages, filled) {
+            if self.is_backed(pages, filled) {
                 backed = filled;
             }
             if held < PAGE_TOKENS {
@@ -62,6 +66,22 @@ impl PageTable {
         }
         self.set_filled(seq, backed)?;
         Ok(backed)
+    }
+
+    /// Takes the full page that holds what a sequence and others are about to put into another one, if it
+    /// has its window page: it had been there, behind pages without theirs.
+    fn take_over(&mut self, seq: SeqId, place: usize) -> Result<()> {
+        if !self.has_window() {
+            return Ok(());
+        }
+        let sequence = self.sequence(seq)?;
+        let page = sequence.pages[place];
+        let name = sequence.names.get(place);
+        let full = name.and_then(|name| self.pool.full.get(name)).copied();
+        if let Some(full) = full.filter(|&full| full != page && self.pool.is_whole(full)) {
+            self.merge(place, page, full);
+        }
+        Ok(())
     }
 
     /// The full page that a sequence wants next, if nobody has any of it: its name and its place.
@@ -163,8 +183,8 @@ impl PageTable {
         }
     }
 
-    /// A page that begins with some of the tokens that `next` says the sequence wants; only at the
-    /// beginning of a page of its own that is still empty. That gets a window page if it is to be
+    /// A page that begins with some of the tokens that `next` says the sequence wants, but not a whole
+    /// page of them; only at the beginning of a page of its own that is still empty. That gets a window page if it is to be
     /// written to; none is found without.
     ///
     /// # Errors
@@ -179,7 +199,8 @@ impl PageTable {
         if !self.reuse || !empty || !sequence.filled.is_multiple_of(PAGE_TOKENS) {
             return Ok(None);
         }
-        let next = &next[..next.len().min(PAGE_TOKENS)];
+        // Full pages go by their names.
+        let next = &next[..next.len().min(PAGE_TOKENS - 1)];
         let found = self.pool.longest(sequence.parent(place), next, target);
         let Some((page, tokens)) = found.filter(|&(_, count)| count >= LEAST_MATCH) else {
             return Ok(None);

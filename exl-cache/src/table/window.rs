@@ -357,6 +357,10 @@ impl PageTable {
 
     /// The pages that a text shares, as far as they are there, in the places of its first pages; none for
     /// those that it is the first to want.
+    ///
+    /// With window pages it shares full ones only as far as it can go on behind them, and then those that
+    /// others fill, also once more. Behind a page that it fills itself it shares none: window pages may be
+    /// gone when it comes there.
     pub(super) fn sharing(&self, text: &Prefix) -> Vec<Option<u32>> {
         if !self.reuse {
             return Vec::new();
@@ -372,14 +376,18 @@ impl PageTable {
         let full = full.count();
         let tokens = full * PAGE_TOKENS + there.get(full).map_or(0, held);
         let backed = self.backed(&there, tokens);
-        if backed < tokens {
-            found.truncate(backed / PAGE_TOKENS);
-        } else {
-            // Behind a page that nobody has, window pages of others may be gone when it is filled.
-            let own = found[there.len()..].iter().take_while(|p| p.is_none());
-            let named = there.len() + own.count();
-            found.truncate(named);
+        let first = match backed < tokens {
+            true => backed / PAGE_TOKENS,
+            false => there.len(),
+        };
+        for (name, page) in text.hashes.iter().zip(&mut found).skip(first) {
+            *page = self.pool.promised.get(name).copied();
         }
+        let others = found[first..].iter().take_while(|page| page.is_some());
+        let own = first + others.count();
+        let fresh = found[own..].iter().take_while(|page| page.is_none());
+        let named = own + fresh.count();
+        found.truncate(named);
         found
     }
 }

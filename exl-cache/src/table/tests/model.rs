@@ -1,5 +1,7 @@
 //! Any calls in any order, against a memory that is really written.
 
+use std::hash::{DefaultHasher, Hash, Hasher};
+
 use proptest::prelude::*;
 
 use super::*;
@@ -33,7 +35,8 @@ fn step() -> impl Strategy<Value = Step> {
             .prop_map(|(kind, turn, tokens)| Step::Admit { kind, turn, tokens }),
         2 => (0usize..16, 0usize..1500).prop_map(|(s, t)| Step::Extend(s, t)),
         1 => (0usize..16, 0usize..1200).prop_map(|(s, t)| Step::Fork(s, t)),
-        8 => (0usize..16, 1usize..700, any::<bool>())
+        // A step often ends with a page.
+        8 => (0usize..16, prop_oneof![2 => 1usize..700, 1 => Just(256), 1 => Just(512)], any::<bool>())
             .prop_map(|(which, count, odd)| Step::Write { which, count, odd }),
         4 => (0usize..16).prop_map(Step::Match),
         1 => (0usize..16, 0usize..1200).prop_map(|(s, t)| Step::Truncate(s, t)),
@@ -58,12 +61,25 @@ struct Alive {
     text: Vec<u32>,
 }
 
+/// What a slot holds: a token, and what it came after, as keys and values depend on all of that.
+type Held = Option<(u32, u64)>;
+
 struct World {
     table: PageTable,
     alive: Vec<Alive>,
-    /// The tokens behind every slot of every page, and of every window page.
-    memory: Vec<Option<u32>>,
-    window: Vec<Option<u32>>,
+    /// What every slot of every page holds, and of every window page.
+    memory: Vec<Held>,
+    window: Vec<Held>,
+}
+
+/// What the slots of a text hold.
+fn held(text: &[u32]) -> impl Iterator<Item = Held> {
+    text.iter().scan(0u64, |before, &token| {
+        let mut hasher = DefaultHasher::new();
+        (*before, token).hash(&mut hasher);
+        *before = hasher.finish();
+        Some(Some((token, *before)))
+    })
 }
 
 fn slot(pages: &[u32], position: usize) -> usize {
@@ -127,14 +143,15 @@ impl World {
 
     /// Writes the next `count` tokens of a text, for which all is ready.
     fn fill(&mut self, at: usize, count: usize) {
-        let (seq, filled, new) = self.next(at, count);
+        let (seq, filled, _) = self.next(at, count);
         let pages = self.table.block_table(seq).unwrap().to_vec();
         let window = self.table.window_table(seq).unwrap();
-        for (position, &token) in (filled..).zip(&new) {
+        let end = filled + count;
+        for (position, held) in held(&self.alive[at].text[..end]).enumerate().skip(filled) {
             assert!(!self.table.is_shared(seq, position).unwrap());
-            self.memory[slot(&pages, position)] = Some(token);
+            self.memory[slot(&pages, position)] = held;
             if self.table.has_window() {
-                self.window[slot(&window, position)] = Some(token);
+                self.window[slot(&window, position)] = held;
             }
         }
     }
@@ -226,23 +243,24 @@ impl World {
             let window = self.table.window_table(*seq).unwrap();
             let filled = self.table.filled(*seq).unwrap();
             let tokens = self.table.pool.windows.as_ref().map(|w| w.tokens);
-            for (position, token) in text[..filled].iter().enumerate() {
+            for (position, held) in held(&text[..filled]).enumerate() {
                 let found = self.memory[slot(pages, position)];
-                assert_eq!(found, Some(*token), "{seq} at {position}");
+                assert_eq!(found, held, "{seq} at {position}");
                 // What its next token sees through window pages.
                 if tokens.is_some_and(|tokens| position + tokens > filled) {
                     let found = self.window[slot(&window, position)];
-                    assert_eq!(found, Some(*token), "{seq} at {position} of the window");
+                    assert_eq!(found, held, "{seq} at {position} of the window");
                 }
             }
         }
         for (id, page) in self.table.pool.pages.iter().enumerate() {
             for (offset, token) in page.tokens.iter().enumerate() {
-                let slot = id * PAGE_TOKENS + offset;
-                assert_eq!(self.memory[slot], Some(*token), "page {id} at {offset}");
+                let held = self.memory[id * PAGE_TOKENS + offset];
+                let found = held.map(|(token, _)| token);
+                assert_eq!(found, Some(*token), "page {id} at {offset}");
                 if let Some(window) = page.window {
                     let found = self.window[window as usize * PAGE_TOKENS + offset];
-                    assert_eq!(found, Some(*token), "window page {window} at {offset}");
+                    assert_eq!(found, held, "window page {window} at {offset}");
                 }
             }
         }

@@ -95,6 +95,85 @@ fn what_lost_its_window_is_computed_again_and_shared_again() {
     assert_eq!(table.filled(third), Ok(512));
 }
 
+/// A text of which the beginning has lost its window pages, the pages behind have theirs.
+fn with_an_island(table: &mut PageTable, tokens: &[u32]) {
+    let first = admit(table, tokens);
+    compute(table, first, tokens, 256);
+    table.release(first).unwrap();
+    for (place, hash) in Prefix::new(None, tokens).hashes.iter().enumerate() {
+        let (page, ..) = table.full_page(hash).unwrap();
+        assert_eq!(table.window_of(page).is_some(), place >= 2, "{place}");
+    }
+}
+
+#[test]
+fn pages_that_are_whole_behind_those_that_are_not_are_taken_over() {
+    let mut table = table(40, 300, 4);
+    let tokens = ids(0..1281);
+    with_an_island(&mut table, &tokens);
+    let other = [&tokens[..768], &ids(5000..5600)].concat();
+    let seq = admit(&mut table, &other);
+    assert_eq!(table.filled(seq), Ok(0));
+    compute(&mut table, seq, &other[..512], 256);
+    // Page 2 was there all the time. It is no match: those have no names.
+    let next = &other[512..other.len() - 1];
+    assert_eq!(table.find_match(seq, next), Ok(None));
+    assert_eq!(table.catch_up(seq), Ok(768));
+    audit(&table);
+    let names = Prefix::new(None, &[&other[..], &[1]].concat()).hashes;
+    let (page, ..) = table.full_page(&names[2]).unwrap();
+    assert_eq!(table.block_table(seq).unwrap()[2], page.0);
+    compute(&mut table, seq, &other, 200);
+    assert_eq!(table.sequences[&seq].names, names);
+    // A sequence that leaves its text finds a page there that it has no name for.
+    let last = admit(&mut table, &ids(7000..7001));
+    table.truncate(last, 0).unwrap();
+    table.extend(last, 600).unwrap();
+    let found = table.find_match(last, &other[..600]).unwrap().unwrap();
+    assert_eq!(found.tokens, 255);
+    table.adopt(last, found).unwrap();
+    audit(&table);
+    compute(&mut table, last, &other[..600], 300);
+    assert_eq!(table.sequences[&last].names, names[..2]);
+}
+
+#[test]
+fn who_lost_their_window_compute_a_text_once() {
+    let mut table = table(40, 300, 12);
+    let tokens = ids(0..1281);
+    let first = admit(&mut table, &tokens);
+    compute(&mut table, first, &tokens, 256);
+    table.release(first).unwrap();
+    // Another text takes all window pages.
+    let long = ids(9000..13000);
+    let other = admit(&mut table, &long);
+    compute(&mut table, other, &long, 256);
+    table.release(other).unwrap();
+    let prompts = [&tokens[..1281], &[&tokens[..900], &[7; 50]].concat()];
+    let seqs = prompts.map(|prompt| admit(&mut table, prompt));
+    let pages = seqs.map(|seq| table.block_table(seq).unwrap().to_vec());
+    assert_eq!(pages[0][..3], pages[1][..3]);
+    assert_ne!(pages[0][3], pages[1][3]);
+    assert_eq!(seqs.map(|seq| table.filled(seq)), [Ok(0), Ok(0)]);
+    for end in [512, 1024] {
+        let filled = table.filled(seqs[0]).unwrap();
+        table.prepare_write(seqs[0], filled, end).unwrap();
+        table.reserve_window(seqs[0], end).unwrap();
+        table.commit(seqs[0], &tokens[filled..end]).unwrap();
+        audit(&table);
+        assert_eq!(table.catch_up(seqs[1]), Ok(end.min(768)));
+        audit(&table);
+    }
+    // With pages that were there.
+    let names = Prefix::new(None, &tokens).hashes;
+    for (place, name) in names[..3].iter().enumerate() {
+        let page = table.full_page(name).unwrap().0.0;
+        for seq in seqs {
+            assert_eq!(table.block_table(seq).unwrap()[place], page);
+        }
+    }
+}
+
 #[test]
 fn who_waits_is_told_before_the_window_moves_on() {
     let mut table = table(40, 100, 14);

@@ -122,13 +122,14 @@ fn sliding_layers_of_a_27b_keep_a_window_of_a_long_text() {
     let spec = parse(&file, &RopeOptions::default(), false).unwrap();
     let shape = spec.kv_shape(KvType::F16);
     assert_eq!((shape.full_layers(), shape.sliding.layers), (10, 52));
-    let cache = |rows, window_pages| {
+    let cache_at = |tokens, rows, window_pages| {
         let request = MemoryRequest {
             window_pages,
-            ..MemoryRequest::new((1, 32768), KvType::F16, rows)
+            ..MemoryRequest::new((1, tokens), KvType::F16, rows)
         };
         memory_for(&spec, 0, &request).cache
     };
+    let cache = |rows, window_pages| cache_at(32768, rows, window_pages);
     let layer_page = 2 * 16 * 128 * 256 * 2;
     let whole = 62 * 128 * layer_page;
     assert_eq!(cache(2049, WindowPages::All), whole);
@@ -138,4 +139,11 @@ fn sliding_layers_of_a_27b_keep_a_window_of_a_long_text() {
     assert_eq!(cache(2049, WindowPages::Needed), pages(20));
     assert_eq!(cache(513, WindowPages::Needed), pages(14));
     assert_eq!((pages(20), pages(14)), (4_865_392_640, 4_211_081_216));
+    // Bytes of a token: of all layers, and of those that see everything.
+    assert_eq!(shape.token_bytes(), 507_904);
+    let more = cache_at(131_072, 513, WindowPages::Needed) - pages(14);
+    assert_eq!(more / (131_072 - 32768), 81_920);
+    // A context of a few windows takes no less.
+    let short = |window_pages| cache_at(3584, 513, window_pages);
+    assert_eq!(short(WindowPages::Needed), short(WindowPages::All));
 }

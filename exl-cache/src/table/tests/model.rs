@@ -46,6 +46,11 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
+/// Sometimes one of the sequences, and how many tokens it takes back; without that it begins again.
+fn change() -> impl Strategy<Value = Option<(usize, Option<usize>)>> {
+    prop::option::weighted(0.3, (0usize..5, prop::option::of(0usize..600)))
+}
+
 /// A text: the same beginning for all of one kind, another one from `turn` on.
 fn tokens(kind: u32, turn: usize, count: usize) -> Vec<u32> {
     let token = |at: usize| {
@@ -159,6 +164,25 @@ impl World {
     fn commit(&mut self, at: usize, count: usize) {
         let (seq, _, new) = self.next(at, count);
         self.table.commit(seq, &new).unwrap();
+    }
+
+    /// A sequence takes tokens back, or ends and begins again; its text stays what it is.
+    fn set_back(&mut self, at: usize, taken_back: Option<usize>) {
+        let Alive { seq, text } = &mut self.alive[at];
+        match taken_back {
+            Some(count) => {
+                let filled = self.table.filled(*seq).unwrap();
+                let len = filled.saturating_sub(count);
+                self.table.truncate(*seq, len).unwrap();
+                assert!(self.table.filled(*seq).unwrap() <= len);
+                self.table.extend(*seq, text.len()).unwrap();
+            }
+            None => {
+                self.table.release(*seq).unwrap();
+                *seq = self.table.admit(&Prefix::new(None, text)).unwrap();
+            }
+        }
+        self.check();
     }
 
     fn adopt(&mut self, at: usize) {
@@ -322,13 +346,14 @@ proptest! {
     }
 
     /// With as many window pages as it says, sequences that share the rows of a step always go on, as an
-    /// engine has them do: what waits catches up, all get ready, then those in the step reserve.
+    /// engine has them do: what waits catches up, all get ready, then those in the step reserve. Before a
+    /// step one may take tokens back, or give way and come back.
     #[test]
     fn the_least_window_pages_suffice(
         window in prop_oneof![Just(1usize), Just(2), 3usize..300, Just(257), 300usize..700],
         rows in 1usize..700,
         texts in prop::collection::vec((0u32..2, 0usize..600, 300usize..1100), 1..5),
-        turns in prop::collection::vec((0usize..5, 1usize..700), 1..40),
+        turns in prop::collection::vec((0usize..5, 1usize..700, change()), 1..40),
     ) {
         let seqs = texts.len();
         let least = exl_tensor::least_window_pages(window, (seqs, rows));
@@ -338,7 +363,10 @@ proptest! {
             let seq = world.table.admit(&Prefix::new(None, &text)).unwrap();
             world.alive.push(Alive { seq, text });
         }
-        for (first, count) in turns {
+        for (first, count, change) in turns {
+            if let Some((which, taken_back)) = change {
+                world.set_back(which % seqs, taken_back);
+            }
             for at in 0..seqs {
                 world.adopt(at);
             }

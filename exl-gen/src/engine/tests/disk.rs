@@ -105,7 +105,8 @@ fn a_restart_finds_window_pages_too() {
     engine.drain();
     assert_eq!(folder.files().len(), 3);
     let size = |path: &PathBuf| std::fs::metadata(path).unwrap().len();
-    assert!(folder.files().iter().all(|path| size(path) > 2 * 4 * 256));
+    // Each has 12 bytes of a token in a page and as many in its window page.
+    assert!(folder.files().iter().all(|path| size(path) > 2 * 12 * 256));
 
     let engine = start_in(&folder, "one", window);
     assert_eq!(found(&engine, request(1100)), 768);
@@ -116,6 +117,31 @@ fn a_restart_finds_window_pages_too() {
     assert_eq!(found(&engine, request(1100)), 1024);
     engine.drain();
     assert_eq!(engine.stats().failed, 0);
+    assert_all_free(&engine);
+}
+
+/// The same where the pages are in memory still, but not their window pages.
+#[test]
+fn window_pages_that_are_gone_are_read() {
+    let folder = Folder::new("gone");
+    let options = EngineOptions {
+        disk: Some(DiskOptions {
+            folder: folder.0.clone(),
+            model: "one".to_owned(),
+            limit: 1 << 20,
+        }),
+        ..EngineOptions::default()
+    };
+    let backend = SimBackend::new(VOCAB, 40, noise).with_limits(100, 1);
+    let backend = Box::new(windowed(backend, Some((300, 1))));
+    let engine = Engine::start(backend, tokenizer(), options).unwrap();
+    assert_eq!(found(&engine, request(1000)), 0);
+    for n in 0..6 {
+        let other = (0..900).map(|i| (i * 11 + n) % 250).collect();
+        found(&engine, noisy(other, 3, 1));
+    }
+    assert_eq!(engine.load().kept_pages, 7 * 4);
+    assert_eq!(found(&engine, request(1000)), 768);
     assert_all_free(&engine);
 }
 

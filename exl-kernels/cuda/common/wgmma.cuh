@@ -99,6 +99,30 @@ __device__ __forceinline__ void wgmma(float (&d)[32][4], u64 a, u64 b, int keep)
         : "l"(a), "l"(b), "r"(keep));
 }
 
+// d += a b^T: as above with 64 rows of a in registers: each warp has 16 rows as those of mma.m16n8k16.
+__device__ __forceinline__ void wgmma(float (&d)[8][4], const u32 (&a)[4], u64 b, int keep) {
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        "setp.ne.b32 p, %37, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {" R32 "}, "
+        "{%32, %33, %34, %35}, %36, p, 1, 1, 0;\n"
+        "}"
+        : D32(d, 0)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(keep));
+}
+__device__ __forceinline__ void wgmma(float (&d)[16][4], const u32 (&a)[4], u64 b, int keep) {
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        "setp.ne.b32 p, %69, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {" R64 "}, "
+        "{%64, %65, %66, %67}, %68, p, 1, 1, 0;\n"
+        "}"
+        : D32(d, 0), D32(d, 8)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(keep));
+}
+
 // d += a b: 64 rows of a in registers, as d but of 16-bit pairs, and 16 rows of b (operand_across).
 __device__ __forceinline__ void wgmma_across(float (&d)[8][4], const u32 (&a)[4], u64 b,
                                              int keep) {

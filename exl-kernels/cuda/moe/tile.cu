@@ -12,10 +12,7 @@
 // ahead, and by prefetch to L2 far ahead; x comes through a ring of stages in shared memory, in the order
 // that exl_moe_block_x_f16 left. Each sum is added up in one order, whatever the segment.
 
-#include "moe/experts.cuh"
-#include "qgemm/epilogue.cuh"
-#include "qgemm/half.cuh"
-#include "qgemm/input.cuh"
+#include "moe/stream.cuh"
 
 namespace {
 
@@ -23,92 +20,6 @@ constexpr int WARPS = 8;
 constexpr int THREADS = WARPS * WARP;
 constexpr int STEP = 2;     // blocks of a stage
 constexpr int STAGES = 3;
-constexpr u32 AHEAD = 4096; // bytes from the weights in use to those asked for
-
-// The host fills this struct word by word: lower/moe/tile.rs.
-struct TileTask {
-    const QMatrix* const* table;   // [experts][gate and up, or one]; 0: not this kernel's
-    Sorted sorted;
-    const char* x;                 // what exl_moe_block_x_f16 leaves
-    long long part_bytes;          // of that, of all slots in one order
-    float* out;                    // [slots, n]
-    int inputs, n;
-    int columns;                   // column tiles of a matrix
-    int orders;                    // of x, for which there is shared memory
-    short gated, act;
-};
-
-// The weights of a column tile on their way: those of the next block are in registers.
-template <int KIND>
-struct Stream {
-    const QMatrix* m;
-    const char* first;   // the tile's
-    u32 offset;          // of the next block
-    u32 place;           // column * pieces
-    int run;             // that has it
-    int bits;
-    u32 words[8];
-    ScaleCodes<KIND> codes;
-
-    __device__ __forceinline__ void start(const QMatrix& matrix, int column, int lane) {
-        m = &matrix;
-        first = m->tiles + m->column_bytes * column;
-        offset = 0;
-        place = column * m->pieces;
-        run = 0;
-        ask(128 * lane);
-        load(0, lane);
-    }
-    // Asks for the line that has a byte of the tile.
-    __device__ __forceinline__ void ask(u32 at) const {
-        if (at < m->column_bytes) {
-            asm volatile("prefetch.global.L2 [%0];" ::"l"(first + at));
-        }
-    }
-    // Loads a block, which follows the one before.
-    __device__ __forceinline__ void load(int block, int lane) {
-        if (block >= m->run[run].end) ++run;
-        const Run r = m->run[run];
-        bits = r.bits;
-        const char* at = first + offset;
-        offset += 128 * bits;
-        codes = ScaleCodes<KIND>::of(*m, place, piece_of(*m, r, block), lane >> 2);
-        switch (bits) {
-            case 2: load_words<2>(words, at, lane); break;
-            case 3: load_words<3>(words, at, lane); break;
-            case 4: load_words<4>(words, at, lane); break;
-            case 5: load_words<5>(words, at, lane); break;
-            case 6: load_words<6>(words, at, lane); break;
-            default: load_words<8>(words, at, lane); break;
-        }
-        if (lane < bits) ask(offset + AHEAD + 128 * lane);
-    }
-    // The block as operands [column half][step of 16 rows].
-    __device__ __forceinline__ void expand(u32 (&a)[2][2][4]) const {
-        __half2 v[8][2];
-        if constexpr (KIND == KIND_GPTQ) {
-            expand_halves<4>(words, v);
-        } else {
-            switch (bits) {
-                case 2: expand_halves<2>(words, v); break;
-                case 3: expand_halves<3>(words, v); break;
-                case 4: expand_halves<4>(words, v); break;
-                case 5: expand_halves<5>(words, v); break;
-                case 6: expand_halves<6>(words, v); break;
-                default: expand_halves<8>(words, v); break;
-            }
-        }
-        // Behind the switch: inside of it ptxas 12.9 dies of this for sm_120.
-        const HalfScales<KIND> scales(codes);
-#pragma unroll
-        for (int q = 0; q < 8; ++q) {
-            const int column = 2 * (q >> 2) + (q & 1);
-            u32(&to)[4] = a[q >> 2][q >> 1 & 1];
-            to[q & 1] = as_u32(scales.weight(v[q][0], column));
-            to[2 + (q & 1)] = as_u32(scales.weight(v[q][1], column));
-        }
-    }
-};
 
 // GROUPS: of warps that share rows. NT: eighths of the rows of a group. Lane 4g + t has columns g, g + 8,
 // g + 16, g + 24 of a tile and rows 8n + 2t and + 1.
@@ -119,41 +30,22 @@ struct Tile {
     static constexpr int X_BLOCK = ROWS * X_ROW;      // bytes
     static constexpr int X_STAGE = STEP * X_BLOCK;    // of one order
 
-    // Rows of the output, and the matrices.
-    struct Own {
-        QMatrix matrix[2];
-        int slot[ROWS];
-    };
+    typedef Operands<ROWS> Own;
 
     const TileTask& task;
     Own& own;
     char* x;   // shared: [STAGES][orders][STEP][ROWS][64]
     int lane, warp;
 
-    // What a block of the grid computes: pair of column tiles `first` and on, of a segment.
-    struct Item {
-        Segment segment;
-        int first;
-    };
-
-    // Those of one expert that have the same columns follow each other.
-    __device__ __forceinline__ Item item(int index, int per_segment) const {
-        Segment s = task.sorted.segments[index / per_segment];
-        const int begin = index / per_segment - s.index;   // the expert's first segment
-        const int within = index - begin * per_segment;
-        s = task.sorted.segments[begin + within % s.all];
-        return {s, within / s.all * PAIRS};
-    }
-
     // Starts the copies of a stage: blocks from `block` on.
-    __device__ __forceinline__ void fetch(const char* from, int orders, int rows, int block,
-                                          int blocks, int stage) const {
-        for (int order = 0; order < orders; ++order) {
-            for (int i = 0; i < STEP && block + i < blocks; ++i) {
+    __device__ __forceinline__ void fetch(int block, int stage) const {
+        const int bytes = own.rows * X_ROW;
+        for (int order = 0; order < own.orders; ++order) {
+            for (int i = 0; i < STEP && block + i < task.inputs / 32; ++i) {
                 const char* source =
-                    from + order * task.part_bytes + (long long)(block + i) * rows * X_ROW;
+                    own.x + order * task.part_bytes + (long long)(block + i) * bytes;
                 char* to = x + (stage * task.orders + order) * X_STAGE + i * X_BLOCK;
-                for (int o = 16 * threadIdx.x; o < rows * X_ROW; o += 16 * THREADS) {
+                for (int o = 16 * threadIdx.x; o < bytes; o += 16 * THREADS) {
                     cp_async_16(to + o, source + o);
                 }
             }
@@ -161,38 +53,21 @@ struct Tile {
         cp_async_commit();
     }
 
-    // By the whole block, behind a barrier; another one must follow. False when it is another kernel's.
-    __device__ __forceinline__ bool take(const Segment& s) const {
-        constexpr int WORDS = sizeof(QMatrix) / 8;
-        const int parts = task.gated ? 2 : 1;
-        const QMatrix* const* from = task.table + s.expert * parts;
-        if (!from[0]) return false;
-        for (int i = threadIdx.x; i < parts * WORDS; i += THREADS) {
-            const u64* words = reinterpret_cast<const u64*>(from[i / WORDS]);
-            reinterpret_cast<u64*>(&own.matrix[i / WORDS])[i % WORDS] = words[i % WORDS];
-        }
-        for (int r = threadIdx.x; r < s.rows; r += THREADS) {
-            own.slot[r] = task.sorted.slots[s.first + r];
-        }
-        return true;
-    }
-
-    __device__ __forceinline__ void run(const Item& item) const {
-        const int rows = item.segment.rows, group = warp / PAIRS;
+    // Pairs of column tiles from `first` on.
+    __device__ __forceinline__ void run(int first) const {
+        const int group = warp / PAIRS;
         const bool gated = task.gated;
         // Columns beyond the matrix are computed as the last one, and not stored.
-        const int pair = item.first + warp % PAIRS, last = task.columns - 1;
+        const int pair = first + warp % PAIRS, last = task.columns - 1;
         const int column[2] = {min(gated ? pair : 2 * pair, last), min(gated ? pair : 2 * pair + 1, last)};
-        const QMatrix& up = own.matrix[gated ? 1 : 0];
-        const int orders = up.perm != own.matrix[0].perm ? 2 : 1;
-        const int blocks = task.inputs / 32;
-        const char* from = task.x + 2ll * item.segment.first * task.inputs;
 #pragma unroll
-        for (int s = 0; s < STAGES - 1; ++s) fetch(from, orders, rows, s * STEP, blocks, s);
+        for (int s = 0; s < STAGES - 1; ++s) fetch(s * STEP, s);
 
         Stream<KIND> stream[2];
         stream[0].start(own.matrix[0], column[0], lane);
-        stream[1].start(up, column[1], lane);
+        stream[1].start(own.matrix[gated ? 1 : 0], column[1], lane);
+        const int blocks = task.inputs / 32;
+        const bool apart = own.orders > 1;
         float total[2][2][NT][4] = {};   // [tile][column half][..]: column g: two rows; column g + 8
         // Beyond the rows whatever lies there is multiplied; nobody reads those sums.
         const u32 offset = group * NT * 8 * X_ROW + (lane >> 2) * X_ROW + (lane & 3) * 16;
@@ -204,7 +79,7 @@ struct Tile {
                 cp_async_wait<STAGES - 2>();
                 __syncthreads();
                 // Goes where the stage before was.
-                fetch(from, orders, rows, block + (STAGES - 1) * STEP, blocks, fill);
+                fetch(block + (STAGES - 1) * STEP, fill);
                 fill = fill + 1 == STAGES ? 0 : fill + 1;
             }
             u32 a[2][2][2][4];
@@ -216,10 +91,12 @@ struct Tile {
             const char* at = x + stage * task.orders * X_STAGE + block % STEP * X_BLOCK + offset;
 #pragma unroll
             for (int n = 0; n < NT; ++n) {
+                // Half of x at a time: registers are scarce.
+                if (n == NT / 2) __syncwarp();
                 uint4 b = *reinterpret_cast<const uint4*>(at + n * 8 * X_ROW);
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
-                    if (i == 1 && orders > 1) {
+                    if (i == 1 && apart) {
                         b = *reinterpret_cast<const uint4*>(at + X_STAGE + n * 8 * X_ROW);
                     }
 #pragma unroll
@@ -238,7 +115,7 @@ struct Tile {
 #pragma unroll
             for (int i = 0; i < 8; ++i) {
                 const int r = group * NT * 8 + 8 * n + 2 * t + (i & 1), c = 8 * (i >> 1) + g;
-                if (r >= rows) continue;
+                if (r >= own.rows) continue;
                 float* to = task.out + (long long)own.slot[r] * task.n;
                 const float v = total[0][i >> 2][n][i & 3], w = total[1][i >> 2][n][i & 3];
                 if (gated) {
@@ -259,11 +136,11 @@ struct Tile {
         const int all = task.sorted.segment_count() * per_segment;
 #pragma unroll 1
         for (int index = blockIdx.x; index < all; index += gridDim.x) {
-            const Item next = item(index, per_segment);
+            const Item next = Item::of(task, index, per_segment);
             __syncthreads();   // the item before is done
-            if (!take(next.segment)) continue;
+            if (!own.take(task, next.segment)) continue;
             __syncthreads();
-            run(next);
+            run(next.first * PAIRS);
         }
     }
 };
@@ -273,17 +150,17 @@ __device__ __forceinline__ void tile(const TileTask& task) {
     extern __shared__ __align__(1024) char shared[];
     typedef Tile<KIND, NT, GROUPS> T;
     pdl_launch();
-    typename T::Own& own = *reinterpret_cast<typename T::Own*>(shared);
-    const T tile = {task, own, shared + sizeof(typename T::Own), int(threadIdx.x) % WARP,
-                    __shfl_sync(FULL_MASK, int(threadIdx.x) / WARP, 0)};
-    static_assert(sizeof(typename T::Own) % 16 == 0, "x is aligned");
+    typedef typename T::Own Own;
+    static_assert(sizeof(Own) % 16 == 0, "x is aligned");
+    const T tile = {task, *reinterpret_cast<Own*>(shared), shared + sizeof(Own),
+                    int(threadIdx.x) % WARP, __shfl_sync(FULL_MASK, int(threadIdx.x) / WARP, 0)};
     pdl_wait();
     tile.run_all();
 }
 
 }  // namespace
 
-// Shared memory (lower/moe/tile.rs): 416 + 4 ROWS + STAGES * orders * STEP * ROWS * 64 bytes.
+// Shared memory (lower/moe/tile.rs): 432 + 4 ROWS + STAGES * orders * STEP * ROWS * 64 bytes.
 #define ENTRY(NAME, KIND, NT, GROUPS)                                                             \
     extern "C" __global__ void __launch_bounds__(THREADS, 1)                                      \
         NAME(const __grid_constant__ TileTask task) {                                             \

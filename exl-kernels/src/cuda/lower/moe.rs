@@ -59,7 +59,12 @@ pub(crate) static KERNELS: &[Kernel] = &[
     few::ROWS[1].1[1],
     few::ROWS[2].1[0],
     few::ROWS[2].1[1],
-    tile::BLOCK_X,
+    tile::BLOCK_X[0],
+    tile::BLOCK_X[1],
+    tile::GROUPS[0].1[0],
+    tile::GROUPS[0].1[1],
+    tile::GROUPS[1].1[0],
+    tile::GROUPS[1].1[1],
     tile::TILES[0].1[0],
     tile::TILES[0].1[1],
     tile::TILES[1].1[0],
@@ -76,7 +81,8 @@ pub(crate) static KERNELS: &[Kernel] = &[
 
 /// Whether a kernel multiplies with experts.
 pub(super) fn is_product(kernel: Kernel) -> bool {
-    let others = [sort::SORT, sort::COMBINE, few::BLOCK_X, tile::BLOCK_X];
+    let [lines, swizzled] = tile::BLOCK_X;
+    let others = [sort::SORT, sort::COMBINE, few::BLOCK_X, lines, swizzled];
     let route = ROUTE.map(|(_, kernel)| kernel);
     KERNELS.contains(&kernel) && !others.contains(&kernel) && !route.contains(&kernel)
 }
@@ -325,7 +331,7 @@ impl Way {
     fn input_bytes(&self, layer: &Layer<'_>, format: &Format) -> usize {
         let bytes = match self {
             Way::Few(few) => few.input_bytes(layer, format),
-            Way::Tile(_) => tile::input_bytes(layer, format),
+            Way::Tile(tile) => tile.input_bytes(layer, format),
             Way::Dense => 0,
         };
         bytes.next_multiple_of(ALIGN)

@@ -91,7 +91,9 @@ impl Few {
                 .filter(|(from, _)| wanted.contains(from))
                 .map(|(from, used)| (from, used, free.saturating_sub(used) / slot))
                 .find(|way| way.2 > 0)?;
-            let tiles = most.min(layer.outputs.div_ceil(TILE_COLUMNS).max(1));
+            // Turns of equal length, when those of a thread block do not fit at once.
+            let mine = tiles_of(layer, rows, from, props).max(1);
+            let tiles = mine.div_ceil(mine.div_ceil(most));
             Some(Self {
                 rows,
                 kernel,
@@ -141,8 +143,7 @@ impl Few {
         (target, list): (&Target<'_>, &mut Vec<Launch>),
     ) {
         let kernel = if sum.is_some() { ROW_ADD } else { self.kernel };
-        let each = target.props.sms as usize / layer.top_k;
-        let grid = layer.top_k * each.clamp(1, layer.outputs.div_ceil(TILE_COLUMNS).max(1));
+        let grid = layer.top_k * blocks_of(layer, target.props);
         let mut task = Task::new(layer, self);
         task.ids = layer.ids;
         task.segments = layer.top_k;
@@ -199,6 +200,22 @@ impl Few {
             ..format.launch(kernel, grid, 32 * warps, &task.words())
         }
     }
+}
+
+/// Thread blocks for each expert of one row.
+fn blocks_of(layer: &Layer<'_>, props: &DeviceProps) -> usize {
+    let columns = layer.outputs.div_ceil(TILE_COLUMNS).max(1);
+    (props.sms as usize / layer.top_k).clamp(1, columns)
+}
+
+/// Most column tiles of an expert that one thread block has.
+fn tiles_of(layer: &Layer<'_>, rows: usize, from: From, props: &DeviceProps) -> usize {
+    let columns = layer.outputs.div_ceil(TILE_COLUMNS);
+    if from == From::Row {
+        return columns.div_ceil(blocks_of(layer, props));
+    }
+    let units = layer.segments(rows) * columns;
+    units.div_ceil(props.sms as usize).min(columns)
 }
 
 /// `ExpertsTask` of task.cuh.

@@ -126,16 +126,21 @@ fn rows_choose_the_kernels() {
         let expected = [few(kernel), added(few(kernel))];
         assert_eq!(kernels(rows, shape), expected, "{rows} rows of {shape}");
     }
-    let many = |tile: &'static str| vec!["exl_moe_sort", "exl_moe_block_x_f16", tile];
-    for (rows, shape, kernel) in [
-        (64, 0, "exl_moe_tile32_exl2"),
-        (160, 0, "exl_moe_tile64_exl2"),
-        (512, 0, "exl_moe_tile128_exl2"),
-        (512, 1, "exl_moe_tile64_exl2"),
+    let many = |x: &'static str, tile: &'static str| vec!["exl_moe_sort", x, tile];
+    for (rows, shape, x, kernel) in [
+        (64, 0, "exl_moe_block_x_f16", "exl_moe_tile32_exl2"),
+        (160, 0, "exl_moe_block_x_wgmma", "exl_moe_wgmma64_exl2"),
+        (512, 0, "exl_moe_block_x_wgmma", "exl_moe_wgmma128_exl2"),
+        (512, 1, "exl_moe_block_x_wgmma", "exl_moe_wgmma64_exl2"),
     ] {
-        let expected = [many(kernel), added(many(kernel))];
+        let expected = [many(x, kernel), added(many(x, kernel))];
         assert_eq!(kernels(rows, shape), expected, "{rows} rows of {shape}");
     }
+    // Without warpgroups.
+    with_ops(512, SHAPES[0], |gate_up, _| {
+        let expected = many("exl_moe_block_x_f16", "exl_moe_tile128_exl2");
+        assert_eq!(names(gate_up, &target(&samples[3], false)), expected);
+    });
 }
 
 /// With fixed sums every number of rows takes the same kernels, in passes that scratch memory is enough

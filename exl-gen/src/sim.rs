@@ -351,6 +351,10 @@ impl Backend for SimBackend {
         self.logits.clear();
         for seq in seqs {
             self.write(seq)?;
+            if seq.tokens.len() > 1 {
+                // The first row sees what lies furthest back.
+                self.context(seq, seq.start + 1)?;
+            }
             let end = seq.start + seq.tokens.len();
             let from = match seq.logits {
                 LogitRows::None => end,

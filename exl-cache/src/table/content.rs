@@ -183,9 +183,9 @@ impl PageTable {
         }
     }
 
-    /// A page that begins with some of the tokens that `next` says the sequence wants, but not a whole
-    /// page of them; only at the beginning of a page of its own that is still empty. That gets a window page if it is to be
-    /// written to; none is found without.
+    /// A page that begins with some of the tokens that `next` says the sequence wants, though not with a
+    /// page full of them; only at the beginning of a page of its own that is still empty. That gets a
+    /// window page if it is to be written to; none is found without.
     ///
     /// # Errors
     /// [`crate::Error::UnknownSequence`].
@@ -199,7 +199,7 @@ impl PageTable {
         if !self.reuse || !empty || !sequence.filled.is_multiple_of(PAGE_TOKENS) {
             return Ok(None);
         }
-        // Full pages go by their names.
+        // A full page would have to get its name, by which it is found in any case.
         let next = &next[..next.len().min(PAGE_TOKENS - 1)];
         let found = self.pool.longest(sequence.parent(place), next, target);
         let Some((page, tokens)) = found.filter(|&(_, count)| count >= LEAST_MATCH) else {

@@ -232,6 +232,34 @@ fn who_is_told_too_late_takes_pages_of_its_own() {
 }
 
 #[test]
+fn what_a_writer_left_is_written_again_without_its_window() {
+    let mut table = table(40, 300, 6);
+    let text = ids(0..1100);
+    let first = admit(&mut table, &text);
+    let waiting = [600, 700].map(|n| admit(&mut table, &[&text[..1024], &[7, n]].concat()));
+    compute(&mut table, first, &text[..900], 300);
+    let page = table.block_table(first).unwrap()[3];
+    table.release(first).unwrap();
+    let other = ids(5000..7000);
+    let seq = admit(&mut table, &other);
+    compute(&mut table, seq, &other, 256);
+    table.release(seq).unwrap();
+    // Both still want page 3, which holds 132 tokens that nobody can go on behind.
+    assert_eq!(table.references(PageId(page)), 2);
+    assert_eq!(table.window_of(PageId(page)), None);
+    for seq in waiting {
+        assert_eq!(table.catch_up(seq), Ok(0));
+        table.prepare_write(seq, 0, 1024).unwrap();
+        audit(&table);
+    }
+    table.reserve_window(waiting[0], 1024).unwrap();
+    assert_eq!(table.block_table(waiting[0]).unwrap()[3], page);
+    table.commit(waiting[0], &text[..1024]).unwrap();
+    audit(&table);
+    assert_eq!(table.catch_up(waiting[1]), Ok(1024));
+}
+
+#[test]
 fn taking_back_falls_back_to_what_is_backed() {
     let mut table = table(40, 300, 4);
     let tokens = ids(0..2000);
@@ -283,6 +311,28 @@ fn copies_are_of_both_pages() {
     audit(&table);
     assert_eq!(table.filled(seq), Ok(600));
     assert_eq!(table.window_table(seq).unwrap()[2], to.0);
+}
+
+#[test]
+fn own_window_pages_that_are_there_are_not_counted_twice() {
+    let mut table = table(12, 300, 3);
+    let tokens = ids(0..700);
+    let seq = admit(&mut table, &tokens);
+    table.prepare_write(seq, 0, 700).unwrap();
+    table.reserve_window(seq, 700).unwrap();
+    table.commit(seq, &tokens[..10]).unwrap();
+    // What was reserved and not written is for others, of whom one takes one.
+    table.prepare_write(seq, 10, 700).unwrap();
+    let other = admit(&mut table, &ids(5000..5005));
+    table.prepare_write(other, 0, 5).unwrap();
+    table.reserve_window(other, 5).unwrap();
+    audit(&table);
+    assert_eq!(table.window_pages(), (3, 1));
+    let lacking = Error::OutOfPages { needed: 1, free: 0 };
+    assert_eq!(table.reserve_window(seq, 700), Err(lacking));
+    audit(&table);
+    table.reserve_window(seq, 500).unwrap();
+    audit(&table);
 }
 
 #[test]

@@ -39,6 +39,14 @@ pub enum Error {
         /// The position asked for.
         position: usize,
     },
+    /// Window pages for a page that holds tokens others may count on.
+    #[error("sequence {seq} was not prepared for a write at position {position}")]
+    Unprepared {
+        /// The sequence.
+        seq: SeqId,
+        /// The position.
+        position: usize,
+    },
     /// A pool without a page, or larger than page ids reach.
     #[error("a cache of {pages} pages cannot work: 1 is the least, {max} the most")]
     PoolSize {

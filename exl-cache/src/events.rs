@@ -7,7 +7,8 @@ use crate::PageHash;
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum CacheEvent {
-    /// A full page can be found from now on.
+    /// A full page can be found from now on. Where there are window pages, that it has one still is not
+    /// told: then it may have to be computed again.
     Stored {
         /// Its name.
         hash: PageHash,

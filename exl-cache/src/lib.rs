@@ -10,6 +10,6 @@ mod table;
 pub use disk::{DiskPage, DiskTier};
 pub use error::{Error, Result};
 pub use events::CacheEvent;
-pub use exl_tensor::PAGE_TOKENS;
+pub use exl_tensor::{PAGE_TOKENS, least_window_pages};
 pub use hash::{PageHash, Prefix, vector_ids};
 pub use table::{Match, PageCopy, PageId, PageTable, SeqId, pages_for};

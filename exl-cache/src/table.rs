@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::fmt;
+use std::ops::Range;
 
 use crate::{CacheEvent, Error, PAGE_TOKENS, PageHash, Prefix, Result};
 
@@ -9,6 +10,7 @@ mod content;
 mod pool;
 #[cfg(test)]
 mod tests;
+mod window;
 
 pub use content::Match;
 use pool::Pool;
@@ -41,6 +43,8 @@ pub struct PageCopy {
     pub from: PageId,
     /// Page the writing sequence owns alone.
     pub to: PageId,
+    /// Their window pages, for the layers that have these.
+    pub window: Option<(PageId, PageId)>,
 }
 
 /// Pages that hold `tokens` tokens.
@@ -60,6 +64,8 @@ struct Sequence {
     agreed: usize,
     /// Tokens in the cache.
     filled: usize,
+    /// Places of the pages whose window pages it needs.
+    held: Range<usize>,
 }
 
 /// Owner of all pages of a cache: block tables, reference counts, and what pages hold.
@@ -139,33 +145,26 @@ impl PageTable {
 
     /// Pages that must be free now for a text to be admitted: those that no sequence owns already.
     pub fn pages_needed(&self, text: &Prefix) -> usize {
-        let owned = |hash| match self.pool.find(hash) {
-            Some(page) => self.pool.page(page).refs > 0,
-            None => false,
-        };
-        pages_for(text.tokens) - self.shared(text).iter().filter(|h| owned(h)).count()
-    }
-
-    fn shared<'a>(&self, text: &'a Prefix) -> &'a [PageHash] {
-        if self.reuse { &text.hashes } else { &[] }
+        let owned = |&&page: &&u32| self.pool.page(page).refs > 0;
+        pages_for(text.tokens) - self.sharing(text).iter().flatten().filter(owned).count()
     }
 
     /// Starts a sequence with room for a text (an empty one owns nothing). It shares the full pages
-    /// that are there or that others are about to fill; [`Self::filled`] says how many tokens need
-    /// not be computed.
+    /// that are there or that others are about to fill, those only that it can go on behind where
+    /// there are window pages; [`Self::filled`] says how many tokens need not be computed.
     ///
     /// # Errors
     /// [`Error::NeverFits`] beyond the whole pool, [`Error::OutOfPages`] when only later may do.
     pub fn admit(&mut self, text: &Prefix) -> Result<SeqId> {
         self.check(text.tokens, self.pages_needed(text))?;
-        let shared = self.shared(text).to_vec();
+        let found = self.sharing(text);
+        let agreed = found.len();
         // First those that are there, so that making room for the others does not take them.
-        let found: Vec<Option<u32>> = shared.iter().map(|hash| self.pool.find(hash)).collect();
         for &page in found.iter().flatten() {
             self.pool.retain(page);
         }
         let mut pages = Vec::with_capacity(pages_for(text.tokens));
-        for (hash, found) in shared.iter().zip(found) {
+        for (hash, found) in text.hashes.iter().zip(found) {
             let page = found.unwrap_or_else(|| {
                 let page = self.pool.take().expect("their number was checked");
                 self.pool.promise(page, *hash);
@@ -179,9 +178,10 @@ impl PageTable {
         let seq = self.insert(Sequence {
             pages,
             root: text.root,
-            agreed: shared.len(),
-            names: shared,
+            agreed,
+            names: text.hashes[..agreed].to_vec(),
             filled: 0,
+            held: 0..0,
         });
         self.catch_up(seq)?;
         Ok(seq)
@@ -200,6 +200,7 @@ impl PageTable {
 
     /// A new sequence that shares the pages of the first `tokens` tokens of `seq`. Takes no page;
     /// the first of the two to write into a shared page gets a copy, see [`Self::prepare_write`].
+    /// [`Self::filled`] is less where window pages are gone that it would need.
     ///
     /// # Errors
     /// [`Error::UnknownSequence`], [`Error::OutOfRange`] when `seq` is shorter.
@@ -214,18 +215,21 @@ impl PageTable {
             root: parent.root,
             names: parent.names.iter().copied().take(full).collect(),
             agreed: parent.agreed.min(full),
-            filled: parent.filled.min(tokens),
+            filled: self.backed(shared, parent.filled.min(tokens)),
+            held: 0..0,
         };
         for &page in &child.pages {
             self.pool.retain(page);
         }
-        Ok(self.insert(child))
+        let child = self.insert(child);
+        self.hold(child, false)?;
+        Ok(child)
     }
 
     /// Makes the pages of positions `start..end` the sequence's own. Shared ones are replaced by
     /// fresh ones in its block table; the returned copies must be done before the write. Pages that
     /// all their owners want to fill with the same tokens stay shared. What the pages hold from
-    /// `start` on is forgotten.
+    /// `start` on is forgotten; window pages are needed up to there only.
     ///
     /// # Errors
     /// [`Error::UnknownSequence`], [`Error::OutOfRange`], [`Error::OutOfPages`].
@@ -240,20 +244,26 @@ impl PageTable {
         let places = start / PAGE_TOKENS..pages_for(end);
         let foreign = |&place: &usize| self.is_foreign(held, place);
         let marked: Vec<usize> = places.clone().filter(foreign).collect();
+        self.hold(seq, false)?;
+        self.check_windows(seq, &marked)?;
         let fresh = self.take(end, marked.len())?;
-        let mut copies = Vec::with_capacity(marked.len());
+        let mut copies = Vec::new();
         for (&place, to) in marked.iter().zip(fresh) {
-            let from = self.own(seq, place, to, start)?;
-            copies.push(PageCopy {
-                from: PageId(from),
-                to: PageId(to),
-            });
+            let copy = self.own(seq, place, to, start)?;
+            // Of others nothing is kept.
+            copies.extend((start > place * PAGE_TOKENS).then_some(copy));
         }
         for place in places {
-            let page = self.sequence(seq)?.pages[place];
+            let sequence = self.sequence(seq)?;
+            let (page, agreed) = (sequence.pages[place], place < sequence.agreed);
+            self.forget_abandoned(page);
             if self.pool.page(page).refs == 1 {
                 let keep = start.saturating_sub(place * PAGE_TOKENS).min(PAGE_TOKENS);
                 self.pool.cut(page, keep);
+                if !agreed {
+                    // What others had promised, who are gone, or the sequence itself before it parted.
+                    self.pool.unname(page);
+                }
             }
         }
         Ok(copies)
@@ -266,16 +276,20 @@ impl PageTable {
         page.refs > 1 && !agreed
     }
 
-    /// Puts the page `to` in the place of a shared one, which is returned.
-    fn own(&mut self, seq: SeqId, place: usize, to: u32, start: usize) -> Result<u32> {
-        let from = std::mem::replace(&mut self.sequence_mut(seq)?.pages[place], to);
+    /// Puts the page `to` in the place of a shared one; gives the copy that this takes.
+    fn own(&mut self, seq: SeqId, place: usize, to: u32, start: usize) -> Result<PageCopy> {
+        let sequence = self.sequence_mut(seq)?;
+        let needs = sequence.held.contains(&place);
+        let from = std::mem::replace(&mut sequence.pages[place], to);
+        let window = needs.then(|| self.replace_window(from, to)).flatten();
         let page = self.pool.page(from);
         let keep = start.saturating_sub(place * PAGE_TOKENS);
         let tokens = page.tokens[..page.tokens.len().min(keep)].to_vec();
         let parent = page.parent;
         self.pool.append(to, parent, &tokens);
         self.pool.release(from);
-        Ok(from)
+        let (from, to) = (PageId(from), PageId(to));
+        Ok(PageCopy { from, to, window })
     }
 
     /// Whether a write at `position` needs a copy first.
@@ -297,15 +311,8 @@ impl PageTable {
     /// # Errors
     /// [`Error::UnknownSequence`], also for the second release of the same id.
     pub fn release(&mut self, seq: SeqId) -> Result<usize> {
-        let sequence = self.sequences.remove(&seq);
-        let sequence = sequence.ok_or(Error::UnknownSequence(seq))?;
-        let before = self.pool.free();
-        // Reversed, so that the next sequence gets the same ascending run of pages, and that the end
-        // of a text is given up before its beginning.
-        for page in sequence.pages.into_iter().rev() {
-            self.pool.release(page);
-        }
-        Ok(self.pool.free() - before)
+        let pages = self.remove(seq)?;
+        Ok(self.give_back(pages))
     }
 
     /// As [`Self::release`] for a sequence whose pages may not hold what they should: what it owns
@@ -314,13 +321,35 @@ impl PageTable {
     /// # Errors
     /// [`Error::UnknownSequence`].
     pub fn discard(&mut self, seq: SeqId) -> Result<usize> {
-        for page in self.sequence(seq)?.pages.clone() {
+        let pages = self.remove(seq)?;
+        for &page in &pages {
             let held = self.pool.page(page);
             if held.refs == 1 && !matches!(held.label, pool::Label::Full(_)) {
                 self.pool.wipe(page);
             }
         }
-        self.release(seq)
+        Ok(self.give_back(pages))
+    }
+
+    /// Ends a sequence; gives the pages it still owns.
+    fn remove(&mut self, seq: SeqId) -> Result<Vec<u32>> {
+        let sequence = self.sequences.remove(&seq);
+        let sequence = sequence.ok_or(Error::UnknownSequence(seq))?;
+        for place in sequence.held.rev() {
+            self.pool.spare(sequence.pages[place]);
+        }
+        Ok(sequence.pages)
+    }
+
+    /// Gives back pages of an ended sequence; their number is returned.
+    fn give_back(&mut self, pages: Vec<u32>) -> usize {
+        let before = self.pool.free();
+        // Reversed, so that the next sequence gets the same ascending run of pages, and that the end
+        // of a text is given up before its beginning.
+        for page in pages.into_iter().rev() {
+            self.pool.release(page);
+        }
+        self.pool.free() - before
     }
 
     /// Page ids of a sequence in token order, as a step block wants them.

@@ -91,7 +91,7 @@ pub(crate) struct ComputeArgs {
           default_value_t = ActivationMode::Exact16)]
     pub(crate) activations: ActivationMode,
     /// Fixed order of all sums, so that a text does not depend on what else runs; slower on a GPU,
-    /// no change on the CPU, where results never depend on the batch
+    /// no change on the CPU, where only attention rounds by how prompts are cut
     #[arg(help_heading = "Compute", long)]
     pub(crate) deterministic: bool,
 }

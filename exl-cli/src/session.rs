@@ -15,6 +15,7 @@ use exl_gen::{
 use exl_models::rope::RopeOptions;
 use exl_models::{
     Adapter, Backend, LoadOptions, MemoryRequest, Model, ModelSource, Runner, RunnerOptions,
+    WindowPages,
 };
 use exl_tensor::{Activations, CudaOptions, Gpu, KvType, PAGE_TOKENS};
 use std::ops::ControlFlow;
@@ -298,6 +299,7 @@ impl Room {
         let longest = self.lengths.iter().copied().max().unwrap_or(1);
         RunnerOptions {
             pages: self.pages(),
+            window_pages: WindowPages::Needed,
             max_seqs: self.seqs,
             max_rows: prefill_rows.min(longest) + self.seqs * (1 + self.guesses),
             out_rows: match self.guesses {
@@ -464,12 +466,16 @@ fn disk(
         Backend::Cuda(..) => "cuda",
         Backend::Cpu | Backend::Reference => "cpu",
     };
-    let model = format!(
+    let mut model = format!(
         "{}\n{device}\n{:?}\n{:?}",
         source.fingerprint()?,
         options.activations,
         options.kv_type
     );
+    if source.spec().kv_shape(options.kv_type).sliding.layers > 0 {
+        // Before, layers were in the order of the model.
+        model.push_str("\nsliding layers last");
+    }
     Ok(Some(DiskOptions {
         folder: folder.clone(),
         model,
@@ -490,6 +496,7 @@ mod tests {
         assert_eq!(request.kv_type, KvType::F16);
         let short = Room::one(100, KvType::F32).memory_request(GPU_PREFILL_ROWS);
         assert_eq!((short.rows, short.pages), (101, 1));
+        assert_eq!(request.window_pages, WindowPages::Needed);
         let options = room.sized(RunnerOptions::default(), GPU_PREFILL_ROWS);
         assert_eq!(options.memory_request(), request);
     }

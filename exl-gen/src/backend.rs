@@ -45,6 +45,21 @@ pub trait Backend: Send {
     /// [`BackendError`]; what the page holds is then undefined.
     fn copy_page(&mut self, from: u32, to: u32) -> Result<(), BackendError>;
 
+    /// Window pages, where some layers have pages of their own because they see a window only. Slices
+    /// then name them ([`SliceExtras::window_pages`]), and pages of the cache do not hold what those
+    /// layers keep.
+    fn window(&self) -> Option<WindowCache> {
+        None
+    }
+
+    /// Copies one window page to another.
+    ///
+    /// # Errors
+    /// As [`Backend::copy_page`]; always, where there are none.
+    fn copy_window_page(&mut self, _from: u32, _to: u32) -> Result<(), BackendError> {
+        Err(without_window())
+    }
+
     /// Adapters that requests may name; slices name them by their place in this list.
     fn adapters(&self) -> Vec<AdapterInfo> {
         Vec::new()
@@ -87,6 +102,22 @@ pub trait Backend: Send {
         Err(BackendError("the cache cannot be written".to_owned()))
     }
 
+    /// As [`Backend::read_page`] for a window page, of [`WindowCache::page_bytes`] bytes.
+    ///
+    /// # Errors
+    /// [`BackendError`]; always, where there are none.
+    fn read_window_page(&mut self, _page: u32, _content: &mut [u8]) -> Result<(), BackendError> {
+        Err(without_window())
+    }
+
+    /// As [`Backend::write_page`] for a window page.
+    ///
+    /// # Errors
+    /// [`BackendError`]; what the page holds is then undefined.
+    fn write_window_page(&mut self, _page: u32, _content: &[u8]) -> Result<(), BackendError> {
+        Err(without_window())
+    }
+
     /// Whether [`Backend::step_drawn`] works. The engine then uses it for every step with logits, but
     /// for those in which a job needs to see them.
     fn draws(&self) -> bool {
@@ -122,6 +153,21 @@ pub trait Backend: Send {
     ) -> Result<Mixed<'_>, BackendError> {
         Err(BackendError("the backend draws no tokens".to_owned()))
     }
+}
+
+/// The window pages of a backend.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WindowCache {
+    /// Tokens that the layers see, a row's own included.
+    pub tokens: usize,
+    /// How many there are: at least [`exl_cache::least_window_pages`] for the largest steps.
+    pub pages: usize,
+    /// Bytes of a window page's content; 0 where it cannot be read.
+    pub page_bytes: usize,
+}
+
+fn without_window() -> BackendError {
+    BackendError("the cache has no window pages".to_owned())
 }
 
 /// What a step gives in which the backend draws some of the tokens.
@@ -213,17 +259,29 @@ impl RunnerBackend {
     }
 
     fn check_pages(&self, ids: &[u32]) -> Result<(), BackendError> {
-        let pages = self.pages();
-        match ids.iter().find(|&&id| id as usize >= pages) {
-            Some(id) => Err(BackendError(format!("page {id}, the cache has {pages}"))),
-            None => Ok(()),
-        }
+        check_ids("page", ids, self.pages())
+    }
+
+    fn check_window_pages(&self, ids: &[u32]) -> Result<(), BackendError> {
+        let pages = self.runner.kv().pages().window;
+        check_ids("window page", ids, pages.unwrap_or(0))
     }
 
     /// The runner.
     pub fn runner(&self) -> &exl_models::Runner {
         &self.runner
     }
+}
+
+fn check_ids(what: &str, ids: &[u32], there: usize) -> Result<(), BackendError> {
+    match ids.iter().find(|&&id| id as usize >= there) {
+        Some(id) => Err(BackendError(format!("{what} {id}, the cache has {there}"))),
+        None => Ok(()),
+    }
+}
+
+fn told<T>(result: Result<T, impl std::fmt::Display>) -> Result<T, BackendError> {
+    result.map_err(|error| BackendError(error.to_string()))
 }
 
 /// Measured on two cores: 0.14 to 0.20 for unquantized weights, 0.19 to 0.34 for EXL2 weights.
@@ -256,9 +314,7 @@ impl Backend for RunnerBackend {
     }
 
     fn step(&mut self, seqs: &[SeqSlice<'_>]) -> Result<&[f32], BackendError> {
-        self.runner
-            .step(seqs)
-            .map_err(|error| BackendError(error.to_string()))
+        told(self.runner.step(seqs))
     }
 
     fn adapters(&self) -> Vec<AdapterInfo> {
@@ -270,8 +326,7 @@ impl Backend for RunnerBackend {
     }
 
     fn hidden(&mut self) -> Result<&[f32], BackendError> {
-        let hidden = self.runner.hidden();
-        hidden.map_err(|error| BackendError(error.to_string()))
+        told(self.runner.hidden())
     }
 
     fn page_bytes(&self) -> usize {
@@ -280,22 +335,44 @@ impl Backend for RunnerBackend {
 
     fn read_page(&mut self, page: u32, content: &mut [u8]) -> Result<(), BackendError> {
         self.check_pages(&[page])?;
-        let read = self.runner.kv().read_page(page as usize, content);
-        read.map_err(|error| BackendError(error.to_string()))
+        told(self.runner.kv().read_page(page as usize, content))
     }
 
     fn write_page(&mut self, page: u32, content: &[u8]) -> Result<(), BackendError> {
         self.check_pages(&[page])?;
-        let written = self.runner.kv_mut().write_page(page as usize, content);
-        written.map_err(|error| BackendError(error.to_string()))
+        told(self.runner.kv_mut().write_page(page as usize, content))
     }
 
     fn copy_page(&mut self, from: u32, to: u32) -> Result<(), BackendError> {
         self.check_pages(&[from, to])?;
-        self.runner
-            .kv_mut()
-            .copy_page(from as usize, to as usize)
-            .map_err(|error| BackendError(error.to_string()))
+        let kv = self.runner.kv_mut();
+        told(kv.copy_page(from as usize, to as usize))
+    }
+
+    fn window(&self) -> Option<WindowCache> {
+        let kv = self.runner.kv();
+        Some(WindowCache {
+            tokens: kv.shape().sliding.window,
+            pages: kv.pages().window?,
+            page_bytes: kv.window_page_bytes(),
+        })
+    }
+
+    fn copy_window_page(&mut self, from: u32, to: u32) -> Result<(), BackendError> {
+        self.check_window_pages(&[from, to])?;
+        let kv = self.runner.kv_mut();
+        told(kv.copy_window_page(from as usize, to as usize))
+    }
+
+    fn read_window_page(&mut self, page: u32, content: &mut [u8]) -> Result<(), BackendError> {
+        self.check_window_pages(&[page])?;
+        told(self.runner.kv().read_window_page(page as usize, content))
+    }
+
+    fn write_window_page(&mut self, page: u32, content: &[u8]) -> Result<(), BackendError> {
+        self.check_window_pages(&[page])?;
+        let kv = self.runner.kv_mut();
+        told(kv.write_window_page(page as usize, content))
     }
 
     fn draws(&self) -> bool {
@@ -308,9 +385,7 @@ impl Backend for RunnerBackend {
         draws: &[Draw<'_>],
         tokens: usize,
     ) -> Result<&[i32], BackendError> {
-        self.runner
-            .step_drawn(seqs, draws, tokens)
-            .map_err(|error| BackendError(error.to_string()))
+        told(self.runner.step_drawn(seqs, draws, tokens))
     }
 
     fn step_mixed(

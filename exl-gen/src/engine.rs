@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
-use exl_cache::{CacheEvent, PAGE_TOKENS, PageTable, pages_for};
+use exl_cache::{CacheEvent, PAGE_TOKENS, pages_for};
 
 use crate::job::{Extras, Job, Wires};
 use crate::request::{JobId, Request};
@@ -104,7 +104,8 @@ impl Engine {
         if backend.max_rows() == 0 || backend.max_seqs() == 0 || options.chunk_rows == 0 {
             return Err(refuse("a step or a prompt chunk takes no token"));
         }
-        let table = PageTable::new(backend.pages())?.with_reuse(options.prefix_reuse);
+        let lanes = worker::max_lanes(backend.as_ref());
+        let table = pages::table(backend.as_ref(), lanes, options.prefix_reuse)?;
         let disk = options.disk.as_ref().filter(|_| options.prefix_reuse);
         let disk = disk
             .map(|disk| Disk::open(disk, backend.as_ref()))
@@ -122,6 +123,8 @@ impl Engine {
                 load: Load {
                     free_pages: table.free_pages(),
                     pages: table.capacity(),
+                    free_window_pages: table.window_pages().1,
+                    window_pages: table.window_pages().0,
                     ..Load::default()
                 },
                 ..Stats::default()
@@ -134,7 +137,7 @@ impl Engine {
             draft_vocab,
             adapters: backend.adapters(),
             hidden_size: backend.hidden_size(),
-            max_lanes: worker::max_lanes(backend.as_ref()),
+            max_lanes: lanes,
             limit: options.max_seq_len.unwrap_or(capacity).min(capacity),
             max_waiting: options.max_waiting,
             tokenizer: Arc::clone(&tokenizer),

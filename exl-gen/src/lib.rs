@@ -18,7 +18,7 @@ mod tokenizer;
 
 pub use backend::{
     AdapterInfo, Backend, BackendError, Draw, LogitRows, Mixed, RunnerBackend, SampleParams,
-    SeqSlice, SliceExtras, Vectors,
+    SeqSlice, SliceExtras, Vectors, WindowCache,
 };
 pub use engine::{Answer, DiskOptions, Engine, EngineHandle, EngineOptions, JobStream};
 pub use error::{Error, Result};

@@ -52,6 +52,11 @@ pub struct Load {
     pub kept_pages: usize,
     /// Cache pages in all.
     pub pages: usize,
+    /// Window pages that running jobs do not need, where some layers have pages of their own because
+    /// they see a window only.
+    pub free_window_pages: usize,
+    /// Window pages in all.
+    pub window_pages: usize,
     /// Pages of the draft model's cache that jobs own.
     pub draft_pages: usize,
 }

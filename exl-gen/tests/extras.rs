@@ -18,10 +18,13 @@ const WIDTH: usize = 256;
 
 /// Writes an adapter of rank 2 for q and down of every layer, large enough to change the text.
 fn adapter(name: &str, seed: u64) -> PathBuf {
-    // Tests run side by side.
+    // Tests run side by side, also as programs of their own.
     static NEXT: AtomicUsize = AtomicUsize::new(0);
     let number = NEXT.fetch_add(1, Ordering::Relaxed);
-    let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("adapter-{name}-{number}"));
+    let test = std::thread::current();
+    let test = test.name().unwrap_or("main");
+    let dir = format!("adapter-{test}-{name}-{number}");
+    let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join(dir);
     std::fs::create_dir_all(&dir).unwrap();
     let config = r#"{"peft_type": "LORA", "r": 2, "lora_alpha": 4}"#;
     std::fs::write(dir.join("adapter_config.json"), config).unwrap();

@@ -8,11 +8,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use exl_gen::{
-    DoneReason, Encode, Engine, EngineHandle, EngineOptions, Event, JobStream, Request,
-    RunnerBackend, SamplerSettings, Tokenizer,
+    Answer, DiskOptions, DoneReason, Encode, Engine, EngineHandle, EngineOptions, Event, JobStream,
+    Request, RunnerBackend, SamplerSettings, Tokenizer,
 };
 use exl_models::{
-    Backend, LoadOptions, LogitRows, Model, ModelSource, Runner, RunnerOptions, SeqSlice,
+    Backend, LoadOptions, LogitRows, Model, ModelSource, Runner, RunnerOptions, SeqSlice, Spec,
+    WindowPages,
 };
 use exl_tensor::{CudaOptions, Gpu, KvType, probe};
 
@@ -50,10 +51,14 @@ fn tokenizer() -> Arc<Tokenizer> {
     Arc::new(Tokenizer::open(&root().join(TOKENIZER)).unwrap())
 }
 
-fn runner(dir: &Path, gpu: Option<&Gpu>, deterministic: bool) -> Runner {
+fn model(dir: &Path, gpu: Option<&Gpu>) -> Model {
     let source = ModelSource::open(dir, &LoadOptions::default()).unwrap();
     let go_on = |_| ControlFlow::Continue(());
-    let model: Model = source.load_onto(gpu, &go_on).unwrap().unwrap();
+    source.load_onto(gpu, &go_on).unwrap().unwrap()
+}
+
+fn runner(dir: &Path, gpu: Option<&Gpu>, deterministic: bool) -> Runner {
+    let model = model(dir, gpu);
     let cuda = CudaOptions {
         deterministic,
         ..CudaOptions::default()
@@ -200,6 +205,83 @@ impl Random {
 }
 
 /// Jobs come, go and are aborted at random; `EXL_SOAK_STEPS` steps, 2000 by default.
+/// A model of which every other layer sees 100 tokens.
+fn sliding(dir: &Path, gpu: &Gpu) -> Arc<Model> {
+    let model = model(dir, Some(gpu));
+    let mut spec = Spec::clone(model.spec());
+    for layer in spec.layers.iter_mut().step_by(2) {
+        layer.attn.window = 100;
+    }
+    let weights = model.weights().clone();
+    Arc::new(Model::from_parts(Arc::new(spec), weights))
+}
+
+/// Few pages, jobs that give way, and pages on disk: the texts are those of each job alone with a cache in
+/// which all layers keep everything.
+#[test]
+fn gpu_windows_change_no_text() {
+    let Some((gpu, dir)) = gpu() else { return };
+    let model = sliding(&dir, &gpu);
+    let engine = |window_pages, (pages, seqs), options: EngineOptions| {
+        let cuda = CudaOptions {
+            deterministic: true,
+            ..CudaOptions::default()
+        };
+        let sizes = RunnerOptions {
+            pages,
+            window_pages,
+            max_rows: 128,
+            max_seqs: seqs,
+            backend: Backend::Cuda(gpu.clone(), cuda),
+            ..RunnerOptions::default()
+        };
+        let runner = Runner::new(model.clone(), sizes).unwrap();
+        let keeps_less = runner.kv().pages().window.is_some();
+        assert_eq!(keeps_less, window_pages == WindowPages::Needed);
+        let backend = Box::new(RunnerBackend::new(runner));
+        Engine::start(backend, tokenizer(), options).unwrap()
+    };
+    let run = |engine: &EngineHandle| -> Vec<Answer> {
+        let streams: Vec<JobStream> = jobs()
+            .iter()
+            .map(|(text, seed)| request(engine, &text.repeat(3), 1400, *seed))
+            .map(|request| engine.submit(request).unwrap())
+            .collect();
+        streams.into_iter().map(JobStream::wait).collect()
+    };
+    let texts = |answers: &[Answer]| -> Vec<Vec<u32>> {
+        answers.iter().map(|a| a.token_ids.clone()).collect()
+    };
+    let alone = EngineOptions {
+        prefix_reuse: false,
+        ..EngineOptions::default()
+    };
+    let expected = texts(&run(&engine(WindowPages::All, (16, 1), alone)));
+    let folder = std::env::temp_dir().join(format!("exl-gpu-windows-{}", std::process::id()));
+    let crowded = EngineOptions {
+        disk: Some(DiskOptions {
+            folder: folder.clone(),
+            model: "windows".to_owned(),
+            limit: 1 << 28,
+        }),
+        ..EngineOptions::default()
+    };
+    for again in [false, true] {
+        let engine = engine(WindowPages::Needed, (24, 4), crowded.clone());
+        let answers = run(&engine);
+        engine.drain();
+        let stats = engine.stats();
+        assert!(stats.preemptions > 0 && stats.failed == 0, "{stats:?}");
+        assert!(texts(&answers) == expected, "again: {again}");
+        // The last prompt is longer than a page.
+        let found = answers.last().map(|a| a.done.cached_tokens);
+        assert!(!again || found >= Some(256), "{found:?}");
+        let load = engine.load();
+        assert_eq!(load.free_window_pages, load.window_pages);
+    }
+    std::fs::remove_dir_all(folder).unwrap();
+}
+
 #[test]
 fn gpu_memory_stays_flat() {
     let Some((gpu, dir)) = gpu() else { return };

@@ -257,7 +257,8 @@ pub struct PagedAttn<'a> {
     pub v_cache: Mem<'a>,
     /// Storage of the two caches.
     pub kv: KvType,
-    /// I32 `[seqs, pages_per_seq]`: pages of each sequence in order.
+    /// I32 `[seqs, pages_per_seq]`: pages of each sequence in order. Those before the page in which the
+    /// window of its first row begins are not read: any page stands there.
     pub block_table: Mem<'a>,
     /// I32 `[seqs + 1]`: rows `q_start[s]..q_start[s + 1]` belong to sequence `s`.
     pub q_start: Mem<'a>,

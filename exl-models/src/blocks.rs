@@ -105,10 +105,11 @@ pub fn decoder(b: &mut PlanBuilder, spec: &Spec) {
     let Some((last, before)) = spec.layers.split_last() else {
         return;
     };
-    for (i, l) in before.iter().enumerate() {
-        hidden = layer(b, spec, l, i, hidden);
+    let places = spec.cache_places();
+    for (l, &cache) in before.iter().zip(&places) {
+        hidden = layer(b, spec, l, cache, hidden);
     }
-    let (hidden, x) = attention_half(b, spec, last, before.len(), hidden);
+    let (hidden, x) = attention_half(b, spec, last, places[before.len()], hidden);
     if b.key().out_rows > 0 {
         let x = x.map(|x| b.gather_out_rows(x));
         let rows = b.gather_out_rows(hidden);

@@ -20,7 +20,9 @@ pub use error::{Error, Result};
 pub use exl_tensor::PartTime;
 pub use layout::{Module, Site, WeightKey, WeightKind, layout, sites};
 pub use load::{LoadOptions, ModelSource, Progress, Storage, check_finite};
-pub use model::{BlockPart, MemoryRequest, MemoryUse, Model, block_plan, memory_for, plan};
+pub use model::{
+    BlockPart, MemoryRequest, MemoryUse, Model, WindowPages, block_plan, memory_for, plan,
+};
 pub use runner::{
     Backend, Draw, LogitRows, Runner, RunnerOptions, SampleParams, SeqSlice, SliceExtras, Vectors,
 };

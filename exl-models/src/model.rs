@@ -4,8 +4,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use exl_tensor::{
-    CostReport, DeviceProps, GpuSketch, KvShape, KvType, PAGE_TOKENS, Phase, Plan, PlanAdapter,
-    PlanBuilder, PlanKey, PlanMemory, SampleShape, StepBlock, Weights,
+    CostReport, DeviceProps, GpuSketch, KvPages, KvShape, KvType, PAGE_TOKENS, Phase, Plan,
+    PlanAdapter, PlanBuilder, PlanExtras, PlanKey, PlanMemory, SampleShape, StepBlock, Weights,
 };
 
 use crate::load::{LoadOptions, ModelSource, Progress};
@@ -48,6 +48,17 @@ pub struct MemoryUse {
     pub step: u64,
 }
 
+/// Pages that sliding layers have ([`exl_tensor::SlidingLayers`]).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum WindowPages {
+    /// Those of all other layers: sequences name none for them.
+    #[default]
+    All,
+    /// What their windows need ([`KvShape::windowed`]): sequences name pages for them
+    /// ([`crate::SliceExtras::window_pages`]) where that is less than all.
+    Needed,
+}
+
 /// The setting for which memory is computed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MemoryRequest {
@@ -57,6 +68,8 @@ pub struct MemoryRequest {
     pub seqs: usize,
     /// Pages of the cache.
     pub pages: usize,
+    /// Pages of the layers with a window.
+    pub window_pages: WindowPages,
     /// Storage of the cache.
     pub kv_type: KvType,
     /// Token rows of the largest step.
@@ -74,17 +87,29 @@ impl MemoryRequest {
             context,
             seqs: seqs.max(1),
             pages: seqs.max(1).saturating_mul(pages),
+            window_pages: WindowPages::All,
             kv_type,
             rows,
             out_rows: 0,
         }
     }
 
-    /// The largest steps: a part of a prompt beside the other sequences, and one token of each. With
+    /// Pages of a cache of this shape.
+    pub fn kv_pages(&self, shape: &KvShape) -> KvPages {
+        match self.window_pages {
+            WindowPages::All => self.pages.into(),
+            WindowPages::Needed => {
+                let steps = (self.seqs.max(1), self.rows.max(1));
+                shape.windowed(self.pages, steps)
+            }
+        }
+    }
+
+    /// The largest steps with a cache of this shape: a part of a prompt beside the other sequences, and one token of each. With
     /// tokens, one is drawn for each sequence, without penalties and blocked ids: those make the step
     /// block larger by 4 bytes for each token that a row looks back at and each id. Logits of more
     /// rows are not drawn from.
-    pub fn steps(&self, tokens: Option<usize>) -> [PlanKey; 2] {
+    pub fn steps(&self, shape: &KvShape, tokens: Option<usize>) -> [PlanKey; 2] {
         let pages_per_seq = self.context.div_ceil(PAGE_TOKENS).max(1);
         let (rows, seqs) = (self.rows.max(1), self.seqs.max(1));
         let sample = tokens.map(|tokens| SampleShape {
@@ -92,6 +117,10 @@ impl MemoryRequest {
             window: 0,
             blocked: 0,
         });
+        let extras = PlanExtras {
+            window_pages: self.kv_pages(shape).window.is_some(),
+            ..PlanExtras::default()
+        };
         let step = |phase, rows: usize, out_rows: usize| PlanKey {
             phase,
             rows,
@@ -99,7 +128,7 @@ impl MemoryRequest {
             pages_per_seq: pages_per_seq.next_power_of_two(),
             out_rows: out_rows.min(rows),
             sample: sample.filter(|_| out_rows <= seqs),
-            extras: Default::default(),
+            extras: extras.clone(),
         };
         [
             step(Phase::Prefill, rows, self.out_rows.max(seqs)),
@@ -243,12 +272,13 @@ impl MemoryUse {
 
 /// Memory of a model that need not be loaded; `weights` is the size of its weights.
 pub fn memory_for(spec: &Spec, weights: u64, request: &MemoryRequest) -> MemoryUse {
-    let steps = request.steps(None);
+    let shape = spec.kv_shape(request.kv_type);
+    let steps = request.steps(&shape, None);
     let arena = steps.each_ref().map(|key| plan(spec, key).arena().bytes());
     let step = steps.each_ref().map(StepBlock::bytes_for);
     MemoryUse {
         weights,
-        cache: cache_bytes(spec, request),
+        cache: cache_bytes(&shape, request),
         arena: arena[0].max(arena[1]) as u64,
         scratch: 0,
         step: step[0].max(step[1]) as u64,
@@ -267,21 +297,22 @@ pub(crate) fn gpu_memory_for(
 ) -> Result<MemoryUse> {
     let shape = spec.kv_shape(request.kv_type);
     let mut most = PlanMemory::default();
-    for key in request.steps(Some(spec.vocab)) {
+    let pages = request.kv_pages(&shape);
+    for key in request.steps(&shape, Some(spec.vocab)) {
         let plan = Arc::new(plan(spec, &key));
-        most = most.max(sketch.plan(&plan, (&shape, request.pages), props)?);
+        most = most.max(sketch.plan(&plan, (&shape, pages), props)?);
     }
     Ok(MemoryUse {
         weights: sketch.weight_bytes(),
-        cache: cache_bytes(spec, request),
+        cache: cache_bytes(&shape, request),
         arena: most.arena,
         scratch: most.scratch,
         step: most.step,
     })
 }
 
-fn cache_bytes(spec: &Spec, request: &MemoryRequest) -> u64 {
-    spec.kv_shape(request.kv_type).bytes(request.pages) as u64
+fn cache_bytes(shape: &KvShape, request: &MemoryRequest) -> u64 {
+    shape.bytes(request.kv_pages(shape)) as u64
 }
 
 #[cfg(test)]

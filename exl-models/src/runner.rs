@@ -15,7 +15,7 @@ use exl_tensor::{
     Isa, KvBuffers, KvType, PAGE_TOKENS, PartTime, Phase, PlanKey, SampleShape, StepSeq,
 };
 
-use crate::model::{MemoryRequest, MemoryUse, Model};
+use crate::model::{MemoryRequest, MemoryUse, Model, WindowPages};
 use crate::{Adapter, Error, Result};
 use adapted::Adapted;
 use pages::PageUses;
@@ -43,7 +43,8 @@ pub struct SeqSlice<'a> {
     /// Position of the first of them; everything before it is in the cache.
     pub start: usize,
     /// Pages of the sequence in order, enough for `start + tokens.len()`. Sequences
-    /// may share pages that the step only reads.
+    /// may share pages that the step only reads. Where layers with a window have pages of their own
+    /// ([`WindowPages::Needed`]) the extras name those as well.
     pub pages: &'a [u32],
     /// Rows that get logits.
     pub logits: LogitRows,
@@ -68,6 +69,8 @@ pub enum Backend {
 pub struct RunnerOptions {
     /// Pages of [`PAGE_TOKENS`] tokens in the cache.
     pub pages: usize,
+    /// Pages of layers with a window; by default all.
+    pub window_pages: WindowPages,
     /// Storage of the cache.
     pub kv_type: KvType,
     /// Most token rows of one step.
@@ -96,6 +99,7 @@ impl Default for RunnerOptions {
     fn default() -> Self {
         Self {
             pages: 2048 / PAGE_TOKENS,
+            window_pages: WindowPages::All,
             kv_type: KvType::F16,
             max_rows: 512,
             max_seqs: 64,
@@ -117,6 +121,7 @@ impl RunnerOptions {
             context: self.pages.saturating_mul(PAGE_TOKENS),
             seqs: self.max_seqs,
             pages: self.pages,
+            window_pages: self.window_pages,
             kv_type: self.kv_type,
             rows: self.max_rows,
             out_rows: self.out_rows,
@@ -157,10 +162,11 @@ impl Runner {
             Backend::Cpu | Backend::Reference => None,
         };
         let shape = model.kv_shape(options.kv_type);
+        let pages = options.memory_request().kv_pages(&shape);
         let model = Adapted::new(model, &options.adapters, gpu)?;
         let mut kv = match &options.backend {
-            Backend::Cuda(gpu, _) => KvBuffers::on_gpu(gpu, shape, options.pages)?,
-            Backend::Cpu | Backend::Reference => KvBuffers::new(shape, options.pages)?,
+            Backend::Cuda(gpu, _) => KvBuffers::on_gpu(gpu, shape, pages)?,
+            Backend::Cpu | Backend::Reference => KvBuffers::new(shape, pages)?,
         };
         let executor: Box<dyn Executor> = match &options.backend {
             Backend::Reference => Box::new(HostExecutor::reference()?),
@@ -172,7 +178,7 @@ impl Runner {
             Backend::Cuda(gpu, how) => Box::new(on_gpu((gpu, *how), &model, &options, &mut kv)?),
         };
         let plans = PlanCache::new(options.plans);
-        let uses = PageUses::new(options.pages);
+        let uses = PageUses::new(pages, shape.sliding.window);
         Ok(Self {
             model,
             options,
@@ -365,6 +371,7 @@ impl Runner {
         let pages = slices.iter().map(|s| pages_needed(s)).max().unwrap_or(1);
         let single = slices.iter().all(|s| s.tokens.len() == 1);
         let out_rows = slices.iter().map(|s| out_rows(s)).sum();
+        let window_pages = self.kv.pages().window.is_some();
         Ok(PlanKey {
             phase: if single {
                 Phase::Decode
@@ -376,7 +383,7 @@ impl Runner {
             pages_per_seq: pages.next_power_of_two(),
             out_rows,
             sample: sample.filter(|_| out_rows > 0),
-            extras: extras::of_key(slices),
+            extras: extras::of_key(slices, window_pages),
         })
     }
 
@@ -394,17 +401,7 @@ impl Runner {
         if let Some(token) = tokens.iter().find(|&&t| t as usize >= vocab) {
             return refuse(format!("token {token}, the vocabulary has {vocab}"));
         }
-        let needed = pages_needed(slice);
-        let Some(pages) = slice.pages.get(..needed) else {
-            return refuse(format!("needs {needed} pages, has {}", slice.pages.len()));
-        };
-        if let Some(page) = pages.iter().find(|&&p| p as usize >= self.options.pages) {
-            return refuse(format!(
-                "page {page}, the cache has 0 to {}",
-                self.options.pages - 1
-            ));
-        }
-        Ok(())
+        pages::check(slice, self.kv.pages()).or_else(refuse)
     }
 }
 
@@ -417,7 +414,8 @@ fn on_gpu(
 ) -> Result<CudaExecutor> {
     let mut executor = CudaExecutor::new(gpu, how)?;
     let vocab = model.base().spec().vocab;
-    for mut key in options.memory_request().steps(Some(vocab)) {
+    let shape = kv.shape();
+    for mut key in options.memory_request().steps(&shape, Some(vocab)) {
         key.extras.adapters = (0..options.adapters.len() as u32).collect();
         let plan = Arc::new(model.plan(&key));
         executor.reserve(&Bound::new(plan, model.weights())?, kv)?;

@@ -3,7 +3,7 @@
 //! Architecture files fill a [`Spec`]; everything else (the list of weights, the plans, memory
 //! figures) is derived from it. Fields describe what a layer does, not which family it is from.
 
-use exl_tensor::{Activation, KvShape, KvType, RopeStyle, RouteNorm};
+use exl_tensor::{Activation, KvShape, KvType, RopeStyle, RouteNorm, SlidingLayers};
 
 use crate::rope::RopeTable;
 
@@ -247,21 +247,41 @@ impl Spec {
     /// Shape of the KV cache of the whole model. Every layer has the same heads: parsing checks
     /// it.
     pub fn kv_shape(&self, kv: KvType) -> KvShape {
-        self.cache_shape(self.layers.len(), kv)
+        let windows = self.layers.iter().map(|l| l.attn.window);
+        let windows = windows.filter(|&window| window > 0);
+        let sliding = SlidingLayers {
+            layers: windows.clone().count(),
+            window: windows.max().unwrap_or(0),
+        };
+        self.cache_shape((self.layers.len(), sliding), kv)
     }
 
-    /// Shape of the KV cache that plans of a single layer use: one layer, at index 0.
+    /// Shape of the KV cache that plans of a single layer use: one layer, at index 0, that keeps
+    /// everything.
     pub fn block_kv_shape(&self, kv: KvType) -> KvShape {
-        self.cache_shape(1, kv)
+        self.cache_shape((1, SlidingLayers::default()), kv)
     }
 
-    fn cache_shape(&self, layers: usize, kv: KvType) -> KvShape {
+    /// Where each layer lies in the KV cache of the whole model: those with a window behind the others.
+    pub(crate) fn cache_places(&self) -> Vec<usize> {
+        let slides = |layer: &LayerSpec| layer.attn.window > 0;
+        let mut next = [0, self.layers.iter().filter(|l| !slides(l)).count()];
+        let place = |layer| {
+            let next = &mut next[usize::from(slides(layer))];
+            *next += 1;
+            *next - 1
+        };
+        self.layers.iter().map(place).collect()
+    }
+
+    fn cache_shape(&self, (layers, sliding): (usize, SlidingLayers), kv: KvType) -> KvShape {
         let (kv_heads, head_dim) = self
             .layers
             .first()
             .map_or((0, 0), |l| (l.attn.kv_heads, l.attn.head_dim));
         KvShape {
             layers,
+            sliding,
             kv_heads,
             head_dim,
             kv,

@@ -6,12 +6,17 @@ use exl_kernels::{DType, KvFormat, KvType, Mem, MemMut};
 use crate::{Error, Gpu, GpuPart, HostMemory, Result};
 
 mod transfer;
+mod window;
+
+pub use window::{KvPages, SlidingLayers, least_window_pages};
 
 /// Shape of a model's KV cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct KvShape {
-    /// Attention layers.
+    /// Attention layers. In the cache those that see everything come first.
     pub layers: usize,
+    /// Those that see a window only, the last ones.
+    pub sliding: SlidingLayers,
     /// Key/value heads per layer.
     pub kv_heads: usize,
     /// Elements per head.
@@ -31,13 +36,20 @@ impl KvShape {
         (self.half_bytes(self.kv.k), self.half_bytes(self.kv.v))
     }
 
-    /// Bytes of `pages` pages over all layers, K and V.
-    pub fn bytes(&self, pages: usize) -> usize {
-        let (k, v) = self.page_bytes();
-        product(&[self.layers, pages, k.saturating_add(v)])
+    /// Bytes of these pages over all layers, K and V.
+    pub fn bytes(&self, pages: impl Into<KvPages>) -> usize {
+        let pages = pages.into();
+        let full = self.layer_bytes(self.full_layers(), pages.all);
+        full.saturating_add(self.layer_bytes(self.sliding.layers, pages.of_sliding()))
     }
 
-    /// Bytes one token takes over all layers.
+    /// Bytes of `pages` pages of so many layers, K and V.
+    fn layer_bytes(&self, layers: usize, pages: usize) -> usize {
+        let (k, v) = self.page_bytes();
+        product(&[layers, pages, k.saturating_add(v)])
+    }
+
+    /// Bytes one token takes over all layers, as long as all of them keep it.
     pub fn token_bytes(&self) -> usize {
         product(&[
             self.layers,
@@ -74,29 +86,30 @@ enum Half {
 }
 
 /// K and V of every layer: `[pages, PAGE_TOKENS, kv_heads, head_dim]` each, or pages of as many
-/// codes and scales.
+/// codes and scales. Sliding layers may have pages of their own ([`KvPages::window`]).
 #[derive(Debug)]
 pub struct KvBuffers {
     shape: KvShape,
-    pages: usize,
+    pages: KvPages,
     layers: Vec<(Half, Half)>,
     gpu: Option<Gpu>,
 }
 
 impl KvBuffers {
-    /// Allocates `pages` pages in host memory.
+    /// Allocates pages in host memory; a number stands for as many pages of every layer.
     ///
     /// # Errors
     /// Out of memory; [`Error::Step`] when heads of this size cannot be stored so.
-    pub fn new(shape: KvShape, pages: usize) -> Result<Self> {
+    pub fn new(shape: KvShape, pages: impl Into<KvPages>) -> Result<Self> {
+        let pages = pages.into();
         shape.check()?;
         let (k, v) = shape.page_bytes();
-        let one = |page: usize| {
-            let bytes = product(&[pages, page]);
+        let one = |layer: usize, page: usize| {
+            let bytes = product(&[pages.of_layer(&shape, layer), page]);
             HostMemory::zeroed(bytes, "the KV cache").map(Half::Host)
         };
         let layers = (0..shape.layers)
-            .map(|_| Ok((one(k)?, one(v)?)))
+            .map(|l| Ok((one(l, k)?, one(l, v)?)))
             .collect::<Result<_>>()?;
         Ok(Self {
             shape,
@@ -106,21 +119,30 @@ impl KvBuffers {
         })
     }
 
-    /// Allocates `pages` pages on a GPU.
+    /// Allocates pages on a GPU.
     ///
     /// # Errors
     /// [`Error::Gpu`] when its memory does not suffice, and as [`KvBuffers::new`].
-    pub fn on_gpu(gpu: &Gpu, shape: KvShape, pages: usize) -> Result<Self> {
+    pub fn on_gpu(gpu: &Gpu, shape: KvShape, pages: impl Into<KvPages>) -> Result<Self> {
+        let pages = pages.into();
         shape.check()?;
         let (k, v) = shape.page_bytes();
-        let (k, v) = (product(&[pages, k]), product(&[pages, v]));
         let bytes = shape.bytes(pages);
         let all = gpu.metered(GpuPart::Cache, || {
             DeviceRegion::zeroed(gpu.device(), bytes, "the KV cache").map_err(Error::Gpu)
         })?;
-        let part = |at: usize, bytes| all.part(at, bytes).map(Half::Gpu).map_err(Error::Gpu);
+        let mut at = 0;
+        let mut part = |bytes: usize| {
+            at += bytes;
+            all.part(at - bytes, bytes)
+                .map(Half::Gpu)
+                .map_err(Error::Gpu)
+        };
         let layers = (0..shape.layers)
-            .map(|l| Ok((part(l * (k + v), k)?, part(l * (k + v) + k, v)?)))
+            .map(|l| {
+                let pages = pages.of_layer(&shape, l);
+                Ok((part(pages * k)?, part(pages * v)?))
+            })
             .collect::<Result<_>>()?;
         Ok(Self {
             shape,
@@ -137,12 +159,17 @@ impl KvBuffers {
     ///
     /// # Safety
     /// Nothing may read or write it.
-    pub(crate) unsafe fn unbacked(shape: KvShape, pages: usize) -> Result<Self> {
+    pub(crate) unsafe fn unbacked(shape: KvShape, pages: KvPages) -> Result<Self> {
         shape.check()?;
         let (k, v) = shape.page_bytes();
-        // SAFETY: the caller's promise.
-        let half = |page| unsafe { Half::Gpu(DeviceRegion::unbacked(product(&[pages, page]))) };
-        let layers = (0..shape.layers).map(|_| (half(k), half(v))).collect();
+        let half = |layer: usize, page: usize| {
+            let bytes = product(&[pages.of_layer(&shape, layer), page]);
+            // SAFETY: the caller's promise.
+            unsafe { Half::Gpu(DeviceRegion::unbacked(bytes)) }
+        };
+        let layers = (0..shape.layers)
+            .map(|l| (half(l, k), half(l, v)))
+            .collect();
         Ok(Self {
             shape,
             pages,
@@ -157,8 +184,13 @@ impl KvBuffers {
     }
 
     /// Pages.
-    pub fn pages(&self) -> usize {
+    pub fn pages(&self) -> KvPages {
         self.pages
+    }
+
+    /// Whether a layer has pages of its own: the step's window pages.
+    pub(crate) fn has_window_pages(&self, layer: usize) -> bool {
+        self.pages.window.is_some() && layer >= self.shape.full_layers()
     }
 
     /// Bytes allocated.
@@ -172,36 +204,6 @@ impl KvBuffers {
             Half::Host(memory) => memory.mem(0, 0, DType::U8).as_ptr().addr(),
             Half::Gpu(region) => region.address() as usize,
         })
-    }
-
-    /// Copies one page in every layer (copy on write).
-    ///
-    /// # Errors
-    /// [`Error::Gpu`].
-    ///
-    /// # Panics
-    /// When a page id is out of range.
-    pub fn copy_page(&mut self, from: usize, to: usize) -> Result<()> {
-        assert!(from.max(to) < self.pages, "pages {from} and {to}");
-        let (k_bytes, v_bytes) = self.shape.page_bytes();
-        let halves = self
-            .layers
-            .iter_mut()
-            .flat_map(|(k, v)| [(k, k_bytes), (v, v_bytes)]);
-        for (half, bytes) in halves {
-            match half {
-                Half::Host(memory) => memory.copy_within(from * bytes, to * bytes, bytes),
-                Half::Gpu(region) if from != to => {
-                    let gpu = self.gpu.as_ref().expect("the cache was made on a GPU");
-                    let stream = gpu.device().stream();
-                    stream
-                        .copy((region, to * bytes), (region, from * bytes), bytes)
-                        .map_err(Error::Gpu)?;
-                }
-                Half::Gpu(_) => {}
-            }
-        }
-        Ok(())
     }
 
     /// K and V of a layer for reading.
@@ -254,6 +256,7 @@ mod tests {
     fn shape(kv: KvType, head_dim: usize) -> KvShape {
         KvShape {
             layers: 2,
+            sliding: Default::default(),
             kv_heads: 3,
             head_dim,
             kv,

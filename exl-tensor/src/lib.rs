@@ -29,7 +29,7 @@ pub use exl_kernels::ops::{
 };
 pub use exl_kernels::{DType, Exl2Parts, GptqParts, Group, KvFormat, KvType};
 pub use gpu::{Gpu, GpuPart, GpuTaken, gpu_kernels};
-pub use kv::{KvBuffers, KvShape};
+pub use kv::{KvBuffers, KvPages, KvShape, SlidingLayers, least_window_pages};
 pub use plan::{
     AttnArgs, GateUpArgs, MoeDownOp, MoeGateUpOp, MoeRouteOp, Part, Phase, Plan, PlanAdapter,
     PlanBuilder, PlanExtras, PlanKey, PlanOp, RopeArgs, Routing, RowScales, RowSet, SampleShape,

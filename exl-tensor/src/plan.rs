@@ -61,6 +61,8 @@ pub struct PlanExtras {
     pub vectors: bool,
     /// Rows whose last hidden state is wanted.
     pub hidden_rows: usize,
+    /// Sliding layers have pages of their own ([`crate::KvPages::window`]).
+    pub window_pages: bool,
     /// Some of its rows have positions on axes ([`RopeArgs::sections`]).
     pub axes: bool,
 }

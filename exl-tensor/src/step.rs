@@ -45,6 +45,12 @@ pub enum StepField {
     HiddenRowScales,
     /// `[3, rows]` positions on the axes of time, height and width; empty unless the key has axes.
     AxisPositions,
+    /// `[rows]` cache slots of sliding layers, in window pages. This and the next array are empty unless
+    /// the key has [`crate::PlanExtras::window_pages`].
+    WindowSlots,
+    /// `[seqs, pages_per_seq]` window pages of each sequence; those before the window of its first row
+    /// and behind its last row are not read.
+    WindowTable,
 }
 
 impl StepField {
@@ -78,6 +84,9 @@ pub struct StepExtras<'a> {
     pub vectors: &'a [(usize, usize)],
     /// Which of its new rows' last hidden states are wanted, rising.
     pub hidden: &'a [usize],
+    /// Window pages in the place of its pages, for a key with [`crate::PlanExtras::window_pages`]: any
+    /// number stands where no window reaches.
+    pub window_pages: &'a [u32],
     /// Positions of its new rows on the axes of time, height and width, of all of them; when there are
     /// none, those in the sequence on all three.
     pub positions: &'a [[u32; 3]],
@@ -116,7 +125,7 @@ impl StepBlock {
 
     /// Bytes of a block for this key.
     pub fn bytes_for(key: &PlanKey) -> usize {
-        let (start, len) = offset(key, StepField::AxisPositions);
+        let (start, len) = offset(key, StepField::WindowTable);
         start + len * 4
     }
 
@@ -174,19 +183,15 @@ impl StepBlock {
             self.field_mut(StepField::KvLen)[s] = (seq.start + seq.tokens.len()) as i32;
             let width = key.pages_per_seq;
             let table = &mut self.field_mut(StepField::BlockTable)[s * width..][..width];
-            table.fill(0);
-            for (t, &p) in table.iter_mut().zip(seq.pages) {
-                *t = p as i32;
-            }
+            set_table(table, seq.pages);
             for i in seq.logits.0..seq.logits.1 {
                 self.field_mut(StepField::OutRows)[out] = (row + i) as i32;
                 out += 1;
             }
             for (i, &token) in seq.tokens.iter().enumerate() {
                 let position = seq.start + i;
-                let page = seq.pages[position / PAGE_TOKENS] as usize;
-                let slot = page * PAGE_TOKENS + position % PAGE_TOKENS;
-                self.set_row(row, token as i32, position as i32, slot as i32);
+                let slot = slot(seq.pages, position);
+                self.set_row(row, token as i32, position as i32, slot);
                 row += 1;
             }
         }
@@ -318,6 +323,20 @@ impl StepBlock {
     }
 }
 
+/// Pages of a sequence, then 0.
+fn set_table(table: &mut [i32], pages: &[u32]) {
+    table.fill(0);
+    for (t, &p) in table.iter_mut().zip(pages) {
+        *t = p as i32;
+    }
+}
+
+/// Where a position lies in the cache.
+fn slot(pages: &[u32], position: usize) -> i32 {
+    let page = pages[position / PAGE_TOKENS] as usize;
+    (page * PAGE_TOKENS + position % PAGE_TOKENS) as i32
+}
+
 /// Ids as far as they fit, then -1. An id beyond 31 bits becomes negative: no token either.
 fn set_ids(list: &mut [i32], ids: impl Iterator<Item = u32>) {
     list.fill(-1);
@@ -332,6 +351,7 @@ fn offset(key: &PlanKey, field: StepField) -> (usize, usize) {
         .sample
         .map_or((0, 0, 0), |s| (key.out_rows, s.window, s.blocked));
     let scales = key.extras.scales();
+    let window_pages = usize::from(key.extras.window_pages);
     let axes = if key.extras.axes { AXES } else { 0 };
     let sizes = [
         (StepField::Tokens, key.rows),
@@ -349,6 +369,11 @@ fn offset(key: &PlanKey, field: StepField) -> (usize, usize) {
         (StepField::OutRowScales, key.out_rows * scales),
         (StepField::HiddenRowScales, key.extras.hidden_rows * scales),
         (StepField::AxisPositions, axes * key.rows),
+        (StepField::WindowSlots, window_pages * key.rows),
+        (
+            StepField::WindowTable,
+            window_pages * key.seqs * key.pages_per_seq,
+        ),
     ];
     let mut start = 0;
     for (f, len) in sizes {

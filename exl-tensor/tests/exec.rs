@@ -4,9 +4,9 @@ use std::sync::Arc;
 
 use exl_tensor::{
     Activation, AttnArgs, Bound, Buffer, CostReport, Cpu, CpuOptions, DType, Executor, GateUpArgs,
-    HostExecutor, Isa, KvBuffers, KvShape, KvType, Part, Phase, Plan, PlanBuilder, PlanKey,
-    RopeArgs, RopeStyle, SampleParams, SampleShape, Side, StepBlock, StepDraw, StepExtras, StepSeq,
-    Weight, Weights, check,
+    HostExecutor, Isa, KvBuffers, KvPages, KvShape, KvType, Part, Phase, Plan, PlanBuilder,
+    PlanKey, RopeArgs, RopeStyle, SampleParams, SampleShape, Side, SlidingLayers, StepBlock,
+    StepDraw, StepExtras, StepSeq, Weight, Weights, check,
 };
 
 const DIM: usize = 64;
@@ -127,6 +127,7 @@ fn key(rows: usize, out_rows: usize) -> PlanKey {
 fn kv() -> KvBuffers {
     let shape = KvShape {
         layers: 1,
+        sliding: Default::default(),
         kv_heads: KV_HEADS,
         head_dim: HEAD_DIM,
         kv: KvType::F32,
@@ -183,6 +184,39 @@ fn every_isa_agrees_with_the_reference_slot_by_slot() {
         assert!(report.diffs.len() >= bound.plan().ops().len() - 1);
         assert_eq!(report.first_failure(), None, "{isa:?}");
     }
+}
+
+/// A cache in which the layer has window pages, and a plan whose steps name none.
+#[test]
+fn a_plan_without_window_pages_is_refused_where_layers_have_them() {
+    let shape = KvShape {
+        sliding: SlidingLayers {
+            layers: 1,
+            window: 8,
+        },
+        ..kv().shape()
+    };
+    let pages = KvPages {
+        all: 3,
+        window: Some(2),
+    };
+    let key = key(4, 1);
+    let bound = Bound::new(Arc::new(record(&key)), &weights()).unwrap();
+    let mut step = StepBlock::new(&key).unwrap();
+    let seq = StepSeq {
+        tokens: &tokens(4),
+        start: 0,
+        pages: &[2],
+        logits: (3, 4),
+    };
+    step.fill(&[seq]).unwrap();
+    let mut executor = executor(Isa::detect());
+    executor.prepare(&bound).unwrap();
+    let mut apart = KvBuffers::new(shape, pages).unwrap();
+    let error = executor.run(&bound, &step, &mut apart).unwrap_err();
+    assert!(error.to_string().contains("slots"), "{error}");
+    let mut together = KvBuffers::new(shape, 3).unwrap();
+    executor.run(&bound, &step, &mut together).unwrap();
 }
 
 #[test]

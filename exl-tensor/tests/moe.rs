@@ -143,6 +143,7 @@ fn record(rows: usize) -> Plan {
 fn kv() -> KvBuffers {
     let shape = KvShape {
         layers: 0,
+        sliding: Default::default(),
         kv_heads: 1,
         head_dim: 1,
         kv: KvType::F32,
@@ -260,6 +261,7 @@ fn a_plan_names_the_first_expert() {
 fn costs_are_those_of_the_experts_that_rows_read() {
     let shape = KvShape {
         layers: 0,
+        sliding: Default::default(),
         kv_heads: 1,
         head_dim: 1,
         kv: KvType::F32,
@@ -310,6 +312,7 @@ fn gpu_memory_is_worked_out() {
     }
     let shape = KvShape {
         layers: 0,
+        sliding: Default::default(),
         kv_heads: 1,
         head_dim: 1,
         kv: KvType::F32,
@@ -317,7 +320,7 @@ fn gpu_memory_is_worked_out() {
     for props in DeviceProps::samples() {
         for rows in [1, 10, 500] {
             let plan = Arc::new(record(rows));
-            let used = sketch.plan(&plan, (&shape, 0), &props).unwrap();
+            let used = sketch.plan(&plan, (&shape, 0.into()), &props).unwrap();
             // Two tables of gate and up and two of down, in memory of their own.
             let step = StepBlock::bytes_for(plan.key()) as u64;
             assert_eq!(used.step, step + 4 * 256, "{}", props.name);

@@ -27,6 +27,7 @@ const KEY: PlanKey = PlanKey {
         adapters: Vec::new(),
         vectors: false,
         hidden_rows: 0,
+        window_pages: false,
         axes: false,
     },
 };
@@ -175,6 +176,7 @@ fn step(start: usize) -> StepBlock {
 fn kv() -> KvBuffers {
     let shape = KvShape {
         layers: 0,
+        sliding: Default::default(),
         kv_heads: 1,
         head_dim: 1,
         kv: KvType::F32,

@@ -1,8 +1,8 @@
 //! The step block: offsets, and what it refuses.
 
 use exl_tensor::{
-    PAGE_TOKENS, Phase, PlanKey, SAMPLE_WORDS, SampleParams, SampleShape, StepBlock, StepDraw,
-    StepExtras, StepField, StepSeq,
+    PAGE_TOKENS, Phase, PlanExtras, PlanKey, SAMPLE_WORDS, SampleParams, SampleShape, StepBlock,
+    StepDraw, StepExtras, StepField, StepSeq,
 };
 use proptest::prelude::*;
 
@@ -65,6 +65,50 @@ fn two_sequences() {
     assert_eq!(step.field(StepField::KvLen), [258, 4]);
     assert_eq!(step.field(StepField::BlockTable), [4, 2, 0, 0]);
     assert_eq!(step.field(StepField::OutRows), [2, 3]);
+}
+
+#[test]
+fn window_pages_have_slots_and_a_table_of_their_own() {
+    let plain = key(3, 2, 2, 0);
+    let key = PlanKey {
+        extras: PlanExtras {
+            window_pages: true,
+            ..PlanExtras::default()
+        },
+        ..plain.clone()
+    };
+    let more = 4 * (3 + 2 * 2);
+    assert_eq!(
+        StepBlock::bytes_for(&key),
+        StepBlock::bytes_for(&plain) + more
+    );
+    let mut step = StepBlock::new(&key).unwrap();
+    let seq = |tokens, start, pages| StepSeq {
+        tokens,
+        start,
+        pages,
+        logits: (0, 0),
+    };
+    let seqs = [seq(&[7, 8], 256, &[4, 2]), seq(&[5], 3, &[0])];
+    let own = |window_pages| StepExtras {
+        window_pages,
+        ..StepExtras::default()
+    };
+    // The first page of the first sequence is gone.
+    step.fill_all(&seqs, &[], &[own(&[0, 1]), own(&[3])])
+        .unwrap();
+    let page = PAGE_TOKENS as i32;
+    assert_eq!(step.field(StepField::Slots), [2 * page, 2 * page + 1, 3]);
+    let slots = [page, page + 1, 3 * page + 3];
+    assert_eq!(step.field(StepField::WindowSlots), slots);
+    assert_eq!(step.field(StepField::WindowTable), [0, 1, 3, 0]);
+    for missing in [&[own(&[0, 1])][..], &[own(&[0]), own(&[3])], &[]] {
+        let error = step.fill_all(&seqs, &[], missing).unwrap_err().to_string();
+        assert!(error.contains("window pages of"), "{error}");
+    }
+    let mut step = StepBlock::new(&plain).unwrap();
+    step.fill(&seqs).unwrap();
+    assert!(step.field(StepField::WindowTable).is_empty());
 }
 
 #[test]

@@ -16,6 +16,8 @@ pub struct Match {
     pub tokens: usize,
     /// The page itself can be had, because nobody owns it and all of it is of use.
     whole: bool,
+    /// Window pages of the two.
+    window: Option<(PageId, PageId)>,
 }
 
 impl Match {
@@ -24,6 +26,7 @@ impl Match {
         (!self.whole).then_some(PageCopy {
             from: PageId(self.page),
             to: PageId(self.target),
+            window: self.window,
         })
     }
 }
@@ -37,24 +40,48 @@ impl PageTable {
         Ok(self.sequence(seq)?.filled)
     }
 
-    /// Counts what others have filled in pages that the sequence shares with them; gives
-    /// [`Self::filled`].
+    /// Counts what others have filled in pages that the sequence shares with them, as far as window
+    /// pages are there that it needs then; gives [`Self::filled`].
     ///
     /// # Errors
     /// [`crate::Error::UnknownSequence`].
     pub fn catch_up(&mut self, seq: SeqId) -> Result<usize> {
-        let sequence = self.sequence(seq)?;
-        let mut filled = sequence.filled;
-        while filled / PAGE_TOKENS < sequence.agreed {
+        let agreed = self.sequence(seq)?.agreed;
+        let mut filled = self.sequence(seq)?.filled;
+        let mut backed = filled;
+        while filled / PAGE_TOKENS < agreed {
             let place = filled / PAGE_TOKENS;
-            let held = self.pool.page(sequence.pages[place]).tokens.len();
+            if filled == backed {
+                self.take_over(seq, place)?;
+            }
+            let pages = &self.sequence(seq)?.pages;
+            let held = self.pool.page(pages[place]).tokens.len();
             filled = filled.max(place * PAGE_TOKENS + held);
+            if self.is_backed(pages, filled) {
+                backed = filled;
+            }
             if held < PAGE_TOKENS {
                 break;
             }
         }
-        self.sequence_mut(seq)?.filled = filled;
-        Ok(filled)
+        self.set_filled(seq, backed)?;
+        Ok(backed)
+    }
+
+    /// Takes the full page that holds what a sequence and others are about to put into another one, if it
+    /// has its window page: it had been there, behind pages without theirs.
+    fn take_over(&mut self, seq: SeqId, place: usize) -> Result<()> {
+        if !self.has_window() {
+            return Ok(());
+        }
+        let sequence = self.sequence(seq)?;
+        let page = sequence.pages[place];
+        let name = sequence.names.get(place);
+        let full = name.and_then(|name| self.pool.full.get(name)).copied();
+        if let Some(full) = full.filter(|&full| full != page && self.pool.is_whole(full)) {
+            self.merge(place, page, full);
+        }
+        Ok(())
     }
 
     /// The full page that a sequence wants next, if nobody has any of it: its name and its place.
@@ -84,7 +111,8 @@ impl PageTable {
     /// one and gives its own back.
     ///
     /// # Errors
-    /// [`crate::Error::UnknownSequence`], [`crate::Error::OutOfRange`] beyond its pages.
+    /// [`crate::Error::UnknownSequence`], [`crate::Error::OutOfRange`] beyond its pages, or beyond what
+    /// [`Self::reserve_window`] was called for.
     pub fn commit(&mut self, seq: SeqId, tokens: &[u32]) -> Result<()> {
         let sequence = self.sequence(seq)?;
         let start = sequence.filled;
@@ -92,6 +120,7 @@ impl PageTable {
         if end > sequence.pages.len() * PAGE_TOKENS {
             return Err(out_of_range(seq, &sequence.pages, end - 1));
         }
+        self.check_reserved(seq, end)?;
         let mut at = start;
         while self.reuse && at < end {
             let next = end.min((at / PAGE_TOKENS + 1) * PAGE_TOKENS);
@@ -137,10 +166,15 @@ impl PageTable {
 
     /// Replaces a page by another one that holds the same and more, for all its owners.
     fn merge(&mut self, place: usize, from: u32, to: u32) {
+        self.pool.hand_over(from, to);
         for sequence in self.sequences.values_mut() {
             if sequence.pages.get(place) == Some(&from) {
                 sequence.pages[place] = to;
                 self.pool.retain(to);
+                if sequence.held.contains(&place) && self.pool.page(from).window.is_some() {
+                    self.pool.need(to);
+                    self.pool.spare(from);
+                }
                 if self.pool.page(from).refs == 1 {
                     self.pool.wipe(from);
                 }
@@ -149,12 +183,13 @@ impl PageTable {
         }
     }
 
-    /// A page that begins with some of the tokens that `next` says the sequence wants; only at the
-    /// beginning of a page of its own that is still empty.
+    /// A page that begins with some of the tokens that `next` says the sequence wants, though not with a
+    /// page full of them; only at the beginning of a page of its own that is still empty. That gets a
+    /// window page if it is to be written to; none is found without.
     ///
     /// # Errors
     /// [`crate::Error::UnknownSequence`].
-    pub fn find_match(&self, seq: SeqId, next: &[u32]) -> Result<Option<Match>> {
+    pub fn find_match(&mut self, seq: SeqId, next: &[u32]) -> Result<Option<Match>> {
         let sequence = self.sequence(seq)?;
         let place = sequence.filled / PAGE_TOKENS;
         let Some(&target) = sequence.pages.get(place) else {
@@ -164,23 +199,38 @@ impl PageTable {
         if !self.reuse || !empty || !sequence.filled.is_multiple_of(PAGE_TOKENS) {
             return Ok(None);
         }
-        let next = &next[..next.len().min(PAGE_TOKENS)];
+        // A full page would have to get its name, by which it is found in any case.
+        let next = &next[..next.len().min(PAGE_TOKENS - 1)];
         let found = self.pool.longest(sequence.parent(place), next, target);
-        Ok(found
-            .filter(|&(_, count)| count >= LEAST_MATCH)
-            .map(|(page, tokens)| {
-                let source = self.pool.page(page);
-                let whole = source.refs == 0
-                    && source.label == Label::Private
-                    && source.tokens.len() == tokens
-                    && self.pool.page(target).refs == 1;
-                Match {
-                    page,
-                    target,
-                    tokens,
-                    whole,
-                }
-            }))
+        let Some((page, tokens)) = found.filter(|&(_, count)| count >= LEAST_MATCH) else {
+            return Ok(None);
+        };
+        let source = self.pool.page(page);
+        let whole = source.refs == 0
+            && source.label == Label::Private
+            && source.tokens.len() == tokens
+            && self.pool.page(target).refs == 1;
+        let mut found = Match {
+            page,
+            target,
+            tokens,
+            whole,
+            window: None,
+        };
+        if !whole && self.has_window() {
+            // The page stays what it is while the other one gets its window page.
+            self.pool.need(page);
+            let reserved = self.reserve_window(seq, (place + 1) * PAGE_TOKENS);
+            self.pool.spare(page);
+            if reserved.is_err() {
+                return Ok(None);
+            }
+            let pair = self
+                .window_of(PageId(page))
+                .zip(self.window_of(PageId(target)));
+            found.window = pair;
+        }
+        Ok(Some(found))
     }
 
     /// Gives a sequence what [`Self::find_match`] has just found for it, after the copy is done.
@@ -191,7 +241,10 @@ impl PageTable {
         let sequence = self.sequence(seq)?;
         let place = sequence.filled / PAGE_TOKENS;
         let parent = sequence.parent(place);
+        let filled = sequence.filled + found.tokens;
         if found.whole {
+            // What was reserved is not needed.
+            self.hold(seq, false)?;
             let label = self.pool.page(found.target).label;
             self.pool.retain(found.page);
             self.pool.unname(found.target);
@@ -204,19 +257,22 @@ impl PageTable {
             let tokens = self.pool.page(found.page).tokens[..found.tokens].to_vec();
             self.pool.append(found.target, parent, &tokens);
         }
-        self.sequence_mut(seq)?.filled += found.tokens;
-        Ok(())
+        self.set_filled(seq, filled)
     }
 
     /// Takes back what a sequence has beyond its first `len` tokens; what it has is then at most
-    /// that. Pages behind are given back and can be found again.
+    /// that, and less where window pages are gone that it would need. Pages behind are given back and
+    /// can be found again.
     ///
     /// # Errors
     /// [`crate::Error::UnknownSequence`].
     pub fn truncate(&mut self, seq: SeqId, len: usize) -> Result<()> {
         let full = len / PAGE_TOKENS;
+        let sequence = self.sequence(seq)?;
+        let filled = self.backed(&sequence.pages, sequence.filled.min(len));
+        self.sequence_mut(seq)?.filled = filled;
+        self.hold(seq, false)?;
         let sequence = self.sequence_mut(seq)?;
-        sequence.filled = sequence.filled.min(len);
         sequence.agreed = sequence.agreed.min(full);
         sequence.names.truncate(full);
         let keep = pages_for(len).min(sequence.pages.len());

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 
+use super::window::Windows;
 use crate::{CacheEvent, PAGE_TOKENS, PageHash};
 
 /// What a page is known as.
@@ -25,6 +26,8 @@ pub(super) struct Page {
     /// Tokens whose keys and values it holds, from its beginning.
     pub(super) tokens: Vec<u32>,
     pub(super) label: Label,
+    /// The window page that holds the same tokens.
+    pub(super) window: Option<u32>,
     /// When it was last given back; its key in the order of eviction.
     serial: u64,
 }
@@ -44,6 +47,8 @@ pub(super) struct Pool {
     /// Pages with content by the page before them.
     pub(super) children: HashMap<Option<PageHash>, Vec<u32>>,
     clock: u64,
+    /// Window pages, where there are any.
+    pub(super) windows: Option<Windows>,
     /// Events not fetched yet, if anybody wants them.
     pub(super) events: Option<Vec<CacheEvent>>,
 }
@@ -55,6 +60,7 @@ impl Pool {
             parent: None,
             tokens: Vec::new(),
             label: Label::Private,
+            window: None,
             serial: 0,
         };
         Self {
@@ -65,6 +71,7 @@ impl Pool {
             promised: HashMap::new(),
             children: HashMap::new(),
             clock: 0,
+            windows: None,
             events: None,
         }
     }
@@ -122,6 +129,7 @@ impl Pool {
         }
         if page.tokens.is_empty() {
             self.blank.push(id);
+            self.detach(id);
         } else {
             self.clock += 1;
             page.serial = self.clock;
@@ -202,10 +210,11 @@ impl Pool {
     pub(super) fn wipe(&mut self, id: u32) {
         self.cut(id, 0);
         self.unname(id);
+        self.detach(id);
     }
 
-    /// The page after `parent`, other than `except`, that holds most of the beginning of `tokens`,
-    /// and how many tokens that are.
+    /// The page after `parent`, other than `except`, that holds most of the beginning of `tokens`, in its
+    /// window page too, and how many tokens that are.
     pub(super) fn longest(
         &self,
         parent: Option<PageHash>,
@@ -218,7 +227,7 @@ impl Pool {
         };
         let children = self.children.get(&parent)?.iter();
         children
-            .filter(|&&id| id != except)
+            .filter(|&&id| id != except && self.is_whole(id))
             .map(|&id| (id, common(id)))
             .max_by_key(|&(id, count)| (count, std::cmp::Reverse(id)))
     }

@@ -3,6 +3,7 @@ use super::*;
 
 mod model;
 mod sharing;
+mod window;
 
 /// A text of its own: no two share a page.
 fn text(tokens: usize) -> Prefix {
@@ -73,6 +74,47 @@ fn audit(table: &PageTable) {
     let holding = pool.pages.iter().filter(|p| !p.tokens.is_empty()).count();
     assert_eq!(listed, holding, "pages by parent");
     assert_eq!(table.used_pages() + table.free_pages(), table.capacity());
+    audit_windows(table);
+}
+
+/// The same for window pages: whose they are, who needs them, and that what is needed is there.
+fn audit_windows(table: &PageTable) {
+    let pool = &table.pool;
+    let Some(windows) = &pool.windows else {
+        assert!(pool.pages.iter().all(|page| page.window.is_none()));
+        return;
+    };
+    let mut needs = vec![0u32; windows.pages.len()];
+    for (seq, sequence) in &table.sequences {
+        let reach = windows.reach(sequence.filled);
+        let held = &sequence.held;
+        assert!(
+            reach.is_empty() || held.start <= reach.start && reach.end <= held.end,
+            "{seq} needs {reach:?}, holds {held:?}"
+        );
+        for place in held.clone() {
+            let window = pool.page(sequence.pages[place]).window;
+            needs[window.expect("what is held is there") as usize] += 1;
+        }
+    }
+    let mut homes = vec![0u32; windows.pages.len()];
+    for &window in windows.blank.iter().chain(windows.kept.values()) {
+        homes[window as usize] += 1;
+    }
+    for (id, window) in windows.pages.iter().enumerate() {
+        assert_eq!(window.refs, needs[id], "needs of window page {id}");
+        assert_eq!(homes[id], u32::from(window.refs == 0), "window page {id}");
+        let blank = windows.blank.contains(&(id as u32));
+        assert_eq!(blank, window.page.is_none(), "window page {id}");
+        if let Some(page) = window.page {
+            assert_eq!(pool.page(page).window, Some(id as u32));
+        }
+    }
+    for (id, page) in pool.pages.iter().enumerate() {
+        let Some(window) = page.window else { continue };
+        assert_eq!(windows.pages[window as usize].page, Some(id as u32));
+        assert!(!pool.blank.contains(&(id as u32)), "page {id} is blank");
+    }
 }
 
 #[test]
@@ -167,7 +209,8 @@ fn writing_into_a_shared_page_copies_it_once() {
         copies,
         [PageCopy {
             from: PageId(1),
-            to: PageId(3)
+            to: PageId(3),
+            window: None,
         }]
     );
     assert_eq!(table.block_table(child).unwrap(), [0, 3]);

@@ -26,3 +26,5 @@ mod greedy;
 mod models;
 #[path = "../../../exl-models/tests/it/quantized.rs"]
 mod quantized;
+#[path = "../../../exl-models/tests/it/windows.rs"]
+mod windows;

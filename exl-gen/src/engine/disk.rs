@@ -7,9 +7,9 @@ use std::sync::Arc;
 use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
 use std::thread::JoinHandle;
 
-use exl_cache::{CacheEvent, DiskPage, DiskTier, PageHash, PageTable, SeqId};
+use exl_cache::{CacheEvent, DiskPage, DiskTier, PAGE_TOKENS, PageHash, PageId, PageTable, SeqId};
 
-use crate::{Backend, Error, Result};
+use crate::{Backend, BackendError, Error, Result};
 
 /// Pages on their way to the disk; beyond that the cache waits with more.
 const IN_FLIGHT: usize = 4;
@@ -30,7 +30,8 @@ pub struct DiskOptions {
 /// The disk tier of a worker. Pages are written by a thread of their own.
 pub(super) struct Disk {
     tier: Arc<DiskTier>,
-    page_bytes: usize,
+    /// Bytes of a page, and of its window page behind it.
+    page_bytes: [usize; 2],
     /// Full pages that are not on disk yet, oldest first.
     unsaved: VecDeque<PageHash>,
     writer: Option<(SyncSender<DiskPage>, JoinHandle<()>)>,
@@ -39,12 +40,14 @@ pub(super) struct Disk {
 impl Disk {
     pub(super) fn open(options: &DiskOptions, backend: &dyn Backend) -> Result<Self> {
         let refuse = |reason: String| Error::Backend { reason };
-        let page_bytes = backend.page_bytes();
-        if page_bytes == 0 {
+        let window = backend.window().map(|window| window.page_bytes);
+        let page_bytes = [backend.page_bytes(), window.unwrap_or(0)];
+        let all = page_bytes[0] + page_bytes[1];
+        if all == 0 || window == Some(0) {
             let why = "its cache cannot be read, so it cannot be kept on disk";
             return Err(refuse(why.to_owned()));
         }
-        let model = format!("{}\n{page_bytes} bytes a page", options.model);
+        let model = format!("{}\n{all} bytes a page", options.model);
         let tier =
             DiskTier::open(&options.folder, &model, options.limit).map_err(|source| Error::Io {
                 path: options.folder.clone(),
@@ -90,12 +93,18 @@ impl Disk {
             return;
         };
         while let Some(hash) = self.unsaved.pop_front() {
-            // Pages that had to make room before their turn are lost.
+            // Pages that had to make room before their turn are lost, as are those without their
+            // window pages.
             let Some((page, parent, tokens)) = table.full_page(&hash) else {
                 continue;
             };
-            let mut content = vec![0; self.page_bytes];
-            let read = catch_unwind(AssertUnwindSafe(|| backend.read_page(page.0, &mut content)));
+            let window = table.window_of(page);
+            if table.has_window() && window.is_none() {
+                continue;
+            }
+            let mut content = vec![0; self.page_bytes[0] + self.page_bytes[1]];
+            let read = || self.read((page, window), &mut content, backend);
+            let read = catch_unwind(AssertUnwindSafe(read));
             if !matches!(read, Ok(Ok(()))) {
                 tracing::warn!("a page of the cache could not be read, so it is not kept on disk");
                 continue;
@@ -133,7 +142,8 @@ impl Disk {
             let Some((hash, page)) = table.wanted(seq)? else {
                 break;
             };
-            let found = match self.tier.load(&hash, self.page_bytes) {
+            let bytes = self.page_bytes[0] + self.page_bytes[1];
+            let found = match self.tier.load(&hash, bytes) {
                 Ok(Some(found)) => found,
                 Ok(None) => break,
                 Err(error) => {
@@ -141,15 +151,53 @@ impl Disk {
                     break;
                 }
             };
-            let write = || backend.write_page(page.0, &found.content);
+            let end = table.filled(seq)? + PAGE_TOKENS;
+            if table.reserve_window(seq, end).is_err() {
+                break;
+            }
+            let window = table.window_of(page);
+            let write = || self.write((page, window), &found.content, backend);
             if !matches!(catch_unwind(AssertUnwindSafe(write)), Ok(Ok(()))) {
                 tracing::warn!("a page of the cache could not be restored from disk");
                 break;
             }
             table.commit(seq, &found.tokens)?;
             table.catch_up(seq)?;
+            table.move_window(seq)?;
         }
         table.filled(seq)
+    }
+
+    fn read(
+        &self,
+        (page, window): (PageId, Option<PageId>),
+        content: &mut [u8],
+        backend: &mut dyn Backend,
+    ) -> Result<(), BackendError> {
+        let (all, rest) = content.split_at_mut(self.page_bytes[0]);
+        if !all.is_empty() {
+            backend.read_page(page.0, all)?;
+        }
+        match window {
+            Some(window) => backend.read_window_page(window.0, rest),
+            None => Ok(()),
+        }
+    }
+
+    fn write(
+        &self,
+        (page, window): (PageId, Option<PageId>),
+        content: &[u8],
+        backend: &mut dyn Backend,
+    ) -> Result<(), BackendError> {
+        let (all, rest) = content.split_at(self.page_bytes[0]);
+        if !all.is_empty() {
+            backend.write_page(page.0, all)?;
+        }
+        match window {
+            Some(window) => backend.write_window_page(window.0, rest),
+            None => Ok(()),
+        }
     }
 
     /// Waits until all pages are on disk that were handed over.

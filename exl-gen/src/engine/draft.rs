@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use exl_cache::{Error as CacheError, PageTable, Prefix, SeqId};
 
-use super::pages::claim;
+use super::pages::{claim, copy_pages, table};
 use super::step::run;
 use super::worker::{Worker, message};
 use crate::job::{Job, Trail};
@@ -110,7 +110,12 @@ impl Turn {
         self.done + self.rows == self.trail.text.len()
     }
 
-    fn slice<'a>(&'a self, table: &'a PageTable) -> Result<SeqSlice<'a>, BackendError> {
+    /// The next step, with the window pages of the sequence.
+    fn slice<'a>(
+        &'a self,
+        table: &'a PageTable,
+        window_pages: &'a [u32],
+    ) -> Result<SeqSlice<'a>, BackendError> {
         Ok(SeqSlice {
             tokens: &self.trail.text[self.done..self.done + self.rows],
             start: self.done,
@@ -119,8 +124,19 @@ impl Turn {
                 true => LogitRows::Last,
                 false => LogitRows::None,
             },
-            extras: SliceExtras::default(),
+            extras: SliceExtras {
+                window_pages,
+                ..SliceExtras::default()
+            },
         })
+    }
+
+    /// Where the tokens end that are computed in this turn.
+    fn end(&self) -> usize {
+        match self.draws() {
+            true => self.trail.end(),
+            false => self.done + self.rows,
+        }
     }
 }
 
@@ -129,7 +145,10 @@ impl Drafter {
     /// [`crate::Error::Cache`] for a cache without pages.
     pub(super) fn new(model: DraftModel, chunk: usize, reuse: bool) -> Result<Self> {
         Ok(Self {
-            table: PageTable::new(model.backend.pages())?.with_reuse(reuse),
+            table: {
+                let backend = model.backend.as_ref();
+                table(backend, backend.max_seqs(), reuse)?
+            },
             held: HashMap::new(),
             cost: f64::from(model.cost),
             chunk: chunk.min(model.backend.max_rows()),
@@ -173,14 +192,24 @@ impl Drafter {
                 Ok((seq, done)) => {
                     let pages = self.table.block_table(seq).ok();
                     let rows = claim(pages, done, left.min(trail.before - done), &mut writing);
-                    left -= rows;
-                    turns.push(Turn {
+                    let mut turn = Turn {
                         job: at,
                         seq,
                         trail,
                         done,
                         rows,
-                    });
+                    };
+                    match self.table.reserve_window(seq, turn.end()) {
+                        Ok(()) => {
+                            left -= rows;
+                            turns.push(turn);
+                        }
+                        Err(CacheError::OutOfPages { .. }) => {
+                            job.end_trail(&mut turn.trail);
+                            self.forget(job.id);
+                        }
+                        Err(error) => return Err(failed(error)),
+                    }
                 }
                 // Other texts have all pages; this job draws without guesses.
                 Err(Trouble::OutOfPages) => {
@@ -192,6 +221,7 @@ impl Drafter {
         }
         self.run(&mut turns, jobs, tokenizer)?;
         for mut turn in turns {
+            self.table.move_window(turn.seq).map_err(failed)?;
             let (job, trail) = (&mut jobs[turn.job], &mut turn.trail);
             job.end_trail(trail);
             if let Some(held) = self.held.get_mut(&job.id) {
@@ -233,8 +263,7 @@ impl Drafter {
         let done = table.filled(seq)?;
         table.extend(seq, trail.end())?;
         for copy in table.prepare_write(seq, done, trail.end())? {
-            let copied = self.backend.copy_page(copy.from.0, copy.to.0);
-            copied.map_err(Trouble::Failed)?;
+            copy_pages(self.backend.as_mut(), copy).map_err(Trouble::Failed)?;
         }
         Ok((seq, done))
     }
@@ -269,7 +298,11 @@ impl Drafter {
         tokenizer: &Tokenizer,
     ) -> Result<(), BackendError> {
         let table = &mut self.table;
-        let slices = turns.iter().map(|turn| turn.slice(table));
+        let windows = turns.iter().map(|turn| table.window_table(turn.seq));
+        let windows = windows.collect::<exl_cache::Result<Vec<_>>>();
+        let windows = windows.map_err(failed)?;
+        let slices = turns.iter().zip(&windows);
+        let slices = slices.map(|(turn, window)| turn.slice(table, window));
         let slices: Vec<SeqSlice<'_>> = slices.collect::<Result<_, BackendError>>()?;
         let drawing = turns.iter().filter(|turn| turn.draws());
         let draws = drawing.map(|turn| jobs[turn.job].guess_draw(&turn.trail));

@@ -4,14 +4,17 @@ use std::cmp::Reverse;
 use std::collections::HashSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use exl_cache::{Error as CacheError, PAGE_TOKENS, PageCopy, PageTable, pages_for};
+use exl_cache::{
+    Error as CacheError, PAGE_TOKENS, PageCopy, PageTable, least_window_pages, pages_for,
+};
 
 use super::queue::rank;
+use super::step::without_pages;
 use super::worker::{Worker, message};
-use crate::BackendError;
 use crate::job::{Job, Lane};
 use crate::request::DoneReason;
-use crate::schedule::{AGEING, Demand};
+use crate::schedule::{AGEING, Demand, Share};
+use crate::{Backend, BackendError, Error, Result};
 
 impl Worker {
     /// Starts waiting jobs while pages and the batch have room.
@@ -173,12 +176,26 @@ impl Worker {
             };
             let (cached, len) = (one.cached, one.tokens.len());
             self.table.extend(seq, len)?;
-            // A draft is written to the page of the last token, too.
-            if len - cached == 1 {
-                for copy in self.table.prepare_write(seq, cached, len)? {
+            // A draft is written to the page of the last token, too. Pages of a prompt are written by
+            // all who want them, but for those that are there without their window pages.
+            if len - cached == 1 || self.table.has_window() {
+                let end = len.min(cached + self.limits.rows);
+                for copy in self.table.prepare_write(seq, cached, end)? {
                     self.copy(copy)?;
                 }
             }
+        }
+        Ok(())
+    }
+
+    /// Window pages for the tokens of a step.
+    pub(super) fn reserve_windows(&mut self, shares: &[Share]) -> Result<(), BackendError> {
+        for one in shares {
+            let job = &self.running[one.job];
+            let lane = &job.lanes[one.lane];
+            let seq = lane.seq.ok_or_else(|| without_pages(job))?;
+            let reserved = self.table.reserve_window(seq, lane.cached + one.rows);
+            reserved.map_err(|error| BackendError(error.to_string()))?;
         }
         Ok(())
     }
@@ -225,10 +242,8 @@ impl Worker {
     }
 
     fn copy(&mut self, copy: PageCopy) -> Result<(), Trouble> {
-        let backend = &mut self.backend;
-        let copied = catch_unwind(AssertUnwindSafe(|| {
-            backend.copy_page(copy.from.0, copy.to.0)
-        }));
+        let backend = self.backend.as_mut();
+        let copied = catch_unwind(AssertUnwindSafe(|| copy_pages(backend, copy)));
         match copied {
             Ok(Ok(())) => Ok(()),
             Ok(Err(BackendError(error))) => Err(Trouble::Failed(format!(
@@ -259,6 +274,31 @@ impl Worker {
             other => other,
         };
         self.running.iter().map(demand).collect()
+    }
+}
+
+/// A table for the pages of a backend that runs up to `seqs` sequences.
+pub(super) fn table(backend: &dyn Backend, seqs: usize, reuse: bool) -> Result<PageTable> {
+    let table = PageTable::new(backend.pages())?.with_reuse(reuse);
+    let Some(window) = backend.window() else {
+        return Ok(table);
+    };
+    let least = least_window_pages(window.tokens, (seqs, backend.max_rows()));
+    if window.pages < least {
+        let pages = window.pages;
+        return Err(Error::Backend {
+            reason: format!("{pages} window pages, steps of {seqs} sequences take {least}"),
+        });
+    }
+    Ok(table.with_window(window.tokens, window.pages)?)
+}
+
+/// Copies a page with its window page.
+pub(super) fn copy_pages(backend: &mut dyn Backend, copy: PageCopy) -> Result<(), BackendError> {
+    backend.copy_page(copy.from.0, copy.to.0)?;
+    match copy.window {
+        Some((from, to)) => backend.copy_window_page(from.0, to.0),
+        None => Ok(()),
     }
 }
 

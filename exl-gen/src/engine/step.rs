@@ -11,7 +11,7 @@ use crate::grammar::MaskThread;
 use crate::job::{Job, Outcome};
 use crate::request::DoneReason;
 use crate::schedule::{Share, share};
-use crate::{Backend, BackendError, Draw, LogitRows, SeqSlice, Tokenizer};
+use crate::{Backend, BackendError, Draw, LogitRows, SeqSlice, SliceExtras, Tokenizer};
 
 impl Worker {
     /// One step of the backend for all running jobs, and a draw for each that is ready.
@@ -44,7 +44,9 @@ impl Worker {
             job.prepare_draw();
         }
         self.prepare_masks(shares);
-        let slices = slices(&self.running, &self.table, shares)?;
+        self.reserve_windows(shares)?;
+        let windows = windows(&self.running, &self.table, shares)?;
+        let slices = slices(&self.running, &self.table, shares, &windows)?;
         let draws: Vec<Option<Draw<'_>>> = shares
             .iter()
             .filter(|one| draws(&self.running[one.job], one))
@@ -218,13 +220,16 @@ impl Choice<'_> {
     }
 }
 
-/// Takes back in the cache what a job took back.
-fn rewind(table: &mut PageTable, job: &Job) -> Result<(), BackendError> {
-    for lane in &job.lanes {
+/// Takes back in the cache what a job took back. What it would see of that may be gone from window
+/// pages: then it is computed again.
+fn rewind(table: &mut PageTable, job: &mut Job) -> Result<(), BackendError> {
+    for at in 0..job.lanes.len() {
+        let lane = &job.lanes[at];
         let seq = lane.seq.ok_or_else(|| without_pages(job))?;
-        table
+        let left = table
             .truncate(seq, lane.cached)
-            .map_err(|error| BackendError(error.to_string()))?;
+            .and_then(|()| table.filled(seq));
+        job.lanes[at].cached = left.map_err(|error| BackendError(error.to_string()))?;
     }
     Ok(())
 }
@@ -297,12 +302,28 @@ fn draws(job: &Job, one: &Share) -> bool {
     one.rows >= job.lanes[one.lane].pending()
 }
 
+/// Window pages of each share, in the places of its pages.
+fn windows(
+    running: &[Job],
+    table: &PageTable,
+    shares: &[Share],
+) -> Result<Vec<Vec<u32>>, BackendError> {
+    let window = |one: &Share| {
+        let job = &running[one.job];
+        let seq = job.lanes[one.lane].seq;
+        let pages = seq.and_then(|seq| table.window_table(seq).ok());
+        pages.ok_or_else(|| without_pages(job))
+    };
+    shares.iter().map(window).collect()
+}
+
 fn slices<'a>(
     running: &'a [Job],
     table: &'a PageTable,
     shares: &[Share],
+    windows: &'a [Vec<u32>],
 ) -> Result<Vec<SeqSlice<'a>>, BackendError> {
-    let slice = |one: &Share| {
+    let slice = |(one, window_pages): (&Share, &'a Vec<u32>)| {
         let job = &running[one.job];
         let lane = &job.lanes[one.lane];
         let pages = lane.seq.map(|seq| table.block_table(seq));
@@ -318,10 +339,13 @@ fn slices<'a>(
                 true => LogitRows::Last,
                 false => LogitRows::None,
             },
-            extras: job.slice_extras(one.lane),
+            extras: SliceExtras {
+                window_pages,
+                ..job.slice_extras(one.lane)
+            },
         })
     };
-    shares.iter().map(slice).collect()
+    shares.iter().zip(windows).map(slice).collect()
 }
 
 pub(super) fn without_pages(job: &Job) -> BackendError {

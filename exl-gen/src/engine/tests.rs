@@ -13,6 +13,7 @@ mod disk;
 mod features;
 mod order;
 mod speculation;
+mod windows;
 
 /// Special tokens of the tests' tokenizer.
 const BOS: u32 = 260;
@@ -94,8 +95,27 @@ fn assert_all_free(engine: &EngineHandle) {
     engine.drain();
     let load = engine.load();
     assert_eq!(load.free_pages, load.pages, "pages leaked");
+    let windows = (load.free_window_pages, load.window_pages);
+    assert_eq!(windows.0, windows.1, "window pages leaked");
     assert_eq!(load.draft_pages, 0, "pages of the draft model leaked");
     assert_eq!((load.running, load.waiting), (0, 0));
+}
+
+/// With windows of so many tokens, the least window pages that there can be and so many more.
+fn windowed(backend: SimBackend, window: Option<(usize, usize)>) -> SimBackend {
+    let steps = (backend.max_seqs(), backend.max_rows());
+    match window {
+        Some((tokens, more)) => {
+            let least = exl_cache::least_window_pages(tokens, steps);
+            backend.with_window(tokens, least + more)
+        }
+        None => backend,
+    }
+}
+
+/// Often windows.
+fn window() -> impl Strategy<Value = Option<(usize, usize)>> {
+    prop::option::weighted(0.7, (1usize..700, 0usize..6))
 }
 
 /// A hook that stops before each step until the test lets it go.
@@ -638,9 +658,10 @@ proptest! {
         pages in 3usize..11,
         rows in 2usize..200,
         chunk in 1usize..200,
+        window in window(),
     ) {
         let backend = SimBackend::new(VOCAB, pages, noise).with_limits(rows, 6);
-        let engine = start_chunks(backend, chunk);
+        let engine = start_chunks(windowed(backend, window), chunk);
         let mut streams: Vec<(JobStream, Request, Vec<u32>)> = Vec::new();
         let mut aborted: HashMap<JobId, ()> = HashMap::new();
         for act in acts {

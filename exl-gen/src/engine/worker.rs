@@ -219,6 +219,7 @@ impl Worker {
         stats.load.running = self.running.len();
         stats.load.free_pages = self.table.free_pages();
         stats.load.kept_pages = self.table.kept_pages();
+        stats.load.free_window_pages = self.table.window_pages().1;
         stats.load.draft_pages = self.drafter.as_ref().map_or(0, Drafter::used_pages);
     }
 

@@ -112,7 +112,7 @@ impl Job {
             adapters: &extras.adapters,
             vectors: if first { &extras.vectors } else { &[] },
             hidden: if first { &extras.hidden } else { &[] },
-            positions: &[],
+            ..SliceExtras::default()
         }
     }
 

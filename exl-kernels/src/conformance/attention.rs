@@ -344,7 +344,8 @@ fn rope(turn: Turn, kv: KvType, h: Heads) -> Case {
 }
 
 /// Sequences of `(new rows, tokens in the cache)` on scattered pages, each shape with and without
-/// a window and a soft-cap; one window is narrower than any tile of keys.
+/// a window and a soft-cap; one window is narrower than any tile of keys. Page 0 holds NaN and stands for
+/// all pages that no window reaches.
 fn attention(what: &str, kv: KvType, h: Heads, seqs: &'static [(usize, usize)]) -> Case {
     let name = format!(
         "paged_attn::{what}/{kv}/heads={}/{}/d={}",
@@ -363,13 +364,23 @@ fn attention(what: &str, kv: KvType, h: Heads, seqs: &'static [(usize, usize)]) 
                 + 1;
             let pages = 1 + seqs.len() * width;
             let order = rng.permutation(pages - 1);
-            let table: Vec<i32> = order.iter().map(|&p| p as i32 + 1).collect();
+            let mut table: Vec<i32> = order.iter().map(|&p| p as i32 + 1).collect();
+            if window > 0 {
+                for (table, (rows, tokens)) in table.chunks_exact_mut(width).zip(seqs) {
+                    let first = (tokens - rows + 1).saturating_sub(window);
+                    table[..first / PAGE_TOKENS].fill(0);
+                }
+            }
             let size = pages * PAGE_TOKENS * h.kv_heads * h.head_dim;
             let mut cache = |format: KvFormat| match format.is_quantized() {
                 true => Stored::U8(random_cache(format, h, pages, &mut rng)),
                 false => Stored::new(&rng.floats(size), format.dtype()),
             };
-            let (k, v) = (cache(kv.k), cache(kv.v));
+            let (mut k, mut v) = (cache(kv.k), cache(kv.v));
+            for (half, format) in [(&mut k, kv.k), (&mut v, kv.v)] {
+                let page = format.page_bytes(h.kv_heads, h.head_dim);
+                half.spoil(page / format.dtype().bytes());
+            }
             let mut starts = vec![0i32];
             for (n, _) in seqs {
                 starts.push(starts[starts.len() - 1] + *n as i32);

@@ -61,6 +61,16 @@ impl Stored {
         }
     }
 
+    /// Makes the first `count` elements NaN, or bytes with all bits set.
+    pub(super) fn spoil(&mut self, count: usize) {
+        match self {
+            Stored::F32(v) => v[..count].fill(f32::NAN),
+            Stored::F16(v) => v[..count].fill(f16::NAN),
+            Stored::Bf16(v) => v[..count].fill(bf16::NAN),
+            Stored::U8(v) => v[..count].fill(0xff),
+        }
+    }
+
     pub(super) fn mem(&self) -> Mem<'_> {
         match self {
             Stored::F32(v) => Mem::host(v),

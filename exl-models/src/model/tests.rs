@@ -108,3 +108,42 @@ fn equal_permutations_are_counted_once() {
     assert_eq!(bytes(&[1, 1]), 2 * one + perm);
     assert_eq!(bytes(&[0, 1, 2, 1]), 4 * one + 2 * perm);
 }
+
+/// In the shape of Gemma 3 27B: a layer in six sees everything, the others a window of 1024 tokens.
+#[test]
+fn sliding_layers_of_a_27b_keep_a_window_of_a_long_text() {
+    let config = json!({
+        "architectures": ["Gemma3ForCausalLM"], "hidden_size": 5376, "intermediate_size": 21504,
+        "num_hidden_layers": 62, "num_attention_heads": 32, "num_key_value_heads": 16,
+        "head_dim": 128, "vocab_size": 262_144, "sliding_window": 1024, "sliding_window_pattern": 6,
+        "max_position_embeddings": 131_072
+    });
+    let file = ConfigFile::from_value(Path::new("config.json"), config).unwrap();
+    let spec = parse(&file, &RopeOptions::default(), false).unwrap();
+    let shape = spec.kv_shape(KvType::F16);
+    assert_eq!((shape.full_layers(), shape.sliding.layers), (10, 52));
+    let cache_at = |tokens, rows, window_pages| {
+        let request = MemoryRequest {
+            window_pages,
+            ..MemoryRequest::new((1, tokens), KvType::F16, rows)
+        };
+        memory_for(&spec, 0, &request).cache
+    };
+    let cache = |rows, window_pages| cache_at(32768, rows, window_pages);
+    let layer_page = 2 * 16 * 128 * 256 * 2;
+    let whole = 62 * 128 * layer_page;
+    assert_eq!(cache(2049, WindowPages::All), whole);
+    assert_eq!(whole, 16_642_998_272);
+    // Of 128 pages 20 in steps of 2048 tokens, and 14 in steps of 512.
+    let pages = |sliding: u64| (10 * 128 + 52 * sliding) * layer_page;
+    assert_eq!(cache(2049, WindowPages::Needed), pages(20));
+    assert_eq!(cache(513, WindowPages::Needed), pages(14));
+    assert_eq!((pages(20), pages(14)), (4_865_392_640, 4_211_081_216));
+    // Bytes of a token: of all layers, and of those that see everything.
+    assert_eq!(shape.token_bytes(), 507_904);
+    let more = cache_at(131_072, 513, WindowPages::Needed) - pages(14);
+    assert_eq!(more / (131_072 - 32768), 81_920);
+    // A context of a few windows takes no less.
+    let short = |window_pages| cache_at(3584, 513, window_pages);
+    assert_eq!(short(WindowPages::Needed), short(WindowPages::All));
+}

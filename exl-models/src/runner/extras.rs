@@ -21,6 +21,10 @@ pub struct SliceExtras<'a> {
     /// Positions of the sequence whose last hidden states are wanted, rising, of which the new ones
     /// count.
     pub hidden: &'a [usize],
+    /// Pages of layers with a window, in the places of the sequence's pages, where those have pages of
+    /// their own ([`crate::WindowPages::Needed`]); nothing where they have the same. Any page stands
+    /// where the window of the first new position does not reach.
+    pub window_pages: &'a [u32],
     /// Positions of the new tokens on the axes of time, height and width, of all of them; when there are
     /// none, those in the sequence on all three. For models with axes ([`crate::Spec::has_axes`]). Keys go
     /// into the cache rotated by them, so tokens that a step reads there need none.
@@ -118,12 +122,14 @@ pub(super) fn of_step<'a>((slice, rows): (&SeqSlice<'a>, &'a Rows)) -> StepExtra
         adapters: slice.extras.adapters,
         vectors: &rows.vectors,
         hidden: &rows.hidden,
+        window_pages: slice.extras.window_pages,
         positions: slice.extras.positions,
     }
 }
 
-/// What a plan for these slices has.
-pub(super) fn of_key(slices: &[SeqSlice<'_>]) -> PlanExtras {
+/// What a plan for these slices has, with a cache in which layers with a window have pages of their own
+/// or not.
+pub(super) fn of_key(slices: &[SeqSlice<'_>], window_pages: bool) -> PlanExtras {
     let adapters = slices.iter().flat_map(|s| s.extras.adapters);
     let mut adapters: Vec<u32> = adapters.map(|(id, _)| *id).collect();
     adapters.sort_unstable();
@@ -133,6 +139,7 @@ pub(super) fn of_key(slices: &[SeqSlice<'_>]) -> PlanExtras {
         adapters,
         vectors: slices.iter().any(has_vectors),
         hidden_rows: slices.iter().map(|s| hidden(s).count()).sum(),
+        window_pages,
         axes: slices.iter().any(|s| !s.extras.positions.is_empty()),
     }
 }

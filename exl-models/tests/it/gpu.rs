@@ -19,6 +19,7 @@ use crate::extras;
 use crate::golden::in_pieces;
 use crate::greedy::{follow, greedy};
 use crate::quantized::written;
+use crate::windows;
 
 /// Of logits' range. 32-bit weights and cache: measured up to 2e-6.
 const EXACT: f32 = 1e-5;
@@ -137,6 +138,19 @@ fn gpu_quantized_models_give_the_cpus_logits() {
             let error = difference(&in_pieces(&mut tested, &ids, size), &expected);
             println!("{format} in pieces of {size}: {error:.1e}");
             assert!(error <= CLOSE, "{format} in pieces of {size}: {error}");
+        }
+    }
+}
+
+/// Layers that keep what their window needs, against layers that keep everything: the same numbers.
+#[test]
+fn gpu_windows_take_what_they_need() {
+    let Some(gpu) = gpu() else { return };
+    for case in windows::CASES {
+        let model = on_gpu(&dir(case), &gpu);
+        for kv in [KvType::F16, KvType::F32, KvType::Q8, KvType::Q4] {
+            windows::compare(&model, kv, &cuda(&gpu, true));
+            windows::compare(&windows::widened(&model, 300), kv, &cuda(&gpu, true));
         }
     }
 }

@@ -11,3 +11,4 @@ mod gpu;
 mod greedy;
 mod plans;
 mod quantized;
+mod windows;

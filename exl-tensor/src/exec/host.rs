@@ -8,7 +8,9 @@ use exl_kernels::{DType, KvType, Mem, MemMut, reference};
 use super::regions::{Arena, Regions};
 use super::{Bound, Executor, check_dtype, check_values};
 use crate::plan::PlanOp;
-use crate::{Error, HostMemory, KvBuffers, KvShape, Result, Slot, StepBlock, StepField};
+use crate::{
+    Error, HostMemory, KvBuffers, KvShape, Result, SlidingLayers, Slot, StepBlock, StepField,
+};
 
 /// Prepared plans remembered: more than a runner keeps ready.
 const PREPARED: usize = 64;
@@ -66,6 +68,7 @@ impl HostExecutor {
         });
         let shape = KvShape {
             layers: layers.max().unwrap_or(0),
+            sliding: SlidingLayers::default(),
             kv_heads: 1,
             head_dim: 1,
             kv: KvType::F32,

@@ -139,8 +139,9 @@ impl<'a> Regions<'a> {
                 layer,
                 args,
             } => {
-                let kind = kv.shape().kv;
-                self.rope_append([*q, *k, *v], step, (kv.write(*layer), kind), args)
+                let (kind, slots) = (kv.shape().kv, fields(kv, *layer).0);
+                let slots = self.arena.step(step, slots);
+                self.rope_append([*q, *k, *v], (step, slots), (kv.write(*layer), kind), args)
             }
             PlanOp::PagedAttn {
                 q,
@@ -148,8 +149,9 @@ impl<'a> Regions<'a> {
                 layer,
                 args,
             } => {
-                let kind = kv.shape().kv;
-                self.attention((*q, *out), step, (kv.read(*layer), kind), args)
+                let (kind, table) = (kv.shape().kv, fields(kv, *layer).1);
+                let table = self.arena.step(step, table);
+                self.attention((*q, *out), (step, table), (kv.read(*layer), kind), args)
             }
             PlanOp::GatherRows {
                 x,
@@ -348,7 +350,7 @@ impl<'a> Regions<'a> {
     fn rope_append<'s: 'a>(
         &self,
         [q, k, v]: [Slot; 3],
-        step: &'s StepBlock,
+        (step, slots): (&'s StepBlock, Mem<'a>),
         ((k_cache, v_cache), kv): ((MemMut<'s>, MemMut<'s>), KvType),
         args: &RopeOp,
     ) -> Op<'a> {
@@ -361,7 +363,7 @@ impl<'a> Regions<'a> {
             k: self.mem(k),
             v: self.mem(v),
             positions: self.arena.step(step, positions),
-            slots: self.arena.step(step, StepField::Slots),
+            slots,
             inv_freq: args
                 .inv_freq
                 .map_or(Mem::host::<f32>(&[]), |w| self.dense(w)),
@@ -381,7 +383,7 @@ impl<'a> Regions<'a> {
     fn attention<'s: 'a>(
         &self,
         (q, out): (Slot, Slot),
-        step: &'s StepBlock,
+        (step, block_table): (&'s StepBlock, Mem<'a>),
         ((k_cache, v_cache), kv): ((Mem<'s>, Mem<'s>), KvType),
         args: &AttnOp,
     ) -> Op<'a> {
@@ -391,7 +393,7 @@ impl<'a> Regions<'a> {
             k_cache,
             v_cache,
             kv,
-            block_table: self.arena.step(step, StepField::BlockTable),
+            block_table,
             q_start: self.arena.step(step, StepField::QStart),
             kv_len: self.arena.step(step, StepField::KvLen),
             out: self.mem_mut(out),
@@ -405,5 +407,14 @@ impl<'a> Regions<'a> {
             softcap: args.softcap,
             window: args.window,
         })
+    }
+}
+
+/// The step's slots and block table for a layer of the cache. A plan whose key has no window pages has
+/// no such arrays; ops over a cache with them are then refused by their size.
+fn fields(kv: &KvBuffers, layer: usize) -> (StepField, StepField) {
+    match kv.has_window_pages(layer) {
+        true => (StepField::WindowSlots, StepField::WindowTable),
+        false => (StepField::Slots, StepField::BlockTable),
     }
 }

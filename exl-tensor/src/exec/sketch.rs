@@ -9,7 +9,7 @@ use exl_kernels::{DType, Group};
 
 use super::Bound;
 use super::cuda::{Space, scratch_for, tables_for};
-use crate::{KvBuffers, KvShape, Plan, QuantKind, Result, StepBlock, Weight, Weights};
+use crate::{KvBuffers, KvPages, KvShape, Plan, QuantKind, Result, StepBlock, Weight, Weights};
 
 /// The weights of a model as far as sizes depend on them.
 #[derive(Debug, Default)]
@@ -141,14 +141,14 @@ impl GpuSketch {
         self.bytes
     }
 
-    /// What a plan takes with a cache of this shape and number of pages on a GPU.
+    /// What a plan takes with a cache of this shape and these pages on a GPU.
     ///
     /// # Errors
     /// [`crate::Error::MissingWeight`], [`crate::Error::Shape`] for weights that are not the plan's.
     pub fn plan(
         &self,
         plan: &Arc<Plan>,
-        (cache, pages): (&KvShape, usize),
+        (cache, pages): (&KvShape, KvPages),
         props: &DeviceProps,
     ) -> Result<PlanMemory> {
         let bound = Bound::new(plan.clone(), &self.weights)?;

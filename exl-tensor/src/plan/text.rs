@@ -27,6 +27,9 @@ impl fmt::Display for PlanKey {
         if extras.vectors {
             write!(f, " vectors")?;
         }
+        if extras.window_pages {
+            write!(f, " window_pages")?;
+        }
         if extras.hidden_rows > 0 {
             write!(f, " hidden_rows={}", extras.hidden_rows)?;
         }

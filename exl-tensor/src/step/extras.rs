@@ -1,6 +1,8 @@
-//! Adapters, vectors, hidden states and positions on axes of a step.
+//! Adapters, vectors, hidden states, positions on axes and window pages of a step.
 
-use super::{AXES, StepBlock, StepExtras, StepField, StepSeq};
+use exl_kernels::ops::PAGE_TOKENS;
+
+use super::{AXES, StepBlock, StepExtras, StepField, StepSeq, set_table, slot};
 use crate::{Error, PlanKey, Result};
 
 /// Refuses extras that are not those of the key.
@@ -13,8 +15,15 @@ pub(super) fn check(key: &PlanKey, seqs: &[StepSeq<'_>], extras: &[StepExtras<'_
             extras.len()
         )));
     }
-    for (i, (seq, extras)) in seqs.iter().zip(extras).enumerate() {
+    let none = StepExtras::default();
+    for (i, seq) in seqs.iter().enumerate() {
+        let extras = extras.get(i).unwrap_or(&none);
         let rows = seq.tokens.len();
+        let pages = (seq.start + rows).div_ceil(PAGE_TOKENS);
+        let named = extras.window_pages.len();
+        if key.extras.window_pages && named < pages {
+            return refuse(i, format!("{named} window pages of {pages}"));
+        }
         let known = |(id, _): &&(u32, f32)| key.extras.adapters.contains(id);
         if let Some((id, _)) = extras.adapters.iter().find(|a| !known(a)) {
             return refuse(i, format!("adapter {id} is not in the plan"));
@@ -56,6 +65,9 @@ impl StepBlock {
                 self.set_scales((StepField::HiddenRowScales, hidden), own, at);
                 hidden += 1;
             }
+            if self.key.extras.window_pages {
+                self.set_window((i, row), seq, own.window_pages);
+            }
             if scales > 0 {
                 for at in 0..seq.tokens.len() {
                     self.set_scales((StepField::RowScales, row + at), own, at);
@@ -69,6 +81,17 @@ impl StepBlock {
                 self.set_axes(row, seq, own.positions);
             }
             row += seq.tokens.len();
+        }
+    }
+
+    /// Window pages of sequence `s`, whose first row is `first`.
+    fn set_window(&mut self, (s, first): (usize, usize), seq: &StepSeq<'_>, pages: &[u32]) {
+        let width = self.key.pages_per_seq;
+        let table = &mut self.field_mut(StepField::WindowTable)[s * width..][..width];
+        set_table(table, pages);
+        let slots = &mut self.field_mut(StepField::WindowSlots)[first..][..seq.tokens.len()];
+        for (i, to) in slots.iter_mut().enumerate() {
+            *to = slot(pages, seq.start + i);
         }
     }
 

@@ -1,5 +1,7 @@
 //! Any calls in any order, against a memory that is really written.
 
+use std::hash::{DefaultHasher, Hash, Hasher};
+
 use proptest::prelude::*;
 
 use super::*;
@@ -33,7 +35,8 @@ fn step() -> impl Strategy<Value = Step> {
             .prop_map(|(kind, turn, tokens)| Step::Admit { kind, turn, tokens }),
         2 => (0usize..16, 0usize..1500).prop_map(|(s, t)| Step::Extend(s, t)),
         1 => (0usize..16, 0usize..1200).prop_map(|(s, t)| Step::Fork(s, t)),
-        8 => (0usize..16, 1usize..700, any::<bool>())
+        // A step often ends with a page.
+        8 => (0usize..16, prop_oneof![2 => 1usize..700, 1 => Just(256), 1 => Just(512)], any::<bool>())
             .prop_map(|(which, count, odd)| Step::Write { which, count, odd }),
         4 => (0usize..16).prop_map(Step::Match),
         1 => (0usize..16, 0usize..1200).prop_map(|(s, t)| Step::Truncate(s, t)),
@@ -41,6 +44,11 @@ fn step() -> impl Strategy<Value = Step> {
         1 => (0usize..16).prop_map(Step::Discard),
         1 => Just(Step::Clear),
     ]
+}
+
+/// Sometimes one of the sequences, and how many tokens it takes back; without that it begins again.
+fn change() -> impl Strategy<Value = Option<(usize, Option<usize>)>> {
+    prop::option::weighted(0.3, (0usize..5, prop::option::of(0usize..600)))
 }
 
 /// A text: the same beginning for all of one kind, another one from `turn` on.
@@ -58,18 +66,52 @@ struct Alive {
     text: Vec<u32>,
 }
 
+/// What a slot holds: a token, and what it came after, as keys and values depend on all of that.
+type Held = Option<(u32, u64)>;
+
 struct World {
     table: PageTable,
     alive: Vec<Alive>,
-    /// The tokens behind every slot of every page.
-    memory: Vec<Option<u32>>,
+    /// What every slot of every page holds, and of every window page.
+    memory: Vec<Held>,
+    window: Vec<Held>,
+}
+
+/// What the slots of a text hold.
+fn held(text: &[u32]) -> impl Iterator<Item = Held> {
+    text.iter().scan(0u64, |before, &token| {
+        let mut hasher = DefaultHasher::new();
+        (*before, token).hash(&mut hasher);
+        *before = hasher.finish();
+        Some(Some((token, *before)))
+    })
+}
+
+fn slot(pages: &[u32], position: usize) -> usize {
+    pages[position / PAGE_TOKENS] as usize * PAGE_TOKENS + position % PAGE_TOKENS
 }
 
 impl World {
+    fn new(pages: usize, window: Option<(usize, usize)>, reuse: bool) -> Self {
+        let table = PageTable::new(pages).unwrap().with_reuse(reuse);
+        Self {
+            table: match window {
+                Some((tokens, pages)) => table.with_window(tokens, pages).unwrap(),
+                None => table,
+            },
+            alive: Vec::new(),
+            memory: vec![None; pages * PAGE_TOKENS],
+            window: vec![None; window.map_or(0, |(_, pages)| pages) * PAGE_TOKENS],
+        }
+    }
+
     fn copy(&mut self, copy: PageCopy) {
-        let (from, to) = (copy.from.0 as usize, copy.to.0 as usize);
-        let range = from * PAGE_TOKENS..(from + 1) * PAGE_TOKENS;
-        self.memory.copy_within(range, to * PAGE_TOKENS);
+        let pages = |from: PageId| from.0 as usize * PAGE_TOKENS;
+        let range = |from| pages(from)..pages(from) + PAGE_TOKENS;
+        self.memory.copy_within(range(copy.from), pages(copy.to));
+        if let Some((from, to)) = copy.window {
+            self.window.copy_within(range(from), pages(to));
+        }
     }
 
     fn write(&mut self, at: usize, count: usize, odd: bool) {
@@ -87,19 +129,60 @@ impl World {
         for position in text.len().max(agreed)..end {
             text.push(own(position));
         }
-        let new = text[filled..end].to_vec();
         let Ok(copies) = self.table.prepare_write(seq, filled, end) else {
             return;
         };
         copies.into_iter().for_each(|copy| self.copy(copy));
-        let pages = self.table.block_table(seq).unwrap().to_vec();
-        for (position, &token) in (filled..end).zip(&new) {
-            assert!(!self.table.is_shared(seq, position).unwrap());
-            let slot =
-                pages[position / PAGE_TOKENS] as usize * PAGE_TOKENS + position % PAGE_TOKENS;
-            self.memory[slot] = Some(token);
+        if self.table.reserve_window(seq, end).is_ok() {
+            self.fill(at, end - filled);
+            self.commit(at, end - filled);
         }
+    }
+
+    /// The next `count` tokens of a text.
+    fn next(&self, at: usize, count: usize) -> (SeqId, usize, Vec<u32>) {
+        let Alive { seq, text } = &self.alive[at];
+        let filled = self.table.filled(*seq).unwrap();
+        (*seq, filled, text[filled..filled + count].to_vec())
+    }
+
+    /// Writes the next `count` tokens of a text, for which all is ready.
+    fn fill(&mut self, at: usize, count: usize) {
+        let (seq, filled, _) = self.next(at, count);
+        let pages = self.table.block_table(seq).unwrap().to_vec();
+        let window = self.table.window_table(seq).unwrap();
+        let end = filled + count;
+        for (position, held) in held(&self.alive[at].text[..end]).enumerate().skip(filled) {
+            assert!(!self.table.is_shared(seq, position).unwrap());
+            self.memory[slot(&pages, position)] = held;
+            if self.table.has_window() {
+                self.window[slot(&window, position)] = held;
+            }
+        }
+    }
+
+    fn commit(&mut self, at: usize, count: usize) {
+        let (seq, _, new) = self.next(at, count);
         self.table.commit(seq, &new).unwrap();
+    }
+
+    /// A sequence takes tokens back, or ends and begins again; its text stays what it is.
+    fn set_back(&mut self, at: usize, taken_back: Option<usize>) {
+        let Alive { seq, text } = &mut self.alive[at];
+        match taken_back {
+            Some(count) => {
+                let filled = self.table.filled(*seq).unwrap();
+                let len = filled.saturating_sub(count);
+                self.table.truncate(*seq, len).unwrap();
+                assert!(self.table.filled(*seq).unwrap() <= len);
+                self.table.extend(*seq, text.len()).unwrap();
+            }
+            None => {
+                self.table.release(*seq).unwrap();
+                *seq = self.table.admit(&Prefix::new(None, text)).unwrap();
+            }
+        }
+        self.check();
     }
 
     fn adopt(&mut self, at: usize) {
@@ -181,18 +264,51 @@ impl World {
         audit(&self.table);
         for Alive { seq, text } in &self.alive {
             let pages = self.table.block_table(*seq).unwrap();
-            for (position, token) in text[..self.table.filled(*seq).unwrap()].iter().enumerate() {
-                let page = pages[position / PAGE_TOKENS] as usize;
-                let slot = page * PAGE_TOKENS + position % PAGE_TOKENS;
-                assert_eq!(self.memory[slot], Some(*token), "{seq} at {position}");
+            let window = self.table.window_table(*seq).unwrap();
+            let filled = self.table.filled(*seq).unwrap();
+            let tokens = self.table.pool.windows.as_ref().map(|w| w.tokens);
+            for (position, held) in held(&text[..filled]).enumerate() {
+                let found = self.memory[slot(pages, position)];
+                assert_eq!(found, held, "{seq} at {position}");
+                // What its next token sees through window pages.
+                if tokens.is_some_and(|tokens| position + tokens > filled) {
+                    let found = self.window[slot(&window, position)];
+                    assert_eq!(found, held, "{seq} at {position} of the window");
+                }
             }
         }
         for (id, page) in self.table.pool.pages.iter().enumerate() {
             for (offset, token) in page.tokens.iter().enumerate() {
-                let slot = id * PAGE_TOKENS + offset;
-                assert_eq!(self.memory[slot], Some(*token), "page {id} at {offset}");
+                let held = self.memory[id * PAGE_TOKENS + offset];
+                let found = held.map(|(token, _)| token);
+                assert_eq!(found, Some(*token), "page {id} at {offset}");
+                if let Some(window) = page.window {
+                    let found = self.window[window as usize * PAGE_TOKENS + offset];
+                    assert_eq!(found, held, "window page {window} at {offset}");
+                }
             }
         }
+    }
+
+    /// Ends everything; nothing is left.
+    fn end(mut self) {
+        for own in std::mem::take(&mut self.alive) {
+            self.table.release(own.seq).unwrap();
+        }
+        assert_eq!(self.table.free_pages(), self.table.capacity());
+        let (windows, free) = self.table.window_pages();
+        assert_eq!(windows, free);
+        self.check();
+        self.table.clear();
+        assert_eq!(self.table.kept_pages(), 0);
+        let blank = self
+            .table
+            .pool
+            .windows
+            .as_ref()
+            .map_or(0, |w| w.blank.len());
+        assert_eq!(blank, windows);
+        self.check();
     }
 }
 
@@ -204,22 +320,84 @@ proptest! {
         reuse in prop::bool::weighted(0.9),
         steps in prop::collection::vec(step(), 1..120),
     ) {
-        let mut world = World {
-            table: PageTable::new(pages).unwrap().with_reuse(reuse),
-            alive: Vec::new(),
-            memory: vec![None; pages * PAGE_TOKENS],
-        };
+        let mut world = World::new(pages, None, reuse);
         for step in &steps {
             world.apply(step);
             world.check();
         }
-        for own in std::mem::take(&mut world.alive) {
-            world.table.release(own.seq).unwrap();
+        world.end();
+    }
+
+    /// The same with few window pages: a reader's window is always backed by what it wrote.
+    #[test]
+    fn every_window_is_backed(
+        pages in 1usize..24,
+        window in prop_oneof![Just(1usize), Just(2), 3usize..300, Just(256), Just(257), 300usize..900],
+        window_pages in 1usize..12,
+        reuse in prop::bool::weighted(0.9),
+        steps in prop::collection::vec(step(), 1..120),
+    ) {
+        let mut world = World::new(pages, Some((window, window_pages)), reuse);
+        for step in &steps {
+            world.apply(step);
+            world.check();
         }
-        prop_assert_eq!(world.table.free_pages(), world.table.capacity());
-        world.check();
-        world.table.clear();
-        prop_assert_eq!(world.table.kept_pages(), 0);
-        world.check();
+        world.end();
+    }
+
+    /// With as many window pages as it says, sequences that share the rows of a step always go on, as an
+    /// engine has them do: what waits catches up, all get ready, then those in the step reserve. Before a
+    /// step one may take tokens back, or give way and come back.
+    #[test]
+    fn the_least_window_pages_suffice(
+        window in prop_oneof![Just(1usize), Just(2), 3usize..300, Just(257), 300usize..700],
+        rows in 1usize..700,
+        texts in prop::collection::vec((0u32..2, 0usize..600, 300usize..1100), 1..5),
+        turns in prop::collection::vec((0usize..5, 1usize..700, change()), 1..40),
+    ) {
+        let seqs = texts.len();
+        let least = exl_tensor::least_window_pages(window, (seqs, rows));
+        let mut world = World::new(4 * 8, Some((window, least)), true);
+        for (kind, turn, count) in texts {
+            let text = tokens(kind, turn, count);
+            let seq = world.table.admit(&Prefix::new(None, &text)).unwrap();
+            world.alive.push(Alive { seq, text });
+        }
+        for (first, count, change) in turns {
+            if let Some((which, taken_back)) = change {
+                world.set_back(which % seqs, taken_back);
+            }
+            for at in 0..seqs {
+                world.adopt(at);
+            }
+            let mut wanted = vec![0; seqs];
+            let mut writing = std::collections::HashSet::new();
+            let mut left = rows;
+            for at in (0..seqs).map(|at| (at + first) % seqs) {
+                let Alive { seq, text } = &world.alive[at];
+                let filled = world.table.filled(*seq).unwrap();
+                let copies = world.table.prepare_write(*seq, filled, text.len()).unwrap();
+                // Nobody writes a page that another one writes.
+                let pages = &world.table.block_table(*seq).unwrap()[filled / PAGE_TOKENS..];
+                let free = pages.iter().take_while(|page| writing.insert(**page)).count();
+                let end = ((filled / PAGE_TOKENS + free) * PAGE_TOKENS).min(text.len());
+                wanted[at] = end.saturating_sub(filled).min(count).min(left);
+                left -= wanted[at];
+                copies.into_iter().for_each(|copy| world.copy(copy));
+            }
+            for (at, &rows) in wanted.iter().enumerate() {
+                let seq = world.alive[at].seq;
+                let end = world.table.filled(seq).unwrap() + rows;
+                world.table.reserve_window(seq, end).unwrap();
+            }
+            for (at, &rows) in wanted.iter().enumerate() {
+                world.fill(at, rows);
+            }
+            for (at, &rows) in wanted.iter().enumerate() {
+                world.commit(at, rows);
+            }
+            world.check();
+        }
+        world.end();
     }
 }

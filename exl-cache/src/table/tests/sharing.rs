@@ -226,6 +226,31 @@ fn rewinding_into_a_shared_page_leaves_it_to_the_others() {
 }
 
 #[test]
+fn who_leaves_a_text_does_not_promise_it_any_more() {
+    let text = ids(0..257);
+    let prefix = Prefix::new(None, &text);
+    let other = |table: &mut PageTable, seq| {
+        table.prepare_write(seq, 1, 2).unwrap();
+        table.commit(seq, &[77]).unwrap();
+        audit(table);
+        let third = table.admit(&prefix).unwrap();
+        assert_eq!(table.filled(third), Ok(0));
+    };
+    let mut table = PageTable::new(6).unwrap();
+    let seq = admit(&mut table, &text);
+    table.commit(seq, &text[..40]).unwrap();
+    table.truncate(seq, 1).unwrap();
+    other(&mut table, seq);
+    // And who has the page from somebody who is gone.
+    let mut table = PageTable::new(6).unwrap();
+    let seq = admit(&mut table, &text);
+    table.commit(seq, &text[..1]).unwrap();
+    let fork = table.fork(seq, 1).unwrap();
+    table.release(seq).unwrap();
+    other(&mut table, fork);
+}
+
+#[test]
 fn a_discarded_text_is_not_found_again() {
     let mut table = PageTable::new(6).unwrap();
     let tokens = ids(0..600);

@@ -11,9 +11,10 @@ use crate::signal::StopFlag;
 use crate::ui::Ui;
 use anyhow::{Result, anyhow};
 use exl_models::{
-    Backend, Draw, LogitRows, MemoryUse, ModelSource, Runner, RunnerOptions, SampleParams, SeqSlice,
+    Backend, Draw, LogitRows, MemoryUse, ModelSource, Runner, RunnerOptions, SampleParams,
+    SeqSlice, SliceExtras, WindowPages,
 };
-use exl_tensor::{Gpu, KvType, PAGE_TOKENS, Phase, PlanKey, SampleShape};
+use exl_tensor::{Gpu, KvType, PAGE_TOKENS, Phase, PlanExtras, PlanKey, SampleShape};
 use serde::Serialize;
 use std::path::Path;
 use std::time::Instant;
@@ -120,6 +121,7 @@ fn runner_options(settings: &Settings, gpu: Option<&Gpu>) -> RunnerOptions {
     let least = if settings.jobs { 2 * batch } else { batch };
     RunnerOptions {
         pages: pages(settings),
+        window_pages: WindowPages::Needed,
         max_rows: session::prefill_rows(gpu).min(prompt).max(least),
         max_seqs: batch,
         ..session::runner_options(&settings.compute, settings.cache, gpu)
@@ -242,6 +244,7 @@ fn time_prefill(
     stop: &StopFlag,
 ) -> Result<Prefill> {
     let pages: Vec<u32> = (0..tokens.div_ceil(PAGE_TOKENS) as u32).collect();
+    let window_pages = window_pages(runner, (0, 1), pages.len());
     let text = some_tokens(runner, tokens);
     let chunk_rows = runner.options().max_rows;
     let mut times = Vec::new();
@@ -262,7 +265,10 @@ fn time_prefill(
                 start: first,
                 pages: &pages,
                 logits,
-                extras: Default::default(),
+                extras: SliceExtras {
+                    window_pages: &window_pages,
+                    ..SliceExtras::default()
+                },
             }])?;
             if last {
                 check_finite(out)?;
@@ -290,6 +296,9 @@ fn time_decode(
     let pages: Vec<Vec<u32>> = (0..batch as u32)
         .map(|seq| (seq * per_seq..(seq + 1) * per_seq).collect())
         .collect();
+    let window_pages: Vec<Vec<u32>> = (0..batch)
+        .map(|seq| window_pages(runner, (seq, batch), per_seq as usize))
+        .collect();
     let tokens = some_tokens(runner, batch);
     let mut times = Vec::new();
     for _ in 0..settings.repeats {
@@ -305,7 +314,10 @@ fn time_decode(
                     start: context + step,
                     pages: &pages[seq],
                     logits: LogitRows::Last,
-                    extras: Default::default(),
+                    extras: SliceExtras {
+                        window_pages: &window_pages[seq],
+                        ..SliceExtras::default()
+                    },
                 })
                 .collect();
             decode_step(runner, &slices)?;
@@ -326,6 +338,18 @@ fn time_decode(
         roofline: rate / bandwidth,
         launches: cost.launches,
     })
+}
+
+/// Window pages in the places of a sequence's pages, where layers with a window have pages of their own:
+/// each of `seqs` sequences uses its share of them over and over. A share holds a window and a step: there
+/// are enough for as many sequences that take the largest step together.
+fn window_pages(runner: &Runner, (seq, seqs): (usize, usize), places: usize) -> Vec<u32> {
+    let Some(all) = runner.kv().pages().window else {
+        return Vec::new();
+    };
+    let share = all / seqs;
+    let page = |place: usize| (seq * share + place % share) as u32;
+    (0..places).map(page).collect()
 }
 
 /// A step as the engine takes it: a GPU draws the tokens itself, the CPU gives logits.
@@ -364,7 +388,10 @@ fn decode_key(runner: &Runner, batch: usize, pages_per_seq: usize) -> PlanKey {
         pages_per_seq: pages_per_seq.next_power_of_two(),
         out_rows: batch,
         sample: draws(runner).then_some(sample),
-        extras: Default::default(),
+        extras: PlanExtras {
+            window_pages: runner.kv().pages().window.is_some(),
+            ..PlanExtras::default()
+        },
     }
 }
 

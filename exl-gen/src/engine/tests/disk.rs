@@ -34,6 +34,10 @@ impl Drop for Folder {
 }
 
 fn start_on(folder: &Folder, model: &str) -> EngineHandle {
+    start_in(folder, model, None)
+}
+
+fn start_in(folder: &Folder, model: &str, window: Option<(usize, usize)>) -> EngineHandle {
     let options = EngineOptions {
         disk: Some(DiskOptions {
             folder: folder.0.clone(),
@@ -44,6 +48,10 @@ fn start_on(folder: &Folder, model: &str) -> EngineHandle {
     };
     // A new memory each time: what is found was read.
     let backend = SimBackend::new(VOCAB, 8, noise);
+    let backend = match window {
+        Some(_) => windowed(backend.with_limits(100, 1), window),
+        None => backend,
+    };
     Engine::start(Box::new(backend), tokenizer(), options).unwrap()
 }
 
@@ -82,6 +90,58 @@ fn a_restart_finds_the_prefix() {
 
     let engine = start_on(&folder, "another");
     assert_eq!(found(&engine, request(1000)), 0);
+    assert_all_free(&engine);
+}
+
+/// Pages on disk bring their window pages; those that had lost them before they could be written are
+/// not there.
+#[test]
+fn a_restart_finds_window_pages_too() {
+    let folder = Folder::new("windows");
+    let window = Some((300, 1));
+    let engine = start_in(&folder, "one", window);
+    assert_eq!(engine.load().window_pages, 6);
+    assert_eq!(found(&engine, request(1000)), 0);
+    engine.drain();
+    assert_eq!(folder.files().len(), 3);
+    let size = |path: &PathBuf| std::fs::metadata(path).unwrap().len();
+    // Each has 12 bytes of a token in a page and as many in its window page.
+    assert!(folder.files().iter().all(|path| size(path) > 2 * 12 * 256));
+
+    let engine = start_in(&folder, "one", window);
+    assert_eq!(found(&engine, request(1100)), 768);
+    let other = |n: u32| noisy((0..900).map(|i| (i * 11 + n) % 250).collect(), 3, 1);
+    for n in 0..6 {
+        found(&engine, other(n));
+    }
+    assert_eq!(found(&engine, request(1100)), 1024);
+    engine.drain();
+    assert_eq!(engine.stats().failed, 0);
+    assert_all_free(&engine);
+}
+
+/// The same where the pages are in memory still, but not their window pages.
+#[test]
+fn window_pages_that_are_gone_are_read() {
+    let folder = Folder::new("gone");
+    let options = EngineOptions {
+        disk: Some(DiskOptions {
+            folder: folder.0.clone(),
+            model: "one".to_owned(),
+            limit: 1 << 20,
+        }),
+        ..EngineOptions::default()
+    };
+    let backend = SimBackend::new(VOCAB, 40, noise).with_limits(100, 1);
+    let backend = Box::new(windowed(backend, Some((300, 1))));
+    let engine = Engine::start(backend, tokenizer(), options).unwrap();
+    assert_eq!(found(&engine, request(1000)), 0);
+    for n in 0..6 {
+        let other = (0..900).map(|i| (i * 11 + n) % 250).collect();
+        found(&engine, noisy(other, 3, 1));
+    }
+    assert_eq!(engine.load().kept_pages, 7 * 4);
+    assert_eq!(found(&engine, request(1000)), 768);
     assert_all_free(&engine);
 }
 

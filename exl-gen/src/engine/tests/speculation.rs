@@ -28,8 +28,20 @@ const BOTH: Speculation = Speculation {
 
 /// An engine whose draft model is wrong in some places.
 fn guessing(pages: usize, wrong: u32, (rows, seqs): (usize, usize), chunk: usize) -> EngineHandle {
+    guessing_in(pages, wrong, (rows, seqs), chunk, [None; 2])
+}
+
+/// The same with windows of both models.
+fn guessing_in(
+    pages: usize,
+    wrong: u32,
+    (rows, seqs): (usize, usize),
+    chunk: usize,
+    windows: [Option<(usize, usize)>; 2],
+) -> EngineHandle {
     let model = SimBackend::new(VOCAB, pages, habit(0)).with_limits(rows, seqs);
     let draft = SimBackend::new(VOCAB + 5, pages, habit(wrong)).with_limits(rows, seqs);
+    let (model, draft) = (windowed(model, windows[0]), windowed(draft, windows[1]));
     start_guessing(model, draft, chunk)
 }
 
@@ -580,8 +592,9 @@ proptest! {
         pages in 4usize..14,
         (rows, chunk) in (4usize..200, 1usize..200),
         wrong in 0u32..5,
+        windows in prop::array::uniform2(window()),
     ) {
-        let engine = guessing(pages, wrong, (rows, 6), chunk);
+        let engine = guessing_in(pages, wrong, (rows, 6), chunk, windows);
         let mut streams = Vec::new();
         for wish in &wishes {
             let request = Request { speculation: wish.speculation(), ..wish.request() };

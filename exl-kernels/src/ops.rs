@@ -58,6 +58,8 @@ pub enum Activation {
     Gelu,
     /// `1 / (1 + e^-x)`.
     Sigmoid,
+    /// `max(x, 0)^2`.
+    Relu2,
 }
 
 /// How rotary embedding pairs the elements of a head.

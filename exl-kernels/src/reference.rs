@@ -216,6 +216,9 @@ fn activate(act: Activation, x: f64) -> f64 {
         }
         Activation::Gelu => 0.5 * x * (1.0 + erf(x / std::f64::consts::SQRT_2)),
         Activation::Sigmoid => 1.0 / (1.0 + (-x).exp()),
+        // NaN stays NaN, which `max` would not keep.
+        Activation::Relu2 if x <= 0.0 => 0.0,
+        Activation::Relu2 => x * x,
     }
 }
 

@@ -4,10 +4,12 @@
 //! function from configuration to [`Spec`]. The list of weights and the forward pass follow from
 //! the spec.
 
+mod arcee;
 mod build;
 mod cohere;
 mod dbrx;
 mod decoder;
+mod ernie;
 mod exaone4;
 mod gemma;
 mod gemma3;
@@ -92,11 +94,14 @@ pub fn registry() -> &'static [Arch] {
         dbrx::ARCH,
         olmo::ARCH,
         olmo::OLMO2,
+        olmo::OLMO3,
         olmo::OLMOE,
         smollm3::ARCH,
         stablelm::ARCH,
         exaone4::ARCH,
         seed_oss::ARCH,
+        ernie::ARCH,
+        arcee::ARCH,
     ]
 }
 

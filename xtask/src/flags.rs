@@ -60,6 +60,9 @@ xflags::xflags! {
         }
 
         /// Compute the golden fixtures of exl-models anew, with PyTorch and transformers from PyPI.
-        cmd golden {}
+        cmd golden {
+            /// Only these, as in `olmo3 arcee` (default: every case and the extras).
+            repeated cases: String
+        }
     }
 }

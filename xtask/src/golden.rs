@@ -1,5 +1,6 @@
 //! `cargo xtask golden`.
 
+use crate::flags;
 use anyhow::{Result, bail};
 use xshell::{Shell, cmd};
 
@@ -14,8 +15,9 @@ const PACKAGES: [&str; 5] = [
     "peft==0.21.2",
 ];
 
-/// Runs the scripts that compute golden fixtures, in an environment of their own.
-pub(crate) fn run(sh: &Shell) -> Result<()> {
+/// Runs the scripts that compute golden fixtures, in an environment of their own; or only the one
+/// that knows cases by name, for the cases asked for.
+pub(crate) fn run(sh: &Shell, flags: &flags::Golden) -> Result<()> {
     let python = format!("{VENV}/bin/python");
     if !sh.path_exists(&python) {
         cmd!(sh, "python3 -m venv {VENV}").run()?;
@@ -23,6 +25,11 @@ pub(crate) fn run(sh: &Shell) -> Result<()> {
     cmd!(sh, "{python} -m pip install --quiet")
         .args(PACKAGES)
         .run()?;
+    let cases = &flags.cases;
+    if !cases.is_empty() {
+        cmd!(sh, "{python} {SCRIPTS}/make.py {cases...}").run()?;
+        return Ok(());
+    }
     let mut ran = 0;
     for path in sh.read_dir(SCRIPTS)? {
         if path.extension().is_some_and(|e| e == "py") {

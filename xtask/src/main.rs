@@ -39,7 +39,7 @@ fn run() -> Result<()> {
         XtaskCmd::Demo(_) => demo::run(&sh),
         XtaskCmd::Tidy(_) => tidy::run(&root()?),
         XtaskCmd::Fuzz(flags) => fuzz::run(&sh, &flags),
-        XtaskCmd::Golden(_) => golden::run(&sh),
+        XtaskCmd::Golden(flags) => golden::run(&sh, &flags),
         XtaskCmd::Kernels(flags) => kernels::run(&sh, &flags),
         XtaskCmd::Bench(flags) => bench::run(&sh, &flags),
         XtaskCmd::Bundle(flags) => bundle::run(&sh, &flags),

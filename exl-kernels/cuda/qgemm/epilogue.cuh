@@ -7,6 +7,7 @@ constexpr int ACT_SILU = 0;
 constexpr int ACT_GELU_TANH = 1;
 constexpr int ACT_GELU = 2;
 constexpr int ACT_SIGMOID = 3;
+constexpr int ACT_RELU2 = 4;
 
 struct Epilogue {
     float* out;          // [rows, n]
@@ -27,6 +28,8 @@ __device__ __forceinline__ float activate(float v, int act) {
         return 0.5f * v * (1.0f + tanhf(u));
     }
     if (act == ACT_SIGMOID) return 1.0f / (1.0f + expf(-v));
+    // NaN stays NaN, which `fmaxf` would not keep.
+    if (act == ACT_RELU2) return v <= 0.0f ? 0.0f : v * v;
     return 0.5f * v * (1.0f + erff(v * 0.7071067811865476f));
 }
 

@@ -46,6 +46,7 @@ pub(super) fn cases(quick: bool) -> Vec<Case> {
             (Activation::GeluTanh, DType::F16),
             (Activation::Gelu, DType::F32),
             (Activation::Sigmoid, DType::Bf16),
+            (Activation::Relu2, DType::F16),
         ] {
             list.push(gate_up_dense(act, dtype, rows));
         }

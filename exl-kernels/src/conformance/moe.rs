@@ -300,7 +300,12 @@ fn gate_up(weights: Weights, rows: usize, sizes: &'static Sizes) -> Case {
         let x: Vec<f32> = x.iter().map(|v| v / 16.0).collect();
         let mut out = vec![f32::NAN; rows * sizes.top_k * sizes.outputs];
         let pairs = experts.iter().map(|(g, u)| (g.matrix(), u.matrix()));
-        let acts = [Activation::Silu, Activation::GeluTanh, Activation::Gelu];
+        let acts = [
+            Activation::Silu,
+            Activation::GeluTanh,
+            Activation::Gelu,
+            Activation::Relu2,
+        ];
         run(&mut Op::MoeGateUp(MoeGateUp {
             x: Mem::host(&x),
             ids: Mem::host(&ids),

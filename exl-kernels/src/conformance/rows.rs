@@ -47,6 +47,7 @@ pub(super) fn cases() -> Vec<Case> {
             Activation::GeluTanh,
             Activation::Gelu,
             Activation::Sigmoid,
+            Activation::Relu2,
         ] {
             list.extend([false, true].map(|up| gated((rows, dim), act, up)));
         }

@@ -44,6 +44,11 @@ fn gated_any(act: Activation, gate: &[f32], up: &[f32], out: &mut [f32]) {
             *o = (0.5 * x * (1.0 + erf(x / std::f64::consts::SQRT_2))) as f32 * u;
         }),
         Activation::Sigmoid => all.for_each(|((o, g), u)| *o = 1.0 / (1.0 + exp(-g)) * u),
+        Activation::Relu2 => all.for_each(|((o, &g), u)| {
+            // NaN stays NaN, which `max` would not keep.
+            let r = if g <= 0.0 { 0.0 } else { g };
+            *o = r * r * u;
+        }),
     }
 }
 

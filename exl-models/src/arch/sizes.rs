@@ -133,8 +133,9 @@ pub(super) fn activation(p: Params<'_>) -> Result<Activation> {
         "silu" | "swish" => Ok(Activation::Silu),
         "gelu" => Ok(Activation::Gelu),
         "gelu_pytorch_tanh" | "gelu_new" | "gelu_fast" => Ok(Activation::GeluTanh),
+        "relu2" => Ok(Activation::Relu2),
         other => Err(lookup
-            .error("silu, gelu or gelu_pytorch_tanh", other)
+            .error("silu, gelu, gelu_pytorch_tanh or relu2", other)
             .into()),
     }
 }

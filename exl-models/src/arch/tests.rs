@@ -202,6 +202,53 @@ fn head_dim_is_independent_of_the_hidden_size() {
 }
 
 #[test]
+fn missing_keys_mean_what_transformers_takes_for_them() {
+    let of = |architecture: &str| {
+        spec(json!({
+            "architectures": [architecture], "num_hidden_layers": 4, "rms_norm_eps": null,
+            "max_position_embeddings": null, "num_key_value_heads": null
+        }))
+        .unwrap()
+    };
+    let olmo = of("Olmo3ForCausalLM");
+    let windows: Vec<usize> = olmo.layers.iter().map(|l| l.attn.window).collect();
+    assert_eq!(windows, [4096, 4096, 4096, 0]);
+    let ernie = of("Ernie4_5ForCausalLM");
+    let attn = &ernie.layers[0].attn;
+    assert_eq!((attn.heads, attn.kv_heads, attn.head_dim), (4, 2, 128));
+    assert_eq!((ernie.head.tied, ernie.max_context), (true, 131_072));
+    assert_eq!(ernie.ropes[0].inv_freq[32], 5e5f32.powf(-0.5));
+    let arcee = of("ArceeForCausalLM");
+    assert_eq!((arcee.head.tied, arcee.max_context), (false, 4096));
+    let crate::MlpSpec::Dense(mlp) = &arcee.layers[0].mlp else {
+        panic!("no experts");
+    };
+    assert_eq!(
+        (mlp.gate.is_none(), mlp.act),
+        (true, exl_tensor::Activation::Relu2)
+    );
+    for spec in [olmo, ernie, arcee] {
+        assert_eq!(spec.final_norm.eps, 1e-5, "{}", spec.family);
+    }
+}
+
+#[test]
+fn layers_that_slide_are_not_scaled() {
+    let spec = spec(json!({
+        "architectures": ["Olmo3ForCausalLM"], "num_hidden_layers": 4,
+        "rope_scaling": {"rope_type": "linear", "factor": 2.0}
+    }))
+    .unwrap();
+    let first: Vec<f32> = spec
+        .layers
+        .iter()
+        .filter_map(|l| l.attn.rope)
+        .map(|table| spec.ropes[table].inv_freq[0])
+        .collect();
+    assert_eq!(first, [1.0, 1.0, 1.0, 0.5]);
+}
+
+#[test]
 fn layout_lists_every_tensor_once_in_model_order() {
     let spec = spec(
         json!({"architectures": ["Qwen3ForCausalLM"], "head_dim": 16,
@@ -279,7 +326,7 @@ fn impossible_options_name_the_flag() {
 }
 
 /// Keys of some family or other.
-const KEYS: [&str; 46] = [
+const KEYS: [&str; 47] = [
     "hidden_size",
     "intermediate_size",
     "num_hidden_layers",
@@ -305,6 +352,7 @@ const KEYS: [&str; 46] = [
     "moe_intermediate_size",
     "shared_expert_intermediate_size",
     "norm_topk_prob",
+    "use_bias",
     "mlp_only_layers",
     "decoder_sparse_step",
     "n_embd",

@@ -1,5 +1,6 @@
 //! Logits against Hugging Face transformers on tiny random models (tests/golden/make.py).
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use exl_models::rope::RopeTable;
@@ -7,7 +8,7 @@ use exl_models::{
     Backend, LoadOptions, LogitRows, MemoryRequest, MlpSpec, Model, ModelSource, Runner, SeqSlice,
     Spec,
 };
-use exl_tensor::{KvType, Weight};
+use exl_tensor::{Activation, KvType, RopeStyle, Weight};
 
 use crate::common::{CASES, golden, runner, runner_with};
 
@@ -29,6 +30,19 @@ pub(crate) fn in_pieces(runner: &mut Runner, ids: &[u32], size: usize) -> Vec<f3
         all.extend_from_slice(runner.step(&[slice]).unwrap());
     }
     all
+}
+
+/// A fixture that is not in the list is tested by nothing here.
+#[test]
+fn every_fixture_is_in_the_list() {
+    let folder = crate::common::root().join("exl-models/tests/golden");
+    let entries = std::fs::read_dir(folder).unwrap();
+    let names = entries.map(|e| e.unwrap().file_name().into_string().unwrap());
+    let found: BTreeSet<String> = names
+        .filter_map(|n| Some(n.strip_suffix("-tiny")?.to_owned()))
+        .collect();
+    let listed: BTreeSet<String> = CASES.iter().map(|&c| c.to_owned()).collect();
+    assert_eq!(found, listed, "CASES in tests/it/common.rs");
 }
 
 #[test]
@@ -239,8 +253,20 @@ fn fixtures_notice_their_settings() {
     };
     let qkv = |spec: &mut Spec| spec.layers.iter_mut().for_each(|l| l.attn.k.bias = false);
     let norms = |spec: &mut Spec| spec.layers.iter_mut().for_each(|l| l.attn.k_norm = None);
+    let one_table = |spec: &mut Spec| spec.layers.iter_mut().for_each(|l| l.attn.rope = Some(0));
+    let halves = |spec: &mut Spec| {
+        let layers = spec.layers.iter_mut();
+        layers.for_each(|l| l.attn.style = RopeStyle::Neox);
+    };
+    let silu = |spec: &mut Spec| {
+        for layer in &mut spec.layers {
+            if let MlpSpec::Dense(mlp) = &mut layer.mlp {
+                mlp.act = Activation::Silu;
+            }
+        }
+    };
     type Change<'a> = (&'a str, &'a dyn Fn(&mut Spec));
-    let changes: [Change<'_>; 9] = [
+    let changes: [Change<'_>; 12] = [
         ("llama-llama3", &plain),
         ("llama-linear", &plain),
         ("llama-yarn", &plain),
@@ -250,6 +276,9 @@ fn fixtures_notice_their_settings() {
         ("qwen2-window", &window),
         ("qwen2", &qkv),
         ("qwen3", &norms),
+        ("olmo3", &one_table),
+        ("ernie4.5", &halves),
+        ("arcee", &silu),
     ];
     for (case, change) in changes {
         let golden = golden(case);

@@ -80,6 +80,7 @@ pub(super) fn activation_code(act: Activation) -> usize {
         Activation::GeluTanh => 1,
         Activation::Gelu => 2,
         Activation::Sigmoid => 3,
+        Activation::Relu2 => 4,
     }
 }
 

@@ -153,7 +153,12 @@ fn every_launchable_kernel_of_the_embedded_pack_has_an_image() {
         let all = pack.kernels(props.capability).count();
         println!("{}: {} kernels of {all}", props.name, launchable.len());
         // Kernels that no launch names would be dead code in the pack.
-        assert_eq!(launchable.len(), all, "{}", props.name);
+        let name = &props.name;
+        assert_eq!(
+            launchable.len(),
+            all,
+            "{name}; made of older sources? cargo xtask kernels"
+        );
         let warpgroups = launchable.iter().any(|k| k.module == "gemm/wgmma");
         assert_eq!(warpgroups, props.has_warpgroup_products(), "{}", props.name);
     }

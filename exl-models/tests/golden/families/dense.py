@@ -1,6 +1,8 @@
 """Dense models that transformers reads and writes as they are published."""
 
 from transformers import (
+    ArceeForCausalLM,
+    Ernie4_5ForCausalLM,
     Exaone4ForCausalLM,
     Glm4ForCausalLM,
     GlmForCausalLM,
@@ -8,6 +10,7 @@ from transformers import (
     LlamaForCausalLM,
     MinistralForCausalLM,
     Olmo2ForCausalLM,
+    Olmo3ForCausalLM,
     OlmoForCausalLM,
     SeedOssForCausalLM,
     SmolLM3ForCausalLM,
@@ -24,9 +27,35 @@ GLM = dict(
     attention_bias=True,
 )
 WIDE = dict(BASE, head_dim=16)
+YARN = dict(rope_type="yarn", factor=8.0, original_max_position_embeddings=32)
 STABLE = dict(layer_norm_eps=1e-5, partial_rotary_factor=0.25)
 
 CASES = {
+    "arcee": Case(
+        ArceeForCausalLM,
+        dict(NARROW, rope_scaling=YARN, attention_bias=True, mlp_bias=True),
+        matters=(
+            dict(hidden_act="relu"),
+            dict(rope_scaling=None),
+            dict(attention_bias=False),
+            dict(mlp_bias=False),
+        ),
+    ),
+    "ernie4.5": Case(
+        Ernie4_5ForCausalLM,
+        dict(
+            SMALL,
+            head_dim=16,
+            rope_scaling=dict(rope_type="linear", factor=4.0),
+            use_bias=True,
+            tie_word_embeddings=True,
+        ),
+        matters=(
+            dict(rope_scaling=None),
+            dict(rope_theta=1e4),
+            dict(use_bias=False),
+        ),
+    ),
     "glm": Case(GlmForCausalLM, GLM, matters=(dict(partial_rotary_factor=1.0),)),
     "glm4": Case(
         Glm4ForCausalLM,
@@ -65,6 +94,23 @@ CASES = {
         Olmo2ForCausalLM,
         dict(BASE, intermediate_size=32, rope_theta=5e5),
         matters=(dict(rope_theta=1e4),),
+    ),
+    "olmo3": Case(
+        Olmo3ForCausalLM,
+        dict(
+            NARROW,
+            # The fourth layer sees all; the scaling is for it alone.
+            num_hidden_layers=4,
+            sliding_window=8,
+            rope_scaling=YARN,
+        ),
+        tokens=48,
+        matters=(
+            dict(sliding_window=9),
+            dict(layer_types=[SLIDING] * 4),
+            dict(layer_types=[FULL] + [SLIDING] * 3),
+            dict(rope_scaling=None),
+        ),
     ),
     "smollm3": Case(
         SmolLM3ForCausalLM,

@@ -349,7 +349,7 @@ pub(crate) struct InfoArgs {
 }
 
 const BENCH_EXAMPLES: &str = "\
-Shapes: smoke-2m, tinyllama-1.1b, llama2-7b, llama3-8b, llama2-70b. Recipes: 2.5, 4.0, 6.0.
+Shapes: smoke-2m, smoke-8x1m, tinyllama-1.1b, llama2-7b, llama3-8b, llama2-70b, mixtral-8x7b.
 
 Examples:
   exl bench -m ./model-exl2

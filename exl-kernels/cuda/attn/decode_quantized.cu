@@ -13,6 +13,8 @@
 // Queries come transformed as the keys are (rope); the mean of values is transformed back before it is
 // written, by 16 lanes that have 64 values.
 //
+// exl: spills-allowed exl_attn_decode_128_q4_q4 on 12.0 two registers, once in 16 keys
+//
 // Bytes: packed K and V of the sequence once per tile. Bound: memory, then instructions: about three per
 // value.
 

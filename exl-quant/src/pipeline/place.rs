@@ -66,6 +66,8 @@ pub(super) fn check_outputs(options: &ConvertOptions, resumed: bool) -> Result<(
         if dir.exists() && !dir.is_dir() {
             return Err(refuse(&dir, "is a file; name a directory"));
         }
+        let missing = dir.ancestors().take_while(|a| !a.exists());
+        let made: Vec<PathBuf> = missing.map(Path::to_path_buf).collect();
         std::fs::create_dir_all(&dir).map_err(|e| Error::io(&dir, e))?;
         for entry in std::fs::read_dir(&dir).map_err(|e| Error::io(&dir, e))? {
             let path = entry.map_err(|e| Error::io(&dir, e))?.path();
@@ -83,7 +85,33 @@ pub(super) fn check_outputs(options: &ConvertOptions, resumed: bool) -> Result<(
         }
         let probe = dir.join(".exl-write-test");
         let written = std::fs::write(&probe, "").and_then(|()| std::fs::remove_file(&probe));
+        // They are made again when there is a result: a conversion that is interrupted leaves none.
+        for folder in made {
+            let _ = std::fs::remove_dir(folder);
+        }
         written.map_err(|e| Error::io(&dir, e))?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn folders_are_tried_and_not_left_behind() {
+        let root = std::env::temp_dir().join(format!("exl-place-{}", std::process::id()));
+        let _ = std::fs::remove_dir_all(&root);
+        std::fs::create_dir_all(&root).unwrap();
+        let options = |out: &Path| ConvertOptions::new("model", out, vec![4.0]);
+        check_outputs(&options(&root.join("a/b")), false).unwrap();
+        assert!(!root.join("a").exists());
+        // One that was there stays.
+        check_outputs(&options(&root), false).unwrap();
+        assert!(root.is_dir());
+        std::fs::write(root.join("file"), "").unwrap();
+        let error = check_outputs(&options(&root.join("file/out")), false).unwrap_err();
+        assert!(error.to_string().contains("file/out"), "{error}");
+        std::fs::remove_dir_all(&root).unwrap();
+    }
 }

@@ -462,8 +462,12 @@ fn disk(
     let Some((folder, limit)) = room else {
         return Ok(None);
     };
-    std::fs::create_dir_all(folder)
-        .with_context(|| format!("cannot keep the cache in {} (--prefix-dir)", folder.display()))?;
+    std::fs::create_dir_all(folder).with_context(|| {
+        format!(
+            "cannot keep the cache in {} (--prefix-dir)",
+            folder.display()
+        )
+    })?;
     let device = match options.backend {
         Backend::Cuda(..) => "cuda",
         Backend::Cpu | Backend::Reference => "cpu",

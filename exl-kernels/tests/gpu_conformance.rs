@@ -19,6 +19,9 @@ use exl_kernels::ops::{
 use exl_kernels::{DType, Error, GptqParts, Mem, MemMut, Place, QuantMatrix, reference};
 use half::f16;
 
+#[path = "gpu_conformance/overlap.rs"]
+mod overlap;
+
 fn device() -> Option<Arc<Device>> {
     match probe() {
         Ok(_) => Some(Device::open(0).expect("a GPU that was found can be opened")),

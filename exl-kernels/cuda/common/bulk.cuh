@@ -51,6 +51,12 @@ __device__ __forceinline__ void barrier_wait(u32 at, u32 parity) {
         : "memory");
 }
 
+// What threads wrote to shared memory is in order before copies to the same place, and before products of
+// warpgroups that read it.
+__device__ __forceinline__ void shared_written() {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
 // True in one lane of a whole warp. The compiler knows that it is one, and needs no loop around what takes
 // its operands for the warp.
 __device__ __forceinline__ bool elect() {

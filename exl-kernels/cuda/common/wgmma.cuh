@@ -26,11 +26,6 @@ __device__ __forceinline__ u64 operand_across(u32 address, u32 panel) {
     return u64((address & 0x3ffff) >> 4) | u64(panel >> 4) << 16 | rows_8 << 32 | swizzle_128 << 62;
 }
 
-// What threads wrote to shared memory is in order before products that read it.
-__device__ __forceinline__ void shared_written() {
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-
 // Registers and shared memory are in order before the first product of a batch.
 __device__ __forceinline__ void wgmma_begin() {
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");

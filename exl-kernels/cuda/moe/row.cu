@@ -69,6 +69,9 @@ __device__ __forceinline__ void row(const ExpertsTask& task) {
     if (!ADDS) pdl_launch();
     const int expert = __ldcg(task.ids + s);
     if (own.take(task, {expert, s, 1, 0, 1}, experts, rank)) {
+#if __CUDA_ARCH__ >= 900
+        shared_written();   // the rings will be where descriptors were
+#endif
         __syncthreads();
         const int held = SPLIT > 1 ? task.held : task.inputs;
         RowProduct<KIND, Own> product(own, task.slots, task.inputs, held, shared + TASK_BYTES);

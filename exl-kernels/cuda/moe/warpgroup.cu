@@ -11,6 +11,7 @@
 // x lies as exl_moe_block_x_wgmma left it: rows of 64 columns in the swizzled order of wgmma, so that
 // plain copies bring it. The two warpgroups of a block have eight neighbouring tiles, or the first has
 // gate's and the second up's, which passes its sums on through shared memory.
+#include "common/bulk.cuh"
 #include "common/wgmma.cuh"
 #include "moe/stream.cuh"
 

@@ -152,7 +152,7 @@ const LARGE: Sizes = Sizes {
     experts: 3,
     top_k: 2,
     inputs: 4480,
-    outputs: 528,
+    outputs: 720,
 };
 
 /// The matrix of one expert.

@@ -26,9 +26,10 @@ pub struct DeviceProps {
 
 impl DeviceProps {
     /// Whether kernels may start before the previous one has finished (programmatic dependent
-    /// launch, compute capability 9.0 and up).
+    /// launch, compute capability 9.0 and up, but for 11.x: it gets code made for 8.0, which does not
+    /// wait).
     pub fn overlaps_launches(&self) -> bool {
-        self.capability.0 >= 9
+        matches!(self.capability.0, 9 | 10 | 12..)
     }
 
     /// Whether four warps can multiply together (wgmma, compute capability 9.0 alone).

@@ -157,9 +157,9 @@ impl CudaOps {
         let ready = ready.collect::<Result<Vec<_>>>()?;
         let overlap = self.options.overlap && self.device.overlaps_launches();
         let queue = |stream: &super::Stream| -> Result<()> {
-            ready
-                .iter()
-                .try_for_each(|launch| stream.launch(launch, overlap))
+            // What is in front of the first one is no kernel.
+            let mut all = ready.iter().enumerate();
+            all.try_for_each(|(i, launch)| stream.launch(launch, overlap && i > 0))
         };
         if self.options.graph {
             let graph = stream.capture(queue)?;

@@ -309,8 +309,12 @@ impl CudaExecutor {
         let stream = self.gpu.device().stream();
         let lowered = self.plans.get_mut(&id).expect("the plan was lowered");
         if let Some(range) = range {
-            for launch in &lowered.launches[range] {
-                stream.launch(launch, overlap).map_err(Error::Gpu)?;
+            // In front of the first one is the copy of the step.
+            let all = lowered.launches[range].iter().enumerate();
+            for (i, launch) in all {
+                stream
+                    .launch(launch, overlap && i > 0)
+                    .map_err(Error::Gpu)?;
             }
             return Ok(());
         }

@@ -76,17 +76,17 @@ const ROW_ADDS: [Kernel; 2] = [ROW_ADD, ROW_ADD_SPLIT];
 /// Tells down products of one row that come behind gate and up of the same row that they need not wait for
 /// the experts' numbers: those were there before gate and up let anything begin that comes behind them.
 pub(in crate::cuda::lower) fn link(launches: &mut [Launch]) {
-    for at in 0..launches.len() {
-        let (before, rest) = launches.split_at_mut(at);
-        let args = &mut rest[0].args;
-        if !ROW_ADDS.contains(&rest[0].kernel) {
-            continue;
-        }
-        let ids = args.words()[IDS_WORD];
-        let gate_up = |l: &Launch| ROW.contains(&l.kernel) && l.args.words()[IDS_WORD] == ids;
-        if before.iter().any(gate_up) {
-            let word = args.words()[EARLY_WORD];
-            args.patch(EARLY_WORD, &[word | 1 << 32]);
+    // The ids that gate and up of the layer at hand read; the next router may write there again.
+    let mut known = None;
+    for launch in launches {
+        if super::ROUTE.iter().any(|(_, k)| *k == launch.kernel) {
+            known = None;
+        } else if ROW.contains(&launch.kernel) {
+            known = Some(launch.args.words()[IDS_WORD]);
+        } else if ROW_ADDS.contains(&launch.kernel) && known == Some(launch.args.words()[IDS_WORD])
+        {
+            let word = launch.args.words()[EARLY_WORD];
+            launch.args.patch(EARLY_WORD, &[word | 1 << 32]);
         }
     }
 }

@@ -65,7 +65,7 @@ pub enum Error {
         count: u32,
     },
     /// A call of the CUDA driver failed.
-    #[error("{call}: {meaning} (CUDA error {code})")]
+    #[error("GPU: {call}: {meaning} (CUDA error {code})")]
     Driver {
         /// Function of the driver.
         call: &'static str,
@@ -113,7 +113,7 @@ pub enum Error {
         bytes: u64,
     },
     /// A GPU kernel could not be loaded or launched.
-    #[error("kernel {kernel}: {problem}")]
+    #[error("GPU kernel {kernel}: {problem}")]
     Kernel {
         /// `module::entry`, or the module alone.
         kernel: String,

@@ -45,7 +45,7 @@ pub enum Error {
     #[error("step: {0}")]
     Step(String),
     /// A GPU or its driver refused.
-    #[error("GPU: {0}")]
+    #[error("{0}")]
     Gpu(#[source] exl_kernels::Error),
     /// Memory could not be had.
     #[error("out of memory: {what} needs {bytes} bytes")]

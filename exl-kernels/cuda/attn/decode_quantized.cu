@@ -15,8 +15,8 @@
 //
 // exl: spills-allowed exl_attn_decode_128_q4_q4 on 12.0 two registers, once in 16 keys
 //
-// Bytes: packed K and V of the sequence once per tile. Bound: memory, then instructions: about three per
-// value.
+// Bytes: packed K and V of the sequence once per tile. Bound: instructions, about six for a
+// lane's value.
 
 #include "decode.cuh"
 #include "kv/kv.cuh"

@@ -4,7 +4,8 @@
 //
 // What: up to three matrices with one input (q, k, v), or gate and up with the activation between
 // them. Reads every packed weight once: K N bits / 8 bytes, plus scale codes (1/32 byte per weight
-// and group of 128). Expected bound: memory; 1.2 to 1.6 instructions for a lane's share of 32 weights.
+// and group of 128). Expected bound: memory, with 19 to 25 instructions for 1024 weights in the loop over
+// them, and some 150 for a column tile and share of the rows.
 //
 // Numbers: those of decode.cu, whose sums come in another order (row_walk.cuh): a row's result is the
 // same to the bit in every call of this kernel, but not in products of several rows.

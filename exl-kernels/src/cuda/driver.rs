@@ -374,7 +374,7 @@ mod tests {
         let error = check(700, "cuStreamSynchronize").unwrap_err().to_string();
         assert_eq!(
             error,
-            "cuStreamSynchronize: a kernel used an illegal address (CUDA error 700)"
+            "GPU: cuStreamSynchronize: a kernel used an illegal address (CUDA error 700)"
         );
         let unknown = check(987, "cuInit").unwrap_err().to_string();
         assert!(unknown.contains("987"), "{unknown}");

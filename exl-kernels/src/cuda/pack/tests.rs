@@ -93,7 +93,7 @@ fn the_best_image_for_every_gpu() {
     let error = pack.image("u/v", (7, 5)).unwrap_err().to_string();
     assert_eq!(
         error,
-        "kernel u/v: no image for GPUs of compute capability 7.5"
+        "GPU kernel u/v: no image for GPUs of compute capability 7.5"
     );
     assert!(pack.image("u", (9, 0)).is_err());
     assert_eq!(pack.driver((7, 5)), None);

@@ -1,5 +1,5 @@
-//! Up to 64 rows: passes over the packed weights, each for up to 32 rows (cuda/qgemm/row.cu, decode.cu,
-//! cluster.cu).
+//! Up to 64 rows: passes over the packed weights, each for up to 32 rows (cuda/qgemm/row.cu, row_long.cu,
+//! decode.cu, cluster.cu).
 
 mod config;
 

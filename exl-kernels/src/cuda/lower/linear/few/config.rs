@@ -19,7 +19,7 @@ const X_BLOCK: usize = 32;
 const X_ROW: usize = 2 * X_BLOCK;
 /// Bytes of a chunk of x that is rounded in place (input.cuh: ROW_CHUNK).
 const ROW_CHUNK: usize = 4 * X_CHUNK;
-/// Bytes of zeros beside one row of x (row.cu: ZEROS).
+/// Bytes of zeros beside one row of x (row.cuh: ZEROS).
 const ZEROS: usize = 16 * X_ROW;
 /// Blocks of x in a slot of a warp's ring (walk.cuh).
 const X_UNIT: usize = 2;

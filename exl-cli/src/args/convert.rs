@@ -18,7 +18,7 @@ A stopped conversion goes on where it was when the same command runs again.
 Examples:
   exl convert ./model --out ./model-4.0bpw --bits 4.0
   exl convert ./model --out ./quants --bits 2.5,4.0,6.0 --cal text.parquet
-  exl convert ./model --out ./q --save-measurement m.json --measure-only
+  exl convert ./model --save-measurement m.json --measure-only
   exl convert ./model --plan --save-measurement m.json
   exl convert ./model --out ./model-24gb --fit 24GB,ctx=32768,cache=fp16 --measurement m.json";
 

@@ -75,16 +75,17 @@ pub(crate) fn run(args: &BenchArgs, ui: &Ui) -> Result<()> {
         model: subject.name.clone(),
         ..report
     };
+    // First, so that they are there when a file cannot be written.
+    if args.json {
+        ui::print_json(&report)?;
+    } else {
+        ui::print(&report::text(&report))?;
+    }
     if let Some(path) = &args.out {
         write(path, &report::markdown(&report))?;
     }
     if let Some(path) = &args.plot {
         write(path, &plot::svg(&report)?)?;
-    }
-    if args.json {
-        ui::print_json(&report)?;
-    } else {
-        ui::print(&report::text(&report))?;
     }
     Ok(())
 }

@@ -35,6 +35,8 @@ struct Output<'a> {
     head_dim: usize,
     #[serde(skip_serializing_if = "Option::is_none")]
     experts: Option<Experts>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    windows: Option<Windows>,
     vocab: usize,
     tokenizer: Words,
     max_context: usize,
@@ -56,6 +58,14 @@ struct Experts {
     count: usize,
     /// For each token.
     used: usize,
+}
+
+/// Of the layers that do not see all of a text.
+#[derive(Serialize)]
+struct Windows {
+    layers: usize,
+    /// The largest one.
+    tokens: usize,
 }
 
 #[derive(Serialize)]
@@ -108,6 +118,7 @@ pub(crate) fn run(args: &InfoArgs, ui: &Ui) -> Result<()> {
         kv_heads: attn.map_or(0, |a| a.kv_heads),
         head_dim: attn.map_or(0, |a| a.head_dim),
         experts: spec.layers.iter().find_map(experts),
+        windows: windows(&spec.layers),
         vocab: spec.vocab,
         tokenizer: Words::new(&source),
         max_context: spec.max_context,
@@ -138,6 +149,14 @@ fn experts(layer: &LayerSpec) -> Option<Experts> {
     }
 }
 
+fn windows(layers: &[LayerSpec]) -> Option<Windows> {
+    let sizes = layers.iter().map(|layer| layer.attn.window);
+    let sizes: Vec<usize> = sizes.filter(|&tokens| tokens > 0).collect();
+    let tokens = sizes.iter().copied().max()?;
+    let layers = sizes.len();
+    Some(Windows { layers, tokens })
+}
+
 fn memory(source: &ModelSource, context: Option<usize>, cache: KvType) -> Memory {
     let context = context.unwrap_or(DEFAULT_CONTEXT.min(source.spec().max_context));
     let request = Room::one(context, cache).memory_request(session::PREFILL_ROWS);
@@ -162,6 +181,11 @@ fn text(o: &Output<'_>) -> Result<String> {
         let (count, used) = (experts.count, experts.used);
         write!(shape, ", {count} experts, {used} for each token")?;
     }
+    let mut context = format!("up to {} tokens", o.max_context);
+    if let Some(Windows { layers, tokens }) = &o.windows {
+        let all = o.layers;
+        write!(context, "; {layers} of {all} layers see the last {tokens}")?;
+    }
     let size = format!(
         "{}, {} ({:.2} bits per layer weight, head {:.2})",
         ui::bytes(o.bits.bytes),
@@ -174,7 +198,7 @@ fn text(o: &Output<'_>) -> Result<String> {
         ("shape", shape),
         ("vocabulary", o.vocab.to_string()),
         ("tokenizer", o.tokenizer.text()),
-        ("context", format!("up to {} tokens", o.max_context)),
+        ("context", context),
         ("parameters", ui::count(o.parameters)),
         ("files", size),
     ] {

@@ -389,3 +389,19 @@ fn logprobs_come_with_every_token() {
     }
     assert_eq!(count, 12);
 }
+
+#[test]
+fn info_tells_of_windows_and_experts() {
+    let golden = |name: &str| {
+        format!(
+            "{}/../exl-models/tests/golden/{name}",
+            env!("CARGO_MANIFEST_DIR")
+        )
+    };
+    let info = |name: &str| run(&mut exl(["info", &golden(name)])).success().stdout;
+    let gemma = info("gemma3-tiny");
+    assert!(gemma.contains("5 of 6 layers see the last 8"), "{gemma}");
+    let mixtral = info("mixtral-tiny");
+    assert!(mixtral.contains("2 for each token"), "{mixtral}");
+    assert!(!mixtral.contains("layers see"), "{mixtral}");
+}

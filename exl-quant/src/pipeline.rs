@@ -134,8 +134,10 @@ fn journal_beside(out: &Path) -> PathBuf {
 /// What a conversion is doing.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Stage {
-    /// Curves and sensitivities.
+    /// Curves of bits against error, layer by layer.
     Measure,
+    /// Sensitivities: what a perturbed linear does to the predictions.
+    Perturb,
     /// Quantizing for this many bits per weight.
     Quantize(f64),
     /// Writing the checkpoint of this many bits per weight.
@@ -292,6 +294,10 @@ fn run<T>(
     let resumed = Work::exists(&options.work) && !options.restart;
     place::check_outputs(options, resumed)?;
     let work = Work::open(&options.work, &settings, options.restart)?;
+    if resumed {
+        let what = format!("going on from what {} holds", options.work.display());
+        job.emit(Event::Notice(what));
+    }
     let measurement = match given {
         Some(given) => given,
         None => measurement(&mut job, &work)?,

@@ -187,6 +187,7 @@ impl Display {
 fn label(stage: Stage) -> String {
     match stage {
         Stage::Measure => "measuring".to_owned(),
+        Stage::Perturb => "measuring effects".to_owned(),
         Stage::Quantize(bits) => format!("quantizing to {bits:?} bits"),
         Stage::Write(bits) => format!("writing {bits:?} bits"),
     }
@@ -208,7 +209,7 @@ fn table(results: &[ConvertReport]) -> Table {
         "KL",
         "same top",
         "ppl",
-        "was",
+        "ppl before",
     ];
     let mut columns: Vec<(&str, Align)> = names.map(|name| (name, Align::Right)).to_vec();
     columns.push(("written to", Align::Left));

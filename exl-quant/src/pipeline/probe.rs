@@ -12,7 +12,7 @@ use super::perturb::{self, Change, Perturbed};
 use super::quantize::pack;
 use super::sites::{STOPS, Site, Visit, Walk, embed, head_inputs, sites_of};
 use super::solver::{Moments, Rows as Judges, Solver};
-use super::{Event, Job};
+use super::{Event, Job, Stage};
 use crate::resume::Work;
 use crate::{Layout, Matrix, Result};
 
@@ -32,9 +32,11 @@ pub(super) fn measure(job: &mut Job<'_>, work: &Work) -> Result<Measurement> {
     let mut machine = Machine::new(&spec, length, &job.device)?;
     let mut hidden = embed(&job.source, &mut machine, &rows)?;
     let mut survey = Survey::new(&spec, work);
+    // The layers and the head.
+    let steps = spec.layers.len() + 1;
     for layer in 0..spec.layers.len() {
         job.check()?;
-        job.progress(layer, survey.steps);
+        job.progress(layer, steps);
         let mut walk = Walk::new(&job.source, &mut machine, layer, &mut hidden)?;
         for stop in STOPS {
             let mut sites = Vec::new();
@@ -49,7 +51,7 @@ pub(super) fn measure(job: &mut Job<'_>, work: &Work) -> Result<Measurement> {
         }
         walk.finish()?;
     }
-    job.progress(spec.layers.len(), survey.steps);
+    job.progress(spec.layers.len(), steps);
     let site = Site::head(&spec.head.linear);
     let mut solver = None;
     if survey.taken(&site, spec.layers.len())?.is_none() {
@@ -64,6 +66,7 @@ pub(super) fn measure(job: &mut Job<'_>, work: &Work) -> Result<Measurement> {
         solver: solver.as_mut().map(|s| s.as_mut() as &mut dyn Solver),
     };
     survey.site(job, spec.layers.len(), &head, found)?;
+    job.progress(steps, steps);
     drop(hidden);
     let mut found = Measurement {
         version: MEASUREMENT_VERSION,
@@ -86,22 +89,17 @@ struct Survey<'a> {
     linears: Vec<LinearMeasurement>,
     /// With the kind of what is changed.
     perturbed: Vec<(Perturbed, &'static str)>,
-    /// Steps of the whole measurement: layers, head, perturbations.
-    steps: usize,
 }
 
 impl<'a> Survey<'a> {
     fn new(spec: &Spec, work: &'a Work) -> Self {
         let mut probed = probe_layers(spec);
-        let changes = |&l: &usize| roles(&spec.layers[l]).len();
-        let perturbations: usize = probed.iter().map(changes).sum();
         probed.push(spec.layers.len());
         Self {
             work,
             probed,
             linears: Vec::new(),
             perturbed: Vec::new(),
-            steps: spec.layers.len() + 1 + perturbations + 1,
         }
     }
 
@@ -270,7 +268,8 @@ fn sensitivities(
     let length = PROBE_LENGTH.min(rows[0].len());
     let count = (PROBE_POSITIONS / length).clamp(1, rows.len());
     let rows: Vec<Vec<u32>> = rows[..count].iter().map(|r| r[..length].to_vec()).collect();
-    let mut done = survey.steps - survey.perturbed.len();
+    job.emit(Event::Stage(Stage::Perturb));
+    let (mut done, steps) = (0, survey.perturbed.len());
     let perturbed: Vec<Perturbed> = survey.perturbed.into_iter().map(|(p, _)| p).collect();
     perturb::scores(job, &perturbed, &rows, |job, p, score| {
         let per_loss = score.mean_kl() / p.loss().max(f64::MIN_POSITIVE);
@@ -283,7 +282,7 @@ fn sensitivities(
                 .keep_sensitivity(&change.name, linear.sensitivity)?;
         }
         done += 1;
-        job.progress(done, survey.steps);
+        job.progress(done, steps);
         Ok(())
     })
 }

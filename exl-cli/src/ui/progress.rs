@@ -130,9 +130,14 @@ impl Drop for Progress {
     }
 }
 
+/// Share of the work that tells how long the rest takes: the first steps prepare things for all.
+const TELLING: f64 = 0.05;
+
 /// Time left if the rest goes as fast as what is done.
 fn remaining(elapsed: Duration, share: f64) -> Option<Duration> {
-    (share > 0.0 && share < 1.0).then(|| elapsed.mul_f64((1.0 - share) / share))
+    (TELLING..1.0)
+        .contains(&share)
+        .then(|| elapsed.mul_f64((1.0 - share) / share))
 }
 
 /// A bar has a meaning only when it is known how much there is to do.
@@ -167,6 +172,7 @@ mod tests {
             Some(Duration::from_secs(30))
         );
         assert_eq!(remaining(Duration::from_secs(10), 0.0), None);
+        assert_eq!(remaining(Duration::from_secs(10), 0.04), None);
         assert_eq!(remaining(Duration::from_secs(10), 1.0), None);
     }
 

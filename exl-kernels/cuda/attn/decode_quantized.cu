@@ -25,13 +25,6 @@ namespace {
 
 constexpr int ROWS = 8;   // query rows of a tile
 
-// (a & mask) | b
-__device__ __forceinline__ u32 and_or(u32 a, u32 mask, u32 b) {
-    u32 d;
-    asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(d) : "r"(a), "r"(mask), "r"(b));
-    return d;
-}
-
 // 8 values of a head: codes, as 1024 + code in pairs (i, i + 4) of 16-bit floats.
 template <int BITS>
 struct Octet {
@@ -57,9 +50,6 @@ __device__ __forceinline__ u32 transposed(u32 v) {
     asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(v));
     return r;
 }
-
-__device__ __forceinline__ __half2 as_half2(u32 v) { return *reinterpret_cast<__half2*>(&v); }
-__device__ __forceinline__ u32 as_u32(__half2 v) { return *reinterpret_cast<u32*>(&v); }
 
 template <int BITS>
 __device__ __forceinline__ u32 dequantize(u32 pair, __half2 step, __half2 offset) {

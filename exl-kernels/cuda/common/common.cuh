@@ -20,6 +20,15 @@ __device__ __forceinline__ float to_float(float v) { return v; }
 __device__ __forceinline__ float to_float(__half v) { return __half2float(v); }
 __device__ __forceinline__ float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
 
+__device__ __forceinline__ __half2 as_half2(u32 v) { return *reinterpret_cast<__half2*>(&v); }
+__device__ __forceinline__ u32 as_u32(__half2 v) { return *reinterpret_cast<u32*>(&v); }
+// (a & mask) | b
+__device__ __forceinline__ u32 and_or(u32 a, u32 mask, u32 b) {
+    u32 d;
+    asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(d) : "r"(a), "r"(mask), "r"(b));
+    return d;
+}
+
 // Nearest 16-bit float; what lies beyond its range becomes the largest finite value, NaN stays.
 __device__ __forceinline__ __half to_half_sat(float v) {
     u16 h;

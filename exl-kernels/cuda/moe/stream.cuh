@@ -64,6 +64,22 @@ struct Operands {
         }
         return true;
     }
+
+    // What the thread block computes, one item after the other, of `per_segment` in each segment: `run` is
+    // given the first of an item's columns, counted in items. By the whole block.
+    template <typename Work>
+    __device__ __forceinline__ void each_item(const TileTask& task, int per_segment,
+                                              const Work& run) {
+        const int all = task.sorted.segment_count() * per_segment;
+#pragma unroll 1
+        for (int index = blockIdx.x; index < all; index += gridDim.x) {
+            const Item next = Item::of(task, index, per_segment);
+            __syncthreads();   // the item before is done
+            if (!take(task, next.segment)) continue;
+            __syncthreads();
+            run(next.first);
+        }
+    }
 };
 
 constexpr u32 AHEAD = 4096;   // bytes from the weights in use to those asked for

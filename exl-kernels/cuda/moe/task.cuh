@@ -91,8 +91,7 @@ struct Experts {
 // take (Task). ADDS: the outputs of the segments are added up; SPLIT thread blocks divide the rows.
 template <bool ADDS, int SPLIT_BLOCKS = 1>
 struct SegmentTask {
-    static constexpr int MOST = 2, SPLIT = SPLIT_BLOCKS;
-    static constexpr int ROUNDS = 3;
+    static constexpr int MOST = 2, ROUNDS = 3, SPLIT = SPLIT_BLOCKS;
 
     QMatrix matrix[MOST];      // gate and up, or one and none
     const float* x;            // one row

@@ -133,15 +133,7 @@ struct Tile {
     __device__ __forceinline__ void run_all() const {
         const int pairs = task.gated ? task.columns : (task.columns + 1) / 2;
         const int per_segment = (pairs + PAIRS - 1) / PAIRS;
-        const int all = task.sorted.segment_count() * per_segment;
-#pragma unroll 1
-        for (int index = blockIdx.x; index < all; index += gridDim.x) {
-            const Item next = Item::of(task, index, per_segment);
-            __syncthreads();   // the item before is done
-            if (!own.take(task, next.segment)) continue;
-            __syncthreads();
-            run(next.first * PAIRS);
-        }
+        own.each_item(task, per_segment, [&](int first) { run(first * PAIRS); });
     }
 };
 

@@ -123,15 +123,7 @@ struct Groups {
     __device__ __forceinline__ void run_all() const {
         const int each = task.gated ? TILES : 2 * TILES;
         const int per_segment = (task.columns + each - 1) / each;
-        const int all = task.sorted.segment_count() * per_segment;
-#pragma unroll 1
-        for (int index = blockIdx.x; index < all; index += gridDim.x) {
-            const Item next = Item::of(task, index, per_segment);
-            __syncthreads();   // the item before is done
-            if (!own.take(task, next.segment)) continue;
-            __syncthreads();
-            run(next.first * each);
-        }
+        own.each_item(task, per_segment, [&](int first) { run(first * each); });
     }
 };
 

@@ -80,13 +80,6 @@ __device__ __forceinline__ int word_offset(int w, int lane) {
     return 128 * (B - 1) + 4 * lane;
 }
 
-// (a & mask) | b
-__device__ __forceinline__ u32 and_or(u32 a, u32 mask, u32 b) {
-    u32 d;
-    asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(d) : "r"(a), "r"(mask), "r"(b));
-    return d;
-}
-
 // (a & mask) ^ b
 __device__ __forceinline__ u32 and_xor(u32 a, u32 mask, u32 b) {
     u32 d;
@@ -95,9 +88,6 @@ __device__ __forceinline__ u32 and_xor(u32 a, u32 mask, u32 b) {
 }
 
 constexpr u32 MAGIC = 0x64006400u;
-
-__device__ __forceinline__ __half2 as_half2(u32 v) { return *reinterpret_cast<__half2*>(&v); }
-__device__ __forceinline__ u32 as_u32(__half2 v) { return *reinterpret_cast<u32*>(&v); }
 
 // The registers of a lane: (q - zero) 2^(8 - B) per byte.
 template <int B>

@@ -207,7 +207,7 @@ pub(crate) fn load(
 
 /// Says when a flag asks for more tokens than the model was trained for; refuses more than it has learned
 /// positions for.
-pub(crate) fn remark_context(
+pub(crate) fn check_context(
     source: &ModelSource,
     flag: &str,
     tokens: usize,
@@ -478,7 +478,7 @@ fn disk(
         options.activations,
         options.kv_type
     );
-    if source.spec().kv_shape(options.kv_type).sliding.layers > 0 {
+    if source.spec().sliding().layers > 0 {
         // Before, layers were in the order of the model.
         model.push_str("\nsliding layers last");
     }

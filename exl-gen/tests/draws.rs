@@ -9,28 +9,18 @@ use std::sync::Arc;
 use exl_gen::{
     Answer, Backend, BackendError, DoneReason, DraftModel, Draw, Engine, EngineHandle,
     EngineOptions, LogitRows, Mirostat, Request, RunnerBackend, SamplerSettings, SeqSlice,
-    Speculation, Tokenizer,
+    Speculation,
 };
 use exl_models::{Backend as Device, LoadOptions, ModelSource, Runner, RunnerOptions};
 use exl_tensor::{CudaOptions, Gpu};
 
+#[path = "support/characters.rs"]
+mod characters;
+
+use characters::tokenizer;
+
 /// Tokens of the tokenizer, fewer than the model's 250.
 const TOKENS: u32 = 240;
-
-/// Every token is a character of its own.
-fn tokenizer() -> Arc<Tokenizer> {
-    let character = |id| char::from_u32(0x4e00 + id).unwrap().to_string();
-    let vocab: serde_json::Map<String, serde_json::Value> =
-        (0..TOKENS).map(|id| (character(id), id.into())).collect();
-    let json = serde_json::json!({
-        "version": "1.0",
-        "added_tokens": [],
-        "decoder": {"type": "Fuse"},
-        "model": {"type": "BPE", "vocab": vocab, "merges": []},
-    });
-    let json = json.to_string();
-    Arc::new(Tokenizer::from_json(json.as_bytes(), None).unwrap())
-}
 
 fn runner(device: Device) -> RunnerBackend {
     let root = std::env::var_os("EXL_TEST_ROOT").map(PathBuf::from);
@@ -109,7 +99,7 @@ fn start(backend: impl Backend + 'static) -> EngineHandle {
         chunk_rows: 8,
         ..EngineOptions::default()
     };
-    Engine::start(Box::new(backend), tokenizer(), options).unwrap()
+    Engine::start(Box::new(backend), tokenizer(TOKENS), options).unwrap()
 }
 
 fn drawing(device: Device) -> EngineHandle {
@@ -259,14 +249,14 @@ fn drawn_guesses_change_no_text() {
     };
     let draft = DraftModel {
         backend: only(),
-        tokenizer: tokenizer(),
+        tokenizer: tokenizer(TOKENS),
         cost: 0.0,
     };
     let options = EngineOptions {
         chunk_rows: 8,
         ..EngineOptions::default()
     };
-    let engine = Engine::start_with_draft(only(), draft, tokenizer(), options).unwrap();
+    let engine = Engine::start_with_draft(only(), draft, tokenizer(TOKENS), options).unwrap();
     let guessing = |(number, request): (usize, &Request)| Request {
         speculation: Some(Speculation {
             ngram: (number % 2 == 0).then_some(1),

@@ -8,9 +8,14 @@ use std::sync::Arc;
 
 use exl_gen::{
     Answer, DiskOptions, Engine, EngineHandle, EngineOptions, Event, Request, RunnerBackend,
-    SamplerSettings, Tokenizer,
+    SamplerSettings,
 };
 use exl_models::{LoadOptions, Model, ModelSource, Runner, RunnerOptions, Spec, WindowPages};
+
+#[path = "support/characters.rs"]
+mod characters;
+
+use characters::tokenizer;
 
 const CASES: [&str; 5] = [
     "mistral-window",
@@ -37,22 +42,6 @@ fn model(case: &str, window: usize) -> Arc<Model> {
     Arc::new(Model::from_parts(Arc::new(spec), weights))
 }
 
-/// Every token is a character of its own.
-fn tokenizer(tokens: usize) -> Arc<Tokenizer> {
-    let character = |id| char::from_u32(0x4e00 + id).unwrap().to_string();
-    let vocab: serde_json::Map<String, serde_json::Value> = (0..tokens as u32)
-        .map(|id| (character(id), id.into()))
-        .collect();
-    let json = serde_json::json!({
-        "version": "1.0",
-        "added_tokens": [],
-        "decoder": {"type": "Fuse"},
-        "model": {"type": "BPE", "vocab": vocab, "merges": []},
-    });
-    let json = json.to_string();
-    Arc::new(Tokenizer::from_json(json.as_bytes(), None).unwrap())
-}
-
 fn start(
     model: &Arc<Model>,
     window_pages: WindowPages,
@@ -69,7 +58,7 @@ fn start(
     };
     let runner = Runner::new(Arc::clone(model), sizes).unwrap();
     let backend = Box::new(RunnerBackend::new(runner));
-    let tokenizer = tokenizer(model.spec().vocab);
+    let tokenizer = tokenizer(model.spec().vocab as u32);
     let engine = Engine::start(backend, tokenizer, options).unwrap();
     let keeps_less = engine.load().window_pages > 0;
     assert_eq!(keeps_less, window_pages == WindowPages::Needed);

@@ -247,13 +247,17 @@ impl Spec {
     /// Shape of the KV cache of the whole model. Every layer has the same heads: parsing checks
     /// it.
     pub fn kv_shape(&self, kv: KvType) -> KvShape {
+        self.cache_shape((self.layers.len(), self.sliding()), kv)
+    }
+
+    /// Layers that see a window only, and the largest window.
+    pub fn sliding(&self) -> SlidingLayers {
         let windows = self.layers.iter().map(|l| l.attn.window);
         let windows = windows.filter(|&window| window > 0);
-        let sliding = SlidingLayers {
+        SlidingLayers {
             layers: windows.clone().count(),
             window: windows.max().unwrap_or(0),
-        };
-        self.cache_shape((self.layers.len(), sliding), kv)
+        }
     }
 
     /// Shape of the KV cache that plans of a single layer use: one layer, at index 0, that keeps

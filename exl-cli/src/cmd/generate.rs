@@ -215,7 +215,7 @@ fn jobs(
 fn limit(args: &GenerateArgs, source: &ModelSource, ui: &Ui) -> Result<usize> {
     let max = source.spec().max_context;
     let limit = args.cache.context.map_or(max, |n| n as usize);
-    session::remark_context(source, "--context", limit, ui)?;
+    session::check_context(source, "--context", limit, ui)?;
     Ok(limit)
 }
 

@@ -12,7 +12,7 @@ use crate::machine;
 use crate::session::{self, Room};
 use crate::ui::{self, Align, Table, Ui};
 use anyhow::Result;
-use exl_models::{LayerSpec, LoadOptions, MemoryUse, MlpSpec, ModelSource};
+use exl_models::{LayerSpec, LoadOptions, MemoryUse, MlpSpec, ModelSource, Spec};
 use exl_tensor::KvType;
 use gpu::GpuNeeds;
 use serde::Serialize;
@@ -68,6 +68,16 @@ struct Windows {
     tokens: usize,
 }
 
+impl Windows {
+    fn of(spec: &Spec) -> Option<Self> {
+        let sliding = spec.sliding();
+        (sliding.layers > 0).then_some(Self {
+            layers: sliding.layers,
+            tokens: sliding.window,
+        })
+    }
+}
+
 #[derive(Serialize)]
 struct Memory {
     context: usize,
@@ -105,7 +115,7 @@ pub(crate) fn run(args: &InfoArgs, ui: &Ui) -> Result<()> {
         Some(place) => Some(GpuNeeds::new(&source, place, memory.context, args.cache)?),
         None => None,
     };
-    session::remark_context(&source, "--context", memory.context, ui)?;
+    session::check_context(&source, "--context", memory.context, ui)?;
     let found = machine::memory();
     let spec = source.spec();
     let attn = spec.layers.first().map(|layer| &layer.attn);
@@ -118,7 +128,7 @@ pub(crate) fn run(args: &InfoArgs, ui: &Ui) -> Result<()> {
         kv_heads: attn.map_or(0, |a| a.kv_heads),
         head_dim: attn.map_or(0, |a| a.head_dim),
         experts: spec.layers.iter().find_map(experts),
-        windows: windows(&spec.layers),
+        windows: Windows::of(spec),
         vocab: spec.vocab,
         tokenizer: Words::new(&source),
         max_context: spec.max_context,
@@ -147,14 +157,6 @@ fn experts(layer: &LayerSpec) -> Option<Experts> {
         }),
         MlpSpec::Dense(_) => None,
     }
-}
-
-fn windows(layers: &[LayerSpec]) -> Option<Windows> {
-    let sizes = layers.iter().map(|layer| layer.attn.window);
-    let sizes: Vec<usize> = sizes.filter(|&tokens| tokens > 0).collect();
-    let tokens = sizes.iter().copied().max()?;
-    let layers = sizes.len();
-    Some(Windows { layers, tokens })
 }
 
 fn memory(source: &ModelSource, context: Option<usize>, cache: KvType) -> Memory {

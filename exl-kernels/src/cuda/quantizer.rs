@@ -416,10 +416,7 @@ impl CudaQuantizer {
             return Ok(());
         }
         let overlap = self.device.overlaps_launches();
-        for (i, launch) in ready.iter().enumerate() {
-            // What came before the first one may be a copy, which is no kernel.
-            self.device.stream().launch(launch, overlap && i > 0)?;
-        }
+        self.device.stream().launch_all(&ready, overlap)?;
         self.device.synchronize()
     }
 }

@@ -156,11 +156,7 @@ impl CudaOps {
         let ready = launches.iter().map(|l| unsafe { self.device.ready(l) });
         let ready = ready.collect::<Result<Vec<_>>>()?;
         let overlap = self.options.overlap && self.device.overlaps_launches();
-        let queue = |stream: &super::Stream| -> Result<()> {
-            // What is in front of the first one is no kernel.
-            let mut all = ready.iter().enumerate();
-            all.try_for_each(|(i, launch)| stream.launch(launch, overlap && i > 0))
-        };
+        let queue = |stream: &super::Stream| stream.launch_all(&ready, overlap);
         if self.options.graph {
             let graph = stream.capture(queue)?;
             graph.upload(stream)?;

@@ -166,6 +166,16 @@ impl Stream {
         })
     }
 
+    /// Queues kernels that follow each other. With `overlap` each but the first may start before the one
+    /// in front of it has finished: in front of the first may be a copy, which is no kernel.
+    ///
+    /// # Errors
+    /// As [`Stream::launch`].
+    pub fn launch_all(&self, launches: &[ReadyLaunch], overlap: bool) -> Result<()> {
+        let mut all = launches.iter().enumerate();
+        all.try_for_each(|(i, launch)| self.launch(launch, overlap && i > 0))
+    }
+
     /// Waits until everything queued so far is done.
     ///
     /// # Errors

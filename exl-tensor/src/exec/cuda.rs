@@ -309,14 +309,8 @@ impl CudaExecutor {
         let stream = self.gpu.device().stream();
         let lowered = self.plans.get_mut(&id).expect("the plan was lowered");
         if let Some(range) = range {
-            // In front of the first one is the copy of the step.
-            let all = lowered.launches[range].iter().enumerate();
-            for (i, launch) in all {
-                stream
-                    .launch(launch, overlap && i > 0)
-                    .map_err(Error::Gpu)?;
-            }
-            return Ok(());
+            let launches = &lowered.launches[range];
+            return stream.launch_all(launches, overlap).map_err(Error::Gpu);
         }
         let decode = lowered.bound.plan().key().phase == Phase::Decode;
         // The first run loads kernels, which cannot be captured.
@@ -330,12 +324,9 @@ impl CudaExecutor {
         lowered.runs += 1;
         match &lowered.graph {
             Some(graph) => graph.launch(stream).map_err(Error::Gpu),
-            None => {
-                let all = lowered.launches.iter();
-                all.enumerate()
-                    .try_for_each(|(i, launch)| stream.launch(launch, overlap && i > 0))
-                    .map_err(Error::Gpu)
-            }
+            None => stream
+                .launch_all(&lowered.launches, overlap)
+                .map_err(Error::Gpu),
         }
     }
 }
@@ -349,13 +340,8 @@ impl Drop for CudaExecutor {
 
 /// The launches as a graph that is on the GPU.
 fn capture(stream: &Stream, launches: &[ReadyLaunch], overlap: bool) -> Result<Graph> {
-    let record = |stream: &Stream| {
-        let all = launches.iter();
-        all.enumerate()
-            // The first one has the copy of the step before it, which is no kernel.
-            .try_for_each(|(i, launch)| stream.launch(launch, overlap && i > 0))
-    };
-    let graph = stream.capture(record).map_err(Error::Gpu)?;
+    let graph = stream.capture(|stream| stream.launch_all(launches, overlap));
+    let graph = graph.map_err(Error::Gpu)?;
     graph.upload(stream).map_err(Error::Gpu)?;
     Ok(graph)
 }

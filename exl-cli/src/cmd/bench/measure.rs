@@ -142,8 +142,8 @@ fn check_sizes(
     let name = source.files().dir().display();
     let what = format!("{name} with prompts of {tokens} tokens and {batch} sequences of {context}");
     memory::check(need, &what, "--prefill, --batch or --context", gpu)?;
-    session::remark_context(source, "--prefill", tokens, ui)?;
-    session::remark_context(source, "--context", context, ui)?;
+    session::check_context(source, "--prefill", tokens, ui)?;
+    session::check_context(source, "--context", context, ui)?;
     Ok(())
 }
 

@@ -47,7 +47,7 @@ pub(super) fn print(args: &ConvertArgs, points: &[PlanPoint]) -> Result<()> {
 pub(super) fn fit(fit: &Fit, source: &ModelSource, head_bits: Option<u32>, ui: &Ui) -> Result<f64> {
     let spec = source.spec();
     let context = fit.context.unwrap_or(spec.max_context);
-    session::remark_context(source, "--fit ctx", context, ui)?;
+    session::check_context(source, "--fit ctx", context, ui)?;
     let request = Room::one(context, fit.cache).memory_request(session::GPU_PREFILL_ROWS);
     let beside = memory_for(spec, 0, &request);
     let rest = beside.total() + memory::DRIVER_BYTES + EXPANDED_BYTES;

@@ -69,6 +69,14 @@ fn found(engine: &EngineHandle, request: Request) -> usize {
     answer.done.cached_tokens
 }
 
+/// Other texts take the memory.
+fn crowd(engine: &EngineHandle) {
+    for n in 0..6 {
+        let other = (0..900).map(|i| (i * 11 + n) % 250).collect();
+        found(engine, noisy(other, 3, 1));
+    }
+}
+
 #[test]
 fn a_restart_finds_the_prefix() {
     let folder = Folder::new("restart");
@@ -80,10 +88,7 @@ fn a_restart_finds_the_prefix() {
     let engine = start_on(&folder, "one");
     assert_eq!(found(&engine, request(1100)), 768);
     // Now the fourth page is there, too, although memory was needed for other texts.
-    let other = |n: u32| noisy((0..900).map(|i| (i * 11 + n) % 250).collect(), 3, 1);
-    for n in 0..6 {
-        found(&engine, other(n));
-    }
+    crowd(&engine);
     assert_eq!(found(&engine, request(1100)), 1024);
     engine.drain();
     assert_eq!(engine.stats().failed, 0);
@@ -110,10 +115,7 @@ fn a_restart_finds_window_pages_too() {
 
     let engine = start_in(&folder, "one", window);
     assert_eq!(found(&engine, request(1100)), 768);
-    let other = |n: u32| noisy((0..900).map(|i| (i * 11 + n) % 250).collect(), 3, 1);
-    for n in 0..6 {
-        found(&engine, other(n));
-    }
+    crowd(&engine);
     assert_eq!(found(&engine, request(1100)), 1024);
     engine.drain();
     assert_eq!(engine.stats().failed, 0);
@@ -136,10 +138,7 @@ fn window_pages_that_are_gone_are_read() {
     let backend = Box::new(windowed(backend, Some((300, 1))));
     let engine = Engine::start(backend, tokenizer(), options).unwrap();
     assert_eq!(found(&engine, request(1000)), 0);
-    for n in 0..6 {
-        let other = (0..900).map(|i| (i * 11 + n) % 250).collect();
-        found(&engine, noisy(other, 3, 1));
-    }
+    crowd(&engine);
     assert_eq!(engine.load().kept_pages, 7 * 4);
     assert_eq!(found(&engine, request(1000)), 768);
     assert_all_free(&engine);

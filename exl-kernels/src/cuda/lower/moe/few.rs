@@ -171,7 +171,7 @@ impl Few {
         }
         // Shares of the rows have about the same bytes.
         let mine = columns.div_ceil(blocks);
-        if mine > SPLIT * columns.div_ceil(blocks_of(layer, props)) {
+        if mine > SPLIT * columns.div_ceil(blocks_of(layer, 1, props)) {
             return None;
         }
         // Behind the rounded slice: x as it is (row.cuh: SliceInput).
@@ -220,14 +220,11 @@ impl Few {
         sum: Option<&Sum>,
         (target, list): (&Target<'_>, &mut Vec<Launch>),
     ) {
-        let (kernel, grid) = match sum {
-            Some(_) if self.split > 1 => {
-                let groups = layer.top_k * self.split;
-                (self.kernel, target.props.sms as usize / groups * groups)
-            }
-            Some(_) => (ROW_ADD, layer.top_k * blocks_of(layer, target.props)),
-            None => (self.kernel, layer.top_k * blocks_of(layer, target.props)),
+        let kernel = match sum {
+            Some(_) if self.split == 1 => ROW_ADD,
+            _ => self.kernel,
         };
+        let grid = layer.top_k * self.split * blocks_of(layer, self.split, target.props);
         let mut task = Task::new(layer, self);
         task.ids = layer.ids;
         task.segments = layer.top_k;
@@ -286,17 +283,17 @@ impl Few {
     }
 }
 
-/// Thread blocks for each expert of one row.
-fn blocks_of(layer: &Layer<'_>, props: &DeviceProps) -> usize {
+/// Thread blocks for each expert of one row, and each of `split` parts of the rows of its matrices.
+fn blocks_of(layer: &Layer<'_>, split: usize, props: &DeviceProps) -> usize {
     let columns = layer.outputs.div_ceil(TILE_COLUMNS).max(1);
-    (props.sms as usize / layer.top_k).clamp(1, columns)
+    (props.sms as usize / (layer.top_k * split)).clamp(1, columns)
 }
 
 /// Most column tiles of an expert that one thread block has.
 fn tiles_of(layer: &Layer<'_>, rows: usize, from: From, props: &DeviceProps) -> usize {
     let columns = layer.outputs.div_ceil(TILE_COLUMNS);
     if from == From::Row {
-        return columns.div_ceil(blocks_of(layer, props));
+        return columns.div_ceil(blocks_of(layer, 1, props));
     }
     let units = layer.segments(rows) * columns;
     units.div_ceil(props.sms as usize).min(columns)

@@ -114,11 +114,15 @@ fn jobs_give_way_when_pages_run_out_and_come_back() {
             ..noisy(ids(n, 100), u64::from(n), 800)
         })
         .collect();
-    let engine = start(SimBackend::new(VOCAB, 6, noise));
-    let streams: Vec<JobStream> = requests
-        .iter()
-        .map(|request| engine.submit(request.clone()).unwrap())
-        .collect();
+    let (gate, hook) = Gate::hook();
+    let engine = start(SimBackend::new(VOCAB, 6, noise).with_hook(hook));
+    let submit = |request: &Request| engine.submit(request.clone()).unwrap();
+    let mut streams = vec![submit(&requests[0])];
+    // All are there before the first one can be done.
+    gate.wait();
+    streams.extend(requests[1..].iter().map(submit));
+    gate.pass();
+    drop(gate);
     let mut preemptions = 0;
     for (request, stream) in requests.iter().zip(streams) {
         let answer = stream.wait();

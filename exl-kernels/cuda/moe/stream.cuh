@@ -143,14 +143,7 @@ struct Stream {
             }
         }
         // Behind the switch: inside of it ptxas 12.9 dies of this for sm_120.
-        const HalfScales<KIND> scales(codes);
-#pragma unroll
-        for (int q = 0; q < 8; ++q) {
-            const int column = 2 * (q >> 2) + (q & 1);
-            u32(&to)[4] = a[q >> 2][q >> 1 & 1];
-            to[q & 1] = as_u32(scales.weight(v[q][0], column));
-            to[2 + (q & 1)] = as_u32(scales.weight(v[q][1], column));
-        }
+        HalfScales<KIND>(codes).operands(v, a);
     }
 };
 

@@ -67,4 +67,15 @@ struct HalfScales {
         if (KIND == KIND_GPTQ) code = __hadd2(code, shift[column]);
         return __hmul2(code, s[column]);
     }
+    // The weights of a lane's block (expand_halves) as first operands of mma.m16n8k16, [column half][step of
+    // 16 rows].
+    __device__ __forceinline__ void operands(const __half2 (&v)[8][2], u32 (&a)[2][2][4]) const {
+#pragma unroll
+        for (int q = 0; q < 8; ++q) {
+            const int column = 2 * (q >> 2) + (q & 1);
+            u32(&to)[4] = a[q >> 2][q >> 1 & 1];
+            to[q & 1] = as_u32(weight(v[q][0], column));
+            to[2 + (q & 1)] = as_u32(weight(v[q][1], column));
+        }
+    }
 };

@@ -35,13 +35,7 @@ struct HalfWalk {
         __half2 v[8][2];
         load_words<B>(words, block, lane);
         expand_halves<B>(words, v);
-#pragma unroll
-        for (int q = 0; q < 8; ++q) {
-            const int column = 2 * (q >> 2) + (q & 1);
-            u32(&to)[4] = a[q >> 2][q >> 1 & 1];
-            to[q & 1] = as_u32(scales.weight(v[q][0], column));
-            to[2 + (q & 1)] = as_u32(scales.weight(v[q][1], column));
-        }
+        scales.operands(v, a);
 #pragma unroll
         for (int n = 0; n < NT; ++n) {
             const uint4 b = *reinterpret_cast<const uint4*>(x_at + offset[n]);

@@ -415,6 +415,27 @@ fn compare(tested: &[Vec<f32>], exact: &[Vec<f32>]) {
     }
 }
 
+/// What `run` gives, the same to the bit ten times in every mode.
+fn in_every_mode(
+    ops: &mut CudaOps,
+    what: &str,
+    mut run: impl FnMut(&mut CudaOps) -> Vec<Vec<f32>>,
+) -> Vec<Vec<f32>> {
+    let mut first: Option<Vec<Vec<f32>>> = None;
+    for _ in 0..10 {
+        for (mode, options) in modes(false) {
+            ops.set_options(options);
+            let tested = run(ops);
+            let first = first.get_or_insert_with(|| tested.clone());
+            for (a, b) in first.iter().zip(&tested) {
+                let same = a.iter().zip(b).all(|(a, b)| a.to_bits() == b.to_bits());
+                assert!(same, "{what}: other bits with {mode}");
+            }
+        }
+    }
+    first.unwrap()
+}
+
 #[test]
 fn gpu_chains_give_the_same_bits_in_every_mode() {
     let Some(device) = device() else { return };
@@ -422,19 +443,10 @@ fn gpu_chains_give_the_same_bits_in_every_mode() {
     for rows in [1, 5, 70] {
         let mut chain = Chain::new(rows);
         let exact = chain.run(|list| list.iter_mut().for_each(|op| reference::run(op).unwrap()));
-        let mut first: Option<Vec<Vec<f32>>> = None;
-        for _ in 0..10 {
-            for (mode, options) in modes(false) {
-                ops.set_options(options);
-                let tested = chain.run(|list| ops.run_all(list).unwrap());
-                let first = first.get_or_insert_with(|| tested.clone());
-                for (a, b) in first.iter().zip(&tested) {
-                    let same = a.iter().zip(b).all(|(a, b)| a.to_bits() == b.to_bits());
-                    assert!(same, "{rows} rows: other bits with {mode}");
-                }
-            }
-        }
-        compare(&first.unwrap(), &exact);
+        let tested = in_every_mode(&mut ops, &format!("{rows} rows"), |ops| {
+            chain.run(|list| ops.run_all(list).unwrap())
+        });
+        compare(&tested, &exact);
     }
 }
 

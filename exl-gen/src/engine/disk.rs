@@ -42,7 +42,7 @@ impl Disk {
         let refuse = |reason: String| Error::Backend { reason };
         let window = backend.window().map(|window| window.page_bytes);
         let page_bytes = [backend.page_bytes(), window.unwrap_or(0)];
-        let all = page_bytes[0] + page_bytes[1];
+        let all: usize = page_bytes.iter().sum();
         if all == 0 || window == Some(0) {
             let why = "its cache cannot be read, so it cannot be kept on disk";
             return Err(refuse(why.to_owned()));
@@ -102,7 +102,7 @@ impl Disk {
             if table.has_window() && window.is_none() {
                 continue;
             }
-            let mut content = vec![0; self.page_bytes[0] + self.page_bytes[1]];
+            let mut content = vec![0; self.bytes()];
             let read = || self.read((page, window), &mut content, backend);
             let read = catch_unwind(AssertUnwindSafe(read));
             if !matches!(read, Ok(Ok(()))) {
@@ -142,8 +142,7 @@ impl Disk {
             let Some((hash, page)) = table.wanted(seq)? else {
                 break;
             };
-            let bytes = self.page_bytes[0] + self.page_bytes[1];
-            let found = match self.tier.load(&hash, bytes) {
+            let found = match self.tier.load(&hash, self.bytes()) {
                 Ok(Some(found)) => found,
                 Ok(None) => break,
                 Err(error) => {
@@ -166,6 +165,11 @@ impl Disk {
             table.move_window(seq)?;
         }
         table.filled(seq)
+    }
+
+    /// Of a page with its window page.
+    fn bytes(&self) -> usize {
+        self.page_bytes.iter().sum()
     }
 
     fn read(

@@ -119,7 +119,7 @@ impl Turn {
         Ok(SeqSlice {
             tokens: &self.trail.text[self.done..self.done + self.rows],
             start: self.done,
-            pages: table.block_table(self.seq).map_err(failed)?,
+            pages: table.block_table(self.seq).map_err(BackendError::of)?,
             logits: match self.draws() {
                 true => LogitRows::Last,
                 false => LogitRows::None,
@@ -208,7 +208,7 @@ impl Drafter {
                             job.end_trail(&mut turn.trail);
                             self.forget(job.id);
                         }
-                        Err(error) => return Err(failed(error)),
+                        Err(error) => return Err(BackendError::of(error)),
                     }
                 }
                 // Other texts have all pages; this job draws without guesses.
@@ -221,7 +221,7 @@ impl Drafter {
         }
         self.run(&mut turns, jobs, tokenizer)?;
         for mut turn in turns {
-            self.table.move_window(turn.seq).map_err(failed)?;
+            self.table.move_window(turn.seq).map_err(BackendError::of)?;
             let (job, trail) = (&mut jobs[turn.job], &mut turn.trail);
             job.end_trail(trail);
             if let Some(held) = self.held.get_mut(&job.id) {
@@ -300,7 +300,7 @@ impl Drafter {
         let table = &mut self.table;
         let windows = turns.iter().map(|turn| table.window_table(turn.seq));
         let windows = windows.collect::<exl_cache::Result<Vec<_>>>();
-        let windows = windows.map_err(failed)?;
+        let windows = windows.map_err(BackendError::of)?;
         let slices = turns.iter().zip(&windows);
         let slices = slices.map(|(turn, window)| turn.slice(table, window));
         let slices: Vec<SeqSlice<'_>> = slices.collect::<Result<_, BackendError>>()?;
@@ -320,7 +320,7 @@ impl Drafter {
             let text = turn.done.min(turn.trail.before)..turn.trail.before;
             let text = &turn.trail.text[text];
             let text = &text[..text.len().min(turn.rows)];
-            table.commit(turn.seq, text).map_err(failed)?;
+            table.commit(turn.seq, text).map_err(BackendError::of)?;
             turn.done += turn.rows;
             if !draws {
                 continue;
@@ -351,11 +351,7 @@ impl From<CacheError> for Trouble {
     fn from(error: CacheError) -> Self {
         match error {
             CacheError::OutOfPages { .. } | CacheError::NeverFits { .. } => Self::OutOfPages,
-            error => Self::Failed(failed(error)),
+            error => Self::Failed(BackendError::of(error)),
         }
     }
-}
-
-fn failed(error: impl std::fmt::Display) -> BackendError {
-    BackendError(error.to_string())
 }

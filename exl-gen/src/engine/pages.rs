@@ -195,7 +195,7 @@ impl Worker {
             let lane = &job.lanes[one.lane];
             let seq = lane.seq.ok_or_else(|| without_pages(job))?;
             let reserved = self.table.reserve_window(seq, lane.cached + one.rows);
-            reserved.map_err(|error| BackendError(error.to_string()))?;
+            reserved.map_err(BackendError::of)?;
         }
         Ok(())
     }

@@ -216,7 +216,7 @@ impl Choice<'_> {
         let seq = lane.seq.ok_or_else(|| without_pages(job))?;
         self.table
             .commit(seq, &lane.tokens[lane.cached..lane.cached + rows])
-            .map_err(|error| BackendError(error.to_string()))
+            .map_err(BackendError::of)
     }
 }
 
@@ -229,7 +229,7 @@ fn rewind(table: &mut PageTable, job: &mut Job) -> Result<(), BackendError> {
         let left = table
             .truncate(seq, lane.cached)
             .and_then(|()| table.filled(seq));
-        job.lanes[at].cached = left.map_err(|error| BackendError(error.to_string()))?;
+        job.lanes[at].cached = left.map_err(BackendError::of)?;
     }
     Ok(())
 }

@@ -38,6 +38,16 @@ fn start_on(folder: &Folder, model: &str) -> EngineHandle {
 }
 
 fn start_in(folder: &Folder, model: &str, window: Option<(usize, usize)>) -> EngineHandle {
+    // A new memory each time: what is found was read.
+    let backend = SimBackend::new(VOCAB, 8, noise);
+    let backend = match window {
+        Some(_) => windowed(backend.with_limits(100, 1), window),
+        None => backend,
+    };
+    start_with(folder, model, backend)
+}
+
+fn start_with(folder: &Folder, model: &str, backend: SimBackend) -> EngineHandle {
     let options = EngineOptions {
         disk: Some(DiskOptions {
             folder: folder.0.clone(),
@@ -45,12 +55,6 @@ fn start_in(folder: &Folder, model: &str, window: Option<(usize, usize)>) -> Eng
             limit: 1 << 20,
         }),
         ..EngineOptions::default()
-    };
-    // A new memory each time: what is found was read.
-    let backend = SimBackend::new(VOCAB, 8, noise);
-    let backend = match window {
-        Some(_) => windowed(backend.with_limits(100, 1), window),
-        None => backend,
     };
     Engine::start(Box::new(backend), tokenizer(), options).unwrap()
 }
@@ -126,17 +130,9 @@ fn a_restart_finds_window_pages_too() {
 #[test]
 fn window_pages_that_are_gone_are_read() {
     let folder = Folder::new("gone");
-    let options = EngineOptions {
-        disk: Some(DiskOptions {
-            folder: folder.0.clone(),
-            model: "one".to_owned(),
-            limit: 1 << 20,
-        }),
-        ..EngineOptions::default()
-    };
     let backend = SimBackend::new(VOCAB, 40, noise).with_limits(100, 1);
-    let backend = Box::new(windowed(backend, Some((300, 1))));
-    let engine = Engine::start(backend, tokenizer(), options).unwrap();
+    let backend = windowed(backend, Some((300, 1)));
+    let engine = start_with(&folder, "one", backend);
     assert_eq!(found(&engine, request(1000)), 0);
     crowd(&engine);
     assert_eq!(engine.load().kept_pages, 7 * 4);
@@ -175,16 +171,8 @@ fn jobs_that_start_together_read_a_page_once() {
     found(&engine, request(600));
     engine.drain();
     let (gate, hook) = Gate::hook();
-    let options = EngineOptions {
-        disk: Some(DiskOptions {
-            folder: folder.0.clone(),
-            model: "one".to_owned(),
-            limit: 1 << 20,
-        }),
-        ..EngineOptions::default()
-    };
     let backend = SimBackend::new(VOCAB, 8, noise).with_hook(hook);
-    let engine = Engine::start(Box::new(backend), tokenizer(), options).unwrap();
+    let engine = start_with(&folder, "one", backend);
     let first = engine.submit(noisy(vec![200; 3], 1, 3)).unwrap();
     gate.wait();
     let streams: Vec<JobStream> = (601..604)

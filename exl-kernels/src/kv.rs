@@ -18,14 +18,22 @@
 //! Because the transform is orthogonal up to a factor, attention rotates queries and outputs, not
 //! what is cached.
 //!
+//! Keys have a mean that is large beside what tells them apart. Keys of Q4 are therefore stored as what
+//! they differ by from a *center*, rotated values that a KV head's keys of a page share:
+//! `y = center + decoded`. Whoever appends says what the centers of a page are
+//! ([`RopeAppend`](crate::ops::RopeAppend)); they are written with its first token.
+//!
 //! A page holds `PAGE_TOKENS * kv_heads` heads in three planes, each head's bytes side by side:
-//! the codes (of Q6 their lower four bits), the upper two bits of Q6, the words. Codes of four
+//! the codes (of Q6 their lower four bits), the upper two bits of Q6, the words. Behind them a page of keys
+//! of Q4 has its centers, `[kv_heads, head_dim]` 16-bit floats. Codes of four
 //! bits have the even value in the lower half of a byte, those of two bits begin at bit 0. An
 //! element's bits do not depend on how many tokens are written at once.
 
 mod codec;
+mod keys;
 
 pub(crate) use codec::Codec;
+pub use keys::KeyHeads;
 
 use std::fmt;
 use std::str::FromStr;
@@ -44,7 +52,7 @@ pub enum KvFormat {
     Q8,
     /// 6-bit codes: 6.5 bits per value.
     Q6,
-    /// 4-bit codes: 4.5 bits per value.
+    /// 4-bit codes: 4.5 bits per value, and 1/16 more for the centers of keys.
     Q4,
 }
 
@@ -112,9 +120,27 @@ impl KvFormat {
         kv_heads.saturating_mul(self.head(head_dim).all())
     }
 
-    /// Bytes of a page of [`PAGE_TOKENS`] tokens.
+    /// Bytes of a page of [`PAGE_TOKENS`] tokens' values.
     pub fn page_bytes(self, kv_heads: usize, head_dim: usize) -> usize {
         PAGE_TOKENS.saturating_mul(self.token_bytes(kv_heads, head_dim))
+    }
+
+    /// Bytes of a page of [`PAGE_TOKENS`] tokens' keys, with their centers.
+    pub fn key_page_bytes(self, kv_heads: usize, head_dim: usize) -> usize {
+        let centers = kv_heads.saturating_mul(self.center_bytes(head_dim));
+        self.page_bytes(kv_heads, head_dim).saturating_add(centers)
+    }
+
+    /// Whether keys are stored as what they differ by from a center.
+    pub const fn has_centers(self) -> bool {
+        matches!(self, Self::Q4)
+    }
+
+    fn center_bytes(self, head_dim: usize) -> usize {
+        match self.has_centers() {
+            true => head_dim.saturating_mul(2),
+            false => 0,
+        }
     }
 
     pub(crate) fn head(self, head_dim: usize) -> HeadBytes {
@@ -256,22 +282,46 @@ pub(crate) struct PageLayout {
     pub(crate) kv_heads: usize,
     pub(crate) head_dim: usize,
     head: HeadBytes,
+    /// Bytes of the center of a head.
+    center: usize,
 }
 
 impl PageLayout {
-    pub(crate) fn new(format: KvFormat, kv_heads: usize, head_dim: usize) -> Self {
+    pub(crate) fn keys(format: KvFormat, kv_heads: usize, head_dim: usize) -> Self {
+        Self {
+            center: format.center_bytes(head_dim),
+            ..Self::values(format, kv_heads, head_dim)
+        }
+    }
+
+    pub(crate) fn values(format: KvFormat, kv_heads: usize, head_dim: usize) -> Self {
         Self {
             format,
             kv_heads,
             head_dim,
             head: format.head(head_dim),
+            center: 0,
         }
+    }
+
+    /// First byte of the page that a slot is in.
+    fn page(&self, slot: usize) -> usize {
+        let bytes = PAGE_TOKENS * self.head.all() + self.center;
+        slot / PAGE_TOKENS * self.kv_heads * bytes
+    }
+
+    /// First byte of the center of a head of the token in a slot, and its bytes; `None` where there are no
+    /// centers.
+    pub(crate) fn center(&self, slot: usize, head: usize) -> Option<(usize, usize)> {
+        let planes = PAGE_TOKENS * self.kv_heads * self.head.all();
+        let at = self.page(slot) + planes + head * self.center;
+        (self.center > 0).then_some((at, self.center))
     }
 
     /// First byte of a head of the token in a slot, in each plane, and the bytes there.
     pub(crate) fn planes(&self, slot: usize, head: usize) -> [(usize, usize); 3] {
         let heads = PAGE_TOKENS * self.kv_heads;
-        let page = slot / PAGE_TOKENS * heads * self.head.all();
+        let page = self.page(slot);
         let at = slot % PAGE_TOKENS * self.kv_heads + head;
         let high = page + heads * self.head.codes;
         let words = high + heads * self.head.high;

@@ -11,6 +11,6 @@ mod quant;
 pub mod reference;
 
 pub use error::{Error, Mismatch, Result};
-pub use kv::{KvFormat, KvType};
+pub use kv::{KeyHeads, KvFormat, KvType};
 pub use mem::{DType, Element, Mem, MemMut, Place};
 pub use quant::{Exl2Parts, GptqParts, Group, QuantMatrix};

@@ -197,7 +197,9 @@ pub struct GateUp<'a> {
 /// the rest. Tokens of text have the same position on all axes, which is the plain rotation.
 ///
 /// A quantized cache holds keys that went through a Hadamard transform (`KvFormat`); q goes through
-/// the inverse one, so that its products with them are those of q and k.
+/// the inverse one, so that its products with them are those of q and k. Of keys of Q4 their center is taken
+/// away: that of the page in which their position lies. The token in a page's first slot writes the page's
+/// centers, so that slots must lie in pages as positions do.
 #[derive(Debug)]
 pub struct RopeAppend<'a> {
     /// F32 `[rows, heads, head_dim]`, rotated in place.
@@ -212,6 +214,9 @@ pub struct RopeAppend<'a> {
     pub slots: Mem<'a>,
     /// F32 `[rotary_dim / 2]`: angle per position; empty for no rotation.
     pub inv_freq: Mem<'a>,
+    /// F16 `[n, kv_heads, head_dim]`: centers of the keys of positions `PAGE_TOKENS * i` and after
+    /// (`KvFormat::has_centers`), the last ones also for all further positions; empty for zeros.
+    pub k_centers: Mem<'a>,
     /// F32 or F16 `[pages, PAGE_TOKENS, kv_heads, head_dim]`, or bytes in a quantized format.
     pub k_cache: MemMut<'a>,
     /// As `k_cache`.
@@ -232,6 +237,12 @@ pub struct RopeAppend<'a> {
     pub attention_factor: f32,
     /// Frequencies of each axis, as many together as there are.
     pub sections: Option<[usize; 3]>,
+}
+
+/// Row of a table of `n` centers for a position; `None` for zeros.
+pub(crate) fn center_row(position: i32, n: usize) -> Option<usize> {
+    let page = usize::try_from(position).unwrap_or(0) / PAGE_TOKENS;
+    Some(page.min(n.checked_sub(1)?))
 }
 
 /// The axis whose position turns the pair of a frequency.

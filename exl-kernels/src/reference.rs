@@ -6,6 +6,7 @@ mod moe;
 
 use half::{bf16, f16};
 
+use crate::kv::PageLayout;
 use crate::ops::{
     Activation, Clamp, Dequant, Embed, GateUp, Gated, GatherRows, HessianSyrk, LayerNorm, Linear,
     Matrix, Op, PAGE_TOKENS, PagedAttn, RmsNorm, RopeAppend, RopeStyle, ScaleLogits, ScaleRows,
@@ -250,8 +251,8 @@ fn rope_append(op: &mut RopeAppend<'_>) -> Result<()> {
     let factor = f64::from(op.attention_factor);
     let d = op.head_dim;
     let width = op.kv_heads * d;
-    let shape = (op.kv_heads, d);
-    let tokens = PAGE_TOKENS * (op.k_cache.bytes() / op.kv.k.page_bytes(op.kv_heads, d));
+    let centers = floats(&op.k_centers)?;
+    let tokens = PAGE_TOKENS * (op.k_cache.bytes() / op.kv.k.key_page_bytes(op.kv_heads, d));
     let mut seen = std::collections::HashSet::new();
     if let Some(slot) = slots.iter().find(|&&slot| !seen.insert(slot)) {
         return Err(ops::repeated_slot(slots, *slot));
@@ -270,8 +271,13 @@ fn rope_append(op: &mut RopeAppend<'_>) -> Result<()> {
         }
         let slot = index(slots, r, tokens, "rope_append.slots")?;
         let (k, v) = (&k[r * width..][..width], &v[r * width..][..width]);
-        kv::store_token(&mut op.k_cache, (op.kv.k, shape), slot, k)?;
-        kv::store_token(&mut op.v_cache, (op.kv.v, shape), slot, v)?;
+        let zeros = vec![0.0; width];
+        let row = ops::center_row(positions[r], centers.len() / width.max(1));
+        let center = row.map_or(&zeros[..], |row| &centers[row * width..][..width]);
+        let keys = PageLayout::keys(op.kv.k, op.kv_heads, d);
+        let values = PageLayout::values(op.kv.v, op.kv_heads, d);
+        kv::store_token(&mut op.k_cache, &keys, slot, (k, center))?;
+        kv::store_token(&mut op.v_cache, &values, slot, (v, &zeros))?;
     }
     for (i, value) in q.iter().enumerate() {
         store(&mut op.q, i, *value)?;
@@ -303,10 +309,12 @@ fn paged_attn(op: &mut PagedAttn<'_>) -> Result<()> {
     let (starts, lens) = (op.q_start.slice::<i32>()?, op.kv_len.slice::<i32>()?);
     let (d, group) = (op.head_dim, op.heads / op.kv_heads);
     let q = floats(&op.q)?;
-    let k = kv::load(&op.k_cache, op.kv.k, (op.kv_heads, d))?;
-    let v = kv::load(&op.v_cache, op.kv.v, (op.kv_heads, d))?;
+    let keys = PageLayout::keys(op.kv.k, op.kv_heads, d);
+    let values = PageLayout::values(op.kv.v, op.kv_heads, d);
+    let pages = op.k_cache.bytes() / op.kv.k.key_page_bytes(op.kv_heads, d);
+    let k = kv::load(&op.k_cache, &keys, pages)?;
+    let v = kv::load(&op.v_cache, &values, pages)?;
     let unrotates = op.kv.v.is_quantized();
-    let pages = k.len() / (PAGE_TOKENS * op.kv_heads * d);
     for s in 0..op.seqs {
         let (first, end) = (starts[s] as usize, starts[s + 1] as usize);
         for r in first..end {

@@ -167,7 +167,11 @@ fn conformance(deterministic: bool) {
                 // Of prompts the kernels round queries and weights to 16 bits, 2.4e-4 at most each,
                 // which scores of several hundred magnify: measured 2.5e-3 at heads of 128 values,
                 // 4.0e-3 at 256, with and without warpgroups.
-                if !deterministic && name.starts_with("paged_attn::prefill") {
+                let prompt = !deterministic && name.starts_with("paged_attn::prefill");
+                // So do sums of keys and centers, of heads that are unpacked: measured 3.3e-3.
+                let has_centers = name.starts_with("paged_attn::") && name.contains("/q4/");
+                let read_as_codes = ["/d=64", "/d=128"].iter().any(|dim| name.ends_with(dim));
+                if prompt || (has_centers && !read_as_codes) {
                     outcome.tolerance = outcome.tolerance.max(5e-3);
                 }
                 let kind = name.split("::").next().unwrap_or_default().to_owned();

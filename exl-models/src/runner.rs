@@ -1,6 +1,7 @@
 //! Runs steps of a model: plans by shape, the KV cache, the executor.
 
 mod adapted;
+mod centers;
 mod draw;
 mod extras;
 mod pages;
@@ -146,7 +147,8 @@ pub struct Runner {
 
 impl Runner {
     /// Allocates the cache and starts the threads; on a GPU it takes the memory of the largest steps
-    /// ([`MemoryRequest::steps`]), so that a lack of it shows here.
+    /// ([`MemoryRequest::steps`]), so that a lack of it shows here. With keys of four bits it runs some tokens,
+    /// to learn what keys have in common.
     ///
     /// # Errors
     /// [`Error::Step`] on impossible options, out of memory.
@@ -179,7 +181,7 @@ impl Runner {
         };
         let plans = PlanCache::new(options.plans);
         let uses = PageUses::new(pages, shape.sliding.window);
-        Ok(Self {
+        let mut runner = Self {
             model,
             options,
             executor,
@@ -188,7 +190,9 @@ impl Runner {
             uses,
             last: None,
             times: None,
-        })
+        };
+        centers::set(&mut runner)?;
+        Ok(runner)
     }
 
     /// The model.

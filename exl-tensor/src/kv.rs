@@ -1,10 +1,11 @@
 //! Storage of the paged KV cache; which page belongs to whom is decided elsewhere.
 
 use exl_kernels::cuda::DeviceRegion;
-use exl_kernels::{DType, KvFormat, KvType, Mem, MemMut};
+use exl_kernels::{DType, KvType, Mem, MemMut};
 
 use crate::{Error, Gpu, GpuPart, HostMemory, Result};
 
+mod centers;
 mod transfer;
 mod window;
 
@@ -26,21 +27,19 @@ pub struct KvShape {
 }
 
 impl KvShape {
-    /// Bytes of one page of keys or values of this format in one layer.
-    fn half_bytes(&self, format: KvFormat) -> usize {
-        format.page_bytes(self.kv_heads, self.head_dim)
-    }
-
     /// Bytes of one page of K and of V in one layer.
     pub fn page_bytes(&self) -> (usize, usize) {
-        (self.half_bytes(self.kv.k), self.half_bytes(self.kv.v))
+        let (heads, dim) = (self.kv_heads, self.head_dim);
+        let k = self.kv.k.key_page_bytes(heads, dim);
+        (k, self.kv.v.page_bytes(heads, dim))
     }
 
-    /// Bytes of these pages over all layers, K and V.
+    /// Bytes of these pages over all layers, K and V, and of the centers that keys of Q4 are appended with.
     pub fn bytes(&self, pages: impl Into<KvPages>) -> usize {
         let pages = pages.into();
         let full = self.layer_bytes(self.full_layers(), pages.all);
         full.saturating_add(self.layer_bytes(self.sliding.layers, pages.of_sliding()))
+            .saturating_add(self.center_bytes(pages.all))
     }
 
     /// Bytes of `pages` pages of so many layers, K and V.
@@ -78,7 +77,7 @@ fn product(factors: &[usize]) -> usize {
     factors.iter().fold(1, |n, &f| n.saturating_mul(f))
 }
 
-/// Memory of K or V of one layer.
+/// Memory of K or V of one layer, or of all centers.
 #[derive(Debug)]
 enum Half {
     Host(HostMemory),
@@ -92,6 +91,8 @@ pub struct KvBuffers {
     shape: KvShape,
     pages: KvPages,
     layers: Vec<(Half, Half)>,
+    /// Of all layers: `[layers, pages, kv_heads, head_dim]`.
+    centers: Option<Half>,
     gpu: Option<Gpu>,
 }
 
@@ -111,10 +112,13 @@ impl KvBuffers {
         let layers = (0..shape.layers)
             .map(|l| Ok((one(l, k)?, one(l, v)?)))
             .collect::<Result<_>>()?;
+        let centers = Some(shape.center_bytes(pages.all)).filter(|&bytes| bytes > 0);
+        let centers = centers.map(|bytes| HostMemory::zeroed(bytes, "centers of the KV cache"));
         Ok(Self {
             shape,
             pages,
             layers,
+            centers: centers.transpose()?.map(Half::Host),
             gpu: None,
         })
     }
@@ -144,10 +148,13 @@ impl KvBuffers {
                 Ok((part(pages * k)?, part(pages * v)?))
             })
             .collect::<Result<_>>()?;
+        let centers = Some(shape.center_bytes(pages.all)).filter(|&bytes| bytes > 0);
+        let centers = centers.map(&mut part).transpose()?;
         Ok(Self {
             shape,
             pages,
             layers,
+            centers,
             gpu: Some(gpu.clone()),
         })
     }
@@ -170,10 +177,14 @@ impl KvBuffers {
         let layers = (0..shape.layers)
             .map(|l| (half(l, k), half(l, v)))
             .collect();
+        let centers = Some(shape.center_bytes(pages.all)).filter(|&bytes| bytes > 0);
+        // SAFETY: the caller's promise.
+        let centers = centers.map(|bytes| unsafe { Half::Gpu(DeviceRegion::unbacked(bytes)) });
         Ok(Self {
             shape,
             pages,
             layers,
+            centers,
             gpu: None,
         })
     }
@@ -213,22 +224,30 @@ impl KvBuffers {
         (k.mem(kv.k.dtype()), v.mem(kv.v.dtype()))
     }
 
-    /// K and V of a layer for writing.
-    pub(crate) fn write(&mut self, layer: usize) -> (MemMut<'_>, MemMut<'_>) {
+    /// K and V of a layer for writing, and the centers of its keys.
+    pub(crate) fn write(&mut self, layer: usize) -> (MemMut<'_>, MemMut<'_>, Mem<'_>) {
         let kv = self.shape.kv;
         let (k, v) = &self.layers[layer];
-        // SAFETY: K and V do not overlap and `&mut self` excludes any other region.
-        unsafe { (k.mem_mut(kv.k.dtype()), v.mem_mut(kv.v.dtype())) }
+        // SAFETY: none of the three overlap, and `&mut self` excludes any other region.
+        let (k, v) = unsafe { (k.mem_mut(kv.k.dtype()), v.mem_mut(kv.v.dtype())) };
+        (k, v, self.centers(layer))
     }
 }
 
 impl Half {
     fn mem(&self, dtype: DType) -> Mem<'_> {
         match self {
-            Half::Host(memory) => memory.mem(0, memory.bytes(), dtype),
+            Half::Host(memory) => self.part(0, memory.bytes(), dtype),
+            Half::Gpu(region) => self.part(0, region.bytes(), dtype),
+        }
+    }
+
+    fn part(&self, at: usize, bytes: usize, dtype: DType) -> Mem<'_> {
+        match self {
+            Half::Host(memory) => memory.mem(at, bytes, dtype),
             Half::Gpu(region) => region
-                .mem(0, region.bytes(), dtype)
-                .expect("halves of the cache are aligned"),
+                .mem(at, bytes, dtype)
+                .expect("parts of the cache are aligned"),
         }
     }
 
@@ -241,7 +260,7 @@ impl Half {
                 Half::Host(memory) => memory.mem_mut(0, memory.bytes(), dtype),
                 Half::Gpu(region) => region
                     .mem_mut(0, region.bytes(), dtype)
-                    .expect("halves of the cache are aligned"),
+                    .expect("parts of the cache are aligned"),
             }
         }
     }
@@ -249,6 +268,7 @@ impl Half {
 
 #[cfg(test)]
 mod tests {
+    use exl_kernels::KvFormat;
     use exl_kernels::ops::PAGE_TOKENS;
 
     use super::*;
@@ -280,7 +300,13 @@ mod tests {
             let shape = shape(kv, 128);
             let token = (2.0 * 3.0 * 128.0 * bits / 8.0) as usize;
             assert_eq!(shape.token_bytes(), token, "{kv}");
-            assert_eq!(shape.bytes(5), 5 * PAGE_TOKENS * token);
+            // Centers in a page and of its number.
+            let centers = if kv == KvType::Q4 {
+                2 * 2 * 3 * 128 * 2
+            } else {
+                0
+            };
+            assert_eq!(shape.bytes(5), 5 * (PAGE_TOKENS * token + centers));
             assert_eq!(KvBuffers::new(shape, 5).unwrap().bytes(), shape.bytes(5));
         }
         assert!(KvBuffers::new(shape(KvType::Q4, 33), 1).is_err());
@@ -300,7 +326,7 @@ mod tests {
         let mut cache = KvBuffers::new(shape(kv, 80), 3).unwrap();
         let (k_page, v_page) = cache.shape().page_bytes();
         for layer in 0..2 {
-            let (mut k, mut v) = cache.write(layer);
+            let (mut k, mut v, _) = cache.write(layer);
             for (half, page) in [(&mut k, k_page), (&mut v, v_page)] {
                 for (i, byte) in half.slice_mut::<u8>().unwrap().iter_mut().enumerate() {
                     *byte = (i * 7 + i / page + layer) as u8;

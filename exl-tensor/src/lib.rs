@@ -27,7 +27,7 @@ pub use exl_kernels::cuda::{DeviceInfo, DeviceProps, probe};
 pub use exl_kernels::ops::{
     Activation, PAGE_TOKENS, RopeStyle, RouteNorm, SAMPLE_WORDS, SampleParams,
 };
-pub use exl_kernels::{DType, Exl2Parts, GptqParts, Group, KvFormat, KvType};
+pub use exl_kernels::{DType, Exl2Parts, GptqParts, Group, KeyHeads, KvFormat, KvType};
 pub use gpu::{Gpu, GpuPart, GpuTaken, gpu_kernels};
 pub use kv::{KvBuffers, KvPages, KvShape, SlidingLayers, least_window_pages};
 pub use plan::{

@@ -11,7 +11,8 @@
 // the next one are asked for, while the other operand's are under way.
 //
 // Queries come transformed as the keys are (rope); the mean of values is transformed back before it is
-// written, by 16 lanes that have 64 values.
+// written, by 16 lanes that have 64 values. What a row's product with a page's center is, which keys of 4
+// bits have, is added to its products with the page's keys: worked out once a page, by each warp.
 //
 // exl: spills-allowed exl_attn_decode_128_q4_q4 on 12.0 two registers, once in 16 keys
 //
@@ -145,6 +146,7 @@ template <int D, int WARPS, int K_BITS, int V_BITS>
 struct Walk {
     static constexpr int DIM = D, BLOCK_WARPS = WARPS, TILE_ROWS = ROWS, STRIDE = D + 8;
     static constexpr int QUERIES = 2 * ROWS * STRIDE;   // halves
+    static constexpr int MERGE = 8;   // chunks that are merged at a time
     // Octets of a lane in a key and in a value.
     static constexpr int K_OCTETS = D / 32, V_OCTETS = D / 64;
 
@@ -209,35 +211,36 @@ struct Walk {
     }
 
     // A turn's keys are of one page: where it begins, and this KV head of the key `more` keys on in it.
-    template <int BITS>
+    template <int BITS, bool IS_KEYS>
     __device__ __forceinline__ const u8* page(const void* cache, Pages& pages, int key) const {
         const int id = pages.of(a, tile.seq, key);
-        return static_cast<const u8*>(cache) + id * Head<const u8>::page_bytes(Format(BITS, D), a.kv_heads);
+        const Format format(BITS, D, IS_KEYS);
+        return static_cast<const u8*>(cache) + id * Head<const u8>::page_bytes(format, a.kv_heads);
     }
-    template <int BITS>
+    template <int BITS, bool IS_KEYS>
     __device__ __forceinline__ Head<const u8> head(const u8* page, int key, int more) const {
         const u32 at = (key % PAGE_TOKENS + more) * a.kv_heads + kv_head;
-        return {page, Format(BITS, D), a.kv_heads, at};
+        return {page, Format(BITS, D, IS_KEYS), a.kv_heads, at};
     }
     __device__ __forceinline__ void load_keys(Pages& pages, const Turns& t, int turn) {
         if (turn >= t.count) return;
         const int key = t.first + turn * KEYS * WARPS;
-        const u8* from = page<K_BITS>(a.k_cache, pages, key);
+        const u8* from = page<K_BITS, true>(a.k_cache, pages, key);
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
-            keys[j].load(head<K_BITS>(from, key, lane / 4 + 8 * j), lane % 4 * K_OCTETS, true);
+            keys[j].load(head<K_BITS, true>(from, key, lane / 4 + 8 * j), lane % 4 * K_OCTETS, true);
         }
     }
     // What no row sees counts as 0, whatever is stored there.
     __device__ __forceinline__ void load_values(Pages& pages, const Turns& t, int turn) {
         if (turn >= t.count) return;
         const int key = t.first + turn * KEYS * WARPS;
-        const u8* from = page<V_BITS>(a.v_cache, pages, key);
+        const u8* from = page<V_BITS, false>(a.v_cache, pages, key);
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
             const int at = lane % 4 * 2 + j % 2 + j / 2 * 8;
             const bool there = key + at >= tile.keys_from && key + at < tile.keys_to;
-            vals[j].load(head<V_BITS>(from, key, at), lane / 4 * V_OCTETS, there);
+            vals[j].load(head<V_BITS, false>(from, key, at), lane / 4 * V_OCTETS, there);
         }
     }
     // Behind the last key of which fill() loads something.
@@ -247,8 +250,40 @@ struct Walk {
         load_values(pages, t, 0);
     }
 
-    // Raw products of 16 keys with the rows: raw[h][j] is row 2 (lane % 4) + h, key lane / 4 + 8 j.
-    __device__ __forceinline__ void products(float (&raw)[2][2]) const {
+    // Raw products of row 2 (lane % 4) + h with the center of the page of `key`.
+    __device__ __forceinline__ void center_products(Pages& pages, int key, float (&shift)[2]) const {
+        const u8* first = page<K_BITS, true>(a.k_cache, pages, key);
+        const Format format(K_BITS, D, true);
+        const uint4* center = reinterpret_cast<const uint4*>(
+            Head<const u8>::center(first, format, a.kv_heads, kv_head) + lane % 4 * (D / 2));
+        uint4 c[K_OCTETS];
+#pragma unroll
+        for (int o = 0; o < K_OCTETS; ++o) c[o] = center[o];
+        const u32 high = smem_address(shared + lane % 8 * STRIDE + lane / 8 * 8);
+        const u32 low = high + ROWS * STRIDE * 2;
+        float large[4] = {}, small[4] = {};
+#pragma unroll
+        for (int o = 0; o < K_OCTETS; ++o) {
+            u32 hi[4], lo[4];
+            ldmatrix_x4(hi, high + o * 64);
+            ldmatrix_x4(lo, low + o * 64);
+            // Pairs as those of codes, the same for all of 16 keys.
+            const u32 p[4] = {__byte_perm(c[o].x, c[o].z, 0x5410), __byte_perm(c[o].x, c[o].z, 0x7632),
+                              __byte_perm(c[o].y, c[o].w, 0x5410), __byte_perm(c[o].y, c[o].w, 0x7632)};
+#pragma unroll
+            for (int step = 0; step < 2; ++step) {
+                const u32 k[4] = {p[2 * step], p[2 * step], p[2 * step + 1], p[2 * step + 1]};
+                mma_f16(large, k, hi[2 * step], hi[2 * step + 1]);
+                mma_f16(small, k, lo[2 * step], lo[2 * step + 1]);
+            }
+        }
+#pragma unroll
+        for (int h = 0; h < 2; ++h) shift[h] = large[h] + small[h];
+    }
+
+    // Raw products of 16 keys with the rows: raw[h][j] is row 2 (lane % 4) + h, key lane / 4 + 8 j, each
+    // with its row's `shift` added.
+    __device__ __forceinline__ void products(const float (&shift)[2], float (&raw)[2][2]) const {
         // Matrices of the rows by 8 columns each, 32 columns at a time.
         const u32 high = smem_address(shared + lane % 8 * STRIDE + lane / 8 * 8);
         const u32 low = high + ROWS * STRIDE * 2;
@@ -279,6 +314,7 @@ struct Walk {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             raw[i % 2][i / 2] = large[0][i] + large[1][i] + (small[0][i] + small[1][i]);
+            if (K_BITS == 4) raw[i % 2][i / 2] += shift[i % 2];
         }
     }
 
@@ -339,10 +375,15 @@ struct Walk {
     }
 
     __device__ __forceinline__ void run(Pages& pages, const Turns& t) {
+        float shift[2] = {0.0f, 0.0f};
         for (int turn = 0; turn < t.count; ++turn) {
             const int key = t.first + turn * KEYS * WARPS;
             float raw[2][2], keep[2];
-            products(raw);
+            // The warp's first turn in a page.
+            if (K_BITS == 4 && (turn == 0 || key % PAGE_TOKENS < KEYS * WARPS)) {
+                center_products(pages, key, shift);
+            }
+            products(shift, raw);
             load_keys(pages, t, turn + 1);
 #pragma unroll
             for (int h = 0; h < 2; ++h) keep[h] = weights(raw[h], h, key);

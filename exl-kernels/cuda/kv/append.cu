@@ -1,6 +1,9 @@
 // exl_kv_append: rotates q and k by their positions, transforms q for keys that are stored transformed,
 // and writes k and v into a quantized cache (src/kv.rs).
 //
+// Keys of 4 bits are stored as what they differ by from the center of their position's page, which the
+// token in the first slot of a page writes there.
+//
 // What: a block takes one head of one row. Values go through the transform in shared memory; a warp
 // encodes a group: of 8 and 6 bits its largest value gives the scale, of 4 bits each lane tries one
 // block with one choice of step and offset for one sign, scale after scale, and the lanes agree on the
@@ -191,8 +194,9 @@ __device__ __forceinline__ void encode(const float* head, int group, int dim, co
 template <int SPLIT>
 __device__ __forceinline__ void append(float* q, const float* k, const float* v, const int* positions,
                                        const int* slots, const float* inv_freq, u8* k_cache, u8* v_cache,
-                                       int heads, int kv_heads, int head_dim, int pairs, int interleaved,
-                                       float factor, int k_bits, int v_bits, int second, int third) {
+                                       const __half* k_centers, int centers, int heads, int kv_heads,
+                                       int head_dim, int pairs, int interleaved, float factor, int k_bits,
+                                       int v_bits, int second, int third) {
     constexpr int COUNT = SPLIT * THREADS;
     extern __shared__ float x[];
     const auto sync = [] { __syncthreads(); };
@@ -209,6 +213,13 @@ __device__ __forceinline__ void append(float* q, const float* k, const float* v,
     const int first = threadIdx.x;
     float2 turn = first < turned ? rotation_of(first) : float2{};
     const int slot = slots[row];
+    const Format f(is_k ? k_bits : v_bits, head_dim, is_k);
+    const int page = min(at_axes.at(row, 0) / PAGE_TOKENS, centers - 1);
+    const auto center_at = [&](int i) {
+        return page < 0 ? __float2half_rn(0.0f) : k_centers[((long long)page * kv_heads + head) * head_dim + i];
+    };
+    __half center = __float2half_rn(0.0f);
+    if (is_k && f.center > 0 && first < head_dim) center = center_at(first);
     pdl_wait();
     for (int p = first; p < turned; p += COUNT) {
         const int a = interleaved ? 2 * p : p, b = interleaved ? a + 1 : p + pairs;
@@ -227,7 +238,16 @@ __device__ __forceinline__ void append(float* q, const float* k, const float* v,
         for (int i = threadIdx.x; i < head_dim; i += COUNT) q[at + i] = x[i];
         return;
     }
-    const Format f(is_k ? k_bits : v_bits, head_dim);
+    if (f.center > 0) {
+        u8* in_page = k_cache + Head<u8>::page_bytes(f, kv_heads) * (slot / PAGE_TOKENS);
+        __half* to = reinterpret_cast<__half*>(Head<u8>::center(in_page, f, kv_heads, head));
+        for (int i = first; i < head_dim; i += COUNT) {
+            if (i != first) center = center_at(i);
+            x[i] -= __half2float(center);
+            if (slot % PAGE_TOKENS == 0) to[i] = center;
+        }
+        __syncthreads();
+    }
     const Head<u8> to(is_k ? k_cache : v_cache, f, slot, kv_heads, head);
     constexpr int TOGETHER = THREADS / WARP;
     const int mine = threadIdx.x / (SPLIT * WARP);
@@ -240,11 +260,11 @@ __device__ __forceinline__ void append(float* q, const float* k, const float* v,
 
 #define APPEND_ARGUMENTS                                                                             \
     float *q, const float *k, const float *v, const int *positions, const int *slots,                \
-        const float *inv_freq, u8 *k_cache, u8 *v_cache, int heads, int kv_heads, int head_dim,      \
-        int pairs, int interleaved, float factor, int k_bits, int v_bits, int second, int third
+        const float *inv_freq, u8 *k_cache, u8 *v_cache, const __half *k_centers, int centers,       \
+        int heads, int kv_heads, int head_dim, int pairs, int interleaved, float factor, int k_bits, int v_bits, int second, int third
 #define APPEND_VALUES                                                                                \
-    q, k, v, positions, slots, inv_freq, k_cache, v_cache, heads, kv_heads, head_dim, pairs,         \
-        interleaved, factor, k_bits, v_bits, second, third
+    q, k, v, positions, slots, inv_freq, k_cache, v_cache, k_centers, centers, heads, kv_heads,      \
+        head_dim, pairs, interleaved, factor, k_bits, v_bits, second, third
 
 extern "C" __global__ void __launch_bounds__(THREADS, 4) exl_kv_append(APPEND_ARGUMENTS) {
     append<1>(APPEND_VALUES);

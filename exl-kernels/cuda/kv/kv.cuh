@@ -3,13 +3,14 @@
 
 #include "common/common.cuh"
 
-// Storage of keys or of values: bits of a code, 8, 6 or 4, and the sizes of a head in the planes.
+// Storage of keys or of values: bits of a code, 8, 6 or 4, the sizes of a head in the planes, and of its
+// center, which keys of 4 bits have.
 struct Format {
-    int bits, codes, high, words;
+    int bits, codes, high, words, center;
 
-    __device__ __forceinline__ Format(int bits, int dim)
+    __device__ __forceinline__ Format(int bits, int dim, bool is_keys)
         : bits(bits), codes(bits == 8 ? dim : dim / 2), high(bits == 6 ? (dim + 3) / 4 : 0),
-          words(2 * max(dim / 32, 1)) {}
+          words(2 * max(dim / 32, 1)), center(is_keys && bits == 4 ? 2 * dim : 0) {}
 };
 
 // A head in the three planes of its page.
@@ -29,8 +30,15 @@ struct Head {
         high = page + (heads * f.codes + at * f.high);
         words = page + (heads * (f.codes + f.high) + at * f.words);
     }
+    __device__ __forceinline__ static u32 plane_bytes(const Format& f, int kv_heads) {
+        return PAGE_TOKENS * kv_heads * (f.codes + f.high + f.words);
+    }
     __device__ __forceinline__ static long long page_bytes(const Format& f, int kv_heads) {
-        return (long long)PAGE_TOKENS * kv_heads * (f.codes + f.high + f.words);
+        return plane_bytes(f, kv_heads) + u32(kv_heads * f.center);
+    }
+    // The center of a KV head in the page that begins at `page`.
+    __device__ __forceinline__ static Byte* center(Byte* page, const Format& f, int kv_heads, int kv_head) {
+        return page + (plane_bytes(f, kv_heads) + u32(kv_head * f.center));
     }
 };
 

@@ -1,5 +1,6 @@
 // exl_kv_unpack: writes the pages of a quantized cache (src/kv.rs) that a step reads as 16-bit floats,
-// for attention kernels that read those: transformed values, which need no rounding.
+// for attention kernels that read those: transformed values, which need no rounding but where a center is
+// added.
 // exl_kv_restore: the inverse transform of attention's output, in place.
 //
 // What: a block unpacks a stretch of one page of K or V; a thread takes two values at a time. A page
@@ -53,14 +54,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4)
     const int first = window > 0 ? max(0, len - rows + 1 - window) : 0;
     if (rows <= 0 || page * PAGE_TOKENS >= len || (page + 1) * PAGE_TOKENS <= first) return;
     const long long token = (long long)block_table[(long long)seq * pages_per_seq + page] * PAGE_TOKENS;
-    const Format f(is_v ? v_bits : k_bits, head_dim);
+    const Format f(is_v ? v_bits : k_bits, head_dim, !is_v);
     const u8* cache = is_v ? v_cache : k_cache;
+    const u8* in_page = cache + Head<const u8>::page_bytes(f, kv_heads) * (token / PAGE_TOKENS);
     __half* out = (is_v ? v_out : k_out) + token * kv_heads * head_dim;
     const int pairs = head_dim / 2, all = min(PAGE_TOKENS, len - page * PAGE_TOKENS) * kv_heads * pairs;
     for (int i = blockIdx.x * THREADS + threadIdx.x; i < all; i += gridDim.x * THREADS) {
         const int place = i / pairs, at = i % pairs * 2;
         const Head<const u8> head(cache, f, token + place / kv_heads, kv_heads, place % kv_heads);
-        reinterpret_cast<__half2*>(out)[i] = decode(head, f, head_dim, at);
+        __half2 pair = decode(head, f, head_dim, at);
+        if (f.center > 0) {
+            const u8* center = Head<const u8>::center(in_page, f, kv_heads, place % kv_heads);
+            const float2 c = __half22float2(*reinterpret_cast<const __half2*>(center + 2 * at));
+            const float2 v = __half22float2(pair);
+            pair = __floats2half2_rn(v.x + c.x, v.y + c.y);
+        }
+        reinterpret_cast<__half2*>(out)[i] = pair;
     }
 }
 

@@ -198,11 +198,22 @@ fn quantized(quick: bool) -> Vec<Case> {
     list
 }
 
-/// Random bytes as a cache in a quantized format, its scales such that values are about 1.
-fn random_cache(format: KvFormat, h: Heads, pages: usize, rng: &mut Rng) -> Vec<u8> {
-    let bytes = pages * format.page_bytes(h.kv_heads, h.head_dim);
-    let mut all: Vec<u8> = (0..bytes).map(|_| rng.next() as u8).collect();
-    let layout = PageLayout::new(format, h.kv_heads, h.head_dim);
+/// The keys of a cache: where they lie, and the bytes of a page.
+fn keys(format: KvFormat, h: Heads) -> (PageLayout, usize) {
+    let bytes = format.key_page_bytes(h.kv_heads, h.head_dim);
+    (PageLayout::keys(format, h.kv_heads, h.head_dim), bytes)
+}
+
+/// As [`keys`], of the values.
+fn values(format: KvFormat, h: Heads) -> (PageLayout, usize) {
+    let bytes = format.page_bytes(h.kv_heads, h.head_dim);
+    (PageLayout::values(format, h.kv_heads, h.head_dim), bytes)
+}
+
+/// Random bytes as a cache in a quantized format, its scales such that values are about 1, centers below 2.
+fn random_cache((layout, page): (PageLayout, usize), pages: usize, rng: &mut Rng) -> Vec<u8> {
+    let mut all: Vec<u8> = (0..pages * page).map(|_| rng.next() as u8).collect();
+    let format = layout.format;
     // Upper bytes of 16-bit floats: exponents that make the largest code about 8.
     let top = match format {
         KvFormat::Q4 => 0x3c,
@@ -210,10 +221,15 @@ fn random_cache(format: KvFormat, h: Heads, pages: usize, rng: &mut Rng) -> Vec<
         _ => 0x2c,
     };
     for slot in 0..pages * PAGE_TOKENS {
-        for head in 0..h.kv_heads {
+        for head in 0..layout.kv_heads {
             let (at, len) = layout.planes(slot, head)[2];
             for word in all[at..at + len].chunks_exact_mut(2) {
                 word[1] = word[1] & 0x80 | (top - (word[1] & 7));
+            }
+            if let Some((at, len)) = layout.center(slot, head) {
+                for c in all[at..at + len].chunks_exact_mut(2) {
+                    c[1] = c[1] & 0x80 | (0x3f - (c[1] & 7));
+                }
             }
         }
     }
@@ -223,25 +239,25 @@ fn random_cache(format: KvFormat, h: Heads, pages: usize, rng: &mut Rng) -> Vec<
 /// What the groups of the tokens in `slots` lost, as a share of the group's largest value, and the
 /// sum of all bytes elsewhere.
 fn losses(
-    (format, h): (KvFormat, Heads),
+    layout: &PageLayout,
     cache: &[u8],
     slots: &[i32],
     values: &[f32],
 ) -> (Vec<f32>, Vec<f32>) {
-    let layout = PageLayout::new(format, h.kv_heads, h.head_dim);
+    let (heads, head_dim) = (layout.kv_heads, layout.head_dim);
     let (mut losses, mut rest) = (Vec::new(), cache.to_vec());
     for &slot in slots {
-        for head in 0..h.kv_heads {
+        for head in 0..heads {
             let slot = slot as usize;
-            let at = (slot * h.kv_heads + head) * h.head_dim;
-            let mut y: Vec<f64> = values[at..at + h.head_dim]
+            let at = (slot * heads + head) * head_dim;
+            let mut y: Vec<f64> = values[at..at + head_dim]
                 .iter()
                 .map(|&v| v.into())
                 .collect();
             exact::rotate(&mut y);
-            let stored = exact::rotated(cache, &layout, slot, head);
-            for group in 0..groups(h.head_dim) {
-                let (from, to) = group_range(group, h.head_dim);
+            let stored = exact::rotated(cache, layout, slot, head);
+            for group in 0..groups(head_dim) {
+                let (from, to) = group_range(group, head_dim);
                 let most = y[from..to].iter().fold(1e-30f64, |m, v| m.max(v.abs()));
                 let pairs = y[from..to].iter().zip(&stored[from..to]);
                 let error: f64 = pairs.map(|(a, b)| (a - b).powi(2)).sum();
@@ -265,8 +281,12 @@ fn rope_quantized(turn: Turn, kv: KvType, h: Heads) -> Case {
         let slots = [300, 3, 0, 511, 256];
         let (q, k, v) = append(run, turn, (KvType::F32, h), &slots)?;
         let (again, k_codes, v_codes) = append(run, turn, (kv, h), &slots)?;
-        let (k_loss, k_rest) = losses((kv.k, h), bytemuck::cast_slice(&k_codes), &slots, &k);
-        let (v_loss, v_rest) = losses((kv.v, h), bytemuck::cast_slice(&v_codes), &slots, &v);
+        let (k_codes, v_codes) = (
+            bytemuck::cast_slice(&k_codes),
+            bytemuck::cast_slice(&v_codes),
+        );
+        let (k_loss, k_rest) = losses(&keys(kv.k, h).0, k_codes, &slots, &k);
+        let (v_loss, v_rest) = losses(&values(kv.v, h).0, v_codes, &slots, &v);
         Ok(vec![q, again, k_loss, k_rest, v_loss, v_rest])
     })
 }
@@ -283,7 +303,16 @@ fn append(
     let width = h.kv_heads * h.head_dim;
     let mut q = rng.floats(rows * h.heads * h.head_dim);
     let (k, v) = (rng.floats(rows * width), rng.floats(rows * width));
-    let mut positions: Vec<i32> = [0, 1, 77, 8191, 131_071][..rows].to_vec();
+    // Together in a page where slots are; the second page's centers are the last ones of the table.
+    let mut positions: Vec<i32> = [130_860, 3, 0, 131_071, 130_816][..rows].to_vec();
+    let centers: Vec<f16> = match kv.k.has_centers() && !turn.axes {
+        true => rng
+            .floats(3 * width)
+            .into_iter()
+            .map(f16::from_f32)
+            .collect(),
+        false => Vec::new(),
+    };
     if turn.axes {
         positions.extend_from_slice(&[5, 2, 77, 40_000, 0][..rows]);
         positions.extend_from_slice(&[3, 9, 77, 1, 131_070][..rows]);
@@ -293,8 +322,8 @@ fn append(
         .map(|i| 10000f32.powf(-2.0 * i as f32 / turn.rotary as f32))
         .collect();
     let (a, b) = (pairs / 4, pairs * 3 / 8);
-    let words = |format: KvFormat| 2 * format.page_bytes(h.kv_heads, h.head_dim) / 4;
-    let (mut k_words, mut v_words) = (vec![0f32; words(kv.k)], vec![0f32; words(kv.v)]);
+    let words = |page: usize| vec![0f32; 2 * page / 4];
+    let (mut k_words, mut v_words) = (words(keys(kv.k, h).1), words(values(kv.v, h).1));
     let op = RopeAppend {
         q: MemMut::host(&mut q),
         k: Mem::host(&k),
@@ -302,6 +331,7 @@ fn append(
         positions: Mem::host(&positions),
         slots: Mem::host(slots),
         inv_freq: Mem::host(&inv_freq),
+        k_centers: Mem::host(&centers),
         k_cache: region(&mut k_words, kv.k),
         v_cache: region(&mut v_words, kv.v),
         kv,
@@ -372,15 +402,16 @@ fn attention(what: &str, kv: KvType, h: Heads, seqs: &'static [(usize, usize)]) 
                 }
             }
             let size = pages * PAGE_TOKENS * h.kv_heads * h.head_dim;
-            let mut cache = |format: KvFormat| match format.is_quantized() {
-                true => Stored::U8(random_cache(format, h, pages, &mut rng)),
-                false => Stored::new(&rng.floats(size), format.dtype()),
+            let mut cache = |half: (PageLayout, usize)| {
+                let format = half.0.format;
+                let mut stored = match format.is_quantized() {
+                    true => Stored::U8(random_cache(half, pages, &mut rng)),
+                    false => Stored::new(&rng.floats(size), format.dtype()),
+                };
+                stored.spoil(half.1 / format.dtype().bytes());
+                stored
             };
-            let (mut k, mut v) = (cache(kv.k), cache(kv.v));
-            for (half, format) in [(&mut k, kv.k), (&mut v, kv.v)] {
-                let page = format.page_bytes(h.kv_heads, h.head_dim);
-                half.spoil(page / format.dtype().bytes());
-            }
+            let (k, v) = (cache(keys(kv.k, h)), cache(values(kv.v, h)));
             let mut starts = vec![0i32];
             for (n, _) in seqs {
                 starts.push(starts[starts.len() - 1] + *n as i32);

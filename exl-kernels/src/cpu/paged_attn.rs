@@ -29,20 +29,40 @@ enum Cache<'a> {
 }
 
 impl<'a> Cache<'a> {
-    fn new(mem: &Mem<'a>, format: KvFormat, op: &PagedAttn<'_>, isa: Isa) -> Result<Self> {
-        Ok(match (format, Codec::new(format, op.head_dim, isa)) {
+    fn new(mem: &Mem<'a>, layout: PageLayout, isa: Isa) -> Result<Self> {
+        let format = layout.format;
+        Ok(match (format, Codec::new(format, layout.head_dim, isa)) {
             (KvFormat::F16, _) => Cache::F16(mem.slice()?),
-            (_, Some(codec)) => {
-                let layout = PageLayout::new(format, op.kv_heads, op.head_dim);
-                Cache::Quant(mem.slice()?, codec, layout)
-            }
+            (_, Some(codec)) => Cache::Quant(mem.slice()?, codec, layout),
             _ => Cache::F32(mem.slice()?),
         })
     }
 
-    /// Copies one head of the tokens in `slot` and after, rows of `d` elements, as f32; rotated
-    /// values where the cache is quantized.
+    /// Copies one head of the tokens in `slot` and after, which are of one page, rows of `d` elements, as
+    /// f32; rotated values where the cache is quantized.
     fn rows(&self, slot: usize, (heads, head): (usize, usize), to: &mut [f32], d: usize) {
+        self.stored(slot, (heads, head), to, d);
+        let Cache::Quant(bytes, _, layout) = self else {
+            return;
+        };
+        if let Some((at, len)) = layout.center(slot, head) {
+            let center = bytes[at..at + len].chunks_exact(2).enumerate();
+            let mut stretch = [0f32; 64];
+            for (i, pair) in center {
+                stretch[i % 64] = f16::from_le_bytes([pair[0], pair[1]]).to_f32();
+                if i % 64 == 63 || i + 1 == d {
+                    let from = i / 64 * 64;
+                    for row in to.chunks_exact_mut(d) {
+                        let row = row[from..=i].iter_mut().zip(&stretch);
+                        row.for_each(|(v, c)| *v += c);
+                    }
+                }
+            }
+        }
+    }
+
+    /// As [`Self::rows`], without the center.
+    fn stored(&self, slot: usize, (heads, head): (usize, usize), to: &mut [f32], d: usize) {
         for (i, to) in to.chunks_exact_mut(d).enumerate() {
             let at = ((slot + i) * heads + head) * d;
             match self {
@@ -127,8 +147,16 @@ pub(super) fn run(op: &mut PagedAttn<'_>, cpu: &Cpu) -> Result<()> {
     let op = &*op;
     let attn = Attn {
         q: op.q.slice()?,
-        k: Cache::new(&op.k_cache, op.kv.k, op, cpu.isa())?,
-        v: Cache::new(&op.v_cache, op.kv.v, op, cpu.isa())?,
+        k: Cache::new(
+            &op.k_cache,
+            PageLayout::keys(op.kv.k, op.kv_heads, op.head_dim),
+            cpu.isa(),
+        )?,
+        v: Cache::new(
+            &op.v_cache,
+            PageLayout::values(op.kv.v, op.kv_heads, op.head_dim),
+            cpu.isa(),
+        )?,
         table: op.block_table.slice()?,
         starts: op.q_start.slice()?,
         lens: op.kv_len.slice()?,
@@ -183,7 +211,7 @@ impl Attn<'_> {
     /// Everything that indexes memory.
     fn check(&self) -> Result<()> {
         let op = self.op;
-        let pages = op.k_cache.bytes() / op.kv.k.page_bytes(op.kv_heads, op.head_dim);
+        let pages = op.k_cache.bytes() / op.kv.k.key_page_bytes(op.kv_heads, op.head_dim);
         for s in 0..op.seqs {
             let (start, end, len) = (self.starts[s], self.starts[s + 1], self.lens[s]);
             let rows = i64::from(end) - i64::from(start);

@@ -235,12 +235,11 @@ enum Cache {
 }
 
 impl Cache {
-    fn new(mem: &mut MemMut<'_>, format: KvFormat, op: (usize, usize), isa: Isa) -> Result<Self> {
-        let (kv_heads, head_dim) = op;
-        Ok(match (format, Codec::new(format, head_dim, isa)) {
+    fn new(mem: &mut MemMut<'_>, layout: PageLayout, isa: Isa) -> Result<Self> {
+        let format = layout.format;
+        Ok(match (format, Codec::new(format, layout.head_dim, isa)) {
             (KvFormat::F16, _) => Cache::F16(Rows(mem.slice_mut::<f16>()?.as_mut_ptr())),
             (_, Some(codec)) => {
-                let layout = PageLayout::new(format, kv_heads, head_dim);
                 Cache::Quant(Rows(mem.slice_mut::<u8>()?.as_mut_ptr()), codec, layout)
             }
             _ => Cache::F32(Rows(mem.slice_mut::<f32>()?.as_mut_ptr())),
@@ -254,11 +253,13 @@ impl Cache {
         }
     }
 
-    /// Stores the values of all heads of a token. `scratch` has twice the values of a head.
+    /// Stores the values of all heads of a token as what they differ by from `centers`, where there are
+    /// any. `scratch` has twice the values of a head.
     ///
     /// # Safety
-    /// As [`Rows::range`] for what the token in the slot has.
-    unsafe fn store(&self, slot: usize, values: &[f32], scratch: &mut [f32]) {
+    /// As [`Rows::range`] for what the token in the slot has, and for the page's centers when it is the
+    /// first one there.
+    unsafe fn store(&self, slot: usize, values: &[f32], centers: &[f16], scratch: &mut [f32]) {
         // SAFETY: the caller's promise.
         unsafe {
             match self {
@@ -276,6 +277,19 @@ impl Cache {
                     for (head, values) in values.chunks_exact(layout.head_dim).enumerate() {
                         y.copy_from_slice(values);
                         codec.rotate(y);
+                        if let Some((at, len)) = layout.center(slot, head) {
+                            let range = head * layout.head_dim..(head + 1) * layout.head_dim;
+                            let center = centers.get(range).unwrap_or(&[]);
+                            for (y, c) in y.iter_mut().zip(center) {
+                                *y -= c.to_f32();
+                            }
+                            if slot.is_multiple_of(PAGE_TOKENS) {
+                                let to = bytes.range(at, len);
+                                to[..2 * center.len()]
+                                    .copy_from_slice(bytemuck::cast_slice(center));
+                                to[2 * center.len()..].fill(0);
+                            }
+                        }
                         let planes = layout.planes(slot, head);
                         codec.encode(y, codes, planes.map(|(at, len)| bytes.range(at, len)));
                     }
@@ -303,8 +317,8 @@ fn check_distinct(slots: &[i32], sorted: &mut [i32]) -> Result<()> {
 pub(super) fn rope_append(op: &mut RopeAppend<'_>, cpu: &Cpu) -> Result<()> {
     let (d, width) = (op.head_dim, op.kv_heads * op.head_dim);
     let (positions, slots) = (op.positions.slice::<i32>()?, op.slots.slice::<i32>()?);
-    let heads = (op.kv_heads, d);
-    let tokens = PAGE_TOKENS * (op.k_cache.bytes() / op.kv.k.page_bytes(op.kv_heads, d));
+    let centers = op.k_centers.slice::<f16>()?;
+    let tokens = PAGE_TOKENS * (op.k_cache.bytes() / op.kv.k.key_page_bytes(op.kv_heads, d));
     check_index(slots, tokens, "rope_append.slots")?;
     let freqs = op.inv_freq.slice::<f32>()?;
     let (k, v) = (op.k.slice::<f32>()?, op.v.slice::<f32>()?);
@@ -312,8 +326,10 @@ pub(super) fn rope_append(op: &mut RopeAppend<'_>, cpu: &Cpu) -> Result<()> {
     let (rows, sections) = (op.rows, op.sections);
     let q_width = op.heads * d;
     let q = Rows(op.q.slice_mut::<f32>()?.as_mut_ptr());
-    let k_cache = Cache::new(&mut op.k_cache, op.kv.k, heads, cpu.isa())?;
-    let v_cache = Cache::new(&mut op.v_cache, op.kv.v, heads, cpu.isa())?;
+    let k_layout = PageLayout::keys(op.kv.k, op.kv_heads, d);
+    let v_layout = PageLayout::values(op.kv.v, op.kv_heads, d);
+    let k_cache = Cache::new(&mut op.k_cache, k_layout, cpu.isa())?;
+    let v_cache = Cache::new(&mut op.v_cache, v_layout, cpu.isa())?;
     let per_row = 2 * half + width + 2 * d;
     cpu.scratch(rope_append_words(op), |scratch| {
         let (sorted, scratch) = scratch.split_at_mut(op.rows);
@@ -322,7 +338,7 @@ pub(super) fn rope_append(op: &mut RopeAppend<'_>, cpu: &Cpu) -> Result<()> {
         let scratch = Rows(scratch.as_mut_ptr());
         for_rows(cpu, op.rows, q_width + 2 * width, |r| {
             // SAFETY: each row has its own scratch, query row and cache slot
-            // (`check_distinct`), all in bounds by `check` and `check_index`.
+            // (`check_distinct`), all in bounds by `check` and `check_index`; a page has one first slot.
             unsafe {
                 let (angles, rest) = scratch.range(r * per_row, per_row).split_at_mut(2 * half);
                 let (key, head) = rest.split_at_mut(width);
@@ -343,8 +359,10 @@ pub(super) fn rope_append(op: &mut RopeAppend<'_>, cpu: &Cpu) -> Result<()> {
                     rotate(head, cos, sin, style);
                 }
                 let slot = slots[r] as usize;
-                k_cache.store(slot, key, head);
-                v_cache.store(slot, &v[r * width..][..width], head);
+                let row = ops::center_row(positions[r], centers.len() / width.max(1));
+                let centers = row.map_or(&[][..], |row| &centers[row * width..][..width]);
+                k_cache.store(slot, key, centers, head);
+                v_cache.store(slot, &v[r * width..][..width], &[], head);
             }
         });
         Ok(())

@@ -210,7 +210,7 @@ proptest! {
         }).collect();
         let mut y: Vec<f64> = head.iter().map(|v| f64::from(*v)).collect();
         reference::rotate(&mut y);
-        let layout = PageLayout::new(format, 1, dim);
+        let layout = PageLayout::values(format, 1, dim);
         let mut outputs = Vec::new();
         for isa in Isa::available() {
             let codec = codec(format, dim, isa);
@@ -258,19 +258,25 @@ proptest! {
         }
     }
 
-    /// The heads of a page lie side by side, and planes of different heads do not overlap.
+    /// The heads of a page lie side by side, centers of keys behind them, and nothing overlaps.
     #[test]
     fn pages_have_a_place_for_every_head(format in formats(), heads in 1usize..4, dim in head_dims()) {
-        let layout = PageLayout::new(format, heads, dim);
-        let mut used = vec![0u8; 2 * format.page_bytes(heads, dim)];
-        for slot in 0..2 * PAGE_TOKENS {
-            for head in 0..heads {
-                for (at, len) in layout.planes(slot, head) {
-                    used[at..at + len].iter_mut().for_each(|u| *u += 1);
+        for (layout, bytes) in [
+            (PageLayout::values(format, heads, dim), format.page_bytes(heads, dim)),
+            (PageLayout::keys(format, heads, dim), format.key_page_bytes(heads, dim)),
+        ] {
+            let mut used = vec![0u8; 2 * bytes];
+            for slot in 0..2 * PAGE_TOKENS {
+                for head in 0..heads {
+                    let first = slot.is_multiple_of(PAGE_TOKENS);
+                    let center = layout.center(slot, head).filter(|_| first);
+                    for (at, len) in layout.planes(slot, head).into_iter().chain(center) {
+                        used[at..at + len].iter_mut().for_each(|u| *u += 1);
+                    }
                 }
             }
+            prop_assert!(used.iter().all(|&u| u == 1));
         }
-        prop_assert!(used.iter().all(|&u| u == 1));
         let spec = heads * dim * format.code_bits().unwrap() as usize / 8 + heads * dim / 16;
         if dim >= 32 && dim % 4 == 0 {
             prop_assert!(format.token_bytes(heads, dim) <= spec);

@@ -73,6 +73,14 @@ pub fn check(op: &Op<'_>) -> Result<()> {
                 o.sections.is_none_or(|s| sum(s) == Some(o.inv_freq.len())),
                 "as many frequencies together as there are",
             )?;
+            c.rule(
+                "k_centers",
+                o.k_centers.is_empty() || (o.kv.k.has_centers() && o.sections.is_none()),
+                "none for keys that have none, nor for positions on axes",
+            )?;
+            let head = o.kv_heads.saturating_mul(o.head_dim).max(1);
+            let centers = [o.k_centers.len() / head, o.kv_heads, o.head_dim];
+            c.read("k_centers", &o.k_centers, &[DType::F16], &centers)?;
             let caches = (&o.k_cache.as_mem(), &o.v_cache.as_mem());
             c.caches(caches, o.kv, (o.kv_heads, o.head_dim))
         }
@@ -370,18 +378,20 @@ impl Check {
             kv.is_sound(),
             "floats of one size or two quantized formats",
         )?;
-        let k_pages = self.cache("k_cache", k, kv.k, heads)?;
-        let v_pages = self.cache("v_cache", v, kv.v, heads)?;
+        let k_page = kv.k.key_page_bytes(heads.0, heads.1);
+        let v_page = kv.v.page_bytes(heads.0, heads.1);
+        let k_pages = self.cache("k_cache", k, (kv.k, k_page), heads.1)?;
+        let v_pages = self.cache("v_cache", v, (kv.v, v_page), heads.1)?;
         self.rule("v_cache", k_pages == v_pages, "as many pages as k_cache")
     }
 
-    /// Pages of a cache.
+    /// Pages of a cache, of which one has `page` bytes.
     fn cache(
         &self,
         field: &str,
         mem: &Mem<'_>,
-        format: KvFormat,
-        (heads, head_dim): (usize, usize),
+        (format, page): (KvFormat, usize),
+        head_dim: usize,
     ) -> Result<usize> {
         self.rule(
             "head_dim",
@@ -392,7 +402,6 @@ impl Check {
             let found = format!("{:?}", mem.dtype());
             self.fail(field, format!("{:?} for {format:?}", format.dtype()), found)?;
         }
-        let page = format.page_bytes(heads, head_dim);
         if page == 0 || !mem.bytes().is_multiple_of(page) {
             let found = format!("{} bytes", mem.bytes());
             self.fail(field, format!("a multiple of {page} bytes"), found)?;

@@ -4,6 +4,7 @@ use half::f16;
 
 use super::{floats, store};
 use crate::kv::{PageLayout, block_len, group_range, groups, units};
+use crate::ops::PAGE_TOKENS;
 use crate::{KvFormat, Mem, MemMut, Result};
 
 /// The transform of a unit's even and odd values, `scale(n) H`.
@@ -127,22 +128,32 @@ pub(crate) fn values(format: KvFormat, word: u16, codes: &[u8]) -> Vec<f64> {
     codes.iter().enumerate().map(value).collect()
 }
 
-/// Writes a token's `[kv_heads, head_dim]` values.
+/// Writes a token's `[kv_heads, head_dim]` values, and where there are centers what they differ by from
+/// those, and with the first token of a page the centers.
 pub(super) fn store_token(
     cache: &mut MemMut<'_>,
-    (format, (heads, d)): (KvFormat, (usize, usize)),
+    layout: &PageLayout,
     slot: usize,
-    values: &[f64],
+    (values, centers): (&[f64], &[f64]),
 ) -> Result<()> {
+    let (format, heads, d) = (layout.format, layout.kv_heads, layout.head_dim);
     if !format.is_quantized() {
         let width = heads * d;
         return (0..width).try_for_each(|c| store(cache, slot * width + c, values[c]));
     }
     let bytes = cache.slice_mut::<u8>()?;
-    let layout = PageLayout::new(format, heads, d);
     for (head, values) in values.chunks_exact(d).enumerate() {
         let mut y = values.to_vec();
         rotate(&mut y);
+        if let Some((at, len)) = layout.center(slot, head) {
+            let center = &centers[head * d..][..d];
+            y.iter_mut().zip(center).for_each(|(y, c)| *y -= c);
+            if slot.is_multiple_of(PAGE_TOKENS) {
+                for (to, c) in bytes[at..at + len].chunks_exact_mut(2).zip(center) {
+                    to.copy_from_slice(&f16::from_f64(*c).to_le_bytes());
+                }
+            }
+        }
         let [(low, _), (high, high_len), (words, _)] = layout.planes(slot, head);
         bytes[high..high + high_len].fill(0);
         for group in 0..groups(d) {
@@ -188,25 +199,25 @@ pub(crate) fn rotated(bytes: &[u8], layout: &PageLayout, slot: usize, head: usiz
             y[i] = f16::from_f64(code * step + offset).to_f64();
         }
     }
+    if let Some((at, len)) = layout.center(slot, head) {
+        for (y, c) in y.iter_mut().zip(bytes[at..at + len].chunks_exact(2)) {
+            *y += f16::from_le_bytes([c[0], c[1]]).to_f64();
+        }
+    }
     y
 }
 
 /// A whole cache as `[pages, PAGE_TOKENS, kv_heads, head_dim]`, rotated values where it is quantized.
-pub(super) fn load(
-    cache: &Mem<'_>,
-    format: KvFormat,
-    (heads, d): (usize, usize),
-) -> Result<Vec<f64>> {
-    if !format.is_quantized() {
+pub(super) fn load(cache: &Mem<'_>, layout: &PageLayout, pages: usize) -> Result<Vec<f64>> {
+    if !layout.format.is_quantized() {
         return floats(cache);
     }
     let bytes = cache.slice::<u8>()?;
-    let layout = PageLayout::new(format, heads, d);
-    let tokens = bytes.len() / format.token_bytes(heads, d);
-    let mut all = Vec::with_capacity(tokens * heads * d);
+    let (tokens, heads) = (pages * PAGE_TOKENS, layout.kv_heads);
+    let mut all = Vec::with_capacity(tokens * heads * layout.head_dim);
     for slot in 0..tokens {
         for head in 0..heads {
-            all.extend(rotated(bytes, &layout, slot, head));
+            all.extend(rotated(bytes, layout, slot, head));
         }
     }
     Ok(all)

@@ -12,6 +12,7 @@ use exl_kernels::ops::{
 use exl_kernels::{
     DType, Exl2Parts, Group, KvFormat, KvType, Mem, MemMut, Place, QuantMatrix, reference,
 };
+use half::f16;
 
 use super::{Rng, compare, device, in_every_mode};
 
@@ -102,6 +103,7 @@ struct Step {
     routers: Vec<Vec<f32>>,
     experts: Vec<[QuantMatrix; 3]>,
     frequencies: Vec<f32>,
+    centers: Vec<f16>,
     table: [i32; PAGES],
     x: Buffer<f32>,
     /// The norm's, q, k, v, attention's, logits, shares, and what down multiplies.
@@ -122,7 +124,11 @@ impl Step {
         let expert =
             |rng: &mut Rng| [(DIM, WIDE), (DIM, WIDE), (WIDE, DIM)].map(|(k, n)| exl2(k, n, rng));
         let experts = (0..EXPERTS).map(|_| expert(&mut rng)).collect();
-        let cells = PAGES * kv.page_bytes(KV_HEADS, HEAD_DIM) / 4;
+        let [k_cells, v_cells] = [
+            kv.key_page_bytes(KV_HEADS, HEAD_DIM),
+            kv.page_bytes(KV_HEADS, HEAD_DIM),
+        ]
+        .map(|page| PAGES * page / 4);
         let dtype = if kv.is_quantized() {
             DType::U8
         } else {
@@ -150,7 +156,15 @@ impl Step {
             x: floats(rng.floats(DIM, 1.0)),
             between: sizes.map(|n| floats(vec![f32::NAN; n])),
             ids: Buffer::new(vec![-1; TOP_K], DType::I32),
-            caches: [0, 1].map(|_| Buffer::new(vec![0; cells], dtype)),
+            centers: match kv.has_centers() {
+                true => rng
+                    .floats(2 * KV_HEADS * HEAD_DIM, 1.0)
+                    .iter()
+                    .map(|&c| f16::from_f32(c))
+                    .collect(),
+                false => Vec::new(),
+            },
+            caches: [k_cells, v_cells].map(|cells| Buffer::new(vec![0; cells], dtype)),
         };
         step.fill(&mut rng);
         step
@@ -184,6 +198,7 @@ impl Step {
             positions: Mem::host(positions),
             slots: Mem::host(slots),
             inv_freq: Mem::host(&self.frequencies),
+            k_centers: Mem::host(&self.centers),
             k_cache: self.caches[0].write(),
             v_cache: self.caches[1].write(),
             kv: self.kv,

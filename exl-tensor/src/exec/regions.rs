@@ -351,7 +351,7 @@ impl<'a> Regions<'a> {
         &self,
         [q, k, v]: [Slot; 3],
         (step, slots): (&'s StepBlock, Mem<'a>),
-        ((k_cache, v_cache), kv): ((MemMut<'s>, MemMut<'s>), KvType),
+        ((k_cache, v_cache, k_centers), kv): ((MemMut<'s>, MemMut<'s>, Mem<'s>), KvType),
         args: &RopeOp,
     ) -> Op<'a> {
         let positions = match args.sections {
@@ -367,6 +367,11 @@ impl<'a> Regions<'a> {
             inv_freq: args
                 .inv_freq
                 .map_or(Mem::host::<f32>(&[]), |w| self.dense(w)),
+            k_centers: match args.sections {
+                // Positions on axes do not say which page a token is in.
+                Some(_) => Mem::host::<half::f16>(&[]),
+                None => k_centers,
+            },
             k_cache,
             v_cache,
             kv,

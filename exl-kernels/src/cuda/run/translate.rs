@@ -206,6 +206,7 @@ fn rope_append<'h: 'd, 'd>(
         positions: t.read(&o.positions)?,
         slots: t.read(&o.slots)?,
         inv_freq: t.read(&o.inv_freq)?,
+        k_centers: t.read(&o.k_centers)?,
         k_cache: t.write(&o.k_cache, Access::Update)?,
         v_cache: t.write(&o.v_cache, Access::Update)?,
         ..*o

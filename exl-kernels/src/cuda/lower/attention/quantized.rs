@@ -114,7 +114,7 @@ pub(super) fn direct(
 
 /// Bytes of the unpacked keys, and of the values.
 fn unpacked_bytes(o: &PagedAttn<'_>) -> usize {
-    let page = o.kv.k.page_bytes(o.kv_heads, o.head_dim);
+    let page = o.kv.k.key_page_bytes(o.kv_heads, o.head_dim);
     let pages = o.k_cache.bytes() / page.max(1);
     pages * KvFormat::F16.page_bytes(o.kv_heads, o.head_dim)
 }
@@ -250,6 +250,7 @@ pub(super) fn rope_append(
         return Ok(());
     }
     let [second, third] = axis_starts(o);
+    let width = (o.kv_heads * o.head_dim).max(1);
     // As long as all blocks run side by side, of which a multiprocessor holds two.
     let searches = [o.kv.k, o.kv.v].contains(&KvFormat::Q4);
     let few = searches && o.rows * heads <= 2 * props.sms as usize;
@@ -271,6 +272,8 @@ pub(super) fn rope_append(
             .ptr(o.inv_freq.as_ptr() as u64)
             .ptr(o.k_cache.as_mem().as_ptr() as u64)
             .ptr(o.v_cache.as_mem().as_ptr() as u64)
+            .ptr(o.k_centers.as_ptr() as u64)
+            .int(o.k_centers.len() / width)
             .int(o.heads)
             .int(o.kv_heads)
             .int(o.head_dim)

@@ -295,6 +295,7 @@ fn rotations_use_several_blocks_for_few_rows() {
             positions: read(BASE + (3 << 26), axes * rows, DType::I32),
             slots: read(BASE + (4 << 26), rows, DType::I32),
             inv_freq: read(BASE + (5 << 26), pairs, DType::F32),
+            k_centers: Mem::host::<half::f16>(&[]),
             k_cache: write(BASE + (6 << 26), 16 * PAGE_TOKENS * width, dtype),
             v_cache: write(BASE + (7 << 26), 16 * PAGE_TOKENS * width, dtype),
             kv: if dtype == DType::F16 {
@@ -328,14 +329,11 @@ fn quantized_attention(
     (heads, kv_heads, head_dim): Heads,
     (rows, seqs, pages): (usize, usize, usize),
 ) -> PagedAttn<'static> {
-    let region = |at: usize, format: crate::KvFormat| {
-        let bytes = pages * format.page_bytes(kv_heads, head_dim);
-        read(BASE + at, bytes, DType::U8)
-    };
+    let region = |at: usize, page: usize| read(BASE + at, pages * page, DType::U8);
     PagedAttn {
         q: read(BASE, rows * heads * head_dim, DType::F32),
-        k_cache: region(1 << 40, kv.k),
-        v_cache: region(2 << 40, kv.v),
+        k_cache: region(1 << 40, kv.k.key_page_bytes(kv_heads, head_dim)),
+        v_cache: region(2 << 40, kv.v.page_bytes(kv_heads, head_dim)),
         kv,
         block_table: read(BASE + (3 << 40), seqs * pages, DType::I32),
         q_start: read(BASE + (4 << 40), seqs + 1, DType::I32),
@@ -477,7 +475,7 @@ fn appends_to_quantized_caches_have_a_block_per_head() {
         (12, quantized::APPEND, 128),
     ] {
         let width = kv_heads * head_dim;
-        let cache = KvType::Q4.k.page_bytes(kv_heads, head_dim);
+        let format = KvType::Q4.k;
         let op = Op::RopeAppend(RopeAppend {
             q: write(BASE, rows * heads * head_dim, DType::F32),
             k: read(BASE + (1 << 26), rows * width, DType::F32),
@@ -485,8 +483,17 @@ fn appends_to_quantized_caches_have_a_block_per_head() {
             positions: read(BASE + (3 << 26), rows, DType::I32),
             slots: read(BASE + (4 << 26), rows, DType::I32),
             inv_freq: read(BASE + (5 << 26), 64, DType::F32),
-            k_cache: write(BASE + (6 << 26), 4 * cache, DType::U8),
-            v_cache: write(BASE + (7 << 26), 4 * cache, DType::U8),
+            k_centers: read(BASE + (8 << 26), 4 * width, DType::F16),
+            k_cache: write(
+                BASE + (6 << 26),
+                4 * format.key_page_bytes(kv_heads, head_dim),
+                DType::U8,
+            ),
+            v_cache: write(
+                BASE + (7 << 26),
+                4 * format.page_bytes(kv_heads, head_dim),
+                DType::U8,
+            ),
             kv: KvType::Q4,
             rows,
             heads,
@@ -502,6 +509,7 @@ fn appends_to_quantized_caches_have_a_block_per_head() {
         assert_eq!((list[0].kernel, list[0].block), (kernel, [threads, 1, 1]));
         assert_eq!(list[0].grid, [rows as u32, 48, 1]);
         assert_eq!(list[0].shared_bytes, 640);
-        assert_eq!(list[0].args.params().count(), 18);
+        assert_eq!(list[0].args.params().count(), 20);
+        assert_eq!(list[0].args.words()[9], 4, "rows of centers");
     }
 }

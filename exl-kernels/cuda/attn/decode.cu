@@ -59,6 +59,7 @@ template <int D, int WARPS, int STAGES>
 struct Decode {
     using S = Shape<D, WARPS, STAGES>;
     static constexpr int DIM = D, BLOCK_WARPS = WARPS, TILE_ROWS = ROWS, STRIDE = S::STRIDE;
+    static constexpr int MERGE = D > 128 ? 8 : 16;   // chunks that are merged at a time
 
     const Attention& a;
     const Tile& tile;

@@ -149,13 +149,25 @@ __device__ __forceinline__ void attend(const Attention& a) {
         const long long cell = row_at<D>(shared + r * Walk::STRIDE).cell;
         float most = minus_infinity(), sum = 0.0f;
         float4 value = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll 4
-        for (int c = 0; c < chunks.count; ++c) {
-            const long long place = cell * a.splits + c;
-            const float2 state = __ldcg(partials.states + place);
-            const float4 part =
-                __ldcg(reinterpret_cast<const float4*>(partials.values + place * a.dim + at));
-            value = fold_value(fold(most, sum, state.x, state.y), value, part);
+        // Loads of many chunks at a time: the last block's way through them is all latency.
+        constexpr int BATCH = Walk::MERGE;
+        for (int c = 0; c < chunks.count; c += BATCH) {
+            float2 state[BATCH];
+            float4 part[BATCH];
+#pragma unroll
+            for (int j = 0; j < BATCH; ++j) {
+                const long long place = cell * a.splits + c + j;
+                state[j] = make_float2(minus_infinity(), 0.0f);
+                part[j] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+                if (c + j >= chunks.count) continue;
+                state[j] = __ldcg(partials.states + place);
+                part[j] = __ldcg(
+                    reinterpret_cast<const float4*>(partials.values + place * a.dim + at));
+            }
+#pragma unroll
+            for (int j = 0; j < BATCH; ++j) {
+                value = fold_value(fold(most, sum, state[j].x, state[j].y), value, part[j]);
+            }
         }
         const float n = normalizer(sum);
         *reinterpret_cast<float4*>(a.out + cell * a.dim + at) =

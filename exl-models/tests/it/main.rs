@@ -3,6 +3,7 @@
 
 mod axes;
 mod bad_input;
+mod centers;
 mod common;
 mod drawn;
 mod extras;

@@ -111,14 +111,17 @@ fn logits_are_those_of_a_cache_that_keeps_everything() {
     };
     for case in CASES {
         let model = golden(case).model;
-        let kv = match case {
-            "mistral-window" => KvType::F32,
-            "qwen2-window" => mixed,
-            _ => KvType::F16,
+        let types: &[KvType] = match case {
+            "mistral-window" => &[KvType::F32],
+            // Keys with centers, and without.
+            "qwen2-window" => &[KvType::Q4, mixed],
+            _ => &[KvType::F16],
         };
-        compare(&model, kv, &Backend::Cpu);
-        // A window that lies in three pages.
-        compare(&widened(&model, 300), kv, &Backend::Cpu);
+        for &kv in types {
+            compare(&model, kv, &Backend::Cpu);
+            // A window that lies in three pages.
+            compare(&widened(&model, 300), kv, &Backend::Cpu);
+        }
     }
 }
 

@@ -42,6 +42,8 @@ constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float WEIGHT_SHIFT = 14.0f;
 // Fewest keys of a block when `chunk` is 0.
 constexpr int LEAST_CHUNK = 128;
+// Most chunks of a tile then.
+constexpr int MAX_SPLITS = 128;
 
 __device__ __forceinline__ float minus_infinity() { return __int_as_float(0xff800000); }
 

@@ -59,7 +59,8 @@ template <int D, int WARPS, int STAGES>
 struct Decode {
     using S = Shape<D, WARPS, STAGES>;
     static constexpr int DIM = D, BLOCK_WARPS = WARPS, TILE_ROWS = ROWS, STRIDE = S::STRIDE;
-    static constexpr int MERGE = D > 128 ? 8 : 16;   // chunks that are merged at a time
+    static constexpr int QUERIES = S::QUERIES;   // halves
+    static constexpr int MERGE = 8;   // chunks that are merged at a time
 
     const Attention& a;
     const Tile& tile;

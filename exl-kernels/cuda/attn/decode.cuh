@@ -48,6 +48,94 @@ __device__ __forceinline__ int keys_end(const Turns& t, int turns) {
     return t.first + (max(min(t.count, turns), 1) - 1) * KEYS * WARPS + KEYS;
 }
 
+// Merges the chunks of a tile one after the other: the bits of a block that goes through all of them.
+template <class Walk>
+__device__ __forceinline__ void merge_in_order(const Attention& a, const __half* shared, int rows,
+                                               int count) {
+    constexpr int D = Walk::DIM;
+    const Partials partials(a);
+    for (int i = threadIdx.x; i < rows * (a.dim / 4); i += Walk::BLOCK_WARPS * WARP) {
+        const int r = i / (a.dim / 4), at = i % (a.dim / 4) * 4;
+        const long long cell = row_at<D>(shared + r * Walk::STRIDE).cell;
+        float most = minus_infinity(), sum = 0.0f;
+        float4 value = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll 4
+        for (int c = 0; c < count; ++c) {
+            const long long place = cell * a.splits + c;
+            const float2 state = __ldcg(partials.states + place);
+            const float4 part =
+                __ldcg(reinterpret_cast<const float4*>(partials.values + place * a.dim + at));
+            value = fold_value(fold(most, sum, state.x, state.y), value, part);
+        }
+        const float n = normalizer(sum);
+        *reinterpret_cast<float4*>(a.out + cell * a.dim + at) =
+            Walk::finish(make_float4(value.x * n, value.y * n, value.z * n, value.w * n));
+    }
+}
+
+// Merges the chunks of a tile, at most MAX_SPLITS. This is all latency: first what each chunk counts for, by
+// a warp for each row, then all values, many at a time.
+template <class Walk>
+__device__ __forceinline__ void merge(const Attention& a, __half* shared, int rows, int count) {
+    constexpr int D = Walk::DIM, WARPS = Walk::BLOCK_WARPS, EACH = MAX_SPLITS / WARP;
+    // Where the warps' sums were: of each row a factor for every chunk.
+    float* factors = reinterpret_cast<float*>(shared + Walk::QUERIES);
+    const Partials partials(a);
+    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    for (int r = warp; r < rows; r += WARPS) {
+        const long long place = (long long)row_at<D>(shared + r * Walk::STRIDE).cell * a.splits;
+        float2 state[EACH];
+        float most = minus_infinity(), sum = 0.0f;
+#pragma unroll
+        for (int i = 0; i < EACH; ++i) {
+            const int c = lane + i * WARP;
+            state[i] = make_float2(minus_infinity(), 0.0f);
+            if (c < count) state[i] = __ldcg(partials.states + place + c);
+        }
+#pragma unroll
+        for (int i = 0; i < EACH; ++i) most = fmaxf(most, state[i].x);
+        most = warp_max(most);
+#pragma unroll
+        for (int i = 0; i < EACH; ++i) {
+            // A chunk without keys that the row sees counts for nothing, also where no other has any.
+            const bool empty = state[i].x == minus_infinity() && state[i].y == 0.0f;
+            const float factor = empty ? 0.0f : exp2_fast(state[i].x - most);
+            sum = fmaf(factor, state[i].y, sum);
+            state[i].x = factor;
+        }
+        const float n = normalizer(warp_sum(sum));
+#pragma unroll
+        for (int i = 0; i < EACH; ++i) {
+            if (lane + i * WARP < count) factors[r * MAX_SPLITS + lane + i * WARP] = state[i].x * n;
+        }
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < rows * (a.dim / 4); i += WARPS * WARP) {
+        const int r = i / (a.dim / 4), at = i % (a.dim / 4) * 4;
+        const long long cell = row_at<D>(shared + r * Walk::STRIDE).cell;
+        const float* from = partials.values + cell * a.splits * a.dim + at;
+        const float* factor = factors + r * MAX_SPLITS;
+        float4 value = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll 1
+        for (int c = 0; c < count; c += Walk::MERGE) {
+            float4 part[Walk::MERGE];
+#pragma unroll
+            for (int j = 0; j < Walk::MERGE; ++j) {
+                part[j] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+                if (c + j < count) {
+                    part[j] = __ldcg(
+                        reinterpret_cast<const float4*>(from + (long long)(c + j) * a.dim));
+                }
+            }
+#pragma unroll
+            for (int j = 0; j < Walk::MERGE; ++j) {
+                if (c + j < count) value = fold_value({1.0f, factor[c + j]}, value, part[j]);
+            }
+        }
+        *reinterpret_cast<float4*>(a.out + cell * a.dim + at) = Walk::finish(value);
+    }
+}
+
 // The kernel: Walk goes through the keys of a warp (decode.cu says what it has).
 template <class Walk>
 __device__ __forceinline__ void attend(const Attention& a) {
@@ -143,35 +231,9 @@ __device__ __forceinline__ void attend(const Attention& a) {
     if (a.splits == 1 || chunks.count == 1) return;
 
     if (!arrives_last(a.counters + blockIdx.x * a.kv_heads + d.kv_head, chunks.count)) return;
-    const Partials partials(a);
-    for (int i = threadIdx.x; i < query_rows * (a.dim / 4); i += WARPS * WARP) {
-        const int r = i / (a.dim / 4), at = i % (a.dim / 4) * 4;
-        const long long cell = row_at<D>(shared + r * Walk::STRIDE).cell;
-        float most = minus_infinity(), sum = 0.0f;
-        float4 value = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-        // Loads of many chunks at a time: the last block's way through them is all latency.
-        constexpr int BATCH = Walk::MERGE;
-        for (int c = 0; c < chunks.count; c += BATCH) {
-            float2 state[BATCH];
-            float4 part[BATCH];
-#pragma unroll
-            for (int j = 0; j < BATCH; ++j) {
-                const long long place = cell * a.splits + c + j;
-                state[j] = make_float2(minus_infinity(), 0.0f);
-                part[j] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-                if (c + j >= chunks.count) continue;
-                state[j] = __ldcg(partials.states + place);
-                part[j] = __ldcg(
-                    reinterpret_cast<const float4*>(partials.values + place * a.dim + at));
-            }
-#pragma unroll
-            for (int j = 0; j < BATCH; ++j) {
-                value = fold_value(fold(most, sum, state[j].x, state[j].y), value, part[j]);
-            }
-        }
-        const float n = normalizer(sum);
-        *reinterpret_cast<float4*>(a.out + cell * a.dim + at) =
-            Walk::finish(make_float4(value.x * n, value.y * n, value.z * n, value.w * n));
+    if (a.chunk > 0) {
+        merge_in_order<Walk>(a, shared, query_rows, chunks.count);
+    } else {
+        merge<Walk>(a, shared, query_rows, chunks.count);
     }
 }
-

@@ -215,7 +215,7 @@ impl Wgmma {
 const LEAST_CHUNK: usize = 128;
 /// Keys of a block where chunks have fixed places.
 const FIXED_CHUNK: usize = 512;
-/// Most blocks that share the keys of a tile.
+/// Most blocks that share the keys of a tile (attn.cuh: MAX_SPLITS).
 const MAX_SPLITS: usize = 128;
 /// What a further block per tile costs, as a share of the work of a wave: writing and merging.
 const SPLIT_COST: f64 = 0.01;

@@ -96,35 +96,59 @@ fn is_broken_pipe(error: &anyhow::Error) -> bool {
 fn code(error: &anyhow::Error) -> u8 {
     if error.is::<Interrupted>() {
         INTERRUPTED
-    } else if error.is::<Usage>() {
+    } else if error.chain().any(is_usage) {
         USAGE
     } else {
         FAILED
     }
 }
 
-/// `error: what`, then one indented line per cause that adds something.
+/// Whether an error is about the command line alone. What files or folders a flag names may be right another
+/// time.
+fn is_usage(cause: &(dyn std::error::Error + 'static)) -> bool {
+    const NAMING: [&str; 4] = ["--out", "--cal", "--tokens", "--verify"];
+    match cause.downcast_ref::<exl_quant::Error>() {
+        Some(exl_quant::Error::Option { option, .. }) => !NAMING.contains(option),
+        _ => cause.is::<Usage>(),
+    }
+}
+
+/// Whether a text says where something is wrong and not what: a flag with its value, a prompt's number.
+fn is_place(text: &str) -> bool {
+    (text.starts_with("--") || text.starts_with("prompt ")) && !text.contains(": ")
+}
+
+/// `error: what`, then one line per cause that adds something, indented. Lines of a cause stay lines: they may
+/// point at a place in a file.
 fn describe(error: &anyhow::Error) -> String {
     let label = if error.is::<Interrupted>() {
         "interrupted"
     } else {
         "error"
     };
-    let mut said = error.to_string();
-    let mut text = format!("{label}: {}\n", one_line(&said));
-    for cause in error.chain().skip(1) {
-        let cause = cause.to_string();
+    let mut causes = error.chain().map(ToString::to_string);
+    let mut said = causes.next().unwrap_or_default();
+    while is_place(&said)
+        && let Some(cause) = causes.next()
+    {
+        said = format!("{said}: {cause}");
+    }
+    let mut text = format!("{label}: {}\n", lines(&said));
+    for cause in causes {
         // Many errors repeat their source in their own text; a repeat tells nobody anything.
         if !said.contains(&cause) {
-            text.push_str(&format!("  because: {}\n", one_line(&cause)));
+            text.push_str(&format!("  because: {}\n", lines(&cause)));
             said = cause;
         }
     }
     text
 }
 
-fn one_line(text: &str) -> String {
-    text.split_whitespace().collect::<Vec<_>>().join(" ")
+/// A text with its further lines indented, without empty ones.
+fn lines(text: &str) -> String {
+    let lines = text.lines().map(str::trim_end);
+    let lines: Vec<&str> = lines.filter(|line| !line.is_empty()).collect();
+    lines.join("\n    ")
 }
 
 #[cfg(test)]
@@ -142,7 +166,22 @@ mod tests {
         let error = anyhow!("disk full").context("cannot write\nx");
         assert_eq!(
             describe(&error),
-            "error: cannot write x\n  because: disk full\n"
+            "error: cannot write\n    x\n  because: disk full\n"
+        );
+    }
+
+    #[test]
+    fn flags_are_named_with_what_is_wrong() {
+        let error = anyhow!("no such file").context("cannot be read");
+        assert_eq!(
+            describe(&error.context("--preset a.toml")),
+            "error: --preset a.toml: cannot be read\n  because: no such file\n"
+        );
+        let error =
+            anyhow!("expected a value\n  |\n1 | a =\n  |    ^\n\n").context("--preset a.toml");
+        assert_eq!(
+            describe(&error),
+            "error: --preset a.toml: expected a value\n      |\n    1 | a =\n      |    ^\n"
         );
     }
 
@@ -151,5 +190,10 @@ mod tests {
         assert_eq!(code(&anyhow!("x")), 1);
         assert_eq!(code(&anyhow::Error::new(Usage("x".into())).context("y")), 2);
         assert_eq!(code(&Interrupted("x".into()).into()), 130);
+        let option = exl_quant::Error::Option {
+            option: "--bits",
+            what: "4 is named twice".into(),
+        };
+        assert_eq!(code(&anyhow::Error::new(option)), 2);
     }
 }

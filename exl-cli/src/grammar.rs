@@ -1,6 +1,7 @@
 //! The form of an answer: flags to a checked grammar.
 
 use crate::args::GrammarArgs;
+use crate::failure::Usage;
 use anyhow::{Context, Result};
 use exl_gen::{Grammar, Guide, Tokenizer};
 use std::path::Path;
@@ -11,7 +12,13 @@ pub(crate) fn grammar(args: &GrammarArgs, tokenizer: &Tokenizer) -> Result<Optio
     let Some((grammar, flag)) = named(args)? else {
         return Ok(None);
     };
-    Guide::new(&grammar, tokenizer).context(flag)?;
+    let found = Guide::new(&grammar, tokenizer).map(drop);
+    let found = match grammar {
+        // All of it is on the command line.
+        Grammar::Regex(_) | Grammar::Choices(_) => found.map_err(|e| Usage(e.to_string()).into()),
+        _ => found.map_err(anyhow::Error::from),
+    };
+    found.context(flag)?;
     Ok(Some(grammar))
 }
 

@@ -45,7 +45,7 @@ pub(crate) fn preset(path: &Path) -> Result<SamplingArgs> {
     let preset: SamplingArgs = match path.extension().and_then(|e| e.to_str()) {
         Some("json") => serde_json::from_str(&text)?,
         Some("toml") => toml::from_str(&text)?,
-        _ => bail!("its name must end in .json or .toml"),
+        _ => return Err(Usage("its name must end in .json or .toml".to_owned()).into()),
     };
     if preset.greedy && preset.temperature.is_some() {
         bail!("`greedy` and `temperature` exclude each other");

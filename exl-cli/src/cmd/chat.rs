@@ -13,7 +13,7 @@ use crate::sampling;
 use crate::session::{self, Room};
 use crate::signal::{self, StopFlag};
 use crate::ui::Ui;
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use command::{HELP, Line};
 use conversation::Conversation;
 use exl_gen::{ChatTemplate, ChatTemplates, Tokenizer};
@@ -73,6 +73,7 @@ pub(crate) fn run(args: &ChatArgs, ui: &Ui) -> Result<()> {
         conversation: Conversation::new(system),
         input,
         ui: *ui,
+        refused: 0,
     }
     .run()
 }
@@ -105,6 +106,8 @@ struct Chat {
     conversation: Conversation,
     input: Input,
     ui: Ui,
+    /// Lines that could not be followed.
+    refused: usize,
 }
 
 impl Chat {
@@ -112,17 +115,33 @@ impl Chat {
         loop {
             let line = match self.input.read("")? {
                 Event::Line(line) => line,
-                Event::End => return Ok(()),
+                Event::End => return self.end(),
                 Event::Interrupt => {
                     self.ui.note("Ctrl-C stops a reply; Ctrl-D or /quit leaves");
                     continue;
                 }
             };
             match Line::parse(&line) {
-                Line::Quit => return Ok(()),
+                Line::Quit => return self.end(),
                 line => self.follow(line)?,
             }
         }
+    }
+
+    /// Who talks through a pipe does not read remarks: the exit code says that there were some.
+    fn end(&self) -> Result<()> {
+        match self.refused {
+            n if n > 0 && !self.input.is_interactive() => {
+                bail!("{n} of the lines could not be followed (see above)")
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Says why a line cannot be followed.
+    fn refuse(&mut self, why: &str) {
+        self.refused += 1;
+        self.ui.note(why);
     }
 
     /// Does what a line says. Only a lost terminal or engine is an error here.
@@ -151,7 +170,7 @@ impl Chat {
             Line::Edit(text) => self.edit(text)?,
             Line::Regen => match self.conversation.take_last_said() {
                 Some(text) => self.say(text)?,
-                None => self.ui.note("there is no message to answer again"),
+                None => self.refuse("there is no message to answer again"),
             },
             Line::Stats => {
                 let context = self
@@ -160,15 +179,15 @@ impl Chat {
                     .map_or(0, |p| p.tokens.len());
                 self.ui.note(&self.voice.stats(&self.conversation, context));
             }
-            Line::Wrong(why) => self.ui.note(&why),
+            Line::Wrong(why) => self.refuse(&why),
         }
         Ok(())
     }
 
-    fn save(&self, path: &Path) {
+    fn save(&mut self, path: &Path) {
         match self.conversation.save(path) {
             Ok(()) => self.ui.note(&format!("saved in {}", path.display())),
-            Err(error) => self.ui.note(&format!("{error:#}")),
+            Err(error) => self.refuse(&format!("{error:#}")),
         }
     }
 
@@ -180,20 +199,19 @@ impl Chat {
                 self.ui
                     .note(&format!("{n} messages from {}", path.display()));
             }
-            Err(error) => self.ui.note(&format!("{error:#}")),
+            Err(error) => self.refuse(&format!("{error:#}")),
         }
     }
 
     fn edit(&mut self, text: String) -> Result<()> {
         let Some(last) = self.conversation.last_said().map(str::to_owned) else {
-            self.ui.note("there is no message to edit");
+            self.refuse("there is no message to edit");
             return Ok(());
         };
         let text = match (text.is_empty(), self.input.is_interactive()) {
             (false, _) => text,
             (true, false) => {
-                self.ui
-                    .note("/edit needs the new text when no terminal is there");
+                self.refuse("/edit needs the new text when no terminal is there");
                 return Ok(());
             }
             (true, true) => match self.input.read(&last)? {
@@ -217,7 +235,7 @@ impl Chat {
             }
             Err(error) => {
                 self.conversation = before;
-                self.ui.note(&format!("{error:#}"));
+                self.refuse(&format!("{error:#}"));
                 return Ok(());
             }
         };

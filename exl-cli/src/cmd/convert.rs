@@ -98,6 +98,9 @@ fn failed<T>(args: &ConvertArgs, options: &ConvertOptions, error: Error) -> Resu
         let how = format!("run the same command again to go on (the journal is in {journal})");
         return Err(Interrupted(how).into());
     }
+    if matches!(error, Error::Option { .. } | Error::Calibration { .. }) {
+        return Err(error.into());
+    }
     let mut what = format!("cannot convert {}", args.source.display());
     if matches!(error, Error::Io { .. } | Error::Format(_)) && options.work.is_dir() {
         what.push_str(&format!(

@@ -28,10 +28,11 @@ fn scaled(mut value: f64, units: &[&str]) -> String {
     format!("{value:.digits$}{}", units[unit])
 }
 
-/// `950 ms`, `4.2 s`, `3 min 05 s`, `2 h 03 min`.
+/// `2.7 ms`, `950 ms`, `4.2 s`, `3 min 05 s`, `2 h 03 min`.
 pub(crate) fn duration(time: Duration) -> String {
     let seconds = time.as_secs();
     match seconds {
+        0 if time < Duration::from_millis(10) => format!("{:.1} ms", 1e3 * time.as_secs_f64()),
         0 => format!("{} ms", time.as_millis()),
         1..60 => format!("{:.1} s", time.as_secs_f64()),
         60..3600 => format!("{} min {:02} s", seconds / 60, seconds % 60),
@@ -69,6 +70,7 @@ mod tests {
 
     #[test]
     fn durations_change_unit_with_size() {
+        assert_eq!(duration(Duration::from_micros(2680)), "2.7 ms");
         assert_eq!(duration(Duration::from_millis(950)), "950 ms");
         assert_eq!(duration(Duration::from_millis(4200)), "4.2 s");
         assert_eq!(duration(Duration::from_secs(185)), "3 min 05 s");

@@ -325,9 +325,15 @@ fn as_nobody(dir: &TempDir, args: &[&str]) -> std::process::Command {
     if dir.path().metadata().unwrap().uid() != 0 {
         return exl(args);
     }
-    // Root reads everything. The build folder may be closed to others: the program moves.
+    // Root reads everything. The build folder may be closed to others: the program moves. Not by a copy of
+    // this process: a program that another test starts meanwhile would hold it open for writing, and what
+    // is open for writing cannot be run.
     let program = dir.join("exl");
-    std::fs::copy(env!("CARGO_BIN_EXE_exl"), &program).unwrap();
+    let copied = std::process::Command::new("cp")
+        .arg(env!("CARGO_BIN_EXE_exl"))
+        .arg(&program)
+        .status();
+    assert!(copied.unwrap().success());
     for path in [dir.path(), &program] {
         std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o755)).unwrap();
     }

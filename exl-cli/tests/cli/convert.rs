@@ -159,8 +159,8 @@ fn the_result_may_not_replace_anything_unasked() {
 #[test]
 fn a_bitrate_named_twice_is_refused() {
     let temp = TempDir::new();
-    let outcome = run(&mut small(&temp.join("out"), "4,4.0")).failure(1, &[]);
-    assert!(outcome.stderr.contains("named twice"), "{}", outcome.stderr);
+    let outcome = run(&mut small(&temp.join("out"), "4,4.0"));
+    outcome.failure(2, &["--bits", "named twice"]);
 }
 
 /// Starts a conversion and sends it a signal once `count` files of the journal have a suffix.

@@ -144,7 +144,7 @@ fn wrong_forms_are_refused_before_the_model_is_loaded() {
     std::fs::write(&file, "{\"type\": \"strange\"}").unwrap();
     let outcome = generate(&["--json-schema", text(&file)]).failure(1, &["--json-schema"]);
     assert!(outcome.stderr.contains("strange"), "{}", outcome.stderr);
-    generate(&["--regex", "a("]).failure(1, &["--regex"]);
+    generate(&["--regex", "a("]).failure(2, &["--regex: the regular expression"]);
     generate(&["--regex", "a", "--choices", "b"]).failure(2, &["cannot be used with"]);
     let outcome = generate(&["--prefer-end"]).failure(2, &[]);
     assert!(

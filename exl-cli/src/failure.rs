@@ -1,4 +1,4 @@
-//! How errors reach the user: one line, causes below it, and the exit code.
+//! How errors reach the user: what is wrong, causes below it, and the exit code.
 
 use std::any::Any;
 use std::fmt;
@@ -103,12 +103,14 @@ fn code(error: &anyhow::Error) -> u8 {
     }
 }
 
-/// Whether an error is about the command line alone. What files or folders a flag names may be right another
-/// time.
+/// Whether an error is about the command line alone: what files, folders and the machine have may be right
+/// another time.
 fn is_usage(cause: &(dyn std::error::Error + 'static)) -> bool {
-    const NAMING: [&str; 4] = ["--out", "--cal", "--tokens", "--verify"];
+    const OTHERS: [&str; 5] = ["--out", "--cal", "--tokens", "--verify", "--threads"];
     match cause.downcast_ref::<exl_quant::Error>() {
-        Some(exl_quant::Error::Option { option, .. }) => !NAMING.contains(option),
+        Some(exl_quant::Error::Option { option, .. }) => {
+            option.starts_with("--") && !OTHERS.contains(option)
+        }
         _ => cause.is::<Usage>(),
     }
 }

@@ -482,6 +482,10 @@ fn disk(
         // Before, layers were in the order of the model.
         model.push_str("\nsliding layers last");
     }
+    if options.kv_type.k.has_centers() {
+        // How centers of keys are measured: a page has them, and what is appended to a copy takes new ones.
+        model.push_str("\ncenters of 64 tokens");
+    }
     Ok(Some(DiskOptions {
         folder: folder.clone(),
         model,

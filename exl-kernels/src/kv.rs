@@ -52,7 +52,7 @@ pub enum KvFormat {
     Q8,
     /// 6-bit codes: 6.5 bits per value.
     Q6,
-    /// 4-bit codes: 4.5 bits per value, and 1/16 more for the centers of keys.
+    /// 4-bit codes: 4.5 bits per value, and 1/16 more for the centers in a page of keys.
     Q4,
 }
 

@@ -22,6 +22,7 @@ use crate::KvType;
 use crate::cuda::CudaMatrix;
 use crate::mem::{Mem, MemMut};
 use crate::quant::QuantMatrix;
+use crate::{Error, Result};
 
 /// Tokens in one page of the KV cache.
 pub const PAGE_TOKENS: usize = 256;
@@ -237,6 +238,22 @@ pub struct RopeAppend<'a> {
     pub attention_factor: f32,
     /// Frequencies of each axis, as many together as there are.
     pub sections: Option<[usize; 3]>,
+}
+
+/// That a token lies in a page where its position says, as the centers of keys need.
+pub(crate) fn check_place(row: usize, slot: i32, position: i32) -> Result<()> {
+    let within = |i: i32| i.rem_euclid(PAGE_TOKENS as i32);
+    match within(slot) == within(position) {
+        true => Ok(()),
+        false => Err(Error::argument(
+            format!("rope_append.slots[{row}]"),
+            format!(
+                "token {} of a page, for position {position}",
+                within(position)
+            ),
+            format!("slot {slot}"),
+        )),
+    }
 }
 
 /// Row of a table of `n` centers for a position; `None` for zeros.

@@ -269,6 +269,9 @@ fn rope_append(op: &mut RopeAppend<'_>) -> Result<()> {
         for head in k[r * width..][..width].chunks_exact_mut(d) {
             rotate(head, &freqs, &position, (op.style, factor));
         }
+        if !centers.is_empty() {
+            ops::check_place(r, slots[r], positions[r])?;
+        }
         let slot = index(slots, r, tokens, "rope_append.slots")?;
         let (k, v) = (&k[r * width..][..width], &v[r * width..][..width]);
         let zeros = vec![0.0; width];

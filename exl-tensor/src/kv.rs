@@ -48,7 +48,7 @@ impl KvShape {
         product(&[layers, pages, k.saturating_add(v)])
     }
 
-    /// Bytes one token takes over all layers, as long as all of them keep it.
+    /// Bytes one token takes over all layers, as long as all of them keep it; without centers of keys.
     pub fn token_bytes(&self) -> usize {
         product(&[
             self.layers,
@@ -85,7 +85,7 @@ enum Half {
 }
 
 /// K and V of every layer: `[pages, PAGE_TOKENS, kv_heads, head_dim]` each, or pages of as many
-/// codes and scales. Sliding layers may have pages of their own ([`KvPages::window`]).
+/// codes and scales, and of keys the centers of a page. Sliding layers may have pages of their own ([`KvPages::window`]).
 #[derive(Debug)]
 pub struct KvBuffers {
     shape: KvShape,

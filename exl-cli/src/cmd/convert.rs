@@ -98,7 +98,11 @@ fn failed<T>(args: &ConvertArgs, options: &ConvertOptions, error: Error) -> Resu
         let how = format!("run the same command again to go on (the journal is in {journal})");
         return Err(Interrupted(how).into());
     }
-    if matches!(error, Error::Option { .. } | Error::Calibration { .. }) {
+    let about_flags = match &error {
+        Error::Option { option, .. } => option.starts_with("--"),
+        other => matches!(other, Error::Calibration { .. }),
+    };
+    if about_flags {
         return Err(error.into());
     }
     let mut what = format!("cannot convert {}", args.source.display());

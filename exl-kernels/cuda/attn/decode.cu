@@ -2,8 +2,9 @@
 // tensor cores, the keys of a sequence spread over several blocks.
 //
 // What: a block takes up to 16 packed rows (attn.cuh) of one sequence and KV head and one chunk of
-// its keys; the last block of a tile to arrive merges the chunks in order. With one block per tile
-// (splits 1) that block goes through the chunks and folds them in the same order: the same bits.
+// its keys; the last block of a tile to arrive merges the chunks. Where chunks have fixed places it does so in
+// order, and with one block per tile (splits 1) that block goes through them and folds them in the same
+// order: the same bits.
 // Queries and weights are two 16-bit terms each, sums are 32-bit floats: about the accuracy of 32-bit
 // arithmetic.
 //

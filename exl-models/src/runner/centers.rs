@@ -7,36 +7,42 @@
 
 use exl_tensor::{KeyHeads, KvBuffers, PAGE_TOKENS, RopeStyle};
 
-use super::{LogitRows, PlanCache, Runner, SeqSlice, SliceExtras};
-use crate::Result;
-use crate::spec::{AttnSpec, Spec};
+use super::{LogitRows, Runner, SeqSlice, SliceExtras};
+use crate::{Error, Result, Spec};
 
 /// Tokens that the means are of.
 const TOKENS: usize = 64;
 
 /// Measures the means with the model and sets the cache's centers, where its keys have any. It uses the first
-/// page of the cache, which must not be in use.
+/// page of the cache, which must not be in use. Models whose tokens have positions on axes go without: a
+/// position there does not say which page a token is in.
 pub(super) fn set(runner: &mut Runner) -> Result<()> {
     let shape = runner.kv.shape();
-    let Some(heads) = KeyHeads::new(shape.kv.k, shape.kv_heads, shape.head_dim) else {
+    let spec = runner.model().spec().clone();
+    let heads = KeyHeads::new(shape.kv.k, shape.kv_heads, shape.head_dim);
+    let Some(heads) = heads.filter(|_| !spec.has_axes()) else {
         return Ok(());
     };
-    let tokens = run(runner)?;
-    let spec = runner.model().spec().clone();
+    let tokens = run(runner).map_err(|error| match error {
+        Error::Step(what) => Error::Step(format!(
+            "measuring what keys have in common, for a {} cache: {what}",
+            shape.kv
+        )),
+        other => other,
+    })?;
     let pages = runner.kv.pages().all;
     let contents = Contents::read(&runner.kv)?;
+    let turns = Turns::of(&spec, pages);
     for (layer, place) in spec.layers.iter().zip(spec.cache_places()) {
-        let turn = Turn::new(&spec, &layer.attn);
-        let page = contents.keys(&runner.kv, place);
-        let means: Vec<Vec<f64>> = (0..shape.kv_heads)
-            .map(|head| mean(&heads, (page, head), tokens, &turn))
-            .collect();
-        if let Some(centers) = centers(&heads, &means, pages, &turn) {
+        let turns = &turns[layer.attn.rope.map_or(0, |rope| 1 + rope)];
+        let (page, style) = (contents.keys(&runner.kv, place), layer.attn.style);
+        let means = (0..shape.kv_heads)
+            .map(|head| mean(&heads, (page, head), tokens, (turns, style)))
+            .collect::<Option<Vec<_>>>();
+        if let Some(centers) = means.and_then(|m| centers(&heads, &m, (turns, style))) {
             runner.kv.set_centers(place, &centers)?;
         }
     }
-    // Nothing of this run is wanted again.
-    runner.plans = PlanCache::new(runner.options.plans);
     runner.last = None;
     Ok(())
 }
@@ -105,87 +111,110 @@ impl Contents {
     }
 }
 
-/// How a layer's keys turn.
-struct Turn<'a> {
-    inv_freq: &'a [f32],
-    factor: f64,
-    style: RopeStyle,
+/// A factor for each pair of a head's values, as a complex number.
+type Factors = Vec<(f64, f64)>;
+
+/// How the keys of a rotary table turn.
+struct Turns {
+    /// By position, of the tokens that are measured: what turns a key back.
+    back: Vec<Factors>,
+    /// By page: the mean over its positions.
+    pages: Vec<Factors>,
 }
 
-impl<'a> Turn<'a> {
-    fn new(spec: &'a Spec, attn: &AttnSpec) -> Self {
-        let table = attn.rope.map(|i| &spec.ropes[i]);
+impl Turns {
+    /// Of no rotation, then of every table of a model.
+    fn of(spec: &Spec, pages: usize) -> Vec<Self> {
+        let tables = spec
+            .ropes
+            .iter()
+            .map(|t| (&t.inv_freq[..], t.attention_factor));
+        let all = std::iter::once((&[][..], 1.0)).chain(tables);
+        all.map(|(inv_freq, factor)| Self::new(inv_freq, factor.into(), pages))
+            .collect()
+    }
+
+    fn new(inv_freq: &[f32], factor: f64, pages: usize) -> Self {
+        let at = |position: usize| {
+            let angles = inv_freq
+                .iter()
+                .map(move |&f| f64::from(f) * position as f64);
+            angles.map(f64::sin_cos)
+        };
+        let back = |position| {
+            at(position)
+                .map(|(sin, cos)| (cos / factor, -sin / factor))
+                .collect()
+        };
+        let mut first = vec![(0.0, 0.0); inv_freq.len()];
+        for offset in 0..PAGE_TOKENS {
+            for ((re, im), (sin, cos)) in first.iter_mut().zip(at(offset)) {
+                (*re, *im) = (*re + cos, *im + sin);
+            }
+        }
+        let scale = factor / PAGE_TOKENS as f64;
+        // Pages behind the first turn as much further.
+        let page = |page: usize| {
+            let pairs = first.iter().zip(at(page * PAGE_TOKENS));
+            let turned = pairs.map(|((re, im), (sin, cos))| {
+                ((re * cos - im * sin) * scale, (re * sin + im * cos) * scale)
+            });
+            turned.collect()
+        };
         Self {
-            inv_freq: table.map_or(&[], |t| &t.inv_freq),
-            factor: table.map_or(1.0, |t| t.attention_factor.into()),
-            style: attn.style,
-        }
-    }
-
-    /// Multiplies the pairs of a head, as complex numbers, by what `of` gives for their frequencies.
-    fn apply(&self, head: &mut [f64], of: impl Fn(f64) -> (f64, f64)) {
-        let pairs = self.inv_freq.len();
-        for (i, &frequency) in self.inv_freq.iter().enumerate() {
-            let (a, b) = match self.style {
-                RopeStyle::Neox => (i, i + pairs),
-                RopeStyle::GptJ => (2 * i, 2 * i + 1),
-            };
-            let (re, im) = of(frequency.into());
-            (head[a], head[b]) = (head[a] * re - head[b] * im, head[b] * re + head[a] * im);
+            back: (0..TOKENS).map(back).collect(),
+            pages: (0..pages).map(page).collect(),
         }
     }
 }
 
-/// The mean of a head's keys over the first tokens of a page, each turned back to position 0.
+/// Multiplies the pairs of a head, as complex numbers.
+fn turn(head: &mut [f64], factors: &Factors, style: RopeStyle) {
+    let pairs = factors.len();
+    for (i, &(re, im)) in factors.iter().enumerate() {
+        let (a, b) = match style {
+            RopeStyle::Neox => (i, i + pairs),
+            RopeStyle::GptJ => (2 * i, 2 * i + 1),
+        };
+        (head[a], head[b]) = (head[a] * re - head[b] * im, head[b] * re + head[a] * im);
+    }
+}
+
+/// The mean of a head's keys over the first tokens of a page, each turned back to position 0; `None` where no
+/// key is a number.
 fn mean(
     heads: &KeyHeads,
     (page, head): (&[u8], usize),
     tokens: usize,
-    turn: &Turn<'_>,
-) -> Vec<f64> {
+    (turns, style): (&Turns, RopeStyle),
+) -> Option<Vec<f64>> {
     let dim = heads.head_dim();
-    let (mut key, mut sum) = (vec![0f32; dim], vec![0f64; dim]);
-    for token in 0..tokens {
+    let (mut key, mut sum, mut count) = (vec![0f32; dim], vec![0f64; dim], 0usize);
+    for (token, back) in turns.back[..tokens].iter().enumerate() {
         heads.read(page, (token, head), &mut key);
+        if !key.iter().all(|v| v.is_finite()) {
+            continue;
+        }
         let mut key: Vec<f64> = key.iter().map(|&v| v.into()).collect();
-        turn.apply(&mut key, |frequency| {
-            let (sin, cos) = (frequency * token as f64).sin_cos();
-            (cos / turn.factor, -sin / turn.factor)
-        });
+        turn(&mut key, back, style);
         sum.iter_mut().zip(&key).for_each(|(sum, v)| *sum += v);
+        count += 1;
     }
-    sum.iter_mut().for_each(|v| *v /= tokens.max(1) as f64);
-    sum
+    sum.iter_mut().for_each(|v| *v /= count.max(1) as f64);
+    (count > 0).then_some(sum)
 }
 
 /// Centers of a layer, `[pages, kv_heads, head_dim]`; `None` where they cannot be stored.
 fn centers(
     heads: &KeyHeads,
     means: &[Vec<f64>],
-    pages: usize,
-    turn: &Turn<'_>,
+    (turns, style): (&Turns, RopeStyle),
 ) -> Option<Vec<half::f16>> {
-    // Over the positions of the first page; those of another one turn as much further.
-    let mut first = means.to_vec();
-    for head in &mut first {
-        turn.apply(head, |frequency| {
-            let (mut re, mut im) = (0.0, 0.0);
-            for offset in 0..PAGE_TOKENS {
-                let (sin, cos) = (frequency * offset as f64).sin_cos();
-                (re, im) = (re + cos, im + sin);
-            }
-            let scale = turn.factor / PAGE_TOKENS as f64;
-            (re * scale, im * scale)
-        });
-    }
     let mut all = Vec::new();
-    for page in 0..pages {
-        for head in &first {
+    for page in &turns.pages {
+        for head in means {
             let mut head = head.clone();
-            turn.apply(&mut head, |frequency| {
-                let (sin, cos) = (frequency * (page * PAGE_TOKENS) as f64).sin_cos();
-                (cos, sin)
-            });
+            turn(&mut head, page, style);
             let mut head: Vec<f32> = head.iter().map(|&v| v as f32).collect();
             all.extend(heads.center(&mut head)?);
         }

@@ -3,8 +3,9 @@
 use std::sync::Arc;
 
 use exl_models::{Backend, LogitRows, Model, Runner, SeqSlice, SliceExtras};
+use exl_tensor::KvType;
 
-use crate::common::{dir, golden, runner, tensors};
+use crate::common::{dir, golden, runner, runner_with, tensors};
 
 pub(crate) const CASES: [&str; 2] = ["qwen2-vl", "qwen2.5-vl"];
 
@@ -67,5 +68,40 @@ fn positions_on_axes_equal_transformers() {
             // Measured 6e-7.
             assert!(error < 1e-4, "{case} in pieces of {size}: {error}");
         }
+    }
+}
+
+/// Steps that name the positions of a text and steps that do not write into one page, also where keys are
+/// stored by what they differ by from a center.
+#[test]
+fn positions_of_text_need_not_be_named() {
+    let golden = golden("qwen2-vl");
+    for kv in [KvType::F32, KvType::Q4] {
+        let logits = |named: fn(usize) -> bool| -> Vec<f32> {
+            let mut runner = runner_with(golden.model.clone(), Backend::Cpu, kv);
+            let mut all = Vec::new();
+            for (i, tokens) in golden.ids.chunks(7).enumerate() {
+                let start = 7 * i as u32;
+                let positions: Vec<[u32; 3]> = (start..start + tokens.len() as u32)
+                    .filter(|_| named(i))
+                    .map(|p| [p; 3])
+                    .collect();
+                let slice = SeqSlice {
+                    tokens,
+                    start: start as usize,
+                    pages: &[1],
+                    logits: LogitRows::All,
+                    extras: SliceExtras {
+                        positions: &positions,
+                        ..SliceExtras::default()
+                    },
+                };
+                all.extend_from_slice(runner.step(&[slice]).unwrap());
+            }
+            all
+        };
+        let silent = logits(|_| false);
+        assert!(silent == logits(|_| true), "{kv}: all named");
+        assert!(silent == logits(|i| i % 2 == 1), "{kv}: some named");
     }
 }

@@ -61,7 +61,7 @@ pub(crate) fn run(args: &GenerateArgs, ui: &Ui) -> Result<()> {
         streams.push(stream.with_context(|| format!("prompt {number}"))?);
     }
     let prompts = jobs.iter().map(|job| job.text.as_str()).collect();
-    let mut output = Output::new(args.json, prompts, *ui);
+    let mut output = Output::new(args.json, given.form.is_some(), prompts, *ui);
     let outcome = pump(&mut streams, &mut output, &stop);
     // What there is goes out even when something failed on the way.
     drop(streams);

@@ -154,6 +154,15 @@ fn wrong_forms_are_refused_before_the_model_is_loaded() {
     );
 }
 
+#[test]
+fn an_answer_that_ends_within_its_form_says_so() {
+    let said = "before its form is complete";
+    let cut = generate(&["--regex", "(ab){40}", "-n", "3"]).success();
+    assert!(cut.stderr.contains(said), "{}", cut.stderr);
+    let whole = generate(&["--regex", "ab", "-n", "9"]).success();
+    assert!(!whole.stderr.contains(said), "{}", whole.stderr);
+}
+
 /// The demo model without its other layers, which guesses badly but fast.
 fn first_layer(temp: &TempDir) -> std::path::PathBuf {
     let small = copy_demo(temp);

@@ -216,7 +216,8 @@ __device__ __forceinline__ void append(float* q, const float* k, const float* v,
     const Format f(is_k ? k_bits : v_bits, head_dim, is_k);
     const int page = min(at_axes.at(row, 0) / PAGE_TOKENS, centers - 1);
     const auto center_at = [&](int i) {
-        return page < 0 ? __float2half_rn(0.0f) : k_centers[((long long)page * kv_heads + head) * head_dim + i];
+        return page < 0 ? __float2half_rn(0.0f)
+                        : k_centers[((long long)page * kv_heads + head) * head_dim + i];
     };
     __half center = __float2half_rn(0.0f);
     if (is_k && f.center > 0 && first < head_dim) center = center_at(first);
@@ -261,7 +262,8 @@ __device__ __forceinline__ void append(float* q, const float* k, const float* v,
 #define APPEND_ARGUMENTS                                                                             \
     float *q, const float *k, const float *v, const int *positions, const int *slots,                \
         const float *inv_freq, u8 *k_cache, u8 *v_cache, const __half *k_centers, int centers,       \
-        int heads, int kv_heads, int head_dim, int pairs, int interleaved, float factor, int k_bits, int v_bits, int second, int third
+        int heads, int kv_heads, int head_dim, int pairs, int interleaved, float factor, int k_bits, \
+        int v_bits, int second, int third
 #define APPEND_VALUES                                                                                \
     q, k, v, positions, slots, inv_freq, k_cache, v_cache, k_centers, centers, heads, kv_heads,      \
         head_dim, pairs, interleaved, factor, k_bits, v_bits, second, third

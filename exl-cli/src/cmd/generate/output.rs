@@ -13,6 +13,8 @@ pub(super) struct Output<'a> {
     /// On a terminal a text reads better with its beginning.
     echo: bool,
     ui: Ui,
+    /// Answers have a form.
+    form: bool,
     jobs: Vec<Job<'a>>,
     /// The job that is on the screen.
     shown: usize,
@@ -31,7 +33,7 @@ struct Job<'a> {
 }
 
 impl<'a> Output<'a> {
-    pub(super) fn new(json: bool, prompts: Vec<&'a str>, ui: Ui) -> Self {
+    pub(super) fn new(json: bool, form: bool, prompts: Vec<&'a str>, ui: Ui) -> Self {
         let jobs = prompts
             .into_iter()
             .map(|prompt| Job {
@@ -43,6 +45,7 @@ impl<'a> Output<'a> {
             json,
             echo: io::stdout().is_terminal(),
             ui,
+            form,
             jobs,
             shown: 0,
         }
@@ -125,6 +128,12 @@ impl<'a> Output<'a> {
                 bail!("prompt {}: {why}", number + 1);
             }
             self.ui.note(&summary(number, done));
+            if self.form && matches!(done.reason, DoneReason::MaxTokens) {
+                self.ui.note(&format!(
+                    "prompt {}: the answer ends before its form is complete; a larger -n lets it go on",
+                    number + 1
+                ));
+            }
         }
         Ok(())
     }

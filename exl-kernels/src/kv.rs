@@ -38,6 +38,8 @@ pub use keys::KeyHeads;
 use std::fmt;
 use std::str::FromStr;
 
+use half::f16;
+
 use crate::DType;
 use crate::ops::PAGE_TOKENS;
 
@@ -316,6 +318,26 @@ impl PageLayout {
         let planes = PAGE_TOKENS * self.kv_heads * self.head.all();
         let at = self.page(slot) + planes + head * self.center;
         (self.center > 0).then_some((at, self.center))
+    }
+
+    /// Adds the center of a head, if there is one, to that head of tokens that lie in the page of a slot: rows
+    /// of rotated values.
+    pub(crate) fn add_center(&self, pages: &[u8], (slot, head): (usize, usize), rows: &mut [f32]) {
+        const STRETCH: usize = 64;
+        let Some((at, len)) = self.center(slot, head) else {
+            return;
+        };
+        for (n, bytes) in pages[at..at + len].chunks(2 * STRETCH).enumerate() {
+            let mut center = [0f32; STRETCH];
+            for (c, pair) in center.iter_mut().zip(bytes.chunks_exact(2)) {
+                *c = f16::from_le_bytes([pair[0], pair[1]]).to_f32();
+            }
+            let (from, values) = (n * STRETCH, bytes.len() / 2);
+            for row in rows.chunks_exact_mut(self.head_dim) {
+                let row = row[from..from + values].iter_mut().zip(&center);
+                row.for_each(|(v, c)| *v += c);
+            }
+        }
     }
 
     /// First byte of a head of the token in a slot, in each plane, and the bytes there.

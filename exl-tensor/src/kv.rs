@@ -39,7 +39,7 @@ impl KvShape {
         let pages = pages.into();
         let full = self.layer_bytes(self.full_layers(), pages.all);
         full.saturating_add(self.layer_bytes(self.sliding.layers, pages.of_sliding()))
-            .saturating_add(self.center_bytes(pages.all))
+            .saturating_add(self.centers(pages.all).unwrap_or(0))
     }
 
     /// Bytes of `pages` pages of so many layers, K and V.
@@ -112,7 +112,7 @@ impl KvBuffers {
         let layers = (0..shape.layers)
             .map(|l| Ok((one(l, k)?, one(l, v)?)))
             .collect::<Result<_>>()?;
-        let centers = Some(shape.center_bytes(pages.all)).filter(|&bytes| bytes > 0);
+        let centers = shape.centers(pages.all);
         let centers = centers.map(|bytes| HostMemory::zeroed(bytes, "centers of the KV cache"));
         Ok(Self {
             shape,
@@ -148,7 +148,7 @@ impl KvBuffers {
                 Ok((part(pages * k)?, part(pages * v)?))
             })
             .collect::<Result<_>>()?;
-        let centers = Some(shape.center_bytes(pages.all)).filter(|&bytes| bytes > 0);
+        let centers = shape.centers(pages.all);
         let centers = centers.map(&mut part).transpose()?;
         Ok(Self {
             shape,
@@ -177,7 +177,7 @@ impl KvBuffers {
         let layers = (0..shape.layers)
             .map(|l| (half(l, k), half(l, v)))
             .collect();
-        let centers = Some(shape.center_bytes(pages.all)).filter(|&bytes| bytes > 0);
+        let centers = shape.centers(pages.all);
         // SAFETY: the caller's promise.
         let centers = centers.map(|bytes| unsafe { Half::Gpu(DeviceRegion::unbacked(bytes)) });
         Ok(Self {

@@ -73,7 +73,7 @@ pub(crate) fn run(args: &ChatArgs, ui: &Ui) -> Result<()> {
         conversation: Conversation::new(system),
         input,
         ui: *ui,
-        refused: (0, None),
+        refused: Vec::new(),
     }
     .run()
 }
@@ -106,8 +106,8 @@ struct Chat {
     conversation: Conversation,
     input: Input,
     ui: Ui,
-    /// Lines that could not be followed, and why the first of them.
-    refused: (usize, Option<String>),
+    /// Why lines could not be followed.
+    refused: Vec<String>,
 }
 
 impl Chat {
@@ -130,18 +130,18 @@ impl Chat {
 
     /// Who talks through a pipe does not read remarks: the exit code says that there were some.
     fn end(&self) -> Result<()> {
-        match &self.refused {
-            (n, Some(why)) if !self.input.is_interactive() => {
-                bail!("{n} of the lines could not be followed, the first because: {why}")
-            }
+        match &self.refused[..] {
+            [why, ..] if !self.input.is_interactive() => bail!(
+                "{} of the lines could not be followed, the first because: {why}",
+                self.refused.len()
+            ),
             _ => Ok(()),
         }
     }
 
     /// Says why a line cannot be followed.
     fn refuse(&mut self, why: &str) {
-        self.refused.0 += 1;
-        self.refused.1.get_or_insert_with(|| why.to_owned());
+        self.refused.push(why.to_owned());
         self.ui.note(why);
     }
 

@@ -41,28 +41,6 @@ impl<'a> Cache<'a> {
     /// Copies one head of the tokens in `slot` and after, which are of one page, rows of `d` elements, as
     /// f32; rotated values where the cache is quantized.
     fn rows(&self, slot: usize, (heads, head): (usize, usize), to: &mut [f32], d: usize) {
-        self.stored(slot, (heads, head), to, d);
-        let Cache::Quant(bytes, _, layout) = self else {
-            return;
-        };
-        if let Some((at, len)) = layout.center(slot, head) {
-            let center = bytes[at..at + len].chunks_exact(2).enumerate();
-            let mut stretch = [0f32; 64];
-            for (i, pair) in center {
-                stretch[i % 64] = f16::from_le_bytes([pair[0], pair[1]]).to_f32();
-                if i % 64 == 63 || i + 1 == d {
-                    let from = i / 64 * 64;
-                    for row in to.chunks_exact_mut(d) {
-                        let row = row[from..=i].iter_mut().zip(&stretch);
-                        row.for_each(|(v, c)| *v += c);
-                    }
-                }
-            }
-        }
-    }
-
-    /// As [`Self::rows`], without the center.
-    fn stored(&self, slot: usize, (heads, head): (usize, usize), to: &mut [f32], d: usize) {
         for (i, to) in to.chunks_exact_mut(d).enumerate() {
             let at = ((slot + i) * heads + head) * d;
             match self {
@@ -73,6 +51,9 @@ impl<'a> Cache<'a> {
                     codec.decode(planes.map(|(at, len)| &bytes[at..at + len]), to);
                 }
             }
+        }
+        if let Cache::Quant(bytes, _, layout) = self {
+            layout.add_center(bytes, (slot, head), to);
         }
     }
 

@@ -335,10 +335,8 @@ pub(super) fn rope_append(op: &mut RopeAppend<'_>, cpu: &Cpu) -> Result<()> {
         let (sorted, scratch) = scratch.split_at_mut(op.rows);
         check_distinct(slots, sorted)?;
         if !centers.is_empty() {
-            let places = slots.iter().zip(positions).enumerate();
-            places
-                .into_iter()
-                .try_for_each(|(r, (&slot, &position))| ops::check_place(r, slot, position))?;
+            let mut places = slots.iter().zip(positions).enumerate();
+            places.try_for_each(|(r, (&slot, &position))| ops::check_place(r, slot, position))?;
         }
         let scratch: &mut [f32] = bytemuck::cast_slice_mut(scratch);
         let scratch = Rows(scratch.as_mut_ptr());

@@ -36,11 +36,7 @@ impl KeyHeads {
         let planes = self.layout.planes(token, head);
         self.codec
             .decode(planes.map(|(at, len)| &page[at..at + len]), key);
-        if let Some((at, len)) = self.layout.center(token, head) {
-            for (v, c) in key.iter_mut().zip(page[at..at + len].chunks_exact(2)) {
-                *v += f16::from_le_bytes([c[0], c[1]]).to_f32();
-            }
-        }
+        self.layout.add_center(page, (token, head), key);
         self.codec.unrotate(key);
     }
 

@@ -43,7 +43,6 @@ pub(super) fn set(runner: &mut Runner) -> Result<()> {
             runner.kv.set_centers(place, &centers)?;
         }
     }
-    runner.last = None;
     Ok(())
 }
 

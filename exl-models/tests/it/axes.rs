@@ -2,12 +2,19 @@
 
 use std::sync::Arc;
 
-use exl_models::{Backend, LogitRows, Model, Runner, SeqSlice, SliceExtras};
+use exl_models::{Backend, Model, Runner, SliceExtras};
 use exl_tensor::KvType;
 
-use crate::common::{dir, golden, runner, runner_with, tensors};
+use crate::common::{dir, golden, pieces_with, runner, runner_with, tensors};
 
 pub(crate) const CASES: [&str; 2] = ["qwen2-vl", "qwen2.5-vl"];
+
+fn named(positions: &[[u32; 3]]) -> SliceExtras<'_> {
+    SliceExtras {
+        positions,
+        ..SliceExtras::default()
+    }
+}
 
 /// Largest difference from transformers at the stored positions, relative to the logits' range, of a
 /// text fed in pieces of this size.
@@ -32,20 +39,7 @@ pub(crate) fn error(runner: &mut Runner, case: &str, size: usize) -> f32 {
     let positions: Vec<[u32; 3]> = (0..n).map(at).collect();
     // Somewhere the axes differ, or nothing is tested.
     assert!(positions.iter().any(|p| p[0] != p[1] && p[1] != p[2]));
-    let mut all = Vec::new();
-    for (i, tokens) in ids.chunks(size).enumerate() {
-        let slice = SeqSlice {
-            tokens,
-            start: i * size,
-            pages: &[1],
-            logits: LogitRows::All,
-            extras: SliceExtras {
-                positions: &positions[i * size..][..tokens.len()],
-                ..SliceExtras::default()
-            },
-        };
-        all.extend_from_slice(runner.step(&[slice]).unwrap());
-    }
+    let all = pieces_with(runner, &ids, size, |at| named(&positions[at]));
     let vocab = all.len() / n;
     let found = rows
         .iter()
@@ -76,29 +70,16 @@ fn positions_on_axes_equal_transformers() {
 #[test]
 fn positions_of_text_need_not_be_named() {
     let golden = golden("qwen2-vl");
+    let positions: Vec<[u32; 3]> = (0..golden.ids.len() as u32).map(|p| [p; 3]).collect();
     for kv in [KvType::F32, KvType::Q4] {
-        let logits = |named: fn(usize) -> bool| -> Vec<f32> {
+        let logits = |which: fn(usize) -> bool| -> Vec<f32> {
             let mut runner = runner_with(golden.model.clone(), Backend::Cpu, kv);
-            let mut all = Vec::new();
-            for (i, tokens) in golden.ids.chunks(7).enumerate() {
-                let start = 7 * i as u32;
-                let positions: Vec<[u32; 3]> = (start..start + tokens.len() as u32)
-                    .filter(|_| named(i))
-                    .map(|p| [p; 3])
-                    .collect();
-                let slice = SeqSlice {
-                    tokens,
-                    start: start as usize,
-                    pages: &[1],
-                    logits: LogitRows::All,
-                    extras: SliceExtras {
-                        positions: &positions,
-                        ..SliceExtras::default()
-                    },
-                };
-                all.extend_from_slice(runner.step(&[slice]).unwrap());
-            }
-            all
+            pieces_with(&mut runner, &golden.ids, 7, |at| {
+                match which(at.start / 7) {
+                    true => named(&positions[at]),
+                    false => SliceExtras::default(),
+                }
+            })
         };
         let silent = logits(|_| false);
         assert!(silent == logits(|_| true), "{kv}: all named");

@@ -102,7 +102,7 @@ fn centers_are_the_same_for_any_size_of_steps() {
     let apart = divergence(&whole, &single, vocab);
     assert!(apart < 1e-2, "{apart}");
     let mut floats = runner(&model, KvType::Q8, 5);
-    assert!(!floats.kv().has_centers());
+    assert!(!floats.kv().shape().kv.k.has_centers());
     let refused = floats.kv_mut().set_centers(0, &[]).unwrap_err().to_string();
     assert!(
         refused.contains("keys of a q8 cache have no centers"),

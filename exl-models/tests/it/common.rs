@@ -1,10 +1,14 @@
 //! Shared by the integration tests.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use exl_models::{Backend, LoadOptions, Model, ModelSource, Runner, RunnerOptions};
+use exl_models::{
+    Backend, LoadOptions, LogitRows, Model, ModelSource, Runner, RunnerOptions, SeqSlice,
+    SliceExtras,
+};
 use exl_tensor::KvType;
 use serde_json::{Value, json};
 
@@ -169,6 +173,28 @@ impl Golden {
         let low = self.logits.iter().fold(f32::MAX, |m, &v| m.min(v));
         worst / (high - low)
     }
+}
+
+/// All logits of a row fed in pieces of the given size, with what `extras` says of a range of it.
+pub(crate) fn pieces_with<'a>(
+    runner: &mut Runner,
+    ids: &[u32],
+    size: usize,
+    extras: impl Fn(Range<usize>) -> SliceExtras<'a>,
+) -> Vec<f32> {
+    let mut all = Vec::new();
+    for (i, tokens) in ids.chunks(size).enumerate() {
+        let start = i * size;
+        let slice = SeqSlice {
+            tokens,
+            start,
+            pages: &[3, 0, 2],
+            logits: LogitRows::All,
+            extras: extras(start..start + tokens.len()),
+        };
+        all.extend_from_slice(runner.step(&[slice]).unwrap());
+    }
+    all
 }
 
 pub(crate) fn runner(model: Arc<Model>, backend: Backend) -> Runner {

@@ -11,7 +11,7 @@ use exl_models::{
 use exl_tensor::{Buffer, DType, KvType, Weight};
 use serde_json::{Value, json};
 
-use crate::common::{Tensors, dir, golden, root, scratch, tensors};
+use crate::common::{Tensors, dir, golden, pieces_with, root, scratch, tensors};
 use crate::quantized::{decoded, written};
 
 /// Relative to the range of the logits, fp32 on both sides; measured 1.2e-6.
@@ -196,21 +196,10 @@ pub(crate) fn with_vectors(runner: &mut Runner, fixture: &Tensors, size: usize) 
         count: 3,
         values: floats(fixture, "vectors").into(),
     }];
-    let mut all = Vec::new();
-    for (i, tokens) in ids.chunks(size).enumerate() {
-        let slice = SeqSlice {
-            tokens,
-            start: i * size,
-            pages: &[0],
-            logits: LogitRows::All,
-            extras: SliceExtras {
-                vectors: &vectors,
-                ..SliceExtras::default()
-            },
-        };
-        all.extend_from_slice(runner.step(&[slice]).unwrap());
-    }
-    all
+    pieces_with(runner, &ids, size, |_| SliceExtras {
+        vectors: &vectors,
+        ..SliceExtras::default()
+    })
 }
 
 /// Hidden states of some positions, also of rows whose logits are not wanted, and the expected ones.

@@ -6,30 +6,18 @@ use std::sync::Arc;
 use exl_models::rope::RopeTable;
 use exl_models::{
     Backend, LoadOptions, LogitRows, MemoryRequest, MlpSpec, Model, ModelSource, Runner, SeqSlice,
-    Spec,
+    SliceExtras, Spec,
 };
 use exl_tensor::{Activation, KvType, RopeStyle, Weight};
 
-use crate::common::{CASES, golden, runner, runner_with};
+use crate::common::{CASES, golden, pieces_with, runner, runner_with};
 
 /// Relative to the range of the logits, fp32 on both sides.
 const TOLERANCE: f32 = 1e-4;
 
 /// All logits of a row fed in pieces of the given size.
 pub(crate) fn in_pieces(runner: &mut Runner, ids: &[u32], size: usize) -> Vec<f32> {
-    let pages = [3, 0, 2];
-    let mut all = Vec::new();
-    for (i, tokens) in ids.chunks(size).enumerate() {
-        let slice = SeqSlice {
-            tokens,
-            start: i * size,
-            pages: &pages,
-            logits: LogitRows::All,
-            extras: Default::default(),
-        };
-        all.extend_from_slice(runner.step(&[slice]).unwrap());
-    }
-    all
+    pieces_with(runner, ids, size, |_| SliceExtras::default())
 }
 
 /// A fixture that is not in the list is tested by nothing here.

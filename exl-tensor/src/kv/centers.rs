@@ -17,17 +17,14 @@ impl KvShape {
     }
 
     /// Bytes of the centers that a cache of `pages` pages appends with: one sequence may have them all.
-    pub(super) fn center_bytes(&self, pages: usize) -> usize {
-        product(&[self.layers, pages, self.center_values(), size_of::<f16>()])
+    /// `None` where there are none.
+    pub(super) fn centers(&self, pages: usize) -> Option<usize> {
+        let bytes = product(&[self.layers, pages, self.center_values(), size_of::<f16>()]);
+        Some(bytes).filter(|&bytes| bytes > 0)
     }
 }
 
 impl KvBuffers {
-    /// Whether keys that are appended have centers taken away.
-    pub fn has_centers(&self) -> bool {
-        self.centers.is_some()
-    }
-
     /// Says what is taken away from a layer's keys that are appended from now on: `[pages, kv_heads,
     /// head_dim]` rotated values, by the page of a sequence that a position lies in. Until then it is
     /// nothing. What is in the cache already stays what it is.
@@ -66,7 +63,7 @@ impl KvBuffers {
 
     /// Centers of a layer, none where there are none.
     pub(super) fn centers(&self, layer: usize) -> Mem<'_> {
-        let bytes = self.shape.center_bytes(self.pages.all) / self.shape.layers.max(1);
+        let bytes = self.pages.all * self.shape.center_values() * size_of::<f16>();
         match &self.centers {
             None => Mem::host::<f16>(&[]),
             Some(memory) => memory.part(layer * bytes, bytes, DType::F16),

@@ -13,6 +13,7 @@ use crate::linalg::Factor;
 use crate::matrix::{Matrix, View, product_at};
 use crate::quantized::{Quantized, Stats};
 use crate::scales::{GroupBlock, GroupScales, code_range, scale_value, search};
+use crate::wide::wide;
 use crate::{Error, Result};
 
 /// Columns per block.
@@ -82,7 +83,10 @@ fn run(name: &str, weight: &Matrix, layout: &Layout, factor: &Factor) -> Result<
                     .map(|&c| scale_value(found.scale_max, c))
                     .collect();
                 for step in (start..end).step_by(STEP) {
-                    round_step(block, factor, (step, panel_rows.0), &scale, bits);
+                    wide(
+                        #[inline(always)]
+                        || round_step(block, factor, (step, panel_rows.0), &scale, bits),
+                    );
                     pass_on(
                         block,
                         factor,
@@ -206,6 +210,7 @@ fn group_scales(
 }
 
 /// Rounds the rows `step..step + STEP`, each error passed on to the later rows of the step.
+#[inline(always)]
 fn round_step(
     block: &mut Block,
     factor: &Factor,

@@ -24,6 +24,7 @@ mod resume;
 mod scales;
 #[cfg(test)]
 mod testing;
+mod wide;
 
 pub use allocate::{Choice, allocate};
 pub use calib::{Calibration, Chat, ChatTurn, Encode, builtin, token_ids};

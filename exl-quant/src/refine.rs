@@ -9,6 +9,7 @@ use rayon::prelude::*;
 use crate::matrix::{Matrix, View, product};
 use crate::quantized::Quantized;
 use crate::scales::{code_range, scale_value};
+use crate::wide::wide;
 
 /// Rounds over all rows.
 pub(crate) const ROUNDS: usize = 2;
@@ -80,7 +81,10 @@ pub(crate) fn refine(
             let mut block = Block::new(&problem, (q, decoded), first);
             for _ in 0..ROUNDS {
                 for step in (0..k).step_by(STEP) {
-                    block.settle(&problem, step);
+                    wide(
+                        #[inline(always)]
+                        || block.settle(&problem, step),
+                    );
                 }
             }
             (first, block.codes)
@@ -139,6 +143,7 @@ impl Block {
     }
 
     /// Sets the codes of the rows from `step` on to the best, row after row, all others given.
+    #[inline(always)]
     fn settle(&mut self, problem: &Problem<'_>, step: usize) {
         let (k, cols) = (problem.weight.rows, self.cols);
         let end = (step + STEP).min(k);
@@ -165,6 +170,7 @@ impl Block {
     }
 
     /// Sets the codes of row `r`; false when they were the best already.
+    #[inline(always)]
     fn settle_row(&mut self, problem: &Problem<'_>, r: usize, step: usize) -> bool {
         let (k, cols) = (problem.weight.rows, self.cols);
         let curve = problem.h[r * k + r];
@@ -197,6 +203,7 @@ impl Block {
 
     /// Passes the changes of a step on to the rows that come later in a round: those after it, and
     /// those up to its end for the next round.
+    #[inline(always)]
     fn pass_on(&mut self, problem: &Problem<'_>, (step, end): (usize, usize)) {
         let (k, cols) = (problem.weight.rows, self.cols);
         let rows = end - step;

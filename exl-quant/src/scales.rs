@@ -9,6 +9,8 @@
 use half::f16;
 use rayon::prelude::*;
 
+use crate::wide::wide;
+
 /// Tabulated scales per column.
 const GRID: usize = 20;
 /// Values of `h` judged from the tables.
@@ -87,7 +89,12 @@ fn ratio(bits: u8, j: usize) -> f32 {
 pub(crate) fn search(blocks: &[GroupBlock<'_>], bits: u8, weights: &[f32]) -> GroupScales {
     let tables: Vec<Table> = blocks
         .par_iter()
-        .map(|block| tabulate(block, bits, weights))
+        .map(|block| {
+            wide(
+                #[inline(always)]
+                || tabulate(block, bits, weights),
+            )
+        })
         .collect();
     let columns: usize = blocks.iter().map(|b| b.cols).sum();
     let widest = tables
@@ -103,7 +110,15 @@ pub(crate) fn search(blocks: &[GroupBlock<'_>], bits: u8, weights: &[f32]) -> Gr
         };
     }
     let maxima = candidates(widest / 256.0);
-    let judged: Vec<Vec<f64>> = tables.par_iter().map(|t| judge(t, bits, &maxima)).collect();
+    let judged: Vec<Vec<f64>> = tables
+        .par_iter()
+        .map(|t| {
+            wide(
+                #[inline(always)]
+                || judge(t, bits, &maxima),
+            )
+        })
+        .collect();
     let mut ranking: Vec<(f64, usize)> = (0..maxima.len())
         .map(|i| (judged.iter().map(|j| j[i]).sum(), i))
         .collect();
@@ -116,7 +131,12 @@ pub(crate) fn search(blocks: &[GroupBlock<'_>], bits: u8, weights: &[f32]) -> Gr
         .map(|(block, table)| {
             finals
                 .iter()
-                .map(|&h| best_codes(block, table, bits, weights, h))
+                .map(|&h| {
+                    wide(
+                        #[inline(always)]
+                        || best_codes(block, table, bits, weights, h),
+                    )
+                })
                 .collect()
         })
         .collect();
@@ -145,6 +165,7 @@ fn candidates(h: f32) -> Vec<f32> {
     list
 }
 
+#[inline(always)]
 fn tabulate(block: &GroupBlock<'_>, bits: u8, weights: &[f32]) -> Table {
     let cols = block.cols;
     let mut beta = vec![0.0f32; cols];
@@ -183,6 +204,7 @@ fn tabulate(block: &GroupBlock<'_>, bits: u8, weights: &[f32]) -> Table {
 }
 
 /// Weighted squared rounding error of every column at the given scales.
+#[inline(always)]
 fn column_losses(
     block: &GroupBlock<'_>,
     bits: u8,
@@ -208,11 +230,13 @@ fn column_losses(
 }
 
 /// Sum over columns of the loss from the tables, for each `h`.
+#[inline(always)]
 fn judge(table: &Table, bits: u8, maxima: &[f32]) -> Vec<f64> {
     let cols = table.beta.len();
     let (lo, hi) = range(bits);
     let per_ln = (GRID - 1) as f32 / (hi / lo).ln();
     let squares: Vec<f32> = (0..=16).map(|s| 2.0 * (s as f32).max(1e-3).ln()).collect();
+    let logarithms: Vec<f32> = maxima.iter().map(|h| h.ln()).collect();
     let mut sums = vec![0.0f64; maxima.len()];
     for n in 0..cols {
         let beta = table.beta[n];
@@ -239,10 +263,10 @@ fn judge(table: &Table, bits: u8, maxima: &[f32]) -> Vec<f64> {
                 table.loss[j * cols + n] * (1.0 - f) + table.loss[(j + 1) * cols + n] * f
             }
         };
-        for (sum, &h) in sums.iter_mut().zip(maxima) {
+        for ((sum, &h), &ln_h) in sums.iter_mut().zip(maxima).zip(&logarithms) {
             let s = (table.best[n] / h).sqrt().clamp(1.0, 16.0);
-            let (a, b) = (s.floor() as usize, s.ceil() as usize);
-            let ln_h = h.ln();
+            let a = s as usize;
+            let b = a + usize::from(s > a as f32);
             let loss = lookup(squares[a] + ln_h).min(lookup(squares[b] + ln_h));
             *sum += f64::from(loss);
         }
@@ -251,6 +275,7 @@ fn judge(table: &Table, bits: u8, maxima: &[f32]) -> Vec<f64> {
 }
 
 /// The exact best code of every column for one `h`, and the loss it leaves.
+#[inline(always)]
 fn best_codes(
     block: &GroupBlock<'_>,
     table: &Table,

@@ -94,6 +94,7 @@ impl Cpu {
             | Op::Gated(_)
             | Op::MoeRoute(_)
             | Op::HessianSyrk(_)
+            | Op::TransposedProduct(_)
             | Op::Dequant(_)
             | Op::Sample(_)
             | Op::HessianFactor(_)
@@ -172,9 +173,11 @@ impl Cpu {
             Op::HessianSyrk(op) => syrk::run(op, self),
             Op::Sample(op) => ops::sample(op),
             // The quantizer computes these on the CPU with code of its own over its own matrices.
-            Op::HessianFactor(_) | Op::HessianLoss(_) | Op::Gptq(_) | Op::Refine(_) => {
-                reference::quantizer(op)
-            }
+            Op::TransposedProduct(_)
+            | Op::HessianFactor(_)
+            | Op::HessianLoss(_)
+            | Op::Gptq(_)
+            | Op::Refine(_) => reference::quantizer(op),
             Op::Dequant(op) => {
                 let matrix = op.matrix.host_quant();
                 let matrix = matrix.ok_or_else(|| Error::not_on_host("dequant"))?;

@@ -417,6 +417,27 @@ pub struct HessianSyrk<'a> {
     pub dim: usize,
 }
 
+/// `out += alpha (a - minus)^T b`: moments of two inputs and products with them, in the quantizer.
+#[derive(Debug)]
+pub struct TransposedProduct<'a> {
+    /// F32 `[rows, m]`.
+    pub a: Mem<'a>,
+    /// F32 `[rows, m]`, taken from `a`.
+    pub minus: Option<Mem<'a>>,
+    /// F32 `[rows, n]`.
+    pub b: Mem<'a>,
+    /// F32 `[m, n]`.
+    pub out: MemMut<'a>,
+    /// Number of rows.
+    pub rows: usize,
+    /// Columns of `a`.
+    pub m: usize,
+    /// Columns of `b`.
+    pub n: usize,
+    /// What the product is multiplied with.
+    pub alpha: f32,
+}
+
 /// Writes a quantized matrix as F32 `[inputs, outputs]` in original feature order, with the
 /// format's own rounding to 16-bit floats.
 #[derive(Debug)]
@@ -448,6 +469,7 @@ pub enum Op<'a> {
     MoeGateUp(MoeGateUp<'a>),
     MoeDown(MoeDown<'a>),
     HessianSyrk(HessianSyrk<'a>),
+    TransposedProduct(TransposedProduct<'a>),
     Dequant(Dequant<'a>),
     Sample(Sample<'a>),
     HessianFactor(HessianFactor<'a>),
@@ -476,6 +498,7 @@ impl Op<'_> {
             Op::MoeGateUp(_) => "moe_gate_up",
             Op::MoeDown(_) => "moe_down",
             Op::HessianSyrk(_) => "hessian_syrk",
+            Op::TransposedProduct(_) => "transposed_product",
             Op::Dequant(_) => "dequant",
             Op::Sample(_) => "sample",
             Op::HessianFactor(_) => "hessian_factor",

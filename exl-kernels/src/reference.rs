@@ -10,6 +10,7 @@ use crate::kv::PageLayout;
 use crate::ops::{
     Activation, Clamp, Dequant, Embed, GateUp, Gated, GatherRows, HessianSyrk, LayerNorm, Linear,
     Matrix, Op, PAGE_TOKENS, PagedAttn, RmsNorm, RopeAppend, RopeStyle, ScaleLogits, ScaleRows,
+    TransposedProduct,
 };
 use crate::{DType, Error, Mem, MemMut, Result, ops};
 
@@ -38,13 +39,18 @@ pub fn run(op: &mut Op<'_>) -> Result<()> {
         Op::HessianSyrk(op) => hessian_syrk(op),
         Op::Dequant(op) => dequant(op),
         Op::Sample(op) => ops::sample(op),
-        Op::HessianFactor(_) | Op::HessianLoss(_) | Op::Gptq(_) | Op::Refine(_) => quantizer(op),
+        Op::TransposedProduct(_)
+        | Op::HessianFactor(_)
+        | Op::HessianLoss(_)
+        | Op::Gptq(_)
+        | Op::Refine(_) => quantizer(op),
     }
 }
 
 /// Runs an op of the quantizer in host memory: regions have been checked.
 pub(crate) fn quantizer(op: &mut Op<'_>) -> Result<()> {
     match op {
+        Op::TransposedProduct(op) => transposed_product(op),
         Op::HessianFactor(op) => gptq::hessian_factor(op),
         Op::HessianLoss(op) => gptq::hessian_loss(op),
         Op::Gptq(op) => gptq::gptq(op),
@@ -450,6 +456,24 @@ fn hessian_syrk(op: &mut HessianSyrk<'_>) -> Result<()> {
     }
     for (h, sum) in op.h.slice_mut::<f32>()?.iter_mut().zip(&sums) {
         *h = (f64::from(*h) + sum) as f32;
+    }
+    Ok(())
+}
+
+fn transposed_product(op: &mut TransposedProduct<'_>) -> Result<()> {
+    let (a, b, minus) = (floats(&op.a)?, floats(&op.b)?, optional(&op.minus)?);
+    let (m, n) = (op.m, op.n);
+    let mut sums = vec![0.0; m * n];
+    for r in 0..op.rows {
+        for i in 0..m {
+            let a = a[r * m + i] - minus.as_ref().map_or(0.0, |minus| minus[r * m + i]);
+            for j in 0..n {
+                sums[i * n + j] += a * b[r * n + j];
+            }
+        }
+    }
+    for (out, sum) in op.out.slice_mut::<f32>()?.iter_mut().zip(&sums) {
+        *out = (f64::from(*out) + f64::from(op.alpha) * sum) as f32;
     }
     Ok(())
 }

@@ -91,6 +91,7 @@ fn outputs<'a, 'b>(op: &'a mut Op<'b>) -> Vec<&'a mut MemMut<'b>> {
         Op::MoeGateUp(o) => vec![&mut o.out],
         Op::MoeDown(o) => vec![&mut o.out],
         Op::HessianSyrk(o) => vec![&mut o.h],
+        Op::TransposedProduct(o) => vec![&mut o.out],
         Op::Dequant(o) => vec![&mut o.out],
         Op::Sample(o) => vec![&mut o.logits, &mut o.out],
         Op::HessianFactor(o) => vec![&mut o.upper, &mut o.status],

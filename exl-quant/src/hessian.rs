@@ -2,15 +2,16 @@
 
 use rayon::prelude::*;
 
+use crate::cross::{CrossAccumulator, CrossMoment};
 use crate::matrix::{View, product_at};
 use crate::{Error, Result};
 
 /// Edge of the square tiles a Hessian is accumulated in: small enough that a K = 512 matrix still
 /// gives every core work and skips most of the mirrored half.
-const TILE: usize = 128;
+pub(crate) const TILE: usize = 128;
 
 /// Token rows multiplied at once.
-const PANEL_ROWS: usize = 4096;
+pub(crate) const PANEL_ROWS: usize = 4096;
 
 /// `H = sum x^T x` of one calibration part, upper tiles only.
 #[derive(Clone, Debug)]
@@ -56,6 +57,7 @@ impl Part {
 pub struct HessianAccumulator {
     train: Accumulator,
     hold_out: Accumulator,
+    cross: Option<CrossAccumulator>,
 }
 
 impl HessianAccumulator {
@@ -64,6 +66,7 @@ impl HessianAccumulator {
         Self {
             train: Accumulator::new(dim),
             hold_out: Accumulator::new(dim),
+            cross: None,
         }
     }
 
@@ -76,6 +79,17 @@ impl HessianAccumulator {
             Part::Train => self.train.add(x),
             Part::HoldOut => self.hold_out.add(x),
         }
+    }
+
+    /// Adds what token rows `y` (`[tokens, dim]`) have to do with how far they are from those of the
+    /// original, `x`: see [`CrossMoment`]. Their Hessian is not touched.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] when the lengths differ or are no multiple of `dim`.
+    pub fn add_pair(&mut self, y: &[f32], x: &[f32]) -> Result<()> {
+        let dim = self.train.dim;
+        let cross = self.cross.get_or_insert_with(|| CrossAccumulator::new(dim));
+        cross.add(y, x)
     }
 
     /// The means: over training rows, over hold-out rows (training ones when there are none), and
@@ -92,17 +106,21 @@ impl HessianAccumulator {
         }
         both.tokens += self.hold_out.tokens;
         let all = both.mean(tensor)?;
+        let cross = self.cross.as_ref().map(|c| c.finish(tensor));
+        let cross = cross.transpose()?;
         if self.hold_out.tokens == 0 || self.train.tokens == 0 {
             return Ok(HessianSet {
                 train: all.clone(),
                 hold_out: all.clone(),
                 all,
+                cross,
             });
         }
         Ok(HessianSet {
             train: self.train.mean(tensor)?,
             hold_out: self.hold_out.mean(tensor)?,
             all,
+            cross,
         })
     }
 }
@@ -116,6 +134,8 @@ pub struct HessianSet {
     pub hold_out: Hessian,
     /// Over all rows: what a change of the weights does to the outputs.
     pub all: Hessian,
+    /// Over the rows that the original was seen on too, if there are such.
+    pub cross: Option<CrossMoment>,
 }
 
 impl Accumulator {
@@ -133,14 +153,7 @@ impl Accumulator {
 
     fn add(&mut self, x: &[f32]) -> Result<()> {
         let dim = self.dim;
-        if dim == 0 || !x.len().is_multiple_of(dim) {
-            return Err(Error::shape(
-                "calibration inputs",
-                format!("[tokens, {dim}]"),
-                x.len(),
-            ));
-        }
-        let tokens = x.len() / dim;
+        let tokens = token_rows(x, dim)?;
         let places = tile_places(dim);
         for first in (0..tokens).step_by(PANEL_ROWS) {
             let rows = PANEL_ROWS.min(tokens - first);
@@ -184,6 +197,15 @@ impl Accumulator {
             tokens: self.tokens,
         })
     }
+}
+
+/// How many rows of `dim` features there are.
+pub(crate) fn token_rows(x: &[f32], dim: usize) -> Result<usize> {
+    if dim == 0 || !x.len().is_multiple_of(dim) {
+        let want = format!("[tokens, {dim}]");
+        return Err(Error::shape("calibration inputs", want, x.len()));
+    }
+    Ok(x.len() / dim)
 }
 
 /// The error for activations that are not finite.

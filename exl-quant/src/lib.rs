@@ -3,6 +3,7 @@
 
 mod allocate;
 mod calib;
+mod cross;
 mod error;
 mod eval;
 mod gptq;
@@ -28,6 +29,7 @@ mod wide;
 
 pub use allocate::{Choice, allocate};
 pub use calib::{Calibration, Chat, ChatTurn, Encode, builtin, token_ids};
+pub use cross::CrossMoment;
 pub use error::{Error, Result};
 pub use eval::KlScore;
 pub use gptq::{Gptq, Quantizer, Rtn};
@@ -42,7 +44,7 @@ pub use scales::scale_value;
 #[cfg(feature = "pipeline")]
 pub use pipeline::{
     Check, CompareOptions, ComparedPosition, Comparison, ConvertOptions, Event, LayoutPoint,
-    Likeliest, LinearMeasurement, MEASUREMENT_VERSION, Measurement, PlanPoint, Stage,
+    Likeliest, LinearMeasurement, MEASUREMENT_VERSION, MOST_BITS, Measurement, PlanPoint, Stage,
     VerifyOptions, bits_within, compare, convert, plan, stated_quality, verify_quality,
 };
 #[cfg(feature = "pipeline")]

@@ -137,22 +137,19 @@ impl Factor {
         for (r, &feature) in self.order.iter().enumerate() {
             packed[r * n..][..n].copy_from_slice(&b.row(feature as usize)[first..first + n]);
         }
-        let u = View::of(&self.upper, k, (0, 0), (k, k));
+        // Of the triangle, what is zero stays out by strips.
+        const STRIP: usize = 256;
         let mut half = vec![0.0f32; k * n];
-        product(
-            &mut half,
-            u,
-            View::of(&packed, n, (0, 0), (k, n)),
-            1.0,
-            false,
-        );
-        product_at(
-            &mut packed,
-            u,
-            View::of(&half, n, (0, 0), (k, n)),
-            1.0,
-            false,
-        );
+        for (r, out) in (0..k).step_by(STRIP).zip(half.chunks_mut(STRIP * n)) {
+            let u = View::of(&self.upper, k, (r, r), (out.len() / n, k - r));
+            let b = View::of(&packed, n, (r, 0), (k - r, n));
+            product(out, u, b, 1.0, false);
+        }
+        for (c, out) in (0..k).step_by(STRIP).zip(packed.chunks_mut(STRIP * n)) {
+            let (count, rows) = (out.len() / n, c + out.len() / n);
+            let u = View::of(&self.upper, k, (0, c), (rows, count));
+            product_at(out, u, View::of(&half, n, (0, 0), (rows, n)), 1.0, false);
+        }
         packed
     }
 }

@@ -11,6 +11,7 @@ mod identity;
 mod logits;
 mod machine;
 mod measurement;
+mod original;
 mod perturb;
 mod place;
 mod plan;
@@ -41,6 +42,9 @@ use crate::{Error, Result};
 use device::Device;
 use quantize::{Judge, Layouts};
 
+/// Most bits per weight that can be asked for: eight in groups of 32 rows, with their scales and the
+/// permutation, are 8.13 and a little.
+pub const MOST_BITS: f64 = 8.2;
 /// Largest number of inputs: permutations are stored in 16 bits.
 const MAX_INPUTS: usize = 1 << 16;
 
@@ -51,7 +55,7 @@ pub struct ConvertOptions {
     pub source: PathBuf,
     /// Where the result goes: the directory itself for one bitrate, `OUT/4.0bpw` for several.
     pub out: PathBuf,
-    /// Average bits per weight of the decoder's linears, 2 to 8 each. The result's files are never
+    /// Average bits per weight of the decoder's linears, 2 to [`MOST_BITS`] each. The result's files are never
     /// larger than with these bits and a head of [`ConvertOptions::head_bits`].
     pub bits: Vec<f64>,
     /// Fixed size of the head: 2, 3, 4, 5, 6, 8, or 16 to leave it unquantized. With `None` the
@@ -370,8 +374,9 @@ fn settings(job: &Job<'_>, given: Option<&Measurement>) -> Settings {
 fn check(options: &ConvertOptions, calibration: &Calibration, source: &ModelSource) -> Result<()> {
     let bad = |option, what: String| Err(Error::Option { option, what });
     for &bits in &options.bits {
-        if !(2.0..=8.0).contains(&bits) {
-            return bad("--bits", format!("{bits} is outside 2.0 to 8.0"));
+        if !(2.0..=MOST_BITS).contains(&bits) {
+            let what = format!("{bits} is outside 2.0 to {MOST_BITS}");
+            return bad("--bits", what);
         }
     }
     for (i, bits) in options.bits.iter().enumerate() {

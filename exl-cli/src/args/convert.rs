@@ -8,7 +8,7 @@ use std::path::PathBuf;
 /// Fewest bits per weight that the format can hold on average.
 pub(crate) const MIN_BITS: f64 = 2.0;
 /// Most bits per weight that the format can hold on average.
-pub(crate) const MAX_BITS: f64 = 8.0;
+pub(crate) const MAX_BITS: f64 = exl_quant::MOST_BITS;
 
 const EXAMPLES: &str = "\
 ExLlamaV2's short flags work where they mean the same: -b -hb -c -r -l -mr -ml -om -m -ss -rs -ra.
@@ -32,7 +32,7 @@ pub(crate) struct ConvertArgs {
     /// Directory to write
     #[arg(long, value_name = "DIR", required_unless_present_any = ["measure_only", "plan"])]
     pub(crate) out: Option<PathBuf>,
-    /// Bits per weight, 2.0 to 8.0, or a list: 2.5,4.0,6.0
+    /// Bits per weight, 2.0 to 8.2, or a list: 2.5,4.0,6.0
     #[arg(short, long, value_name = "BITS", value_delimiter = ',', value_parser = parse_bits,
           required_unless_present_any = ["measure_only", "plan", "fit"])]
     pub(crate) bits: Vec<f64>,

@@ -21,9 +21,9 @@ fn bits_outside_the_format_are_refused_with_the_range() {
     for bits in ["1.5", "9", "abc", "nan", "4.0,9"] {
         refused(
             &format!("convert src --out dst --bits {bits}"),
-            &["2.0 to 8.0"],
+            &["2.0 to 8.2"],
         );
-        refused(&format!("convert src --out dst -b {bits}"), &["2.0 to 8.0"]);
+        refused(&format!("convert src --out dst -b {bits}"), &["2.0 to 8.2"]);
     }
     refused(
         "convert src --out dst --bits 4 -hb 7",

@@ -6,7 +6,7 @@
 
 use super::Case;
 use super::data::Rng;
-use crate::ops::{Gptq, GptqGroup, HessianFactor, HessianLoss, Op, Refine};
+use crate::ops::{Gptq, GptqGroup, HessianFactor, HessianLoss, Op, Refine, TransposedProduct};
 use crate::{Mem, MemMut};
 
 pub(super) fn cases(quick: bool) -> Vec<Case> {
@@ -19,6 +19,10 @@ pub(super) fn cases(quick: bool) -> Vec<Case> {
         loss((100, 70), false),
         loss((256, 192), true),
         not_positive(),
+        transposed((1, 3, 5), false),
+        transposed((50, 64, 64), true),
+        transposed((33, 200, 70), false),
+        transposed((300, 130, 257), true),
     ];
     let layouts = LAYOUTS.iter().enumerate();
     list.extend(layouts.map(|(i, &layout)| rounding(i, layout)));
@@ -133,6 +137,32 @@ fn not_positive() -> Case {
             lambda: 0.5,
         }))?;
         Ok(vec![vec![status[0] as f32]])
+    })
+}
+
+fn transposed((rows, m, n): (usize, usize, usize), difference: bool) -> Case {
+    let name = format!("transposed_product::rows={rows}/m={m}/n={n}/difference={difference}");
+    // Measured up to 4.9e-7.
+    Case::new(name, 2e-6, move |run| {
+        let mut rng = Rng::new(33);
+        let (a, minus, b) = (
+            rng.floats(rows * m),
+            rng.floats(rows * m),
+            rng.floats(rows * n),
+        );
+        // A sum that has begun.
+        let mut out = rng.floats(m * n);
+        run(&mut Op::TransposedProduct(TransposedProduct {
+            a: Mem::host(&a),
+            minus: difference.then(|| Mem::host(&minus)),
+            b: Mem::host(&b),
+            out: MemMut::host(&mut out),
+            rows,
+            m,
+            n,
+            alpha: 0.75,
+        }))?;
+        Ok(vec![out])
     })
 }
 

@@ -73,6 +73,7 @@ pub fn lower(op: &Op<'_>, target: &Target<'_>, list: &mut Vec<Launch>) -> Result
         Op::ScaleRows(o) => rows::scale_rows(o, target, list),
         Op::Gated(o) => rows::gated(o, target, list),
         Op::HessianSyrk(o) => gemm::hessian_syrk(o, target, list),
+        Op::TransposedProduct(o) => gemm::transposed_product(o, target, list),
         Op::Sample(o) => sample::sample(o, target, list),
         Op::HessianFactor(o) => quant::hessian_factor(o, target, list),
         Op::HessianLoss(o) => quant::hessian_loss(o, target, list),
@@ -130,6 +131,7 @@ pub fn scratch_bytes(op: &Op<'_>, props: &DeviceProps) -> u64 {
         | Op::Gated(_)
         | Op::MoeRoute(_)
         | Op::HessianSyrk(_)
+        | Op::TransposedProduct(_)
         | Op::Dequant(_)
         | Op::RopeAppend(_) => 0,
     }

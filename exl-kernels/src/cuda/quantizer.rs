@@ -9,6 +9,7 @@ use super::lower::{COUNTERS, Scratch, Target, lower, scratch_bytes};
 use super::{Device, DeviceRegion, Event, Kernel, ReadyLaunch};
 use crate::ops::{
     GatherRows, Gptq, GptqGroup, HessianFactor, HessianLoss, HessianSyrk, Op, Refine,
+    TransposedProduct,
 };
 use crate::{DType, Error, Result};
 
@@ -45,6 +46,8 @@ impl DeviceMatrix {
 pub struct DeviceFactor {
     upper: DeviceMatrix,
     order: DeviceRegion,
+    /// Where each feature is in that order.
+    places: DeviceRegion,
 }
 
 /// A rounded matrix in device memory.
@@ -111,7 +114,8 @@ impl CudaQuantizer {
     }
 
     /// Bytes of device memory that Hessians of `dim` features take at most: two sums, two factors,
-    /// and the matrix in 64 bits that one is made from.
+    /// and the matrix in 64 bits that one is made from. With a matrix to correct weights by there is
+    /// one factor; its inverse comes when the 64 bits are gone.
     pub fn hessian_bytes(dim: usize) -> u64 {
         16 * (dim * dim) as u64 + factor_scratch(dim)
     }
@@ -173,6 +177,78 @@ impl CudaQuantizer {
         self.run(&mut op)
     }
 
+    /// `out += alpha (a - minus)^T b`, with as many rows as `out` has columns for in `b`.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] when sizes do not belong together; what the driver reports.
+    pub fn add_product(
+        &mut self,
+        out: &mut DeviceMatrix,
+        (a, minus): (&DeviceRegion, Option<&DeviceRegion>),
+        b: &DeviceRegion,
+        alpha: f32,
+    ) -> Result<()> {
+        let ((m, n), bytes) = (out.shape(), out.region.bytes());
+        let mut op = Op::TransposedProduct(TransposedProduct {
+            a: whole(a, DType::F32)?,
+            minus: minus.map(|r| whole(r, DType::F32)).transpose()?,
+            b: whole(b, DType::F32)?,
+            // SAFETY: `out` is borrowed exclusively, an allocation of its own.
+            out: unsafe { out.region.mem_mut(0, bytes, DType::F32) }?,
+            rows: b.bytes() / (4 * n.max(1)),
+            m,
+            n,
+            alpha,
+        });
+        self.run(&mut op)
+    }
+
+    /// `W + alpha (H + lambda I)^-1 M^T W` for a weight `[inputs, outputs]` and a square matrix `M`, with
+    /// the factor of `H`.
+    ///
+    /// # Errors
+    /// As [`CudaQuantizer::round`].
+    pub fn corrected(
+        &mut self,
+        weight: &DeviceMatrix,
+        (m, alpha): (&DeviceMatrix, f32),
+        factor: &DeviceFactor,
+    ) -> Result<DeviceMatrix> {
+        let ((k, n), what) = (weight.shape(), "what rounding aims at");
+        // What factoring needed would lie idle beside the inverse.
+        self.scratch = None;
+        let mut inverse = self.zeros(k, k, "the inverse of a Hessian")?;
+        self.accumulate(&mut inverse, factor.upper.region())?;
+        let mut product = self.zeros(k, n, what)?;
+        self.add_product(&mut product, (m.region(), None), weight.region(), 1.0)?;
+        // The factor is that of the packed order.
+        let packed = self.gathered(&product, &factor.order)?;
+        drop(product);
+        let mut out = self.gathered(weight, &factor.order)?;
+        self.add_product(&mut out, (inverse.region(), None), packed.region(), alpha)?;
+        drop(packed);
+        self.gathered(&out, &factor.places)
+    }
+
+    /// The rows of a matrix that `index` names.
+    fn gathered(&mut self, x: &DeviceMatrix, index: &DeviceRegion) -> Result<DeviceMatrix> {
+        let (rows, cols) = x.shape();
+        let region =
+            DeviceRegion::alone(&self.device, x.region.bytes(), "a matrix in another order")?;
+        let mut op = Op::GatherRows(GatherRows {
+            x: x.mem()?,
+            index: whole(index, DType::I32)?,
+            // SAFETY: nothing else has the new region.
+            out: unsafe { whole_mut(&region, DType::F32) }?,
+            x_rows: rows,
+            rows,
+            dim: cols,
+        });
+        self.run(&mut op)?;
+        drop(op);
+        Ok(DeviceMatrix { region, rows, cols })
+    }
+
     /// The diagonal of a square matrix.
     ///
     /// # Errors
@@ -213,8 +289,12 @@ impl CudaQuantizer {
     ) -> Result<Option<DeviceFactor>> {
         let dim = h.cols;
         check_order(order, dim)?;
+        let mut places = vec![0i32; dim];
+        for (place, &feature) in (0..).zip(order) {
+            places[feature as usize] = place;
+        }
         let order: Vec<i32> = order.iter().map(|o| o.cast_signed()).collect();
-        let order = self.integers(&order)?;
+        let (order, places) = (self.integers(&order)?, self.integers(&places)?);
         let bytes = 4 * dim * dim;
         let region = DeviceRegion::alone(&self.device, bytes, "the factor of a Hessian")?;
         let status = self.integers(&[0])?;
@@ -238,7 +318,11 @@ impl CudaQuantizer {
             rows: dim,
             cols: dim,
         };
-        Ok((good[0] == 1).then_some(DeviceFactor { upper, order }))
+        Ok((good[0] == 1).then_some(DeviceFactor {
+            upper,
+            order,
+            places,
+        }))
     }
 
     /// Rounds `weight` (`[inputs, outputs]`).

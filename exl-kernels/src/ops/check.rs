@@ -133,6 +133,12 @@ pub fn check(op: &Op<'_>) -> Result<()> {
             c.read("x", &o.x, F32, &[o.rows, o.dim])?;
             c.write("h", &o.h, F32, &[o.dim, o.dim])
         }
+        Op::TransposedProduct(o) => {
+            c.read("a", &o.a, F32, &[o.rows, o.m])?;
+            c.optional("minus", &o.minus, F32, &[o.rows, o.m])?;
+            c.read("b", &o.b, F32, &[o.rows, o.n])?;
+            c.write("out", &o.out, F32, &[o.m, o.n])
+        }
         Op::Sample(o) => {
             c.write("logits", &o.logits, F32, &[o.rows, o.vocab])?;
             c.read("params", &o.params, INT, &[o.rows, SAMPLE_WORDS])?;

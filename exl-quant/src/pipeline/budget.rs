@@ -9,9 +9,11 @@ use exl_tensor::KvType;
 use super::logits::Head;
 use super::machine::Machine;
 use super::measurement::{LinearMeasurement, Measurement};
+use super::original::sampled;
 use super::perturb::side_by_side;
 use super::probe::{PROBE_LAYERS, PROBE_POSITIONS, roles};
 use super::quantize::Layouts;
+use super::sites::{STOPS, Stop};
 use super::solver::{gpu_bytes, host_bytes};
 use super::{ConvertOptions, Job, Target};
 use crate::calib::Calibration;
@@ -161,6 +163,9 @@ pub(super) fn decoder_weights(source: &ModelSource) -> u64 {
 fn fixed_head(job: &Job<'_>) -> Result<Option<Layout>> {
     match job.options.head_bits {
         None | Some(16) => Ok(None),
+        // Finer scales than the original's, paid for by the layers: with all of them at 8 bits, what the
+        // head's rounding leaves is a good part of the whole.
+        Some(8) => Ok(Some(Layout::uniform(8, 32, job.source.spec().hidden)?)),
         Some(bits) => Ok(Some(head_recipe(bits)?.layout(job.source.spec().hidden)?)),
     }
 }
@@ -248,7 +253,14 @@ pub(super) fn check_memory(
         MlpSpec::Dense(_) => 0,
     };
     let kept = spec.layers.iter().map(kept).max().unwrap_or(0) as u64;
-    let hidden = tokens * (spec.hidden as u64 + widest.max(kept)) * 4;
+    // Some rows go through the original too.
+    let beside = sampled(
+        calibration.rows.len(),
+        calibration.length(),
+        widest as usize,
+    );
+    let tokens_in_all = tokens + (beside.len() * calibration.length()) as u64;
+    let hidden = tokens_in_all * (spec.hidden as u64 + widest.max(kept)) * 4;
     let threads = rayon::current_num_threads();
     let (hessian, matrix) = host_bytes(widest as usize, largest.unwrap_or(0), threads);
     let logits = 3 * (32 << 20) + tokens.min(1 << 16) * spec.vocab as u64 / 64;
@@ -306,6 +318,16 @@ pub(super) fn check_device_memory(
     need.check(allowed, limit)
 }
 
+/// Bytes of the linears of a layer that one plan has, at most, as 32-bit floats.
+fn widest_stop(source: &ModelSource, layer: &LayerSpec) -> u64 {
+    let of = |stop: Stop| -> u64 {
+        let names = stop.sites(layer).into_iter().flat_map(|s| s.linears);
+        let keys = names.filter_map(|name| source.key(&name));
+        keys.map(|k| 4 * k.parameters()).sum()
+    };
+    STOPS.into_iter().map(of).max().unwrap_or(0)
+}
+
 /// Device memory of a conversion, in bytes.
 #[derive(Clone, Copy, Debug)]
 struct DeviceNeed {
@@ -333,6 +355,8 @@ impl DeviceNeed {
         let layers = (0..spec.layers.len())
             .map(|l| of(Module::Attention(l)) + of(Module::Mlp(l)))
             .max();
+        let stops = spec.layers.iter().map(|layer| widest_stop(source, layer));
+        let stops = stops.max();
         // The heads of the original, of the model compared with it, and of the one before that.
         let ends = (3 * of(Module::Head)).max(of(Module::Embedding));
         let key = Machine::key(length);
@@ -355,9 +379,10 @@ impl DeviceNeed {
             + kv.bytes(key.pages_per_seq)
             + kv.bytes(1);
         Self {
-            // The weights of a plan leave when those of the next one are there.
-            weights: 2 * layers.unwrap_or(0) + ends,
-            row: row as u64,
+            // The weights of a plan leave when those of the next one are there: layers while measuring, and
+            // while quantizing the linears of a stop, with those of the original beside.
+            weights: (2 * layers.unwrap_or(0)).max(4 * stops.unwrap_or(0)) + ends,
+            row: 2 * row as u64,
             solver: gpu_bytes(
                 inputs.unwrap_or(0),
                 largest.unwrap_or(0),

@@ -88,6 +88,11 @@ impl Machine {
         &self.spec
     }
 
+    /// Where it computes.
+    pub(super) fn device(&self) -> &Device {
+        &self.device
+    }
+
     /// A part of the model with its weights.
     pub(super) fn part(&self, part: BlockPart, weights: &Weights) -> Result<Bound> {
         let plan = block_plan(&self.spec, part, &self.key);

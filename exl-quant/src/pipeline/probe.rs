@@ -10,8 +10,8 @@ use super::machine::{Machine, padded};
 use super::measurement::{LinearMeasurement, MEASUREMENT_VERSION, Measurement};
 use super::perturb::{self, Change, Perturbed};
 use super::quantize::pack;
-use super::sites::{STOPS, Site, Visit, Walk, embed, head_inputs, sites_of};
-use super::solver::{Moments, Rows as Judges, Solver};
+use super::sites::{STOPS, Site, Visit, Walk, embed, head_solver, sites_of};
+use super::solver::{Rows as Judges, Solver};
 use super::{Event, Job, Stage};
 use crate::resume::Work;
 use crate::{Layout, Matrix, Result};
@@ -44,8 +44,7 @@ pub(super) fn measure(job: &mut Job<'_>, work: &Work) -> Result<Measurement> {
                 let needed = survey.taken(&site, layer)?.is_none();
                 sites.push((site, needed));
             }
-            let device = job.device.clone();
-            walk.solve(&device, stop, &sites, |weights, found| {
+            walk.solve(stop, &sites, None, |weights, found| {
                 survey.site(job, layer, weights, found)
             })?;
         }
@@ -55,9 +54,8 @@ pub(super) fn measure(job: &mut Job<'_>, work: &Work) -> Result<Measurement> {
     let site = Site::head(&spec.head.linear);
     let mut solver = None;
     if survey.taken(&site, spec.layers.len())?.is_none() {
-        let mut moments = Moments::new(&job.device, spec.hidden)?;
-        head_inputs(&job.source, &mut machine, &hidden, |r, x| moments.add(r, x))?;
-        solver = Some(moments.finish(&site.linears[0])?);
+        let at = (&mut machine, &hidden);
+        solver = Some(head_solver(&job.source, &site.linears[0], at, None)?);
     }
     let head = job.source.load_module(Module::Head)?;
     let found = Visit {

@@ -11,8 +11,9 @@ use rayon::prelude::*;
 use super::logits::Head;
 use super::machine::{Machine, dense, padded};
 use super::measurement::Measurement;
-use super::sites::{Rows, STOPS, Site, Walk, embed, head_inputs};
-use super::solver::{Moments, Rows as Judges, Solver};
+use super::original::Original;
+use super::sites::{Rows, STOPS, Site, Walk, embed, head_solver};
+use super::solver::{Rows as Judges, Solver};
 use super::{Event, Job, Target};
 use crate::resume::{Journal, Stored};
 use crate::{Error, KlScore, Layout, Matrix, Part, Quantized, Result};
@@ -77,6 +78,11 @@ pub(super) fn quantize(
     let spec = job.source.spec().clone();
     let mut machine = Machine::new(&spec, job.calibration.length(), &job.device)?;
     let mut hidden = embed(&job.source, &mut machine, &job.calibration.rows)?;
+    // With all in the journal, nothing is rounded.
+    let mut original = match target.layouts.keys().all(|name| journal.has(name)) {
+        true => None,
+        false => Some(Original::new(job)?),
+    };
     let mut pass = Pass {
         target,
         measurement,
@@ -85,18 +91,24 @@ pub(super) fn quantize(
     for layer in 0..spec.layers.len() {
         job.progress(layer, spec.layers.len() + 1);
         let mut walk = Walk::new(&job.source, &mut machine, layer, &mut hidden)?;
+        let mut beside = match &mut original {
+            Some(original) => Some(original.layer(layer, walk.weights.clone())?),
+            None => None,
+        };
         for stop in STOPS {
             job.check()?;
-            let device = job.device.clone();
             let needed = |site: &Site| !site.linears.iter().all(|n| journal.has(n));
             let sites = stop.sites(&spec.layers[layer]).into_iter();
             let sites: Vec<(Site, bool)> = sites.map(|s| (s.clone(), needed(&s))).collect();
-            walk.solve(&device, stop, &sites, |weights, found| {
+            walk.solve(stop, &sites, beside.as_mut(), |weights, found| {
                 job.check()?;
                 pass.site(job, weights, &found.site.linears, found.solver)
             })?;
         }
         walk.finish()?;
+        if let Some(beside) = beside {
+            beside.finish()?;
+        }
     }
     job.check()?;
     let mut weights = job.source.load_module(Module::Head)?;
@@ -104,14 +116,13 @@ pub(super) fn quantize(
     if target.layouts.contains_key(&name) {
         let mut solver = None;
         if !journal.has(&name) {
-            let mut moments = Moments::new(&job.device, spec.hidden)?;
-            head_inputs(&job.source, &mut machine, &hidden, |r, x| moments.add(r, x))?;
-            solver = Some(moments.finish(&name)?);
+            let at = (&mut machine, &hidden);
+            solver = Some(head_solver(&job.source, &name, at, original.as_mut())?);
         }
         let solver = solver.as_mut().map(|s| s.as_mut() as &mut dyn Solver);
         pass.site(job, &mut weights, &[name], solver)?;
     }
-    drop(machine);
+    drop((machine, original));
     score(job, &weights, &hidden, judge)
 }
 

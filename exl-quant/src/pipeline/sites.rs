@@ -6,10 +6,11 @@
 //! that are routed to it.
 
 use exl_models::{DenseMlp, LayerSpec, LinearSpec, MlpSpec, ModelSource, Module};
-use exl_tensor::Weights;
+use exl_tensor::{Bound, Weights};
 
-use super::device::{Device, Tap};
+use super::device::Device;
 use super::machine::{Machine, Slots};
+use super::original::{Beside, Original};
 use super::solver::{Moments, Solver};
 use crate::{Part, Result};
 
@@ -156,7 +157,16 @@ impl<'a> Walk<'a> {
         layer: usize,
         hidden: &'a mut Rows,
     ) -> Result<Self> {
-        let weights = source.load_layer(layer)?;
+        Self::with(source.load_layer(layer)?, machine, layer, hidden)
+    }
+
+    /// With the weights of layer `layer`.
+    pub(super) fn with(
+        weights: Weights,
+        machine: &'a mut Machine,
+        layer: usize,
+        hidden: &'a mut Rows,
+    ) -> Result<Self> {
         machine.positions()?;
         Ok(Self {
             machine,
@@ -185,13 +195,17 @@ impl<'a> Walk<'a> {
     /// Brings the layer to a stop and hands each of its sites ([`Stop::sites`]) to `each`, with the
     /// Hessians of those that need them. Stops must be visited in order; [`Walk::finish`] ends the
     /// layer.
+    ///
+    /// With the same layer of the original `beside`, rounding makes up for the errors so far; it comes
+    /// to the stop too.
     pub(super) fn solve(
         &mut self,
-        device: &Device,
         stop: Stop,
         sites: &[(Site, bool)],
+        mut beside: Option<&mut Beside<'_>>,
         mut each: impl FnMut(&mut Weights, Visit<'_>) -> Result<()>,
     ) -> Result<()> {
+        let device = &self.machine.device().clone();
         let mut moments: Vec<Option<Moments>> = Vec::with_capacity(sites.len());
         for (site, needed) in sites {
             let whole = *needed && site.expert.is_none();
@@ -200,14 +214,31 @@ impl<'a> Walk<'a> {
                 false => None,
             });
         }
-        self.visit(stop, |r, slots| {
+        let mut theirs = match &mut beside {
+            Some(beside) => Some(beside.arrive(stop)?),
+            None => None,
+        };
+        let bound = self.arrive(stop)?;
+        for r in 0..self.hidden.len() {
+            let mut slots = self.row(&bound, stop, r)?;
+            let mut original = match (&mut beside, &mut theirs) {
+                (Some(beside), Some(theirs)) => beside.row(theirs, stop, r)?,
+                _ => None,
+            };
             for ((site, _), moments) in sites.iter().zip(&mut moments) {
-                if let Some(moments) = moments {
-                    moments.add(r, &mut slots.tap(site.slot))?;
+                let Some(moments) = moments else { continue };
+                moments.add(r, &mut slots.tap(site.slot))?;
+                if let Some(original) = &mut original {
+                    let theirs = &mut original.tap(site.slot);
+                    moments.add_pair(&mut slots.tap(site.slot), theirs)?;
                 }
             }
-            Ok(())
-        })?;
+        }
+        drop((bound, theirs));
+        self.leave(stop);
+        if let Some(beside) = beside {
+            beside.leave(stop);
+        }
         for ((site, needed), moments) in sites.iter().zip(moments) {
             let moments = match (moments, site.expert) {
                 (None, Some(expert)) if *needed => Some(self.routed(device, stop, site, expert)?),
@@ -229,7 +260,12 @@ impl<'a> Walk<'a> {
 
     /// Brings the layer past a stop without looking.
     pub(super) fn pass(&mut self, stop: Stop) -> Result<()> {
-        self.visit(stop, |_, _| Ok(()))
+        let bound = self.arrive(stop)?;
+        for r in 0..self.hidden.len() {
+            self.row(&bound, stop, r)?;
+        }
+        self.leave(stop);
+        Ok(())
     }
 
     /// Share of the layer's tokens that reach an expert, one more than were seen so that none counts
@@ -298,46 +334,53 @@ impl<'a> Walk<'a> {
         rows
     }
 
-    fn visit(
-        &mut self,
-        stop: Stop,
-        mut each: impl FnMut(usize, &mut Slots<'_>) -> Result<()>,
-    ) -> Result<()> {
+    /// What brings rows to a stop.
+    pub(super) fn arrive(&mut self, stop: Stop) -> Result<Bound> {
         let spec = self.spec();
-        let is_moe = matches!(spec.mlp, MlpSpec::Moe(_));
         if stop == Stop::GateUp && !spec.parallel {
             self.add_mixed()?;
         }
-        let (m, w) = (&mut *self.machine, &self.weights);
-        let bound = match stop {
-            Stop::Qkv => m.attention_input(&spec, w)?,
-            Stop::O => m.attention_mixed(&spec, w)?,
-            Stop::GateUp => m.mlp_input(&spec, w)?,
-            Stop::Down => m.mlp_inner(&spec, w)?,
-        };
-        for (r, hidden) in self.hidden.iter().enumerate() {
-            let mut slots = m.run(&bound, &[("hidden", hidden)])?;
-            each(r, &mut slots)?;
-            match stop {
-                Stop::Qkv => {}
-                Stop::O => self.mixed.push(slots.tap(X).values()?.to_vec()),
-                Stop::GateUp if is_moe => {
-                    self.x.push(slots.tap(X).values()?.to_vec());
-                    self.ids.push(slots.tap(IDS).integers()?.to_vec());
-                }
-                Stop::GateUp => {}
-                Stop::Down => {
-                    self.inner.push(slots.tap(X).values()?.to_vec());
-                    if let Some(mut shared) = slots.try_tap(SHARED) {
-                        self.shared.push(shared.values()?.to_vec());
-                    }
+        let (m, w) = (&*self.machine, &self.weights);
+        match stop {
+            Stop::Qkv => m.attention_input(&spec, w),
+            Stop::O => m.attention_mixed(&spec, w),
+            Stop::GateUp => m.mlp_input(&spec, w),
+            Stop::Down => m.mlp_inner(&spec, w),
+        }
+    }
+
+    /// Brings row `r` there; rows come in their order. What later stops need of it is kept.
+    pub(super) fn row<'s>(
+        &'s mut self,
+        bound: &'s Bound,
+        stop: Stop,
+        r: usize,
+    ) -> Result<Slots<'s>> {
+        let is_moe = matches!(self.machine.spec().layers[self.layer].mlp, MlpSpec::Moe(_));
+        let mut slots = self.machine.run(bound, &[("hidden", &self.hidden[r])])?;
+        match stop {
+            Stop::Qkv => {}
+            Stop::O => self.mixed.push(slots.tap(X).values()?.to_vec()),
+            Stop::GateUp if is_moe => {
+                self.x.push(slots.tap(X).values()?.to_vec());
+                self.ids.push(slots.tap(IDS).integers()?.to_vec());
+            }
+            Stop::GateUp => {}
+            Stop::Down => {
+                self.inner.push(slots.tap(X).values()?.to_vec());
+                if let Some(mut shared) = slots.try_tap(SHARED) {
+                    self.shared.push(shared.values()?.to_vec());
                 }
             }
         }
+        Ok(slots)
+    }
+
+    /// Drops what no later stop needs.
+    pub(super) fn leave(&mut self, stop: Stop) {
         if stop == Stop::Down {
             self.x = Vec::new();
         }
-        Ok(())
     }
 
     /// Adds the last products; `hidden` is then the layer's output.
@@ -383,19 +426,29 @@ pub(super) fn embed(
         .collect()
 }
 
-/// The normed inputs of the head, row by row.
-pub(super) fn head_inputs(
+/// The Hessians of the head's inputs, with the original's rows beside as in [`Walk::solve`].
+pub(super) fn head_solver(
     source: &ModelSource,
-    machine: &mut Machine,
-    hidden: &Rows,
-    mut each: impl FnMut(usize, &mut Tap<'_>) -> Result<()>,
-) -> Result<()> {
+    name: &str,
+    (machine, hidden): (&mut Machine, &Rows),
+    mut beside: Option<&mut Original>,
+) -> Result<Box<dyn Solver>> {
     let weights = source.load_module(Module::Head)?;
+    let mut moments = Moments::new(machine.device(), machine.spec().hidden)?;
     machine.positions()?;
     let bound = machine.head_input(&weights)?;
+    let theirs = match &mut beside {
+        Some(original) => Some(original.head_input(&weights)?),
+        None => None,
+    };
     for (r, row) in hidden.iter().enumerate() {
         let mut slots = machine.run(&bound, &[("hidden", row)])?;
-        each(r, &mut slots.tap(X))?;
+        moments.add(r, &mut slots.tap(X))?;
+        if let (Some(original), Some(theirs)) = (&mut beside, &theirs)
+            && let Some(mut theirs) = original.head_row(theirs, r)?
+        {
+            moments.add_pair(&mut slots.tap(X), &mut theirs.tap(X))?;
+        }
     }
-    Ok(())
+    moments.finish(name)
 }

@@ -58,7 +58,8 @@ pub(super) trait Solver {
         rows: &[Rows],
     ) -> Result<Vec<(f64, f64)>>;
 
-    /// Rounds a matrix and judges it.
+    /// Rounds a matrix and judges it. Where the original was seen beside ([`Moments::add_pair`]),
+    /// rounding aims at [`crate::CrossMoment::aim`] of it.
     fn round(
         &mut self,
         name: &str,
@@ -92,6 +93,18 @@ impl Moments {
             Moments::Gpu(moments) => match tap.region()? {
                 Some(region) => moments.add(&region, part),
                 None => unreachable!("a conversion computes on one device"),
+            },
+        }
+    }
+
+    /// Adds what the values of a row have to do with how far they are from those of the original
+    /// (`theirs`).
+    pub(super) fn add_pair(&mut self, ours: &mut Tap<'_>, theirs: &mut Tap<'_>) -> Result<()> {
+        match self {
+            Moments::Host(acc) => acc.add_pair(ours.values()?, theirs.values()?),
+            Moments::Gpu(moments) => match (ours.region()?, theirs.region()?) {
+                (Some(ours), Some(theirs)) => moments.add_pair(&ours, &theirs),
+                _ => unreachable!("a conversion computes on one device"),
             },
         }
     }

@@ -12,8 +12,8 @@ use serde::Serialize;
 use super::device::Device;
 use super::machine::{Machine, dense, padded};
 use super::quantize::{Judge, decode, score};
-use super::sites::{STOPS, Site, Walk, embed, head_inputs};
-use super::solver::{Moments, Rows as Judges, Solver};
+use super::sites::{STOPS, Site, Walk, embed, head_solver};
+use super::solver::{Rows as Judges, Solver};
 use super::{ConvertOptions, Event, Job, identity};
 use crate::calib::Calibration;
 use crate::layout::{GroupSpec, Layout};
@@ -192,7 +192,7 @@ impl Recount<'_> {
                 job.check()?;
                 let sites = stop.sites(&spec.layers[layer]).into_iter();
                 let sites: Vec<(Site, bool)> = sites.map(|s| (s, true)).collect();
-                walk.solve(&job.device, stop, &sites, |weights, found| {
+                walk.solve(stop, &sites, None, |weights, found| {
                     let Some(solver) = found.solver else {
                         return Ok(());
                     };
@@ -207,11 +207,8 @@ impl Recount<'_> {
         let mut weights = self.quantized.load_module(Module::Head)?;
         let name = spec.head.linear.key.clone();
         if self.of(&name).is_some() {
-            let mut moments = Moments::new(&job.device, spec.hidden)?;
-            head_inputs(self.quantized, &mut machine, &hidden, |r, x| {
-                moments.add(r, x)
-            })?;
-            let mut solver = moments.finish(&name)?;
+            let at = (&mut machine, &hidden);
+            let mut solver = head_solver(self.quantized, &name, at, None)?;
             let original = job.source.load_module(Module::Head)?;
             self.linear(job, (&name, &original), &mut weights, solver.as_mut())?;
         }

@@ -117,7 +117,7 @@ linear linear,gate_up,dequant
 moe moe_route,moe_gate_up,moe_down
 attention rope_append,paged_attn
 sample sample
-quantizer hessian_syrk,hessian_factor,hessian_loss,gptq,refine
+quantizer hessian_syrk,transposed_product,hessian_factor,hessian_loss,gptq,refine
 FAMILIES
 fi
 finish

@@ -14,7 +14,7 @@ mod tests;
 
 pub(super) use dense::{DenseGateUp, DenseLinear, dense_gate_up, dense_linear};
 pub(super) use f16::{GemmF16, PrepareX, gemm_f16, prepare_x};
-pub(super) use hessian::hessian_syrk;
+pub(super) use hessian::{hessian_syrk, transposed_product};
 
 use crate::DType;
 use crate::cuda::{DeviceProps, Kernel};
@@ -38,6 +38,7 @@ pub(crate) static KERNELS: &[Kernel] = &[
     dense::GATE_UP[1],
     dense::GATE_UP[2],
     hessian::SYRK,
+    hessian::TRANSPOSED,
 ];
 
 /// An output tile of a product.

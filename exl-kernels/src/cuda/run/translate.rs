@@ -4,7 +4,7 @@ use super::spans::Access;
 use crate::ops::{
     Clamp, Dequant, Embed, GateUp, Gated, GatherRows, Gptq, HessianFactor, HessianLoss,
     HessianSyrk, LayerNorm, Linear, LinearPart, Matrix, MoeDown, MoeGateUp, MoeRoute, Op,
-    PagedAttn, Refine, RmsNorm, RopeAppend, Sample, ScaleLogits, ScaleRows,
+    PagedAttn, Refine, RmsNorm, RopeAppend, Sample, ScaleLogits, ScaleRows, TransposedProduct,
 };
 use crate::{Mem, MemMut, Result};
 
@@ -85,6 +85,13 @@ pub(super) fn translate<'h: 'd, 'd>(op: &Op<'h>, t: &mut impl Translate<'h, 'd>)
         Op::HessianSyrk(o) => Ok(Op::HessianSyrk(HessianSyrk {
             x: t.read(&o.x)?,
             h: t.write(&o.h, Access::Update)?,
+            ..*o
+        })),
+        Op::TransposedProduct(o) => Ok(Op::TransposedProduct(TransposedProduct {
+            a: t.read(&o.a)?,
+            minus: t.optional(&o.minus)?,
+            b: t.read(&o.b)?,
+            out: t.write(&o.out, Access::Update)?,
             ..*o
         })),
         Op::Sample(o) => Ok(Op::Sample(Sample {

@@ -7,6 +7,7 @@ use exl_kernels::ops::GptqGroup;
 use exl_tensor::Gpu;
 
 use super::{DAMPINGS, Rounded, Rows, Solver, gpu_error, open};
+use crate::cross::share;
 use crate::gptq::check_weight;
 use crate::hessian::not_finite;
 use crate::linalg::damped;
@@ -32,6 +33,8 @@ pub(in super::super) struct GpuMoments {
     dim: usize,
     train: Sum,
     hold_out: Sum,
+    /// Of `(x - y)^T y`: the transpose of what [`crate::CrossMoment`] is the mean of.
+    cross: Option<Sum>,
 }
 
 impl GpuMoments {
@@ -44,6 +47,7 @@ impl GpuMoments {
         Ok(Self {
             train: sum()?,
             hold_out: sum()?,
+            cross: None,
             dim,
             kernels,
         })
@@ -68,6 +72,21 @@ impl GpuMoments {
         let shape = (values.len() / self.dim.max(1), self.dim);
         let placed = self.kernels.upload(values, shape, "rows of an expert");
         self.add(placed.map_err(gpu_error)?.region(), part)
+    }
+
+    /// As [`super::Moments::add_pair`].
+    pub(super) fn add_pair(&mut self, ours: &DeviceRegion, theirs: &DeviceRegion) -> Result<()> {
+        let dim = self.dim;
+        if self.cross.is_none() {
+            let matrix = self.kernels.zeros(dim, dim, HESSIAN).map_err(gpu_error)?;
+            self.cross = Some(Sum { matrix, tokens: 0 });
+        }
+        let cross = self.cross.as_mut().expect("set above");
+        let added = self
+            .kernels
+            .add_product(&mut cross.matrix, (theirs, Some(ours)), ours, 1.0);
+        cross.tokens += (ours.bytes() / (4 * dim.max(1))) as u64;
+        added.map_err(gpu_error)
     }
 
     pub(super) fn finish(mut self, tensor: &str) -> Result<GpuSolver> {
@@ -98,6 +117,7 @@ impl GpuMoments {
             kernels: self.kernels,
             order: order_by(&diagonal),
             sums,
+            cross: self.cross,
             diagonal,
             factor: None,
         })
@@ -119,6 +139,7 @@ pub(super) struct GpuSolver {
     kernels: CudaQuantizer,
     /// Training rows, then hold-out rows; one that stands for both when there are no others.
     sums: Vec<Sum>,
+    cross: Option<Sum>,
     /// Of the mean over training rows.
     diagonal: Vec<f32>,
     order: Vec<u32>,
@@ -144,6 +165,19 @@ impl GpuSolver {
 
     fn in_use(&self) -> &InUse {
         self.factor.as_ref().expect("a damping was chosen")
+    }
+
+    /// What rounding `weight` aims at, as [`crate::CrossMoment::aim`].
+    fn aim(&mut self, weight: &DeviceMatrix) -> Result<DeviceMatrix> {
+        let Some(cross) = &self.cross else {
+            return Ok(weight.clone());
+        };
+        let alpha = share(cross.tokens, self.order.len()) / cross.tokens.max(1) as f64;
+        let factor = &self.factor.as_ref().expect("a damping was chosen").factor;
+        let aim = self
+            .kernels
+            .corrected(weight, (&cross.matrix, alpha as f32), factor);
+        aim.map_err(gpu_error)
     }
 
     fn upload(&self, matrix: &Matrix) -> Result<DeviceMatrix> {
@@ -275,12 +309,14 @@ impl Solver for GpuSolver {
     ) -> Result<Rounded> {
         check_weight(name, weight, layout)?;
         let placed = self.upload(weight)?;
-        let mut codes = self.rounded(&placed, layout)?;
-        let better = self.refined(&placed, layout, &codes)?;
-        let before = self.loss(Rows::HoldOut, &placed, Some(codes.decoded()))?;
-        if self.loss(Rows::HoldOut, &placed, Some(better.decoded()))? < before {
+        let aim = self.aim(&placed)?;
+        let mut codes = self.rounded(&aim, layout)?;
+        let better = self.refined(&aim, layout, &codes)?;
+        let before = self.loss(Rows::HoldOut, &aim, Some(codes.decoded()))?;
+        if self.loss(Rows::HoldOut, &aim, Some(better.decoded()))? < before {
             codes = better;
         }
+        drop(aim);
         let losses = self.judge_placed(&placed, codes.decoded(), rows)?;
         let host = self.kernels.codes(&codes).map_err(gpu_error)?;
         let (damping, damping_retries) = self.damping();
@@ -323,8 +359,8 @@ const COLUMN_WORDS: u64 = 40;
 /// Device memory of Hessians with `inputs` features and of matrices with `weights` elements and
 /// `outputs` columns, the largest of each.
 pub(super) fn bytes(inputs: usize, weights: u64, outputs: u64) -> u64 {
-    // The matrix, its working copy, what it decodes to, codes and their scales; the codes bettered and
-    // what those decode to.
-    let rounding = 19 * weights + 4 * (PANEL_ROWS + COLUMN_WORDS) * outputs;
+    // The matrix, what rounding it aims at, its working copy, what it decodes to, codes and their scales;
+    // the codes bettered and what those decode to.
+    let rounding = 23 * weights + 4 * (PANEL_ROWS + COLUMN_WORDS) * outputs;
     CudaQuantizer::hessian_bytes(inputs) + rounding
 }

@@ -1,5 +1,7 @@
 //! The mathematics on the CPU.
 
+use std::borrow::Cow;
+
 use rayon::prelude::*;
 
 use super::{DAMPINGS, Rounded, Rows, Solver};
@@ -12,8 +14,8 @@ use crate::{
     activity_order,
 };
 
-/// Bytes for each pair of features: the three Hessians.
-const HESSIANS: u64 = 12;
+/// Bytes for each pair of features: the three Hessians, and what their inputs are away from the original's.
+const HESSIANS: u64 = 16;
 /// And while they are summed up: both sums, and their sum.
 const SUMS: u64 = 8;
 /// And for a factor in the making: the matrix and its inverse in f64, and the result.
@@ -26,9 +28,9 @@ pub(super) fn bytes(inputs: usize, weights: u64, threads: usize) -> (u64, u64) {
     let pairs = (inputs * inputs) as u64;
     let candidates = together((FACTOR * pairs) as usize, DAMPINGS.len()) as u64;
     let hessians = (HESSIANS + SUMS.max(candidates * FACTOR + BEST)) * pairs;
-    // As floats, its working copy, codes, the decoded values and their transpose; while codes are
-    // bettered, both kinds of codes and of decoded values.
-    let rounding = weights * (4 * 5 + 2);
+    // As floats, what rounding aims at, its working copy, codes, the decoded values and their transpose;
+    // while codes are bettered, both kinds of codes and of decoded values.
+    let rounding = weights * (4 * 6 + 2);
     let candidates = candidate_threads(inputs, threads).max(candidates as usize);
     let measuring = 4 * weights + (candidates * candidate_bytes(inputs)) as u64;
     (hessians, rounding.max(measuring))
@@ -124,15 +126,19 @@ impl Solver for HostSolver {
         rows: &[Rows],
     ) -> Result<Rounded> {
         let factor = self.factor();
-        let mut quantized = Gptq { factor }.quantize(name, weight, layout)?;
+        let aim = match &self.hessians.cross {
+            Some(cross) => Cow::Owned(cross.aim(weight, factor)?),
+            None => Cow::Borrowed(weight),
+        };
+        let mut quantized = Gptq { factor }.quantize(name, &aim, layout)?;
         let mut decoded = quantized.dequantize();
         if weight.rows <= MOST_INPUTS {
             let mut refined = quantized.clone();
             let damping = factor.damping();
             let h = self.hessians.train.data();
-            refine(&mut refined, (weight, &decoded), h, damping);
+            refine(&mut refined, (&aim, &decoded), h, damping);
             let better = refined.dequantize();
-            let left = |decoded| self.hessians.hold_out.loss(&difference(weight, decoded));
+            let left = |decoded| self.hessians.hold_out.loss(&difference(&aim, decoded));
             if left(&better)? < left(&decoded)? {
                 (quantized, decoded) = (refined, better);
             }

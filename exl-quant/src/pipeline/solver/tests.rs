@@ -1,6 +1,7 @@
 //! The ops that GPUs run against the quantizer of the CPU: first the ops' own host implementation,
 //! which the GPU's kernels are compared with, then a GPU itself when there is one.
 
+use exl_kernels::cuda::DeviceRegion;
 use exl_kernels::ops::{Gptq, HessianFactor, Op, Refine};
 use exl_kernels::{Mem, MemMut, reference};
 
@@ -32,6 +33,23 @@ fn accumulator(dim: usize) -> HessianAccumulator {
         acc.add(x, Part::of_row(r)).unwrap();
     }
     acc
+}
+
+/// What the original has where the others have `y`: apart in a way that `y` tells half of.
+fn original(y: &[f32], dim: usize) -> Vec<f32> {
+    let chance = noise(77, y.len());
+    let value = |(i, y): (usize, &f32)| {
+        let feature = i % dim;
+        y * 1.08 + 0.05 * chance[i] / (1.0 + feature as f32 / 24.0)
+    };
+    y.iter().enumerate().map(value).collect()
+}
+
+/// Every second training row of [`rows`] beside the original.
+fn pairs(dim: usize) -> Vec<(Vec<f32>, Vec<f32>)> {
+    let all = rows(dim).into_iter().enumerate();
+    let some = all.filter(|(r, _)| r % 2 == 0 && Part::of_row(*r) == Part::Train);
+    some.map(|(_, y)| (original(&y, dim), y)).collect()
 }
 
 /// Factor and rounding by the ops' implementation on the host.
@@ -178,6 +196,38 @@ fn the_ops_round_as_the_quantizer_does() {
     }
 }
 
+#[test]
+fn rounding_makes_up_for_errors_before_it() {
+    let (k, n) = (256, 96);
+    let weight = Matrix::new(k, n, normal(3, k * n, 0.04)).unwrap();
+    let plain = accumulator(k);
+    let mut beside = plain.clone();
+    for (x, y) in pairs(k) {
+        beside.add_pair(&y, &x).unwrap();
+    }
+    let layout: Layout = "8x6b_32g".parse().unwrap();
+    let off = [plain, beside].map(|acc| {
+        let mut solver = HostSolver::new(acc.finish("t").unwrap());
+        solver.set_damping("t", 0.01).unwrap();
+        let rounded = solver.round("t", &weight, &layout, &[]).unwrap();
+        // On rows that nothing was fitted to.
+        let y = &rows(k)[7];
+        let (x, mut sum) = (original(y, k), 0.0);
+        for (x, y) in x.chunks_exact(k).zip(y.chunks_exact(k)) {
+            for c in 0..n {
+                let of = |x: &[f32], w: &Matrix| -> f64 {
+                    let terms = x.iter().enumerate();
+                    terms.map(|(i, &x)| f64::from(x * w.row(i)[c])).sum()
+                };
+                sum += (of(x, &weight) - of(y, &rounded.decoded)).powi(2);
+            }
+        }
+        sum
+    });
+    // 0.62.
+    assert!(off[1] < 0.7 * off[0], "{off:?}");
+}
+
 fn gpu() -> Option<Gpu> {
     match exl_tensor::probe() {
         Ok(_) => Some(Gpu::open(0).expect("a GPU that was found can be opened")),
@@ -188,15 +238,24 @@ fn gpu() -> Option<Gpu> {
     }
 }
 
-fn on_gpu(gpu: &Gpu, dim: usize) -> Box<dyn Solver> {
+/// A row of inputs on the GPU.
+fn placed(gpu: &Gpu, x: &[f32]) -> DeviceRegion {
+    let what = "a calibration row";
+    let region = DeviceRegion::alone(gpu.device(), 4 * x.len(), what).unwrap();
+    let data: Vec<u8> = x.iter().flat_map(|v| v.to_le_bytes()).collect();
+    gpu.device().copy_in(&region, 0, &data).unwrap();
+    region
+}
+
+/// The same on a GPU, with the pairs or without.
+fn on_gpu(gpu: &Gpu, dim: usize, beside: bool) -> Box<dyn Solver> {
     let mut moments = GpuMoments::new(gpu, dim).unwrap();
     for (r, x) in rows(dim).iter().enumerate() {
-        let bytes = 4 * x.len();
-        let what = "a calibration row";
-        let region = exl_kernels::cuda::DeviceRegion::alone(gpu.device(), bytes, what).unwrap();
-        let data: Vec<u8> = x.iter().flat_map(|v| v.to_le_bytes()).collect();
-        gpu.device().copy_in(&region, 0, &data).unwrap();
-        moments.add(&region, Part::of_row(r)).unwrap();
+        moments.add(&placed(gpu, x), Part::of_row(r)).unwrap();
+    }
+    for (x, y) in pairs(dim).iter().filter(|_| beside) {
+        let (y, x) = (placed(gpu, y), placed(gpu, x));
+        moments.add_pair(&y, &x).unwrap();
     }
     Box::new(moments.finish("t").unwrap())
 }
@@ -204,11 +263,19 @@ fn on_gpu(gpu: &Gpu, dim: usize) -> Box<dyn Solver> {
 #[test]
 fn gpu_solver_agrees_with_the_cpu() {
     let Some(gpu) = gpu() else { return };
-    for (k, n) in [(256, 96), (544, 640)] {
+    for (k, n, beside) in [
+        (256, 96, false),
+        (544, 640, false),
+        (256, 96, true),
+        (544, 640, true),
+    ] {
         let weight = Matrix::new(k, n, normal(5, k * n, 0.04)).unwrap();
-        let mut host: Box<dyn Solver> =
-            Box::new(HostSolver::new(accumulator(k).finish("t").unwrap()));
-        let mut device = on_gpu(&gpu, k);
+        let mut acc = accumulator(k);
+        for (x, y) in pairs(k).iter().filter(|_| beside) {
+            acc.add_pair(y, x).unwrap();
+        }
+        let mut host: Box<dyn Solver> = Box::new(HostSolver::new(acc.finish("t").unwrap()));
+        let mut device = on_gpu(&gpu, k, beside);
         for solver in [&mut host, &mut device] {
             solver.choose_damping("t", &weight).unwrap();
         }
@@ -246,10 +313,7 @@ fn gpu_solver_names_what_is_not_finite() {
     let mut moments = GpuMoments::new(&gpu, 32).unwrap();
     let mut x = vec![1.0f32; 64];
     x[40] = f32::INFINITY;
-    let data: Vec<u8> = x.iter().flat_map(|v| v.to_le_bytes()).collect();
-    let region = exl_kernels::cuda::DeviceRegion::alone(gpu.device(), data.len(), "a row").unwrap();
-    gpu.device().copy_in(&region, 0, &data).unwrap();
-    moments.add(&region, Part::Train).unwrap();
+    moments.add(&placed(&gpu, &x), Part::Train).unwrap();
     let error = moments.finish("layers.3.down").unwrap_err().to_string();
     assert!(
         error.contains("layers.3.down") && error.contains("feature 8"),

@@ -79,7 +79,7 @@ pub(in crate::cuda::lower) fn link(launches: &mut [Launch]) {
     // The ids that gate and up of the layer at hand read; the next router may write there again.
     let mut known = None;
     for launch in launches {
-        if super::ROUTE.iter().any(|(_, k)| *k == launch.kernel) {
+        if super::is_route(launch.kernel) {
             known = None;
         } else if ROW.contains(&launch.kernel) {
             known = Some(launch.args.words()[IDS_WORD]);

@@ -254,7 +254,7 @@ fn time(device: &Arc<Device>, ops: &[Op<'_>]) -> Result<f64> {
     for op in ops {
         lower(op, &target, &mut launches)?;
     }
-    link(&mut launches);
+    link(&mut launches, &target);
     // SAFETY: the ops, scratch and counters live until the graph is done, which is waited for below.
     let ready = launches.iter().map(|l| unsafe { device.ready(l) });
     let ready = ready.collect::<std::result::Result<Vec<_>, _>>()?;

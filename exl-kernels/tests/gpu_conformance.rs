@@ -19,6 +19,8 @@ use exl_kernels::ops::{
 use exl_kernels::{DType, Error, GptqParts, Mem, MemMut, Place, QuantMatrix, reference};
 use half::f16;
 
+#[path = "gpu_conformance/fused.rs"]
+mod fused;
 #[path = "gpu_conformance/overlap.rs"]
 mod overlap;
 
@@ -684,10 +686,11 @@ fn gpu_quick_cases_touch_every_kernel() {
         kernels.flatten().copied().collect()
     };
     let (here, elsewhere) = (reached(0..2), reached(2..2 * all.len()));
+    // Every matrix that comes to the GPU goes through the first; fused.rs is for the second.
+    let elsewhere_tested = ["qgemm/repack", "moe/router"];
     let (left, missing): (Vec<Kernel>, Vec<Kernel>) = device
         .kernels()
-        // Every matrix that comes to the GPU goes through it.
-        .filter(|kernel| !here.contains(kernel) && kernel.module != "qgemm/repack")
+        .filter(|kernel| !here.contains(kernel) && !elsewhere_tested.contains(&kernel.module))
         .partition(|kernel| elsewhere.contains(kernel));
     let all = device.kernels().count();
     eprintln!("{} kernels have cases here, of {all}", here.len());

@@ -89,6 +89,17 @@ __device__ __forceinline__ void bulk_copy_to_all(u32 to, const char* from, u32 b
         : "memory");
 }
 
+// As bulk_copy, of what nobody reads again soon: in L2 it makes room before anything else.
+__device__ __forceinline__ void bulk_copy_once(u32 to, const char* from, u32 bytes, u32 barrier) {
+    u64 policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, "
+        "[%3], %4;" ::"r"(to),
+        "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
+        : "memory");
+}
+
 __device__ __forceinline__ u32 cluster_rank() {
     u32 rank;
     asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));

@@ -1,6 +1,10 @@
 // A warp's ring in shared memory: what it will read next is copied there while it works on what came
 // before. The copy engine does it where there is one (compute capability 9.0 and up), else all lanes
 // copy 16 bytes at a time.
+//
+// What goes through a ring are weights, which a step reads once and which are far more than L2 has room for.
+// There they make room first, so that what every layer needs again is not lost between two layers: the
+// kernels' code, small weights, tables.
 #pragma once
 
 #include "common/common.cuh"
@@ -54,7 +58,7 @@ struct Ring {
 #if __CUDA_ARCH__ >= 900
         if (elect()) {
             barrier_expect(barrier(slot), bytes);
-            bulk_copy(smem_address(to), from, bytes, barrier(slot));
+            bulk_copy_once(smem_address(to), from, bytes, barrier(slot));
         }
 #else
 #pragma unroll 1

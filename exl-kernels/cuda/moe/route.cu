@@ -2,20 +2,14 @@
 //
 // logits F32 [rows, experts], ids I32 [rows, top_k], weights F32 [rows, top_k]. One warp per row; a lane
 // keeps every 32nd logit in a register. Each choice is the largest logit that is left, of equal ones
-// that with the lowest number; NaN is below all. Bytes: the logits once. Bound by latency.
+// that with the lowest number; NaN is below all. Bytes: the logits once. Bound by latency. One row behind a
+// norm and a router of few experts: router.cu.
 
-#include "moe/experts.cuh"
+#include "moe/route.cuh"
 
 namespace {
 
 constexpr int WARPS = 4;
-
-// A float as an integer of the same order; NaN is the smallest. Zeros of both signs are equal.
-__device__ __forceinline__ int rank(float v) {
-    if (v != v) return -0x7fffffff - 1;
-    const int bits = __float_as_int(v + 0.0f);
-    return bits < 0 ? bits ^ 0x7fffffff : bits;
-}
 
 // EACH: logits of a lane. `exponent`: of the norm that weights are divided by, 0 for none.
 template <int EACH>

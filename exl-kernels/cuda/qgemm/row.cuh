@@ -8,13 +8,10 @@
 // rows of the same columns each has x of its rows alone.
 #pragma once
 
-#include "qgemm/row_walk.cuh"
+#include "qgemm/row_slice.cuh"
 
 constexpr int ROW_WARPS = SHARES;
 constexpr int ZEROS = 4 * 4 * X_ROW;   // bytes: x of a round of four slots
-
-// Where a lane's bytes of x are in a block.
-__device__ __forceinline__ int x_place(int lane) { return (lane >> 2 & 1) * 32 + (lane & 3) * 8; }
 
 // x of every order that the parts have, in shared memory.
 template <int KIND, typename T>
@@ -56,41 +53,6 @@ struct RowInput {
             row.template round<KIND == KIND_GPTQ>(floats, reinterpret_cast<float*>(at + bytes.scales),
                                                   reinterpret_cast<int*>(at + bytes.sums));
         }
-        __syncthreads();
-    }
-};
-
-// x of the rows of one of several thread blocks, at most `held`: all of x is copied as it is, then each
-// warp gathers chunks.
-template <typename T>
-struct SliceInput {
-    const T& task;
-    char* base;   // shared: bytes, scales, and x
-    int inputs, held;
-    RowSlice<2> row;
-
-    __device__ __forceinline__ SliceInput(const T& task, int inputs, int held, char* base)
-        : task(task), base(base), inputs(inputs), held(held) {}
-
-    __device__ __forceinline__ float* scales() const { return reinterpret_cast<float*>(base + 2 * held); }
-    __device__ __forceinline__ void point(RowWalk<KIND_EXL2>& walk, int) const {
-        const int first = row.from / 32;
-        walk.x = base - first * X_ROW + x_place(walk.lane);
-        walk.scales = scales() - first / X_CHUNK_BLOCKS;
-    }
-    // As those of RowInput.
-    __device__ __forceinline__ void prepare() {
-        const u16* shares = task.matrix[0].shares + task.rank * SPLIT_SHARES<T>;
-        row.prepare(task.matrix[0].perm, 32 * shares[0], 32 * shares[SPLIT_SHARES<T>]);
-    }
-    __device__ __forceinline__ void stage() {
-        float* all = reinterpret_cast<float*>(base + 2 * held + round_16(held / 128 * 4 + 4));
-        pdl_wait();
-        for (int i = 4 * threadIdx.x; i < inputs; i += 4 * blockDim.x) cp_async_16(all + i, task.x + i);
-        cp_async_commit();
-        cp_async_wait<0>();
-        __syncthreads();
-        row.round(all, task.matrix[0].perm, base, scales());
         __syncthreads();
     }
 };

@@ -13,6 +13,14 @@
 #include "common/ring.cuh"
 #include "qgemm/turn.cuh"
 
+// Where a lane's bytes of x are in a block.
+__device__ __forceinline__ int x_place(int lane) { return (lane >> 2 & 1) * 32 + (lane & 3) * 8; }
+
+// The chunk of x that has a block, where chunks begin with the runs.
+__device__ __forceinline__ int own_chunk_of(const Run& run, int block) {
+    return run.chunk + u32(block - run.first) / X_CHUNK_BLOCKS;
+}
+
 // Blocks of a unit: a power of two, as many as a slot of the ring holds.
 template <typename R>
 constexpr u32 row_unit(u32 bits) {
@@ -23,6 +31,10 @@ constexpr u32 row_unit(u32 bits) {
 // Shares of the rows of a thread block, of T::SPLIT that divide the rows of the same column tiles.
 template <typename T>
 constexpr int SPLIT_SHARES = SHARES / T::SPLIT;
+
+// Whether chunks of x begin with the runs (row_slice.cuh).
+template <typename T>
+constexpr bool own_chunks = T::SPLIT > 1;
 
 // A warp's blocks in all parts of a turn, one Fold after the other.
 //
@@ -57,7 +69,7 @@ struct Way {
         while (cursor.at >= cursor.end) {
             if (!(task.gated ? enter_pair() : enter_part())) return false;
         }
-        fold = cursor.next();
+        fold = cursor.template next<own_chunks<T>>();
         return true;
     }
     // To the next half of the tiles, of gate or up.
@@ -167,13 +179,13 @@ struct RowWalk {
 
     // Loads what a round is multiplied with, in column tile `tile`; `done` blocks of the fold come before
     // it.
-    template <u32 FOLD>
+    template <u32 FOLD, bool OWN_CHUNKS>
     __device__ __forceinline__ void load_scales(const Fold& f, int tile, u32 done) {
         const u32 slot = done + (lane & 3) * FOLD;
         // Slots behind the fold have no sums: any scale will do.
         const u32 block = f.first + min(slot, u32(f.count) - 1);
         codes = ScaleCodes<KIND>::of(*m, tile * m->pieces, piece_of(*m, f.run, block), lane >> 2);
-        scale = scales[block / X_CHUNK_BLOCKS];
+        scale = scales[OWN_CHUNKS ? own_chunk_of(f.run, block) : block / X_CHUNK_BLOCKS];
         if constexpr (KIND == KIND_GPTQ) {
             sum_of_x = 0;
             for (u32 i = 0; slot < u32(f.count) && i < FOLD; ++i) sum_of_x += x_sums[block + i];
@@ -241,15 +253,15 @@ struct RowWalk {
         int tile = way.tiles.column;
         clear();
         clear_parts();
-        load_scales<FOLD>(f, tile, 0);
+        load_scales<FOLD, own_chunks<T>>(f, tile, 0);
 #pragma unroll 1
         for (int left = way.tiles.count; left > 0; --left) {
             const auto end_round = [&](u32 done) {
                 fold<B>();
                 if (done < count) {
-                    load_scales<FOLD>(f, tile, done);
+                    load_scales<FOLD, own_chunks<T>>(f, tile, done);
                 } else if (left > 1) {
-                    load_scales<FOLD>(f, tile + T::SPLIT, 0);
+                    load_scales<FOLD, own_chunks<T>>(f, tile + T::SPLIT, 0);
                 }
             };
             u32 done = 0;

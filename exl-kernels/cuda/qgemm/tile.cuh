@@ -143,7 +143,9 @@ struct __align__(16) Run {
     u8 bits;
     u8 shift;     // IRREGULAR: look into `piece_of`
     u32 offset;   // where it begins in a column tile
-    u32 fold;     // blocks whose integer sums may be added up: 1, 2 or 4 (walk.cuh)
+    u8 fold;      // blocks whose integer sums may be added up: 1, 2 or 4 (walk.cuh)
+    u8 own_fold;  // the same where chunks of x begin with the runs (row_slice.cuh)
+    u16 chunk;    // number of its first chunk there
 };
 
 constexpr int IRREGULAR = 255;
@@ -168,7 +170,7 @@ struct QMatrix {
     int runs;
     int padding;
     u16 shares[20];          // SHARES + 1: the first block of each share of the rows, whole chunks of
-                             // four blocks; about the same bytes in each
+                             // four blocks of a run; about the same bytes in each
     Run run[RUNS];
 };
 

@@ -12,6 +12,8 @@ use super::{DeviceProps, Kernel, Launch};
 use crate::Result;
 use crate::ops::{self, Op};
 pub(super) use linear::{CLUSTER, CLUSTER_ARCHITECTURES, CLUSTER_KERNEL};
+#[cfg(test)]
+pub(super) use moe::ROUTERS;
 
 /// Device memory that the launches of one op may use. Ops run one after the other, so all of
 /// them share it.
@@ -91,9 +93,10 @@ pub fn lower(op: &Op<'_>, target: &Target<'_>, list: &mut Vec<Launch>) -> Result
 }
 
 /// What is known only when all launches of a plan are: call it once, with those of all ops in their
-/// order. Products learn which one follows, to prefetch its weights, a plan being taken to be run again, and
-/// what they need not wait for.
-pub fn link(launches: &mut [Launch]) {
+/// order, for the target that they are made for. Routers of one row become one launch. Products learn which one
+/// follows, to prefetch its weights, a plan being taken to be run again, and what they need not wait for.
+pub fn link(launches: &mut Vec<Launch>, target: &Target<'_>) {
+    moe::fuse(launches, target);
     linear::link(launches);
     moe::link(launches);
 }

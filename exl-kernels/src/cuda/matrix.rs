@@ -18,7 +18,7 @@ pub(crate) const TILE_COLUMNS: usize = 32;
 /// Packed rows of a block.
 pub(crate) const BLOCK_ROWS: usize = 32;
 /// Most runs of blocks of one width: the format's widths never increase.
-const MAX_RUNS: usize = 6;
+pub(crate) const MAX_RUNS: usize = 6;
 /// Parts of the packed rows among which warps divide a product of few rows (cuda/qgemm/tile.cuh).
 pub(crate) const SHARES: usize = 16;
 /// Blocks whose input has one scale.
@@ -46,7 +46,9 @@ struct Run {
     bits: u8,
     shift: u8,
     offset: u32,
-    fold: u32,
+    fold: u8,
+    own_fold: u8,
+    chunk: u16,
 }
 
 impl Run {
@@ -54,12 +56,12 @@ impl Run {
     /// of x, and their sums fit 32 bits (cuda/qgemm/walk.cuh: fold_blocks).
     fn find_fold(&mut self) {
         let most = if self.bits > 4 { 2 } else { 4 };
-        let fold = match self.shift {
+        self.own_fold = match self.shift {
             IRREGULAR => 1,
-            shift => most.min(1u32 << shift.min(2)),
+            shift => most.min(1u8 << shift.min(2)),
         };
-        self.fold = match u32::from(self.first).is_multiple_of(fold) {
-            true => fold,
+        self.fold = match self.first.is_multiple_of(u16::from(self.own_fold)) {
+            true => self.own_fold,
             false => 1,
         };
     }
@@ -117,7 +119,7 @@ impl Descriptor {
     /// Finds the runs of one width in pieces of these blocks and bits.
     fn find_runs(&mut self, pieces: &[(usize, u8)]) {
         let runs = pieces.chunk_by(|a, b| a.1 == b.1);
-        let (mut first, mut piece, mut offset) = (0, 0, 0);
+        let (mut first, mut piece, mut offset, mut chunk) = (0, 0, 0, 0);
         for (run, to) in runs.zip(&mut self.run) {
             let blocks = run.iter().map(|p| p.0).sum::<usize>();
             *to = Run {
@@ -128,10 +130,13 @@ impl Descriptor {
                 shift: shift_of(run),
                 offset: offset as u32,
                 fold: 0,
+                own_fold: 0,
+                chunk: chunk as u16,
             };
             to.find_fold();
             first += blocks;
             piece += run.len();
+            chunk += blocks.div_ceil(CHUNK);
             offset += 128 * blocks * usize::from(run[0].1);
             self.runs += 1;
         }
@@ -143,11 +148,17 @@ impl Descriptor {
         runs.map(|r| (usize::from(r.end - r.first), usize::from(r.bits)))
     }
 
-    /// Cuts the blocks into shares of whole chunks, so that the largest has the fewest bytes.
+    /// The chunks of the runs, each with chunks of its own: blocks and bits.
+    fn chunks(&self) -> impl Iterator<Item = (usize, usize)> + '_ {
+        self.runs().flat_map(|(n, bits)| {
+            let firsts = (0..n).step_by(CHUNK);
+            firsts.map(move |at| (CHUNK.min(n - at), bits))
+        })
+    }
+
+    /// Cuts the blocks into shares of whole chunks of the runs, so that the largest has the fewest bytes.
     fn divide(&mut self) {
-        let blocks = self.runs().map(|(n, bits)| std::iter::repeat_n(bits, n));
-        let bits: Vec<usize> = blocks.flatten().collect();
-        let costs: Vec<usize> = bits.chunks(CHUNK).map(|c| c.iter().sum()).collect();
+        let costs: Vec<usize> = self.chunks().map(|(n, bits)| n * bits).collect();
         let (mut most, mut enough) = (0usize, costs.iter().sum());
         while most + 1 < enough {
             let middle = most.midpoint(enough);
@@ -157,8 +168,13 @@ impl Descriptor {
             }
         }
         let ends = shares_of(&costs, enough).unwrap_or_default();
+        let firsts = self.chunks().scan(0, |at, (n, _)| {
+            *at += n as u16;
+            Some(*at)
+        });
+        let firsts: Vec<u16> = std::iter::once(0).chain(firsts).collect();
         for (to, end) in self.shares[1..].iter_mut().zip(ends) {
-            *to = (end * CHUNK).min(self.blocks as usize) as u16;
+            *to = firsts[end];
         }
     }
 }
@@ -567,7 +583,13 @@ mod tests {
             let bits: Vec<usize> = bits.collect();
             prop_assert!(bounds.is_sorted() && bounds[0] == 0);
             prop_assert_eq!(bounds[SHARES], bits.len());
-            prop_assert!(bounds.iter().all(|b| b % CHUNK == 0 || *b == bits.len()));
+            let mut firsts = vec![0];
+            for (n, _) in d.chunks() {
+                firsts.push(firsts[firsts.len() - 1] + n);
+            }
+            prop_assert!(bounds.iter().all(|b| firsts.contains(b)));
+            let chunks = d.run[..d.runs as usize].iter().map(|r| firsts[usize::from(r.chunk)]);
+            prop_assert!(chunks.eq(d.run[..d.runs as usize].iter().map(|r| usize::from(r.first))));
             let all: usize = bits.iter().sum();
             for share in bounds.windows(2) {
                 let cost: usize = bits[share[0]..share[1]].iter().sum();

@@ -149,7 +149,7 @@ impl CudaOps {
         for op in ops {
             lower(op, &target, &mut launches)?;
         }
-        link(&mut launches);
+        link(&mut launches, &target);
         self.kernels.extend(launches.iter().map(|l| l.kernel));
         // SAFETY: the ops borrow their regions and matrices, scratch and counters are held here,
         // and this function waits for the launches.

@@ -30,10 +30,10 @@ const PAGES: usize = 4;
 const LAYERS: usize = 3;
 
 /// Memory that ops read and write by turns.
-struct Buffer<T>(Vec<Cell<T>>, DType);
+pub(super) struct Buffer<T>(Vec<Cell<T>>, DType);
 
 impl<T: Copy> Buffer<T> {
-    fn new(values: Vec<T>, dtype: DType) -> Self {
+    pub(super) fn new(values: Vec<T>, dtype: DType) -> Self {
         Self(values.into_iter().map(Cell::new).collect(), dtype)
     }
 
@@ -41,32 +41,32 @@ impl<T: Copy> Buffer<T> {
         size_of::<T>() * self.0.len()
     }
 
-    fn read(&self) -> Mem<'_> {
+    pub(super) fn read(&self) -> Mem<'_> {
         let at = self.0.as_ptr().cast();
         // SAFETY: the cells are borrowed, and ops run one at a time.
         unsafe { Mem::from_raw(at, self.bytes(), self.1, Place::Host) }
     }
 
-    fn write(&self) -> MemMut<'_> {
+    pub(super) fn write(&self) -> MemMut<'_> {
         let at = self.0.as_ptr().cast_mut().cast();
         // SAFETY: cells may be written through a shared borrow; ops run one at a time.
         unsafe { MemMut::from_raw(at, self.bytes(), self.1, Place::Host) }
     }
 
-    fn values(&self) -> Vec<T> {
+    pub(super) fn values(&self) -> Vec<T> {
         self.0.iter().map(Cell::get).collect()
     }
 
-    fn set(&self, values: &[T]) {
+    pub(super) fn set(&self, values: &[T]) {
         self.0.iter().zip(values).for_each(|(cell, &v)| cell.set(v));
     }
 }
 
-fn floats(values: Vec<f32>) -> Buffer<f32> {
+pub(super) fn floats(values: Vec<f32>) -> Buffer<f32> {
     Buffer::new(values, DType::F32)
 }
 
-fn exl2(inputs: usize, outputs: usize, rng: &mut Rng) -> QuantMatrix {
+pub(super) fn exl2(inputs: usize, outputs: usize, rng: &mut Rng) -> QuantMatrix {
     let mut rest = inputs as u32;
     let mut groups = Vec::new();
     while rest > 0 {

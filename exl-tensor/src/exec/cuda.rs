@@ -1,11 +1,10 @@
 //! Runs a plan on a GPU: a launch list, or its captured graph.
 
 use std::collections::HashMap;
-use std::ops::Range;
 
 use exl_kernels::cuda::{
-    COUNTERS, Device, DeviceProps, DeviceRegion, Event, Graph, PinnedMemory, ReadyLaunch, Scratch,
-    Stream, Target, link, lower, scratch_bytes, table_bytes,
+    COUNTERS, Device, DeviceProps, DeviceRegion, Event, Graph, Launch, PinnedMemory, ReadyLaunch,
+    Scratch, Stream, Target, link, lower, scratch_bytes, table_bytes,
 };
 use exl_kernels::{DType, Mem, MemMut};
 
@@ -65,9 +64,10 @@ struct Lowered {
     /// Keeps the weights alive.
     bound: Bound,
     kv: usize,
+    /// Of all ops together.
     launches: Vec<ReadyLaunch>,
-    /// Launches of each op.
-    ops: Vec<Range<usize>>,
+    /// Those of each op by itself, once one was run so.
+    ops: Vec<Vec<ReadyLaunch>>,
     graph: Option<Graph>,
     runs: u64,
     used: u64,
@@ -197,8 +197,47 @@ impl CudaExecutor {
         }
         let bytes = scratch_for(bound, step, kv, &self.space(), self.gpu.props());
         self.grow(Growing::Scratch, bytes)?;
-        let space = self.space();
-        let target = Target {
+        let mut list = self.launches_of(bound, step, kv)?.concat();
+        link(&mut list, &self.target());
+        let launches = self.ready(&list)?;
+        self.make_room()?;
+        let lowered = Lowered {
+            bound: bound.clone(),
+            kv: identity,
+            launches,
+            ops: Vec::new(),
+            graph: None,
+            runs: 0,
+            used: self.clock,
+        };
+        self.plans.insert(bound.id(), lowered);
+        Ok(())
+    }
+
+    /// What each op of a plan is lowered to.
+    fn launches_of(
+        &self,
+        bound: &Bound,
+        step: &StepBlock,
+        kv: &mut KvBuffers,
+    ) -> Result<Vec<Vec<Launch>>> {
+        let (space, target) = (self.space(), self.target());
+        let ops = bound.plan().ops().iter().enumerate();
+        ops.map(|(index, plan_op)| {
+            let op = Regions::new(bound, &space).op(plan_op, step, kv);
+            let mut list = Vec::new();
+            lower(&op, &target, &mut list).map_err(|source| Error::Op {
+                index,
+                op: plan_op.name(),
+                source,
+            })?;
+            Ok(list)
+        })
+        .collect()
+    }
+
+    fn target(&self) -> Target<'_> {
+        Target {
             props: self.gpu.props(),
             scratch: Scratch {
                 address: self.scratch.address(),
@@ -206,22 +245,14 @@ impl CudaExecutor {
                 counters: self.counters.address(),
             },
             deterministic: self.options.deterministic,
-        };
-        let (mut list, mut ops) = (Vec::new(), Vec::new());
-        for (index, plan_op) in bound.plan().ops().iter().enumerate() {
-            let first = list.len();
-            let op = Regions::new(bound, &space).op(plan_op, step, kv);
-            lower(&op, &target, &mut list).map_err(|source| Error::Op {
-                index,
-                op: plan_op.name(),
-                source,
-            })?;
-            ops.push(first..list.len());
         }
-        link(&mut list);
+    }
+
+    /// Launches of a plan that is kept with them.
+    fn ready(&self, list: &[Launch]) -> Result<Vec<ReadyLaunch>> {
         let device = self.gpu.device();
         // Tables of launches take memory.
-        let launches = self.gpu.metered(GpuPart::Step, || {
+        self.gpu.metered(GpuPart::Step, || {
             // SAFETY: the launches name the arena, scratch, counters and step block, which outlive
             // them here (growing one drops the launches), weights that `bound` keeps, and the cache,
             // whose identity is compared before every run.
@@ -229,19 +260,7 @@ impl CudaExecutor {
             ready
                 .collect::<std::result::Result<_, _>>()
                 .map_err(Error::Gpu)
-        })?;
-        self.make_room()?;
-        let lowered = Lowered {
-            bound: bound.clone(),
-            kv: identity,
-            launches,
-            ops,
-            graph: None,
-            runs: 0,
-            used: self.clock,
-        };
-        self.plans.insert(bound.id(), lowered);
-        Ok(())
+        })
     }
 
     fn space(&self) -> Space<'_> {
@@ -304,12 +323,12 @@ impl CudaExecutor {
             .map_err(Error::Gpu)
     }
 
-    fn launch(&mut self, id: u64, range: Option<Range<usize>>) -> Result<()> {
+    fn launch(&mut self, id: u64, op: Option<usize>) -> Result<()> {
         let overlap = self.options.overlap && self.gpu.device().overlaps_launches();
         let stream = self.gpu.device().stream();
         let lowered = self.plans.get_mut(&id).expect("the plan was lowered");
-        if let Some(range) = range {
-            let launches = &lowered.launches[range];
+        if let Some(op) = op {
+            let launches = &lowered.ops[op];
             return stream.launch_all(launches, overlap).map_err(Error::Gpu);
         }
         let decode = lowered.bound.plan().key().phase == Phase::Decode;
@@ -401,8 +420,15 @@ impl Executor for CudaExecutor {
     ) -> Result<()> {
         self.lower(bound, step, kv)?;
         self.send(step)?;
-        let range = self.plans[&bound.id()].ops[index].clone();
-        self.launch(bound.id(), Some(range))
+        // Those of all ops together are other launches (link).
+        if self.plans[&bound.id()].ops.is_empty() {
+            let lists = self.launches_of(bound, step, kv)?;
+            let ops = lists.iter().map(|list| self.ready(list));
+            let ops = ops.collect::<Result<_>>()?;
+            let lowered = self.plans.get_mut(&bound.id());
+            lowered.expect("the plan was lowered").ops = ops;
+        }
+        self.launch(bound.id(), Some(index))
     }
 
     fn values(&mut self, bound: &Bound, slot: Slot) -> Result<&[f32]> {

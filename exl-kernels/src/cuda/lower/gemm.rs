@@ -12,7 +12,7 @@ pub(super) mod wgmma;
 #[cfg(test)]
 mod tests;
 
-pub(super) use dense::{DenseGateUp, DenseLinear, dense_gate_up, dense_linear};
+pub(super) use dense::{DenseGateUp, DenseLinear, DenseRow, dense_gate_up, dense_linear};
 pub(super) use f16::{GemmF16, PrepareX, gemm_f16, prepare_x};
 pub(super) use hessian::{hessian_syrk, transposed_product};
 

@@ -7,6 +7,7 @@
 
 mod dense;
 mod few;
+mod router;
 mod sort;
 mod tile;
 
@@ -27,6 +28,8 @@ use crate::ops::{Matrix, MoeDown, MoeGateUp, MoeRoute};
 use crate::{DType, Error, Result};
 
 pub(super) use few::{link, next_word};
+pub(in crate::cuda) use router::ROUTERS;
+pub(super) use router::fuse;
 
 /// Most experts of a layer (cuda/moe/experts.cuh).
 const MOST_EXPERTS: usize = 1024;
@@ -47,6 +50,10 @@ pub(crate) static KERNELS: &[Kernel] = &[
     ROUTE[0].1,
     ROUTE[1].1,
     ROUTE[2].1,
+    ROUTERS[0],
+    ROUTERS[1],
+    ROUTERS[2],
+    ROUTERS[3],
     sort::SORT,
     sort::COMBINE,
     few::BLOCK_X,
@@ -84,8 +91,12 @@ pub(crate) static KERNELS: &[Kernel] = &[
 pub(super) fn is_product(kernel: Kernel) -> bool {
     let [lines, swizzled] = tile::BLOCK_X;
     let others = [sort::SORT, sort::COMBINE, few::BLOCK_X, lines, swizzled];
-    let route = ROUTE.map(|(_, kernel)| kernel);
-    KERNELS.contains(&kernel) && !others.contains(&kernel) && !route.contains(&kernel)
+    KERNELS.contains(&kernel) && !others.contains(&kernel) && !is_route(kernel)
+}
+
+/// Whether a kernel chooses experts.
+fn is_route(kernel: Kernel) -> bool {
+    ROUTE.iter().any(|(_, route)| *route == kernel) || router::is_router(kernel)
 }
 
 fn pair(low: usize, high: usize) -> u64 {

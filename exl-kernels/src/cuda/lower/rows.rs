@@ -12,7 +12,7 @@ use super::linear::address;
 use crate::cuda::launch::Args;
 use crate::cuda::{Kernel, Launch};
 use crate::{DType, Error, Mem, MemMut, Result, ops};
-pub(super) use norm::{KERNELS as NORMS, layer_norm, rms_norm};
+pub(super) use norm::{KERNELS as NORMS, RowNorm, layer_norm, rms_norm};
 
 /// Entry points of this family, without the norms.
 pub(crate) static KERNELS: &[Kernel] = &[

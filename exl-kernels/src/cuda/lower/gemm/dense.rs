@@ -51,6 +51,43 @@ pub(crate) struct DenseLinear {
     pub(crate) outputs: usize,
 }
 
+/// A product of one row with a matrix of 16 bits, to which nothing is added: another launch may compute it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct DenseRow {
+    pub(crate) x: u64,
+    pub(crate) inputs: usize,
+    pub(crate) weight: u64,
+    pub(crate) bf16: bool,
+    pub(crate) out: u64,
+    pub(crate) outputs: usize,
+}
+
+impl DenseRow {
+    /// What a launch computes, if it is that.
+    pub(crate) fn of(launch: &Launch) -> Option<Self> {
+        let is = |dtype| {
+            let code = dtype_code(dtype);
+            [DENSE[code], NARROW[code]].contains(&launch.kernel)
+        };
+        let bf16 = is(DType::Bf16);
+        if !bf16 && !is(DType::F16) {
+            return None;
+        }
+        let &[x, weight, out, bias, _, residual, rows, inputs, outputs] = launch.args.words()
+        else {
+            return None;
+        };
+        (bias == 0 && residual == 0 && rows == 1).then_some(Self {
+            x,
+            inputs: inputs as usize,
+            weight,
+            bf16,
+            out,
+            outputs: outputs as usize,
+        })
+    }
+}
+
 /// Gate and up with addresses on the GPU.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct DenseGateUp {

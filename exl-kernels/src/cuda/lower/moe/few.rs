@@ -5,7 +5,7 @@ use super::{Format, Layer, Sum, pair};
 use crate::cuda::launch::Args;
 use crate::cuda::lower::Target;
 use crate::cuda::lower::linear::{From, X_CHUNK, row_bytes, slot_bytes, warps, ways};
-use crate::cuda::matrix::{BLOCK_ROWS, ScaleKind, TILE_COLUMNS};
+use crate::cuda::matrix::{BLOCK_ROWS, MAX_RUNS, ScaleKind, TILE_COLUMNS};
 use crate::cuda::{DeviceProps, Kernel, Launch};
 
 /// Rows that experts have on average up to which this is the way: with more, exact sums take more time
@@ -79,7 +79,7 @@ pub(in crate::cuda::lower) fn link(launches: &mut [Launch]) {
     // The ids that gate and up of the layer at hand read; the next router may write there again.
     let mut known = None;
     for launch in launches {
-        if super::ROUTE.iter().any(|(_, k)| *k == launch.kernel) {
+        if super::is_route(launch.kernel) {
             known = None;
         } else if ROW.contains(&launch.kernel) {
             known = Some(launch.args.words()[IDS_WORD]);
@@ -174,9 +174,9 @@ impl Few {
         if mine > SPLIT * columns.div_ceil(blocks_of(layer, 1, props)) {
             return None;
         }
-        // Behind the rounded slice: x as it is (row.cuh: SliceInput).
+        // Behind the rounded slice: x as it is (row_slice.cuh: SliceInput).
         let held = (format.slice * BLOCK_ROWS).next_multiple_of(X_CHUNK);
-        let scales = (4 * held / X_CHUNK + 4).next_multiple_of(16);
+        let scales = (4 * (held / X_CHUNK + MAX_RUNS)).next_multiple_of(16);
         let x = 2 * held + scales + 4 * layer.inputs;
         let (_, used) = ways((1, 0), 1, ScaleKind::Codes, props)[0];
         let used = used + x;

@@ -266,7 +266,7 @@ fn down_behind_gate_and_up_knows_its_experts() {
                 for op in ops {
                     lower(op, &target(&samples[5], false), &mut list).unwrap();
                 }
-                link(&mut list);
+                link(&mut list, &target(&samples[5], false));
                 let word = |l: &Launch| l.args.words().get(18).map_or(0, |w| w >> 32 & 0xffff);
                 let words = list.iter().map(word);
                 words.collect::<Vec<u64>>()
@@ -305,7 +305,7 @@ fn products_of_experts_end_a_chain_of_prefetches() {
         for op in [&linear, gate_up, down] {
             lower(op, &target(&samples[5], false), &mut list).unwrap();
         }
-        link(&mut list);
+        link(&mut list, &target(&samples[5], false));
         // The next product's grid, 0 where it is unknown.
         let grid = |launch: &Launch, word: usize| launch.args.words()[word] as u32;
         let few = next_word(list[1].kernel).unwrap();

@@ -5,7 +5,7 @@ use crate::cuda::launch::Args;
 use crate::cuda::lower::Target;
 use crate::cuda::lower::linear::{address, bias_code, dtype_code};
 use crate::cuda::{Kernel, Launch};
-use crate::{Result, ops};
+use crate::{DType, Result, ops};
 
 /// Entry points of the norms.
 pub(crate) static KERNELS: &[Kernel] = &[
@@ -91,6 +91,51 @@ fn launch(kernel: Kernel, share: &Share, rows: usize, args: Args) -> Launch {
         block: [share.threads, 1, 1],
         shared_bytes: 0,
         args,
+    }
+}
+
+/// A norm of one row, with weights of 16 bits and nothing added, that another launch may compute.
+#[derive(Clone, Copy, Debug)]
+pub(in crate::cuda::lower) struct RowNorm {
+    pub(in crate::cuda::lower) x: u64,
+    pub(in crate::cuda::lower) weight: u64,
+    pub(in crate::cuda::lower) out: u64,
+    pub(in crate::cuda::lower) dim: usize,
+    /// Of the weights: [`dtype_code`].
+    pub(in crate::cuda::lower) dtype: usize,
+    eps: u64,
+    offset: u64,
+}
+
+impl RowNorm {
+    /// What a launch computes, if it is that.
+    pub(in crate::cuda::lower) fn of(launch: &Launch) -> Option<Self> {
+        let dtypes = [DType::F16, DType::Bf16].into_iter();
+        let dtype = dtypes
+            .filter(|&dtype| {
+                RMS.iter()
+                    .any(|kernels| kernels[instance(dtype)] == launch.kernel)
+            })
+            .map(dtype_code)
+            .next()?;
+        let &[x, weight, out, rows, dim, eps, offset] = launch.args.words() else {
+            return None;
+        };
+        let fits = rows == 1 && dim % 8 == 0 && aligned(&[x, weight, out]);
+        fits.then_some(Self {
+            x,
+            weight,
+            out,
+            dim: dim as usize,
+            dtype,
+            eps,
+            offset,
+        })
+    }
+
+    /// The word that holds eps and the offset of the weights.
+    pub(in crate::cuda::lower) fn floats(&self) -> u64 {
+        self.eps | self.offset << 32
     }
 }
 

@@ -1,0 +1,115 @@
+// x of one row for one of several thread blocks that divide the rows of the same columns.
+//
+// There is one matrix, so chunks of x begin with its runs of one width, each with a chunk of its own: the
+// first run seldom ends where a fourth block does, and integer sums of blocks that share a scale of the
+// matrix but not one of x would have to become floats one by one.
+#pragma once
+
+#include "qgemm/row_walk.cuh"
+
+// The blocks of a chunk, at most X_CHUNK_BLOCKS of one run.
+struct OwnChunk {
+    int first, end;
+
+    __device__ __forceinline__ OwnChunk(const QMatrix& m, int chunk) {
+        int r = 0;
+#pragma unroll 1
+        while (r + 1 < m.runs && chunk >= m.run[r + 1].chunk) ++r;
+        first = m.run[r].first + X_CHUNK_BLOCKS * (chunk - m.run[r].chunk);
+        end = min(first + X_CHUNK_BLOCKS, int(m.run[r].end));
+    }
+};
+
+// The part of one row of x that belongs to blocks [from, to), whole shares of a matrix: gathered from shared
+// memory and rounded, as bytes [blocks][2][32] and scales [chunks].
+//
+// ROUNDS: chunks of a warp whose places are known before x is.
+template <int ROUNDS>
+struct RowSlice {
+    // Four packed columns of a lane, of a chunk that ends at `to`.
+    struct Columns {
+        int k, to;
+        uint4 features;
+    };
+    int from;                  // block
+    int chunk, chunks;         // the first one, and how many
+    Columns first[ROUNDS];     // of the first rounds
+
+    __device__ __forceinline__ int index(int round) const {
+        return round * (blockDim.x / WARP) + threadIdx.x / WARP;
+    }
+    __device__ __forceinline__ Columns columns(const QMatrix& m, int round) const {
+        if (index(round) >= chunks) return {};
+        const OwnChunk own(m, chunk + index(round));
+        const int k = 32 * own.first + 4 * (threadIdx.x % WARP), to = 32 * own.end;
+        return {k, to, features(m.perm, k, to)};
+    }
+    __device__ __forceinline__ void prepare(const QMatrix& m, int begin, int end) {
+        from = begin;
+        chunk = chunks = 0;
+        if (begin < end) {
+            chunk = own_chunk_of(run_of(m, begin), begin);
+            chunks = own_chunk_of(run_of(m, end - 1), end - 1) + 1 - chunk;
+        }
+#pragma unroll
+        for (int i = 0; i < ROUNDS; ++i) first[i] = columns(m, i);
+    }
+    // By the whole block; a barrier must follow.
+    __device__ __forceinline__ void round(const QMatrix& m, const float* x, char* bytes,
+                                          float* scales) const {
+        const int lane = threadIdx.x % WARP;
+#pragma unroll 1
+        for (int base = 0; index(base) < chunks; base += ROUNDS) {
+#pragma unroll
+            for (int i = 0; i < ROUNDS; ++i) {
+                if (index(base + i) >= chunks) break;
+                const Columns own = base == 0 ? first[i] : columns(m, base + i);
+                float v[4];
+                gather(v, x, own.features, own.k, own.to);
+                const Quantized q = quantize_chunk(v);
+                if (own.k >= own.to) continue;
+                const int at = own.k - 32 * from;
+                u32* out = reinterpret_cast<u32*>(bytes + at / 32 * X_ROW + lane % 8 * 4);
+                out[0] = q.high;
+                out[8] = q.low;
+                if (lane == 0) scales[index(base + i)] = q.scale;
+            }
+        }
+    }
+};
+
+// x of the rows of a thread block, at most `held` columns: all of x is copied as it is, then each warp gathers
+// chunks.
+template <typename T>
+struct SliceInput {
+    const T& task;
+    char* base;   // shared: bytes, scales, and x
+    int inputs, held;
+    RowSlice<2> row;
+
+    __device__ __forceinline__ SliceInput(const T& task, int inputs, int held, char* base)
+        : task(task), base(base), inputs(inputs), held(held) {}
+
+    __device__ __forceinline__ float* scales() const { return reinterpret_cast<float*>(base + 2 * held); }
+    __device__ __forceinline__ void point(RowWalk<KIND_EXL2>& walk, int) const {
+        walk.x = base - row.from * X_ROW + x_place(walk.lane);
+        walk.scales = scales() - row.chunk;
+    }
+    // As those of RowInput.
+    __device__ __forceinline__ void prepare() {
+        const u16* shares = task.matrix[0].shares + task.rank * SPLIT_SHARES<T>;
+        row.prepare(task.matrix[0], shares[0], shares[SPLIT_SHARES<T>]);
+    }
+    __device__ __forceinline__ void stage() {
+        // Every run may end with a part of a chunk (lower/moe/few.rs).
+        const int scale_bytes = round_16(4 * (held / (32 * X_CHUNK_BLOCKS) + RUNS));
+        float* all = reinterpret_cast<float*>(base + 2 * held + scale_bytes);
+        pdl_wait();
+        for (int i = 4 * threadIdx.x; i < inputs; i += 4 * blockDim.x) cp_async_16(all + i, task.x + i);
+        cp_async_commit();
+        cp_async_wait<0>();
+        __syncthreads();
+        row.round(task.matrix[0], all, base, scales());
+        __syncthreads();
+    }
+};

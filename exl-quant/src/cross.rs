@@ -117,9 +117,9 @@ impl CrossMoment {
 
 /// Share of the step to take when it was found on `tokens` rows of `dim` features.
 ///
-/// What the step takes from chance costs `share^2 dim / tokens` of the part of the error that the
-/// inputs do not tell, which is about half of it; what it mends is about `2 share` of the other half
-/// at most. Their sum is least with a share that falls as `1 / (1 + 2 dim / tokens)`.
+/// What it takes from chance costs `share^2 dim / tokens` of the part of the error that the inputs do not
+/// tell, and more as `H` is of other rows too, so that the share has to fall with `dim / tokens`. The
+/// factor 2 is cautious: neighbouring tokens are not independent.
 pub(crate) fn share(tokens: u64, dim: usize) -> f64 {
     SHARE / (1.0 + 2.0 * dim as f64 / tokens.max(1) as f64)
 }

@@ -45,6 +45,8 @@ use quantize::{Judge, Layouts};
 /// Most bits per weight that can be asked for: eight in groups of 32 rows, with their scales and the
 /// permutation, are 8.13 and a little.
 pub const MOST_BITS: f64 = 8.2;
+/// Which way of rounding a journal's linears are made by.
+const ROUNDING: u32 = 2;
 /// Largest number of inputs: permutations are stored in 16 bits.
 const MAX_INPUTS: usize = 1 << 16;
 
@@ -364,7 +366,7 @@ fn settings(job: &Job<'_>, given: Option<&Measurement>) -> Settings {
         model: job.model_hash.clone(),
         calibration: job.calibration.hash(),
         options: format!(
-            "head bits {:?}, measured {} x {}, measurement {given:?}, rope {:?}",
+            "rounding {ROUNDING}, head bits {:?}, measured {} x {}, measurement {given:?}, rope {:?}",
             o.head_bits, o.measure_rows, o.measure_length, o.load.rope
         ),
         gpu: o.gpu.is_some(),

@@ -177,7 +177,7 @@ impl CudaQuantizer {
         self.run(&mut op)
     }
 
-    /// `out += alpha (a - minus)^T b`, with as many rows as `out` has columns for in `b`.
+    /// `out += alpha (a - minus)^T b`; the number of rows follows from the size of `b`.
     ///
     /// # Errors
     /// [`Error::Argument`] when sizes do not belong together; what the driver reports.

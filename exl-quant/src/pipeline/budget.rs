@@ -9,7 +9,7 @@ use exl_tensor::KvType;
 use super::logits::Head;
 use super::machine::Machine;
 use super::measurement::{LinearMeasurement, Measurement};
-use super::original::sampled;
+use super::original::{sampled, widest};
 use super::perturb::side_by_side;
 use super::probe::{PROBE_LAYERS, PROBE_POSITIONS, roles};
 use super::quantize::Layouts;
@@ -163,7 +163,7 @@ pub(super) fn decoder_weights(source: &ModelSource) -> u64 {
 fn fixed_head(job: &Job<'_>) -> Result<Option<Layout>> {
     match job.options.head_bits {
         None | Some(16) => Ok(None),
-        // Finer scales than the original's, paid for by the layers: with all of them at 8 bits, what the
+        // Finer scales than ExLlamaV2's, paid for by the layers: with all of them at 8 bits, what the
         // head's rounding leaves is a good part of the whole.
         Some(8) => Ok(Some(Layout::uniform(8, 32, job.source.spec().hidden)?)),
         Some(bits) => Ok(Some(head_recipe(bits)?.layout(job.source.spec().hidden)?)),
@@ -230,13 +230,7 @@ pub(super) fn check_memory(
     };
     let spec = source.spec();
     let tokens = (calibration.rows.len() * calibration.length()) as u64;
-    let widest = source
-        .layout()
-        .iter()
-        .filter(|k| k.is_linear())
-        .map(|k| k.shape[1])
-        .max();
-    let widest = widest.unwrap_or(spec.hidden) as u64;
+    let widest = widest(source) as u64;
     let largest = source
         .layout()
         .iter()
@@ -254,13 +248,15 @@ pub(super) fn check_memory(
     };
     let kept = spec.layers.iter().map(kept).max().unwrap_or(0) as u64;
     // Some rows go through the original too.
-    let beside = sampled(
-        calibration.rows.len(),
-        calibration.length(),
-        widest as usize,
-    );
-    let tokens_in_all = tokens + (beside.len() * calibration.length()) as u64;
-    let hidden = tokens_in_all * (spec.hidden as u64 + widest.max(kept)) * 4;
+    let (count, length) = (calibration.rows.len(), calibration.length());
+    let beside = (sampled(count, length, widest as usize).len() * length) as u64;
+    // Where both halves of a layer see the same, the inputs of o wait for the end.
+    let waiting = |l: &LayerSpec| if l.parallel { l.attn.o.inputs } else { 0 };
+    let waiting = spec.layers.iter().map(waiting).max().unwrap_or(0) as u64;
+    let each = spec.hidden as u64 + widest.max(kept) + waiting;
+    // And the original's last states of the rows that judge stay.
+    let judged = tokens.div_ceil(8) * spec.hidden as u64;
+    let hidden = 4 * ((tokens + beside) * each + judged);
     let threads = rayon::current_num_threads();
     let (hessian, matrix) = host_bytes(widest as usize, largest.unwrap_or(0), threads);
     let logits = 3 * (32 << 20) + tokens.min(1 << 16) * spec.vocab as u64 / 64;
@@ -276,7 +272,7 @@ pub(super) fn check_memory(
     let packed = weights / 2 * probed / spec.layers.len().max(1) as u64;
     let rows = options.measure_rows.min(calibration.rows.len());
     let measured = (rows * options.measure_length.min(calibration.length())) as u64;
-    let measured = measured * (spec.hidden as u64 + widest.max(kept)) * 4;
+    let measured = measured * each * 4;
     // The model's own states, and those of as many exchanged ones as run side by side.
     let changes = spec.layers.iter().map(|l| roles(l).len()).max();
     let exchanged = probed as usize * changes.unwrap_or(0) + 1;

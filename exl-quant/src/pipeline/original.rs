@@ -1,7 +1,8 @@
 //! The original beside a model that is being quantized.
 //!
 //! Some rows of the calibration run through the original too, layer by layer with the others, so that
-//! every linear's rounding sees how far its inputs are from the original's ([`crate::CrossMoment`]).
+//! the rounding of every linear but experts' sees how far its inputs are from the original's
+//! ([`crate::CrossMoment`]).
 
 use exl_models::ModelSource;
 use exl_tensor::{Bound, Weights};
@@ -122,7 +123,91 @@ impl Beside<'_> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::device::Device;
+    use super::super::machine::padded;
+    use super::super::sites::{STOPS, Site, head_solver};
+    use super::super::solver::Solver;
     use super::*;
+    use crate::Layout;
+    use exl_models::LoadOptions;
+    use exl_tensor::{Buffer, DType, Weight};
+
+    const LENGTH: usize = 16;
+
+    /// Codes of some linear of every input of two layers and of the head, beside the original or not; with
+    /// a weight of the first layer changed behind its stop or not.
+    fn codes(beside: bool, change: bool) -> Vec<Vec<u8>> {
+        let demo = concat!(env!("CARGO_MANIFEST_DIR"), "/../testdata/demo-4m");
+        let source = ModelSource::open(demo.as_ref(), &LoadOptions::default()).unwrap();
+        let (spec, device) = (source.spec().clone(), Device::new(1, None));
+        let row = |r: u32| {
+            (0..LENGTH as u32)
+                .map(|i| (r * 37 + i * 11) % 2000)
+                .collect()
+        };
+        let tokens: Vec<Vec<u32>> = (0..10).map(row).collect();
+        let rows = vec![1, 4, 9];
+        let some: Vec<Vec<u32>> = rows.iter().map(|&r| tokens[r].clone()).collect();
+        let mut machine = Machine::new(&spec, LENGTH, &device).unwrap();
+        let mut hidden = embed(&source, &mut machine, &tokens).unwrap();
+        let mut other = Machine::new(&spec, LENGTH, &device).unwrap();
+        let mut original = Original {
+            hidden: embed(&source, &mut other, &some).unwrap(),
+            machine: other,
+            rows,
+        };
+        let mut found = Vec::new();
+        let mut round = |name: &str, weight: &Weight, solver: &mut dyn Solver| {
+            let matrix = padded(name, weight).unwrap();
+            let layout = Layout::uniform(6, 64, matrix.rows).unwrap();
+            solver.set_damping(name, 0.05).unwrap();
+            let rounded = solver.round(name, &matrix, &layout, &[]).unwrap();
+            found.push(rounded.quantized.codes);
+        };
+        for layer in 0..2 {
+            let mut walk = Walk::new(&source, &mut machine, layer, &mut hidden).unwrap();
+            let mut theirs = original.layer(layer, walk.weights.clone()).unwrap();
+            for stop in STOPS {
+                let sites = stop.sites(&spec.layers[layer]).into_iter();
+                let sites: Vec<(Site, bool)> = sites.map(|s| (s, true)).collect();
+                let visit = |weights: &mut Weights, found: super::super::sites::Visit<'_>| {
+                    let name = found.site.linears.last().unwrap();
+                    let weight = weights.get(name).unwrap().clone();
+                    round(name, &weight, found.solver.unwrap());
+                    if change && layer == 0 {
+                        let values = weight.to_f32(name).unwrap();
+                        let values = values.iter().map(|x| 0.8 * x).collect();
+                        let (shape, data) = (weight.shape(), Buffer::from_vec(values));
+                        let smaller = Weight::dense(name, DType::F32, &shape, data).unwrap();
+                        weights.insert(name.clone(), smaller);
+                    }
+                    Ok(())
+                };
+                let theirs = beside.then_some(&mut theirs);
+                walk.solve(stop, &sites, theirs, visit).unwrap();
+            }
+            walk.finish().unwrap();
+            if beside {
+                theirs.finish().unwrap();
+            }
+        }
+        let name = &spec.head.linear.key;
+        let theirs = beside.then_some(&mut original);
+        let mut solver = head_solver(&source, name, (&mut machine, &hidden), theirs).unwrap();
+        let head = source.load_module(exl_models::Module::Head).unwrap();
+        round(name, head.get(name).unwrap(), solver.as_mut());
+        found
+    }
+
+    #[test]
+    fn a_model_beside_itself_has_nothing_to_make_up_for() {
+        assert!(codes(true, false) == codes(false, false));
+        let (with, without) = (codes(true, true), codes(false, true));
+        let changed: Vec<bool> = with.iter().zip(&without).map(|(a, b)| a != b).collect();
+        // All but the first input, which is the embedding's.
+        assert!(!changed[0]);
+        assert!(changed[1..].iter().all(|&c| c), "{changed:?}");
+    }
 
     #[test]
     fn rows_are_spread_over_those_that_are_fitted_to() {

@@ -6,14 +6,14 @@ use exl_models::{ModelSource, WeightKey, WeightKind};
 use serde::Serialize;
 
 use super::budget::{decoder_weights, head_bits, least_bits, target};
-use super::{ConvertOptions, Event, Job, prepared};
+use super::{ConvertOptions, Event, Job, MOST_BITS, prepared};
 use crate::calib::Calibration;
 use crate::{Error, Result};
 
 /// Bits per weight between two points when no bitrates are asked for.
 const STEP: f64 = 0.25;
-/// Most bits per weight that a target can name.
-const MOST: f64 = 8.0;
+/// The last of them.
+const LAST: f64 = 8.0;
 
 /// One size.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -59,7 +59,7 @@ pub fn plan(
 /// Quarters of a bit from `least` on, which comes first.
 fn steps(least: f64) -> Vec<f64> {
     let first = (least / STEP).ceil() as usize;
-    let last = (MOST / STEP) as usize;
+    let last = (LAST / STEP) as usize;
     let mut out = vec![least];
     out.extend(
         (first..=last)
@@ -140,7 +140,7 @@ pub fn bits_within(source: &ModelSource, head: Option<u32>, bytes: u64) -> Resul
             ),
         });
     }
-    Ok(bits.min(MOST))
+    Ok(bits.min(MOST_BITS))
 }
 
 #[cfg(test)]
@@ -171,7 +171,10 @@ mod tests {
             plain as f64 + (bits * decoder_weights(&source) as f64 + head as f64) / 8.0
         };
         assert!(size(bits) <= 3e6 && size(bits + 0.01) > 3e6, "{bits}");
-        assert_eq!(bits_within(&source, None, u64::MAX / 16).unwrap(), 8.0);
+        assert_eq!(
+            bits_within(&source, None, u64::MAX / 16).unwrap(),
+            MOST_BITS
+        );
         let error = bits_within(&source, None, 1_000_000).unwrap_err();
         assert!(error.to_string().contains("two bits"), "{error}");
     }

@@ -387,16 +387,15 @@ impl<'a> Walk<'a> {
     pub(super) fn finish(mut self) -> Result<()> {
         let spec = self.spec();
         let bound = self.machine.mlp_output(&spec, &self.weights)?;
-        let mut next = Vec::with_capacity(self.hidden.len());
-        for (r, hidden) in self.hidden.iter().enumerate() {
-            let mut inputs: Vec<(&str, &[f32])> = vec![("hidden", hidden), (X, &self.inner[r])];
+        let rows = self.hidden.iter_mut().zip(std::mem::take(&mut self.inner));
+        for (r, (hidden, inner)) in rows.enumerate() {
+            let mut inputs: Vec<(&str, &[f32])> = vec![("hidden", hidden), (X, &inner)];
             if let Some(shared) = self.shared.get(r) {
                 inputs.push((SHARED, shared));
             }
             let mut slots = self.machine.run(&bound, &inputs)?;
-            next.push(slots.tap("hidden").values()?.to_vec());
+            slots.copy_to("hidden", hidden)?;
         }
-        *self.hidden = next;
         if spec.parallel {
             self.add_mixed()?;
         }

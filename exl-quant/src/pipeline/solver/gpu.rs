@@ -105,6 +105,13 @@ impl GpuMoments {
             let mean = diagonal.iter().map(|&x| (f64::from(x) * scale) as f32);
             diagonals.push(mean.collect::<Vec<f32>>());
         }
+        if let Some(cross) = &self.cross {
+            // With these inputs finite, one of the original's that is not shows here.
+            let diagonal = self.kernels.diagonal(&cross.matrix).map_err(gpu_error)?;
+            if let Some(at) = diagonal.iter().position(|x| !x.is_finite()) {
+                return Err(not_finite(tensor, at, at));
+            }
+        }
         if sums.is_empty() {
             // As on the CPU: a mean of nothing is zero.
             let matrix = self.kernels.zeros(self.dim, self.dim, HESSIAN);

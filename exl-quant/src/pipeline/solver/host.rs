@@ -16,8 +16,8 @@ use crate::{
 
 /// Bytes for each pair of features: the three Hessians, and what their inputs are away from the original's.
 const HESSIANS: u64 = 16;
-/// And while they are summed up: both sums, and their sum.
-const SUMS: u64 = 8;
+/// And while they are summed up: the sums, and that of both parts.
+const SUMS: u64 = 16;
 /// And for a factor in the making: the matrix and its inverse in f64, and the result.
 const FACTOR: u64 = 20;
 /// And for the best factor so far.

@@ -319,4 +319,11 @@ fn gpu_solver_names_what_is_not_finite() {
         error.contains("layers.3.down") && error.contains("feature 8"),
         "{error}"
     );
+    // And in the original.
+    let mut moments = GpuMoments::new(&gpu, 32).unwrap();
+    let y = placed(&gpu, &[1.0f32; 64]);
+    moments.add(&y, Part::Train).unwrap();
+    moments.add_pair(&y, &placed(&gpu, &x)).unwrap();
+    let error = moments.finish("layers.3.down").unwrap_err().to_string();
+    assert!(error.contains("feature 8"), "{error}");
 }

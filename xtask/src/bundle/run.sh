@@ -119,5 +119,11 @@ attention rope_append,paged_attn
 sample sample
 quantizer hessian_syrk,transposed_product,hessian_factor,hessian_loss,gptq,refine
 FAMILIES
+    # Launches that stand for several ops, which no case of an op reaches.
+    unset EXL_GPU_OPS
+    for tool in memcheck racecheck initcheck; do
+        step "$tool-fused" 300 compute-sanitizer --tool $tool --error-exitcode 1 \
+            --launch-timeout 100 "$here/gpu_tests" --test-threads 1 conformance::fused </dev/null
+    done
 fi
 finish

@@ -2,13 +2,12 @@
 
 use super::{DeviceArgs, LoadArgs};
 use clap::Args;
+use exl_quant::MOST_BITS;
 use exl_tensor::KvType;
 use std::path::PathBuf;
 
 /// Fewest bits per weight that the format can hold on average.
 pub(crate) const MIN_BITS: f64 = 2.0;
-/// Most bits per weight that the format can hold on average.
-pub(crate) const MAX_BITS: f64 = exl_quant::MOST_BITS;
 
 const EXAMPLES: &str = "\
 ExLlamaV2's short flags work where they mean the same: -b -hb -c -r -l -mr -ml -om -m -ss -rs -ra.
@@ -174,9 +173,9 @@ fn parse_memory(text: &str) -> Result<u64, String> {
 
 fn parse_bits(text: &str) -> Result<f64, String> {
     match text.trim().parse::<f64>() {
-        Ok(bits) if (MIN_BITS..=MAX_BITS).contains(&bits) => Ok(bits),
+        Ok(bits) if (MIN_BITS..=MOST_BITS).contains(&bits) => Ok(bits),
         _ => Err(format!(
-            "bits per weight must be a number from {MIN_BITS:.1} to {MAX_BITS:.1}"
+            "bits per weight must be a number from {MIN_BITS:.1} to {MOST_BITS:.1}"
         )),
     }
 }

@@ -339,10 +339,9 @@ impl DeviceNeed {
     fn new(source: &ModelSource, length: usize) -> Self {
         let spec = source.spec();
         let linears: Vec<_> = source.layout().iter().filter(|k| k.is_linear()).collect();
-        let inputs = linears.iter().map(|k| k.shape[1]).max();
         let outputs = |k: &exl_models::WeightKey| k.shape[0].next_multiple_of(32) as u64;
         let largest = linears.iter().map(|k| outputs(k) * k.shape[1] as u64).max();
-        let widest = linears.iter().map(|k| outputs(k)).max();
+        let columns = linears.iter().map(|k| outputs(k)).max();
         // Decoded weights are 32-bit floats, and beside them so are those they are mixed with.
         let of = |module: Module| -> u64 {
             let keys = source.layout().iter().filter(|k| k.module == module);
@@ -379,11 +378,7 @@ impl DeviceNeed {
             // while quantizing the linears of a stop, with those of the original beside.
             weights: (2 * layers.unwrap_or(0)).max(4 * stops.unwrap_or(0)) + ends,
             row: 2 * row as u64,
-            solver: gpu_bytes(
-                inputs.unwrap_or(0),
-                largest.unwrap_or(0),
-                widest.unwrap_or(0),
-            ),
+            solver: gpu_bytes(widest(source), largest.unwrap_or(0), columns.unwrap_or(0)),
         }
     }
 

@@ -214,14 +214,12 @@ impl<'a> Walk<'a> {
                 false => None,
             });
         }
-        let mut theirs = match &mut beside {
-            Some(beside) => Some(beside.arrive(stop)?),
-            None => None,
-        };
+        let arrive = |beside: &mut &mut Beside<'_>| beside.arrive(stop);
+        let theirs = beside.as_mut().map(arrive).transpose()?;
         let bound = self.arrive(stop)?;
         for r in 0..self.hidden.len() {
             let mut slots = self.row(&bound, stop, r)?;
-            let mut original = match (&mut beside, &mut theirs) {
+            let mut original = match (&mut beside, &theirs) {
                 (Some(beside), Some(theirs)) => beside.row(theirs, stop, r)?,
                 _ => None,
             };
@@ -436,10 +434,8 @@ pub(super) fn head_solver(
     let mut moments = Moments::new(machine.device(), machine.spec().hidden)?;
     machine.positions()?;
     let bound = machine.head_input(&weights)?;
-    let theirs = match &mut beside {
-        Some(original) => Some(original.head_input(&weights)?),
-        None => None,
-    };
+    let arrive = |original: &mut &mut Original| original.head_input(&weights);
+    let theirs = beside.as_mut().map(arrive).transpose()?;
     for (r, row) in hidden.iter().enumerate() {
         let mut slots = machine.run(&bound, &[("hidden", row)])?;
         moments.add(r, &mut slots.tap(X))?;

@@ -2,6 +2,8 @@
 //!
 //! Every call waits for its result, so that what it was given may be dropped afterwards.
 
+mod data;
+
 use std::sync::Arc;
 
 use super::lower::quant::factor_scratch;
@@ -12,72 +14,12 @@ use crate::ops::{
     TransposedProduct,
 };
 use crate::{DType, Error, Result};
+pub use data::{DeviceCodes, DeviceFactor, DeviceMatrix, HostCodes};
+use data::{whole, whole_mut};
 
 /// Rows of a matrix whose diagonal elements are gathered at once: their indices fit 32 bits for
 /// all matrices that have a Hessian.
 const DIAGONAL_ROWS: usize = 8192;
-
-/// A row-major F32 matrix in device memory.
-#[derive(Clone, Debug)]
-pub struct DeviceMatrix {
-    region: DeviceRegion,
-    rows: usize,
-    cols: usize,
-}
-
-impl DeviceMatrix {
-    /// Rows and columns.
-    pub fn shape(&self) -> (usize, usize) {
-        (self.rows, self.cols)
-    }
-
-    /// Its values, row after row.
-    pub fn region(&self) -> &DeviceRegion {
-        &self.region
-    }
-
-    fn mem(&self) -> Result<crate::Mem<'_>> {
-        self.region.mem(0, self.region.bytes(), DType::F32)
-    }
-}
-
-/// The factor of a Hessian's inverse, with the order of its rows.
-#[derive(Clone, Debug)]
-pub struct DeviceFactor {
-    upper: DeviceMatrix,
-    order: DeviceRegion,
-    /// Where each feature is in that order.
-    places: DeviceRegion,
-}
-
-/// A rounded matrix in device memory.
-#[derive(Debug)]
-pub struct DeviceCodes {
-    codes: DeviceRegion,
-    scale_codes: DeviceRegion,
-    scale_max: DeviceRegion,
-    decoded: DeviceMatrix,
-}
-
-impl DeviceCodes {
-    /// `[inputs, outputs]`: what every decoder makes of the codes, in the order of the features.
-    pub fn decoded(&self) -> &DeviceMatrix {
-        &self.decoded
-    }
-}
-
-/// A rounded matrix on the host, as [`Gptq`] describes its fields.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct HostCodes {
-    /// `[inputs, outputs]` in packed order.
-    pub codes: Vec<u8>,
-    /// `[groups, outputs]`.
-    pub scale_codes: Vec<u8>,
-    /// `[groups]`: bits of the binary16 maxima.
-    pub scale_max: Vec<u16>,
-    /// Groups whose wanted maximum lies below the smallest of the format.
-    pub underflows: usize,
-}
 
 /// Runs the quantizer's ops on a GPU.
 #[derive(Debug)]
@@ -524,20 +466,6 @@ fn time_each(device: &Device, launches: &[ReadyLaunch]) -> Result<Vec<(Kernel, f
             Ok((launch.kernel(), seconds))
         })
         .collect()
-}
-
-/// All of a region.
-fn whole(region: &DeviceRegion, dtype: DType) -> Result<crate::Mem<'_>> {
-    region.mem(0, region.bytes(), dtype)
-}
-
-/// All of a region, to write.
-///
-/// # Safety
-/// Nothing else may use the region meanwhile.
-unsafe fn whole_mut(region: &DeviceRegion, dtype: DType) -> Result<crate::MemMut<'_>> {
-    // SAFETY: the caller's promise.
-    unsafe { region.mem_mut(0, region.bytes(), dtype) }
 }
 
 fn check_order(order: &[u32], dim: usize) -> Result<()> {

@@ -65,19 +65,6 @@ __device__ __forceinline__ void cp_async_weights(void* smem, const void* global)
 __device__ __forceinline__ void cp_async_4(void* smem, const void* global) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(smem_address(smem)), "l"(global));
 }
-// Asks for `bytes` bytes, a multiple of 16, to come to L2. By a whole warp.
-__device__ __forceinline__ void prefetch_l2(const char* at, u32 bytes) {
-    const u32 lane = threadIdx.x % 32;
-#if __CUDA_ARCH__ >= 900
-    if (lane == 0) {
-        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(at), "r"(bytes));
-    }
-#else
-    for (u32 o = 128 * lane; o < bytes; o += 128 * 32) {
-        asm volatile("prefetch.global.L2 [%0];" ::"l"(at + o));
-    }
-#endif
-}
 // Copies `bytes` (0..16) and fills the rest of the 16 with zeros.
 __device__ __forceinline__ void cp_async_16_zfill(u32 smem, const void* global, int bytes) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(smem), "l"(global),

@@ -28,7 +28,7 @@ __device__ __forceinline__ void rows(const ExpertsTask& task) {
         unit += turn.to - turn.from;
         if (own.take(task, task.sorted.segments[s], experts)) {
             __syncthreads();
-            few_rows<KIND, NT>(own, turn, shared + TASK_BYTES, unit == units);
+            few_rows<KIND, NT>(own, turn, shared + TASK_BYTES);
         }
         __syncthreads();
     }

@@ -12,17 +12,28 @@
 // A thread block has column tiles of one of the row's experts: it looks up the matrices in device
 // memory, then goes on as a block of qgemm/row.cu. Nothing of the weights can be asked for before it is known
 // which expert's they are, so that must not take long: where experts are few, all descriptors are in shared
-// memory by then; and down, which comes behind gate and up, knows the experts before it has its input. Its
-// input is long, so four blocks divide the rows of the same columns, each with the part of the input that it
-// needs.
+// memory by then, and x is loaded before anything else; and down, which comes behind gate and up, knows the
+// experts before it has its input. Its input is long, so four blocks divide the rows of the same columns, each
+// with the part of the input that it needs. Behind gate and up that lies together: those leave what they compute
+// in the order of down as well, so that nobody gathers it.
 
 #include "moe/task.cuh"
 #include "qgemm/row.cuh"
 
 namespace {
 
-// Asks for the permutations of all experts, which are known sooner than the experts of the row.
-__device__ __forceinline__ void prefetch_permutations(const ExpertsTask& task, const Experts& experts) {
+// Asks for the permutations of all experts, which are known sooner than the experts of the row: of the inputs,
+// and of a block's outputs those that down has.
+__device__ __forceinline__ void prefetch_permutations(const ExpertsTask& task, const Experts& experts,
+                                                      const Share& share) {
+    const int tiles = share.to - share.from;
+    for (int i = threadIdx.x; experts.inverses && i < task.experts * tiles; i += blockDim.x) {
+        const u32* inverse = experts.inverses[i / tiles];
+        const int column = (share.from + i % tiles) * 32;
+        if (inverse && column < task.n) {
+            asm volatile("prefetch.global.L2 [%0];" ::"l"(inverse + column));
+        }
+    }
     const int lines = task.inputs / WARP;   // of 128 bytes
     for (int i = blockIdx.x + threadIdx.x * gridDim.x; i < task.experts * lines;
          i += gridDim.x * blockDim.x) {
@@ -34,17 +45,25 @@ __device__ __forceinline__ void prefetch_permutations(const ExpertsTask& task, c
     }
 }
 
-// Copies all descriptors to shared memory. By the whole block.
+// Copies all descriptors to shared memory. ORDERS: also, in front of them at the end of the task's bytes, where
+// the matrices of down, whose table follows that of gate and up, have their inputs. By the whole block.
+template <bool ORDERS>
 __device__ __forceinline__ Experts stage_descriptors(const ExpertsTask& task, char* to) {
     constexpr int WORDS = sizeof(QMatrix) / 8;
     const int parts = task.gated ? 2 : 1;
+    const bool orders = ORDERS && task.ordered;
+    const u32** inverses = reinterpret_cast<const u32**>(to) - MOST_ORDERED;
+    if (orders && threadIdx.x < task.experts) {
+        const QMatrix* down = task.table[task.experts * parts + threadIdx.x];
+        inverses[threadIdx.x] = down && down->perm ? down->perm + task.n : nullptr;
+    }
     u64* all = reinterpret_cast<u64*>(to);
     for (int i = threadIdx.x; i < task.experts * parts * WORDS; i += blockDim.x) {
         const QMatrix* from = task.table[i / WORDS];
         all[i] = from ? reinterpret_cast<const u64*>(from)[i % WORDS] : 0;
     }
     __syncthreads();
-    return {task.table, reinterpret_cast<const QMatrix*>(to), parts};
+    return {task.table, reinterpret_cast<const QMatrix*>(to), parts, orders ? inverses : nullptr};
 }
 
 template <int KIND, bool ADDS, int SPLIT>
@@ -53,21 +72,25 @@ __device__ __forceinline__ void row(const ExpertsTask& task) {
     typedef SegmentTask<ADDS, SPLIT> Own;
     if (ADDS) pdl_launch();
     Own& own = *reinterpret_cast<Own*>(shared);
-    Experts experts = {task.table, nullptr, task.gated ? 2 : 1};
-    if (task.staged) {
-        experts = stage_descriptors(task, shared + TASK_BYTES);
-        if (!ADDS) prefetch_permutations(task, experts);
-    } else {
-        task.prefetch_descriptors();
-    }
     // As many blocks for every expert.
     const int each = gridDim.x / (task.segments * SPLIT), group = blockIdx.x / each;
     const int s = group / SPLIT, rank = group % SPLIT;
     const Share share = Share::even(blockIdx.x % each, task.columns, each);
+    Experts experts = {task.table, nullptr, task.gated ? 2 : 1, nullptr};
+    if (task.staged) {
+        experts = stage_descriptors<Own::ORDERS>(task, shared + TASK_BYTES);
+        if (!ADDS) prefetch_permutations(task, experts, share);
+    } else {
+        task.prefetch_descriptors();
+    }
     if (!task.early) pdl_wait();
     // What follows gate and up may rely on the ids: they were there before it could begin.
     if (!ADDS) pdl_launch();
     const int expert = __ldcg(task.ids + s);
+    // x is there as well.
+    typename RowInput<KIND, Own>::Row x;
+    x.inputs = task.inputs;
+    if (Own::X_THERE) x.load(task.x + (task.by_slot ? (long long)s * task.inputs : 0));
     if (own.take(task, {expert, s, 1, 0, 1}, experts, rank)) {
 #if __CUDA_ARCH__ >= 900
         shared_written();   // the rings will be where descriptors were
@@ -75,7 +98,8 @@ __device__ __forceinline__ void row(const ExpertsTask& task) {
         __syncthreads();
         const int held = SPLIT > 1 ? task.held : task.inputs;
         RowProduct<KIND, Own> product(own, task.slots, task.inputs, held, shared + TASK_BYTES);
-        product.run({share.from, share.to}, true);
+        if constexpr (Own::X_THERE) product.input.row = x;
+        product.run({share.from, share.to});
     } else if (ADDS) {
         // No expert: the output shows it.
         pdl_wait();

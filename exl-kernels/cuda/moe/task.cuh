@@ -18,6 +18,8 @@ struct ExpertsTask {
     const float* residual;         // [n], or 0; may be `sum`
     float* sum;                    // [n]; 0: nothing is added up
     u32* counters;                 // of each column tile
+    float* ordered;                // one row, or 0: the outputs of gate and up once more, [segments, n], in the
+                                   // order of down's matrices, which down reads instead of x
     int experts, segments;         // segments: of one row
     int inputs, n;
     int columns, slots;            // column tiles of a matrix; tiles of a thread block whose sums fit
@@ -26,10 +28,6 @@ struct ExpertsTask {
     int held;                      // one row: columns of x that a thread block has room for
     short early, staged;           // one row: `ids` are there before the launch; see Experts
     short gated, act;
-    int next_gated;
-    NextPart next[PARTS];          // as in Task
-    int next_grid;
-    u32 next_bytes;
 
     // Asks for the descriptors of all experts: they are used as soon as the experts of a row are known.
     __device__ __forceinline__ void prefetch_descriptors() const {
@@ -78,6 +76,7 @@ struct Experts {
     const QMatrix* const* table;
     const QMatrix* staged;   // 0: the table
     int parts;               // of an expert
+    const u32* const* inverses;   // shared, or 0: by expert, where the matrix of down has its inputs
 
     // 0: of another format.
     __device__ __forceinline__ const QMatrix* of(int expert, int part) const {
@@ -92,6 +91,8 @@ struct Experts {
 template <bool ADDS, int SPLIT_BLOCKS = 1>
 struct SegmentTask {
     static constexpr int MOST = 2, ROUNDS = 3, SPLIT = SPLIT_BLOCKS;
+    static constexpr bool X_THERE = !ADDS;   // as the experts are known, what they multiply is
+    static constexpr bool ORDERS = !ADDS;    // whether outputs may go to two places
 
     QMatrix matrix[MOST];      // gate and up, or one and none
     const float* x;            // one row
@@ -102,18 +103,29 @@ struct SegmentTask {
     short gated, streams;
     u8 order[4];
     int slot[16];              // of each row
+    const u32* inverse;        // one row, or 0: of Experts
 
-    __device__ __forceinline__ void finish(int r, int index, int column, float s, float up) const {
+    // Where the product that follows has a column of this one's output.
+    __device__ __forceinline__ u32 place(int index, int column) const {
+        column += index * 32;
+        return inverse && column < whole->n ? inverse[column] : column;
+    }
+
+    // `place`: of the column.
+    __device__ __forceinline__ void finish(int r, int index, int column, float s, float up,
+                                           u32 place = 0) const {
         const Epilogue e = {whole->out, nullptr, nullptr, whole->n, 0};
         if (gated) {
-            finish_gated(e, e, whole->act, slot[r], index * 32 + column, s, up);
+            const float v = finish_gated(e, e, whole->act, slot[r], index * 32 + column, s, up);
+            if (ORDERS && whole->ordered && index * 32 + column < e.n) {
+                whole->ordered[(long long)slot[r] * e.n + place] = v;
+            }
         } else if (ADDS) {
             add_segments<SPLIT>(*whole, slot[r] * SPLIT + rank, index, column, s);
         } else {
             finish_linear(e, slot[r], index * 32 + column, s);
         }
     }
-    __device__ __forceinline__ const ExpertsTask& following() const { return *whole; }
 
     // Fills the struct for a segment, unless it is another kernel's. By the whole block, behind a
     // barrier; another one must follow.
@@ -136,7 +148,9 @@ struct SegmentTask {
         if (threadIdx.x == blockDim.x - 1) {
             if (experts.parts == 1) matrix[1].columns = 0;
             const bool apart = experts.parts == 2 && first->perm != experts.of(s.expert, 1)->perm;
-            x = task.x + (task.by_slot ? (long long)s.first * task.inputs : 0);
+            const float* from = ADDS && task.ordered ? task.ordered : task.x;
+            x = from + (task.by_slot ? (long long)s.first * task.inputs : 0);
+            inverse = experts.inverses ? experts.inverses[s.expert] : nullptr;
             blocks[0] = task.blocks + (long long)s.first * task.row_bytes;
             blocks[1] = blocks[0] + task.part_bytes;
             whole = &task;
@@ -157,4 +171,6 @@ struct SegmentTask {
 
 // Bytes of shared memory before what a product uses (lower/moe/few.rs: TASK_BYTES).
 constexpr int TASK_BYTES = 1024;
-static_assert(sizeof(SegmentTask<true>) <= TASK_BYTES, "the struct fits");
+// Most experts whose descriptors are staged when the order of down is wanted (lower/moe/few.rs).
+constexpr int MOST_ORDERED = 32;
+static_assert(sizeof(SegmentTask<true>) + 8 * MOST_ORDERED <= TASK_BYTES, "both fit");

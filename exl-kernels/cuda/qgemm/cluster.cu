@@ -180,7 +180,6 @@ __device__ __forceinline__ void qgemm(const Task& task) {
         }
         cluster_sync();
 
-        if (end == mine_end && warp == HALF_WARPS - 1) prefetch_next(task.following());
         // Each block adds up one tile in CLUSTER, a warp four rows at a time.
         const int quads = (rows + 3) / 4;
         for (int i = rank, q = warp; i < end - from; q -= quads, i += CLUSTER) {

@@ -18,7 +18,7 @@ __device__ __forceinline__ void qgemm(const Task& task) {
     pdl_launch();
     // The thread block's tiles are consecutive, so that most belong to one matrix.
     const Turn mine = Turn::of(blockIdx.x, task.tiles, task.each, gridDim.x);
-    few_rows<KIND, NT>(task, mine, shared, true);
+    few_rows<KIND, NT>(task, mine, shared);
 }
 
 }  // namespace

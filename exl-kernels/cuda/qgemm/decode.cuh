@@ -23,10 +23,10 @@ __device__ __forceinline__ float add_up(const float* at, int stride) {
     return s;
 }
 
-// Column tiles `mine` of all parts. `last`: nothing follows. `shared` has room for: sums
-// [slots][warps][rows][32]; rings of the warps; x of each order, or its scales and sums and then rings.
+// Column tiles `mine` of all parts. `shared` has room for: sums [slots][warps][rows][32]; rings of the warps;
+// x of each order, or its scales and sums and then rings.
 template <int KIND, int NT, typename T>
-__device__ __forceinline__ void few_rows(const T& task, const Turn& mine, char* shared, bool last) {
+__device__ __forceinline__ void few_rows(const T& task, const Turn& mine, char* shared) {
     const int rows = task.rows;
     constexpr int warps = WARPS<NT>, each = SHARES / warps;
     // The same in all lanes, and known to be.
@@ -124,7 +124,6 @@ __device__ __forceinline__ void few_rows(const T& task, const Turn& mine, char* 
             walk.template run<KIND>(feed, tiles, fold.fold, left);
         }
         __syncthreads();
-        if (last && turn.to == mine.to && warp == warps - 1) prefetch_next(task.following());
 
         const int stride = rows * 32;   // between the sums of warps
         for (int i = warp; i < (turn.to - turn.from) * rows; i += warps) {

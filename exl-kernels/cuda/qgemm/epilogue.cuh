@@ -41,13 +41,13 @@ __device__ __forceinline__ void finish_linear(const Epilogue& e, int row, int co
     e.out[at] = v;
 }
 
-// `e` is the gate's; `up` has the bias of the other branch.
-__device__ __forceinline__ void finish_gated(const Epilogue& e, const Epilogue& other, int act,
+// `e` is the gate's; `up` has the bias of the other branch. Returns the output.
+__device__ __forceinline__ float finish_gated(const Epilogue& e, const Epilogue& other, int act,
                                              int row, int column, float gate, float up) {
-    if (column >= e.n) return;
+    if (column >= e.n) return 0.0f;
     gate += bias_at(e.bias, e.bias_type, column);
     up += bias_at(other.bias, other.bias_type, column);
-    e.out[(long long)row * e.n + column] = activate(gate, act) * up;
+    return e.out[(long long)row * e.n + column] = activate(gate, act) * up;
 }
 
 // Four columns from `column` on, a multiple of four. Where a row of the output has a multiple of four

@@ -87,11 +87,13 @@ __device__ __forceinline__ int block_sum(int v) {
 // [blocks].
 constexpr int ROW_CHUNK = 512;   // bytes of the floats of a chunk
 
-// ROUNDS: loads of a thread that overlap, and chunks of a warp.
-template <int ROUNDS>
+// ROUNDS: loads of a thread that overlap, and chunks of a warp. KEEPS: what it loads of x lies in registers
+// until places are known.
+template <int ROUNDS, bool KEEPS>
 struct RowStage {
     int inputs;
     uint4 first[ROUNDS];   // places of the first features, known before x is
+    float4 values[KEEPS ? ROUNDS : 1];
 
     __device__ __forceinline__ int feature(int round) const {
         return 4 * (threadIdx.x + round * blockDim.x);
@@ -113,6 +115,14 @@ struct RowStage {
             asm volatile("prefetch.global.L2 [%0];" ::"l"(inverse + feature(r)));
         }
     }
+    __device__ __forceinline__ float4 value(const float* x, int i) const {
+        return i < inputs ? *reinterpret_cast<const float4*>(x + i) : float4{};
+    }
+    // KEEPS: as soon as x is there.
+    __device__ __forceinline__ void load(const float* x) {
+#pragma unroll
+        for (int r = 0; r < ROUNDS && any(r); ++r) values[r] = value(x, feature(r));
+    }
     __device__ __forceinline__ void gather(const float* x, const u32* perm, float* to) const {
         const u32* inverse = perm ? perm + inputs : nullptr;
         for (int base = 0; any(base); base += ROUNDS) {
@@ -121,7 +131,7 @@ struct RowStage {
 #pragma unroll
             for (int r = 0; r < ROUNDS && any(base + r); ++r) {
                 const int i = feature(base + r);
-                v[r] = i < inputs ? *reinterpret_cast<const float4*>(x + i) : float4{};
+                v[r] = KEEPS && base == 0 ? values[r] : value(x, i);
                 at[r] = base == 0 ? first[r] : places(inverse, i);
             }
 #pragma unroll

@@ -20,7 +20,8 @@ struct RowInput {
     char* base;
     XBytes bytes;
     // Others have registers for two.
-    RowStage<KIND == KIND_EXL2 && LARGE ? T::ROUNDS : 2> row;
+    typedef RowStage<KIND == KIND_EXL2 && LARGE ? T::ROUNDS : 2, T::X_THERE> Row;
+    Row row;
 
     __device__ __forceinline__ RowInput(const T& task, int inputs, int, char* base)
         : task(task), base(base), bytes((inputs + 127) / 128 * ROW_CHUNK, 1, inputs) {
@@ -37,9 +38,9 @@ struct RowInput {
     }
     // What can be loaded before x is there, and before weights are asked for: it would be served after them.
     __device__ __forceinline__ void prepare() { row.prepare(task.matrix[0].perm); }
-    // Waits for x, gathers and rounds it. By the whole block.
+    // Waits for x, if it is not there yet, gathers and rounds it. By the whole block.
     __device__ __forceinline__ void stage() {
-        pdl_wait();
+        if (!T::X_THERE) pdl_wait();
 #pragma unroll 1
         for (int order = 0; order < task.orders; ++order) {
             char* at = of(order);
@@ -107,47 +108,56 @@ struct RowProduct {
     }
 
     // Adds up and stores the tiles of a turn. By the whole block.
-    __device__ __forceinline__ void finish(const Turn& turn) const {
+    __device__ __forceinline__ void finish(const Turn& turn, u32 place) const {
         constexpr int HALF = OWN / 2;
         for (int j = warp; j < turn.to - turn.from; j += ROW_WARPS) {
+            if (T::ORDERS && j != warp) place = place_of(turn, j);
             const float* at = sums + j * OWN * 32 + lane;
             float s = add_up_row<HALF>(at), up = add_up_row<HALF>(at + HALF * 32);
             if (!task.gated) s += up;
-            task.finish(0, turn.from + j, lane, s, up);
+            task.finish(0, turn.from + j, lane, s, up, place);
         }
     }
+    // Of the lane's column of a tile.
+    __device__ __forceinline__ u32 place_of(const Turn& turn, int j) const {
+        if constexpr (T::ORDERS) return task.place(turn.from + j, lane);
+        return 0;
+    }
 
-    // Column tiles `mine` of all parts. `last`: nothing follows.
-    __device__ __forceinline__ void run(const Turn& mine, bool last) {
+    // Column tiles `mine` of all parts.
+    __device__ __forceinline__ void run(const Turn& mine) {
 #pragma unroll 1
         for (int from = mine.from; from < mine.to; from += task.slots) {
             const Turn turn = {from, min(from + task.slots, mine.to)};
             if (from == mine.from) input.prepare();
-            // The first copies start before x is there.
+            // The first copies start before x is there. Who uses them begins where who asks for them does.
             supply.start(turn);
+            bool more = supply.tiles > 0;
+            way.follow(supply.way);
 #pragma unroll 1
             for (u32 i = 0, slot = at.slot; i < R::SLOTS; ++i) {
                 supply.ask(ring, slot);
                 slot = slot + 1 == R::SLOTS ? 0 : slot + 1;
             }
+            // Not unrolled: instructions that are not at hand would come behind the weights.
+#pragma unroll 1
             for (int i = warp; i < (turn.to - turn.from) * OWN; i += ROW_WARPS) sums[i * 32 + lane] = 0.0f;
             if (from == mine.from) {
                 input.stage();
             } else {
                 __syncthreads();
             }
-            way.start(turn);
-            while (way.next()) {
+            for (; more; more = way.next()) {
                 walk.m = &task.matrix[way.part];
                 walk.sums = sums + way.tiles.step * 32;
                 walk.step = T::SPLIT * OWN * 32;
                 input.point(walk, way.part);
                 walk.run(way, supply, ring, at);
             }
+            // Known before the sums are.
+            const u32 place = warp < turn.to - turn.from ? place_of(turn, warp) : 0;
             __syncthreads();
-            // By a warp that has no tile to finish, unless there are very many.
-            if (last && turn.to == mine.to && warp == ROW_WARPS - 1) prefetch_next(task.following());
-            finish(turn);
+            finish(turn, place);
             if (turn.to < mine.to) __syncthreads();
         }
     }
@@ -159,5 +169,5 @@ __device__ __forceinline__ void multiply_row(const Task& task) {
     pdl_launch();
     RowProduct<KIND, Task, R> product(task, task.slots, task.inputs, task.inputs, shared);
     // The thread block's tiles are consecutive, so that most belong to one matrix.
-    product.run(Turn::of(blockIdx.x, task.tiles, task.each, gridDim.x), true);
+    product.run(Turn::of(blockIdx.x, task.tiles, task.each, gridDim.x));
 }

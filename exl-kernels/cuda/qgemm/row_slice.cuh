@@ -20,8 +20,8 @@ struct OwnChunk {
     }
 };
 
-// The part of one row of x that belongs to blocks [from, to), whole shares of a matrix: gathered from shared
-// memory and rounded, as bytes [blocks][2][32] and scales [chunks].
+// The part of one row of x that belongs to blocks [from, to), whole shares of a matrix: gathered, unless it is in
+// the order of the matrix, and rounded, as bytes [blocks][2][32] and scales [chunks].
 //
 // ROUNDS: chunks of a warp whose places are known before x is.
 template <int ROUNDS>
@@ -33,6 +33,7 @@ struct RowSlice {
     };
     int from;                  // block
     int chunk, chunks;         // the first one, and how many
+    bool ordered;              // x is in the order of the matrix
     Columns first[ROUNDS];     // of the first rounds
 
     __device__ __forceinline__ int index(int round) const {
@@ -42,9 +43,10 @@ struct RowSlice {
         if (index(round) >= chunks) return {};
         const OwnChunk own(m, chunk + index(round));
         const int k = 32 * own.first + 4 * (threadIdx.x % WARP), to = 32 * own.end;
-        return {k, to, features(m.perm, k, to)};
+        return {k, to, features(ordered ? nullptr : m.perm, k, to)};
     }
-    __device__ __forceinline__ void prepare(const QMatrix& m, int begin, int end) {
+    __device__ __forceinline__ void prepare(const QMatrix& m, int begin, int end, bool in_order) {
+        ordered = in_order;
         from = begin;
         chunk = chunks = 0;
         if (begin < end) {
@@ -54,19 +56,30 @@ struct RowSlice {
 #pragma unroll
         for (int i = 0; i < ROUNDS; ++i) first[i] = columns(m, i);
     }
+    // Four columns of x.
+    __device__ __forceinline__ float4 values(const float* x, const Columns& own) const {
+        if (own.k >= own.to) return {};
+        if (ordered) return *reinterpret_cast<const float4*>(x + own.k);
+        return make_float4(x[own.features.x], x[own.features.y], x[own.features.z], x[own.features.w]);
+    }
     // By the whole block; a barrier must follow.
     __device__ __forceinline__ void round(const QMatrix& m, const float* x, char* bytes,
                                           float* scales) const {
         const int lane = threadIdx.x % WARP;
 #pragma unroll 1
         for (int base = 0; index(base) < chunks; base += ROUNDS) {
+            Columns all[ROUNDS];
+            float4 v[ROUNDS];
+#pragma unroll
+            for (int i = 0; i < ROUNDS; ++i) {
+                all[i] = base == 0 ? first[i] : columns(m, base + i);
+                v[i] = values(x, all[i]);
+            }
 #pragma unroll
             for (int i = 0; i < ROUNDS; ++i) {
                 if (index(base + i) >= chunks) break;
-                const Columns own = base == 0 ? first[i] : columns(m, base + i);
-                float v[4];
-                gather(v, x, own.features, own.k, own.to);
-                const Quantized q = quantize_chunk(v);
+                const Columns& own = all[i];
+                const Quantized q = quantize_chunk({v[i].x, v[i].y, v[i].z, v[i].w});
                 if (own.k >= own.to) continue;
                 const int at = own.k - 32 * from;
                 u32* out = reinterpret_cast<u32*>(bytes + at / 32 * X_ROW + lane % 8 * 4);
@@ -78,8 +91,8 @@ struct RowSlice {
     }
 };
 
-// x of the rows of a thread block, at most `held` columns: all of x is copied as it is, then each warp gathers
-// chunks.
+// x of the rows of a thread block, at most `held` columns. Unless x is in the order of the matrix, all of it is
+// copied as it is, and each warp gathers chunks there.
 template <typename T>
 struct SliceInput {
     const T& task;
@@ -98,18 +111,22 @@ struct SliceInput {
     // As those of RowInput.
     __device__ __forceinline__ void prepare() {
         const u16* shares = task.matrix[0].shares + task.rank * SPLIT_SHARES<T>;
-        row.prepare(task.matrix[0], shares[0], shares[SPLIT_SHARES<T>]);
+        row.prepare(task.matrix[0], shares[0], shares[SPLIT_SHARES<T>], task.whole->ordered);
     }
     __device__ __forceinline__ void stage() {
         // Every run may end with a part of a chunk (lower/moe/few.rs).
         const int scale_bytes = round_16(4 * (held / (32 * X_CHUNK_BLOCKS) + RUNS));
         float* all = reinterpret_cast<float*>(base + 2 * held + scale_bytes);
         pdl_wait();
-        for (int i = 4 * threadIdx.x; i < inputs; i += 4 * blockDim.x) cp_async_16(all + i, task.x + i);
-        cp_async_commit();
-        cp_async_wait<0>();
-        __syncthreads();
-        row.round(task.matrix[0], all, base, scales());
+        if (!row.ordered) {
+            for (int i = 4 * threadIdx.x; i < inputs; i += 4 * blockDim.x) {
+                cp_async_16(all + i, task.x + i);
+            }
+            cp_async_commit();
+            cp_async_wait<0>();
+            __syncthreads();
+        }
+        row.round(task.matrix[0], row.ordered ? task.x : all, base, scales());
         __syncthreads();
     }
 };

@@ -64,6 +64,15 @@ struct Way {
         first = task.gated ? turn.from : 0;
         cursor = {};
     }
+    // To where another one is.
+    __device__ __forceinline__ void follow(const Way& other) {
+        turn = other.turn;
+        part = other.part;
+        first = other.first;
+        tiles = other.tiles;
+        cursor = other.cursor;
+        fold = other.fold;
+    }
     // To the next fold, if there is one.
     __device__ __forceinline__ bool next() {
         while (cursor.at >= cursor.end) {

@@ -6,13 +6,6 @@
 
 constexpr int PARTS = 3;
 
-// Weights of the product that follows.
-struct NextPart {
-    const char* tiles;
-    u32 column_bytes;
-    int columns;
-};
-
 // A column tile of one of the parts.
 struct PartTile {
     int part, index;
@@ -23,6 +16,8 @@ struct Task {
     static constexpr int MOST = PARTS;
     static constexpr int ROUNDS = 4;   // of loads that overlap when one row is staged
     static constexpr int SPLIT = 1;    // thread blocks that divide the rows of the same columns
+    static constexpr bool ORDERS = false;    // whether outputs may go to two places
+    static constexpr bool X_THERE = false;   // whether x is loaded before weights are asked for
 
     QMatrix matrix[PARTS];
     Epilogue epilogue[PARTS];   // gate and up: of the gate; the second holds the other bias
@@ -33,10 +28,6 @@ struct Task {
     int slots;                  // tiles of a thread block at a time, whose sums fit shared memory
     short gated, act, streams, orders;
     u8 order[PARTS + 1];        // of the permutations, which one a part has
-    int next_gated;
-    NextPart next[PARTS];
-    int next_grid;              // 0: unknown
-    u32 next_bytes;             // of each part, at most
     int x_blocks;               // cluster.cu: blocks of x of a thread block, at most; whole chunks
     int each;                   // tiles of a thread block (of a cluster), or one more
 
@@ -48,7 +39,8 @@ struct Task {
     }
     // Stores the sum of row r in a column of the tile with this index among those of all parts; gate and
     // up: with the sum of up.
-    __device__ __forceinline__ void finish(int r, int index, int column, float s, float up) const {
+    __device__ __forceinline__ void finish(int r, int index, int column, float s, float up,
+                                           u32 = 0) const {
         if (gated) {
             finish_gated(epilogue[0], epilogue[1], act, r, index * 32 + column, s, up);
             return;
@@ -56,6 +48,4 @@ struct Task {
         const PartTile own = tile(index);
         finish_linear(epilogue[own.part], r, own.index * 32 + column, s);
     }
-    // Who knows the product that follows.
-    __device__ __forceinline__ const Task& following() const { return *this; }
 };

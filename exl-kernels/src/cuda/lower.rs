@@ -93,11 +93,10 @@ pub fn lower(op: &Op<'_>, target: &Target<'_>, list: &mut Vec<Launch>) -> Result
 }
 
 /// What is known only when all launches of a plan are: call it once, with those of all ops in their
-/// order, for the target that they are made for. Routers of one row become one launch. Products learn which one
-/// follows, to prefetch its weights, a plan being taken to be run again, and what they need not wait for.
+/// order, for the target that they are made for. Routers of one row become one launch, and experts learn what they
+/// need not wait for and in which order down wants what gate and up compute.
 pub fn link(launches: &mut Vec<Launch>, target: &Target<'_>) {
     moe::fuse(launches, target);
-    linear::link(launches);
     moe::link(launches);
 }
 

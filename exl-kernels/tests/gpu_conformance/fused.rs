@@ -1,11 +1,14 @@
-//! Neighbouring ops of one row that a GPU computes by one launch: they leave what the ops one by one leave.
+//! Neighbouring ops of one row that a GPU computes by one launch, or that hand on more than they say: they leave
+//! what the ops one by one leave.
 
 use exl_kernels::cuda::CudaOps;
-use exl_kernels::ops::{Linear, LinearPart, Matrix, MoeRoute, Op, RmsNorm, RouteNorm};
-use exl_kernels::{DType, Mem, reference};
+use exl_kernels::ops::{
+    Activation, Linear, LinearPart, Matrix, MoeDown, MoeGateUp, MoeRoute, Op, RmsNorm, RouteNorm,
+};
+use exl_kernels::{DType, Mem, QuantMatrix, reference};
 use half::{bf16, f16};
 
-use super::overlap::{Buffer, floats};
+use super::overlap::{Buffer, exl2, floats};
 use super::{Rng, device, modes};
 
 /// Weights of 16 bits.
@@ -81,7 +84,7 @@ fn assert_close(what: &str, tested: &[Vec<f32>], exact: &[Vec<f32>], tolerance: 
 /// Runs ops on a GPU in every mode, and one by one in 64-bit floats; compares what `values` says.
 fn check<'a>(
     ops: &mut CudaOps,
-    what: &str,
+    (what, tolerance): (&str, f32),
     list: impl Fn() -> Vec<Op<'a>>,
     values: impl Fn() -> Vec<Vec<f32>>,
 ) {
@@ -94,7 +97,7 @@ fn check<'a>(
         ops.set_options(options);
         ops.run_all(&mut list()).unwrap();
         let tested = values();
-        assert_close(what, &tested, &exact, 1e-4);
+        assert_close(what, &tested, &exact, tolerance);
         let first = first.get_or_insert_with(|| tested.clone());
         assert!(*first == tested, "{what}: other bits with {mode}");
     }
@@ -162,7 +165,7 @@ fn gpu_routers_take_norms_and_choices_along() {
             };
             check(
                 &mut ops,
-                &format!("{experts} experts, {dim} inputs"),
+                (&format!("{experts} experts, {dim} inputs"), 1e-4),
                 list,
                 values,
             );
@@ -177,4 +180,67 @@ fn gpu_routers_take_norms_and_choices_along() {
             "exl_moe_router_long_bf16",
         ],
     );
+}
+
+/// Gate and up leave their outputs a second time, in the order of down, whose input is long enough on large GPUs.
+#[test]
+fn gpu_experts_hand_their_outputs_on_in_order() {
+    const DIM: usize = 544;
+    const WIDE: usize = 4224;
+    const EXPERTS: usize = 8;
+    const TOP_K: usize = 2;
+    let Some(device) = device() else { return };
+    let large = device.props().sms >= 128 && device.props().capability.0 == 9;
+    let mut ops = CudaOps::new(device).unwrap();
+    let mut rng = Rng(23);
+    let experts: Vec<[QuantMatrix; 3]> = (0..EXPERTS)
+        .map(|_| [(DIM, WIDE), (DIM, WIDE), (WIDE, DIM)].map(|(k, n)| exl2(k, n, &mut rng)))
+        .collect();
+    let x = floats(rng.floats(DIM, 1.0));
+    let (wide, out) = (vec![f32::NAN; TOP_K * WIDE], vec![f32::NAN; DIM]);
+    let (wide, out) = (floats(wide), floats(out));
+    for chosen in [[3, 6], [7, 0]] {
+        let ids = Buffer::new(chosen.to_vec(), DType::I32);
+        let weights = floats(vec![0.75, 0.25]);
+        let list = || {
+            vec![
+                Op::MoeGateUp(MoeGateUp {
+                    x: x.read(),
+                    ids: ids.read(),
+                    experts: experts
+                        .iter()
+                        .map(|e| (Matrix::Quant(&e[0]), Matrix::Quant(&e[1])))
+                        .collect(),
+                    out: wide.write(),
+                    rows: 1,
+                    top_k: TOP_K,
+                    inputs: DIM,
+                    outputs: WIDE,
+                    act: Activation::Silu,
+                }),
+                Op::MoeDown(MoeDown {
+                    x: wide.read(),
+                    ids: ids.read(),
+                    weights: weights.read(),
+                    experts: experts.iter().map(|e| Matrix::Quant(&e[2])).collect(),
+                    residual: None,
+                    out: out.write(),
+                    rows: 1,
+                    top_k: TOP_K,
+                    inputs: WIDE,
+                    outputs: DIM,
+                }),
+            ]
+        };
+        let values = || vec![wide.values(), out.values()];
+        check(
+            &mut ops,
+            (&format!("experts {chosen:?}"), 2e-3),
+            list,
+            values,
+        );
+    }
+    if large {
+        assert_ran(&ops, &["exl_moe_row1_exl2", "exl_moe_row1_add_split_exl2"]);
+    }
 }

@@ -14,7 +14,7 @@ use crate::cuda::{DeviceProps, Kernel, Launch};
 use crate::ops::{self, Activation, LinearPart, Matrix};
 use crate::{DType, Error, Mem, Result};
 
-pub(in crate::cuda) use few::{CLUSTER, CLUSTER_ARCHITECTURES, link};
+pub(in crate::cuda) use few::{CLUSTER, CLUSTER_ARCHITECTURES};
 pub(super) use few::{From, MATRIX_WORDS, X_CHUNK, row_bytes, slot_bytes, warps, ways};
 
 /// The one of its module that takes most of a multiprocessor.

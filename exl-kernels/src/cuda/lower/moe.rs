@@ -27,7 +27,7 @@ use crate::cuda::{DeviceProps, Kernel, Launch};
 use crate::ops::{Matrix, MoeDown, MoeGateUp, MoeRoute};
 use crate::{DType, Error, Result};
 
-pub(super) use few::{link, next_word};
+pub(super) use few::link;
 pub(in crate::cuda) use router::ROUTERS;
 pub(super) use router::fuse;
 
@@ -86,13 +86,6 @@ pub(crate) static KERNELS: &[Kernel] = &[
     dense::GATE_UP[1],
     dense::GATE_UP[2],
 ];
-
-/// Whether a kernel multiplies with experts.
-pub(super) fn is_product(kernel: Kernel) -> bool {
-    let [lines, swizzled] = tile::BLOCK_X;
-    let others = [sort::SORT, sort::COMBINE, few::BLOCK_X, lines, swizzled];
-    KERNELS.contains(&kernel) && !others.contains(&kernel) && !is_route(kernel)
-}
 
 /// Whether a kernel chooses experts.
 fn is_route(kernel: Kernel) -> bool {
@@ -486,7 +479,13 @@ pub(super) fn down_scratch(o: &MoeDown<'_>, props: &DeviceProps) -> u64 {
     };
     let layer = down_layer(o, &formats, 0);
     let ways = [false, true].map(|fixed| layer.scratch(props, fixed));
-    (output_bytes(o) + ways.into_iter().max().unwrap_or(0)) as u64
+    // Of one row its inputs in the order of the matrices (few.rs: order).
+    let ordered = if o.rows == 1 {
+        4 * o.top_k * o.inputs
+    } else {
+        0
+    };
+    (output_bytes(o) + ways.into_iter().max().unwrap_or(0).max(ordered)) as u64
 }
 
 /// Bytes of the tables that launches of an op keep in device memory, each in a region of its own.

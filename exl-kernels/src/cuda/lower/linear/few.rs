@@ -5,7 +5,7 @@ mod config;
 
 use super::{LinearPart, MAX_PARTS, activation_code, address, bias_code};
 use crate::cuda::launch::Args;
-use crate::cuda::lower::{Target, moe};
+use crate::cuda::lower::Target;
 use crate::cuda::matrix::CudaMatrix;
 use crate::cuda::{Kernel, Launch};
 use crate::ops;
@@ -85,49 +85,6 @@ fn shorts(values: [usize; 4]) -> u64 {
         .fold(0, |word, &v| word << 16 | v as u64)
 }
 
-/// Word of the task where the next product is described.
-const NEXT_WORD: usize = MAX_PARTS * (MATRIX_WORDS + 4) + 8;
-/// Bytes of its weights that each thread block asks for: what the memory delivers while sums are added,
-/// launches follow each other and the next input is prepared, about 3 us of the fastest cards'.
-const NEXT_BYTES: usize = 96 << 10;
-
-/// Tells every product which one follows, the first after the last, so that its last act is to ask for
-/// weights of that. Which weights a product of experts reads is known on the GPU alone.
-pub(in crate::cuda) fn link(launches: &mut [Launch]) {
-    let lists: [&[Kernel]; 3] = [&KERNELS, &LONG_ROW_KERNELS, &CLUSTER_KERNELS];
-    let is_known = |launch: &Launch| lists.iter().any(|list| list.contains(&launch.kernel));
-    let is_product = |launch: &&Launch| is_known(launch) || moe::is_product(launch.kernel);
-    let first = launches.iter().find(is_product);
-    let mut next = first.filter(|launch| is_known(launch)).cloned();
-    for launch in launches.iter_mut().rev() {
-        let place = moe::next_word(launch.kernel);
-        let known = is_known(launch);
-        if let (Some(next), Some(word)) = (&next, place.or(known.then_some(NEXT_WORD))) {
-            describe(next, &mut launch.args, word);
-        }
-        if is_product(&&*launch) {
-            next = known.then(|| launch.clone());
-        }
-    }
-}
-
-/// Puts the weights of `next` into a task, whose description of it begins at a word.
-fn describe(next: &Launch, to: &mut Args, word: usize) {
-    let words = next.args.words();
-    let low = |word: u64| word & u64::from(u32::MAX);
-    let gated = low(words[NEXT_WORD - 2]) & 0xffff;
-    let mut described = Vec::with_capacity(2 * MAX_PARTS + 1);
-    for matrix in words.chunks(MATRIX_WORDS).take(MAX_PARTS) {
-        // Tiles, bytes of a column tile and columns: `QMatrix` of tile.cuh.
-        described.extend([matrix[0], low(matrix[5]) | low(matrix[7]) << 32]);
-    }
-    let bytes = NEXT_BYTES / if gated != 0 { 2 } else { 1 };
-    described.push(pair(next.grid[0] as usize, bytes));
-    let before = low(to.words()[word - 1]);
-    to.patch(word - 1, &[before | gated << 32]);
-    to.patch(word, &described);
-}
-
 /// A product: what all its launches share.
 struct Product<'a> {
     config: &'a Config,
@@ -197,13 +154,11 @@ impl Product<'_> {
             flag(c.from == From::Rings),
             c.orders.count,
         ]));
-        let [a, b, d] = c.orders.of.map(|o| o as u64);
-        words.push(a | b << 8 | d << 16);
-        debug_assert_eq!(words.len(), NEXT_WORD);
-        words.extend([0; 2 * MAX_PARTS + 1]);
+        let [a, b, d] = c.orders.of;
+        words.push(pair(a | b << 8 | d << 16, c.x_blocks));
         // Of a cluster where there are any.
         let workers = c.grid / if c.from == From::Clusters { CLUSTER } else { 1 };
-        words.push(pair(c.x_blocks, c.tiles / workers));
+        words.push(pair(c.tiles / workers, 0));
         words
     }
 }

@@ -132,13 +132,12 @@ fn deterministic_products_are_exact_whatever_the_rows() {
 #[test]
 fn the_task_has_the_size_of_its_struct() {
     // Three matrices of 208 bytes, three epilogues of 32, x, three orders of it, rows and inputs,
-    // tiles and slots, four short integers, the orders of the parts; weights of three parts that
-    // follow, their grid and bytes; blocks of x and tiles of a thread block.
+    // tiles and slots, four short integers, the orders of the parts, blocks of x and tiles of a thread block.
     let props = &DeviceProps::samples()[5];
     let list = launches(1, (4096, 4096), props);
     assert_eq!(
         list[0].args.words().len() * 8,
-        3 * 208 + 3 * 32 + 8 + 3 * 8 + 8 + 8 + 8 + 8 + 3 * 16 + 8 + 8
+        3 * 208 + 3 * 32 + 8 + 3 * 8 + 8 + 8 + 8 + 8 + 8
     );
 }
 
@@ -155,25 +154,5 @@ fn x_that_does_not_fit_is_streamed_and_rows_that_do_not_are_passed_twice() {
         let passes = down.len() / 2;
         assert_eq!(down.len(), 2 * passes, "{}", props.name);
         assert!(passes <= most, "{}: {passes}", props.name);
-    }
-}
-
-#[test]
-fn products_ask_for_the_weights_that_follow() {
-    let props = &DeviceProps::samples()[5];
-    let mut list = launches(2, (4096, 4096), props);
-    list.extend(launches(2, (4096, 11008), props));
-    link(&mut list);
-    let words = |i: usize| list[i].args.words();
-    let end = words(1).len();
-    for (i, next) in [(1, 3), (3, 1)] {
-        // Tiles; columns in the high half; grid in the low half.
-        let [tiles, columns] = [end - 8, end - 7].map(|w| words(i)[w]);
-        assert_eq!(tiles, words(next)[0]);
-        assert_eq!(columns >> 32, words(next)[7] & 0xffff_ffff);
-        assert_eq!(
-            words(i)[end - 2] & 0xffff_ffff,
-            u64::from(list[next].grid[0])
-        );
     }
 }

@@ -1,7 +1,9 @@
 //! Few rows of an expert: its packed weights are read once for up to 16 rows (cuda/moe/row.cu, few.cu).
 
+use std::sync::Arc;
+
 use super::sort::Space;
-use super::{Format, Layer, Sum, pair};
+use super::{ALIGN, Format, Layer, Sum, pair};
 use crate::cuda::launch::Args;
 use crate::cuda::lower::Target;
 use crate::cuda::lower::linear::{From, X_CHUNK, row_bytes, slot_bytes, warps, ways};
@@ -58,24 +60,29 @@ const TASK_BYTES: usize = 1024;
 /// Bytes of a matrix's descriptor, and most descriptors that thread blocks copy to shared memory.
 const DESCRIPTOR_BYTES: usize = 8 * crate::cuda::lower::linear::MATRIX_WORDS;
 const MOST_STAGED: usize = 32;
-/// Words of the task (`ExpertsTask` of task.cuh): the ids of one row, whether they are there early, and the
-/// next product.
+/// Most experts whose down matrices' orders gate and up follow (cuda/moe/task.cuh).
+const MOST_ORDERED: usize = 32;
+/// Words of the task (`ExpertsTask` of task.cuh): the ids of one row, its x, the outputs, those in down's order,
+/// experts and segments, inputs and outputs, whether ids are there early and descriptors staged.
 const IDS_WORD: usize = 5;
-const EARLY_WORD: usize = 18;
-const NEXT_WORD: usize = 20;
-
-/// Where a launch describes the product that follows it, if it does.
-pub(in crate::cuda::lower) fn next_word(kernel: Kernel) -> Option<usize> {
-    let rows = ROWS.iter().flat_map(|(_, kernels)| kernels);
-    let mut all = rows.chain(&ROW).chain(&ROW_ADDS);
-    all.any(|&k| k == kernel).then_some(NEXT_WORD)
-}
+const X_WORD: usize = 6;
+const OUT_WORD: usize = 9;
+const ORDERED_WORD: usize = 14;
+const EXPERTS_WORD: usize = 15;
+const SHAPE_WORD: usize = 16;
+const EARLY_WORD: usize = 19;
 
 const ROW_ADDS: [Kernel; 2] = [ROW_ADD, ROW_ADD_SPLIT];
 
 /// Tells down products of one row that come behind gate and up of the same row that they need not wait for
 /// the experts' numbers: those were there before gate and up let anything begin that comes behind them.
 pub(in crate::cuda::lower) fn link(launches: &mut [Launch]) {
+    join_tables(launches);
+    for i in 1..launches.len() {
+        if let [gate_up, down] = &mut launches[i - 1..=i] {
+            order(gate_up, down);
+        }
+    }
     // The ids that gate and up of the layer at hand read; the next router may write there again.
     let mut known = None;
     for launch in launches {
@@ -89,6 +96,52 @@ pub(in crate::cuda::lower) fn link(launches: &mut [Launch]) {
             launch.args.patch(EARLY_WORD, &[word | 1 << 32]);
         }
     }
+}
+
+/// Puts the table of down behind that of gate and up of the same layer, whatever the rows are, so that plans
+/// share tables, and where it takes no more memory.
+fn join_tables(launches: &mut [Launch]) {
+    let mut down: Option<Arc<[u64]>> = None;
+    for launch in launches.iter_mut().rev() {
+        let Some(own) = launch.args.table().cloned() else {
+            continue;
+        };
+        match &down {
+            Some(down) if own.len() == 2 * down.len() => {
+                let bytes = |words: usize| (8 * words).next_multiple_of(ALIGN);
+                if bytes(own.len() + down.len()) == bytes(own.len()) {
+                    let both = own.iter().chain(down.iter()).copied().collect();
+                    launch.args = launch.args.clone().with_table(both);
+                }
+            }
+            _ => down = Some(own),
+        }
+    }
+}
+
+/// Lets gate and up of one row leave what they compute in the order of the down matrices as well, so that
+/// thread blocks of down need not gather it.
+fn order(gate_up: &mut Launch, down: &mut Launch) {
+    if !ROW.contains(&gate_up.kernel) || down.kernel != ROW_ADD_SPLIT {
+        return;
+    }
+    let (from, to) = (gate_up.args.words(), down.args.words());
+    let (Some(own), Some(next)) = (gate_up.args.table(), down.args.table()) else {
+        return;
+    };
+    // All experts have the one format of either, and their descriptors are staged.
+    let joined = own.len() == 3 * next.len() && own.ends_with(next) && !own.contains(&0);
+    let staged = next.len() <= MOST_ORDERED && from[EARLY_WORD] >> 48 != 0;
+    let same = from[OUT_WORD] == to[X_WORD] && from[IDS_WORD] == to[IDS_WORD];
+    if !joined || !staged || !same {
+        return;
+    }
+    // Behind the outputs of down's thread blocks (down_scratch).
+    let [segments, outputs] = [to[EXPERTS_WORD], to[SHAPE_WORD]].map(|word| (word >> 32) as usize);
+    let outputs = (4 * segments * SPLIT * outputs).next_multiple_of(ALIGN);
+    let ordered = to[OUT_WORD] + outputs as u64;
+    gate_up.args.patch(ORDERED_WORD, &[ordered]);
+    down.args.patch(ORDERED_WORD, &[ordered]);
 }
 
 /// How launches divide their work.
@@ -335,7 +388,7 @@ impl<'l> Task<'l> {
         words.extend(self.sorted);
         words.extend([self.ids, l.x, self.blocks, self.part_bytes as u64, l.out]);
         words.extend([sum(|s| s.weights), sum(|s| s.residual), sum(|s| s.out)]);
-        words.push(self.counters);
+        words.extend([self.counters, 0]);
         words.push(pair(l.experts, self.segments));
         words.push(pair(l.inputs, l.outputs));
         words.push(pair(l.outputs.div_ceil(TILE_COLUMNS), few.slots));
@@ -347,8 +400,6 @@ impl<'l> Task<'l> {
         words.push(pair(few.held, flag(staged) << 16));
         let (gated, act) = (flag(l.act.is_some()), l.act.unwrap_or(0));
         words.push(pair(gated | act << 16, 0));
-        debug_assert_eq!(words.len(), NEXT_WORD);
-        words.extend([0; 7]);
         words
     }
 }

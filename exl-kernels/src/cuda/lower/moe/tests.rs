@@ -1,7 +1,7 @@
 use super::*;
 use crate::cuda::lower::{Scratch, link, lower, scratch_bytes, table_bytes};
-use crate::ops::{Activation, Linear, LinearPart, Op, RouteNorm};
-use crate::{Mem, MemMut};
+use crate::ops::{Activation, Op, RouteNorm};
+use crate::{Mem, MemMut, Place};
 
 /// Experts, experts of a row, hidden size and intermediate size of models from 30 to 140 billion.
 const SHAPES: [(usize, usize, usize, usize); 4] = [
@@ -36,7 +36,15 @@ fn with_ops(
     let (x, mut wide) = (vec![0f32; rows * hidden], vec![0f32; rows * top_k * inner]);
     let (ids, weights) = (vec![0i32; rows * top_k], vec![0f32; rows * top_k]);
     let mut out = vec![0f32; rows * hidden];
-    let inner_x = vec![0f32; rows * top_k * inner];
+    // SAFETY: lowering looks at addresses only.
+    let inner_x = unsafe {
+        Mem::from_raw(
+            wide.as_ptr().cast(),
+            4 * wide.len(),
+            DType::F32,
+            Place::Host,
+        )
+    };
     let pair = |gate| (Matrix::Cuda(gate), Matrix::Cuda(gate));
     let gate_up = Op::MoeGateUp(MoeGateUp {
         x: Mem::host(&x),
@@ -50,7 +58,7 @@ fn with_ops(
         act: Activation::Silu,
     });
     let down = Op::MoeDown(MoeDown {
-        x: Mem::host(&inner_x),
+        x: inner_x,
         ids: Mem::host(&ids),
         weights: Mem::host(&weights),
         experts: downs.iter().map(Matrix::Cuda).collect(),
@@ -267,7 +275,7 @@ fn down_behind_gate_and_up_knows_its_experts() {
                     lower(op, &target(&samples[5], false), &mut list).unwrap();
                 }
                 link(&mut list, &target(&samples[5], false));
-                let word = |l: &Launch| l.args.words().get(18).map_or(0, |w| w >> 32 & 0xffff);
+                let word = |l: &Launch| l.args.words().get(19).map_or(0, |w| w >> 32 & 0xffff);
                 let words = list.iter().map(word);
                 words.collect::<Vec<u64>>()
             };
@@ -282,36 +290,60 @@ fn down_behind_gate_and_up_knows_its_experts() {
     }
 }
 
-/// Which weights come next is not known before experts, and is behind them.
-#[test]
-fn products_of_experts_end_a_chain_of_prefetches() {
+/// The launches of gate and up and of down, which know of each other.
+fn linked(rows: usize, shape: (usize, usize, usize, usize), fixed: bool) -> Vec<Launch> {
     let samples = DeviceProps::samples();
-    let matrix = CudaMatrix::imaginary(4096, 4096, 0x10_0000);
-    let (x, mut out) = (vec![0f32; 4096], vec![0f32; 4096]);
-    let linear = Op::Linear(Linear {
-        x: Mem::host(&x),
-        rows: 1,
-        inputs: 4096,
-        parts: vec![LinearPart {
-            matrix: Matrix::Cuda(&matrix),
-            bias: None,
-            residual: None,
-            out: MemMut::host(&mut out),
-            outputs: 4096,
-        }],
-    });
-    with_ops(1, SHAPES[0], |gate_up, down| {
-        let mut list = Vec::new();
-        for op in [&linear, gate_up, down] {
-            lower(op, &target(&samples[5], false), &mut list).unwrap();
+    let target = target(&samples[5], fixed);
+    let mut list = Vec::new();
+    with_ops(rows, shape, |gate_up, down| {
+        for op in [gate_up, down] {
+            lower(op, &target, &mut list).unwrap();
         }
-        link(&mut list, &target(&samples[5], false));
-        // The next product's grid, 0 where it is unknown.
-        let grid = |launch: &Launch, word: usize| launch.args.words()[word] as u32;
-        let few = next_word(list[1].kernel).unwrap();
-        assert_eq!(list[0].args.words()[98 + 6] as u32, 0);
-        assert_eq!(grid(&list[1], few + 6), 0);
-        assert_eq!(grid(&list[2], few + 6), list[0].grid[0]);
-        assert_eq!(list[2].args.words()[few], matrix.words()[0]);
+        let scratch = scratch_bytes(down, target.props);
+        link(&mut list, &target);
+        // What gate and up leave for down lies in its scratch memory, behind what it leaves there itself.
+        if let [.., down] = &list[..]
+            && let ordered @ 1.. = ordered(down)
+        {
+            let (_, top_k, hidden, inner) = shape;
+            let outputs = 4 * few::SPLIT * top_k * hidden;
+            let from = ordered - target.scratch.address;
+            assert!(from >= outputs as u64 && from + 4 * (top_k * inner) as u64 <= scratch);
+        }
     });
+    list
+}
+
+/// `ordered` of `ExpertsTask`.
+fn ordered(launch: &Launch) -> u64 {
+    launch.args.words().get(14).copied().unwrap_or(0)
+}
+
+#[test]
+fn gate_and_up_of_one_row_leave_what_down_reads_in_its_order() {
+    let one = linked(1, SHAPES[0], false);
+    assert!(ordered(&one[0]) > 0);
+    assert_eq!(ordered(&one[0]), ordered(&one[1]));
+    // Not where blocks of down gather all of a short input, the table would be too long, or nothing is divided.
+    for (shape, fixed) in [(SHAPES[1], false), (SHAPES[2], false), (SHAPES[0], true)] {
+        let list = linked(1, shape, fixed);
+        let rows = list
+            .iter()
+            .filter(|l| l.kernel.entry.starts_with("exl_moe_row1"));
+        assert!(rows.map(ordered).all(|at| at == 0), "{shape:?}");
+    }
+}
+
+/// Plans of all numbers of rows have the same tables, which take no more memory than those of each op.
+#[test]
+fn tables_are_shared_by_plans() {
+    for (shape, words) in [(SHAPES[0], [24, 8]), (SHAPES[2], [32, 16])] {
+        for rows in [1, 5, 300] {
+            let list = linked(rows, shape, false);
+            let mut tables: Vec<_> = list.iter().filter_map(|l| l.args.table()).collect();
+            tables.dedup();
+            let lengths: Vec<usize> = tables.iter().map(|t| t.len()).collect();
+            assert_eq!(lengths, words, "{shape:?} x {rows}");
+        }
+    }
 }

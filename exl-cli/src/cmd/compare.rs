@@ -159,6 +159,9 @@ fn text(r: &Report) -> String {
     let mut out = table.render();
     out.push('\n');
     out.push_str(&layers(r).render());
+    if r.kl_max == 0.0 {
+        out.push_str("\nThe two predict the same everywhere.\n");
+    }
     for passage in &r.worst {
         out.push('\n');
         out.push_str(&passage.text());

@@ -391,4 +391,12 @@ fn a_conversion_is_verified_and_compared() {
     assert_eq!(report["token_kl"][1].as_array().unwrap().len(), 128);
     let kl = report["kl"].as_f64().unwrap();
     assert!(kl > 0.0 && report["kl_max"].as_f64().unwrap() > kl);
+    // A model beside itself has no passage to show.
+    let same = ["compare", demo(), demo(), "--text", demo_text()];
+    let same = [&same[..], &["--rows", "1", "--length", "64"]].concat();
+    let table = run(&mut exl(&same)).success().stdout;
+    assert!(
+        table.contains("the same everywhere") && !table.contains("A expects"),
+        "{table}"
+    );
 }

@@ -71,7 +71,7 @@ impl Passage {
     }
 }
 
-/// The `count` passages of the largest mean divergence; they do not overlap.
+/// The `count` passages of the largest mean divergence, of those that differ at all; they do not overlap.
 pub(super) fn worst(
     tokenizer: &Tokenizer,
     tokens: &[Vec<u32>],
@@ -90,6 +90,7 @@ pub(super) fn worst(
             all.push((sum / (end - start) as f64, row, start));
         }
     }
+    all.retain(|passage| passage.0 != 0.0);
     all.sort_by(|x, y| y.0.total_cmp(&x.0).then((x.1, x.2).cmp(&(y.1, y.2))));
     all.truncate(count);
     all.into_iter()

@@ -12,10 +12,10 @@
 // A thread block has column tiles of one of the row's experts: it looks up the matrices in device
 // memory, then goes on as a block of qgemm/row.cu. Nothing of the weights can be asked for before it is known
 // which expert's they are, so that must not take long: where experts are few, all descriptors are in shared
-// memory by then, and x is loaded before anything else; and down, which comes behind gate and up, knows the
+// memory by then, and x is loaded as soon as they are known; and down, which comes behind gate and up, knows the
 // experts before it has its input. Its input is long, so four blocks divide the rows of the same columns, each
-// with the part of the input that it needs. Behind gate and up that lies together: those leave what they compute
-// in the order of down as well, so that nobody gathers it.
+// with the part of the input that it needs. Behind gate and up of up to ten experts that lies together: those
+// leave what they compute in the order of down as well, so that nobody gathers it.
 
 #include "moe/task.cuh"
 #include "qgemm/row.cuh"

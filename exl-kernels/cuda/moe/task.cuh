@@ -7,7 +7,8 @@
 
 // The host fills this struct word by word: lower/moe/few.rs.
 struct ExpertsTask {
-    const QMatrix* const* table;   // [experts][gate and up, or one]; 0: not this kernel's
+    const QMatrix* const* table;   // [experts][gate and up, or one]; 0: not this kernel's. Behind gate and up
+                                   // with `ordered`: [experts] of down
     Sorted sorted;                 // several rows
     const int* ids;                // one row: [segments]
     const float* x;                // one row: [inputs], or with `by_slot` [segments, inputs]

@@ -43,7 +43,7 @@ __device__ __forceinline__ void finish_linear(const Epilogue& e, int row, int co
 
 // `e` is the gate's; `up` has the bias of the other branch. Returns the output.
 __device__ __forceinline__ float finish_gated(const Epilogue& e, const Epilogue& other, int act,
-                                             int row, int column, float gate, float up) {
+                                              int row, int column, float gate, float up) {
     if (column >= e.n) return 0.0f;
     gate += bias_at(e.bias, e.bias_type, column);
     up += bias_at(other.bias, other.bias_type, column);

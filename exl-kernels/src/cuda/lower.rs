@@ -16,7 +16,7 @@ pub(super) use linear::{CLUSTER, CLUSTER_ARCHITECTURES, CLUSTER_KERNEL};
 pub(super) use moe::ROUTERS;
 
 /// Device memory that the launches of one op may use. Ops run one after the other, so all of
-/// them share it.
+/// them share it. Gate and up of experts may leave something there for down, the very next launch (moe/few.rs).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Scratch {
     /// Address of the first byte, aligned to 256.

@@ -75,7 +75,8 @@ const EARLY_WORD: usize = 19;
 const ROW_ADDS: [Kernel; 2] = [ROW_ADD, ROW_ADD_SPLIT];
 
 /// Tells down products of one row that come behind gate and up of the same row that they need not wait for
-/// the experts' numbers: those were there before gate and up let anything begin that comes behind them.
+/// the experts' numbers: those were there before gate and up let anything begin that comes behind them. And lets
+/// gate and up write in down's order.
 pub(in crate::cuda::lower) fn link(launches: &mut [Launch]) {
     join_tables(launches);
     for i in 1..launches.len() {
@@ -99,7 +100,7 @@ pub(in crate::cuda::lower) fn link(launches: &mut [Launch]) {
 }
 
 /// Puts the table of down behind that of gate and up of the same layer, whatever the rows are, so that plans
-/// share tables, and where it takes no more memory.
+/// share tables. Where it takes no more memory, as was announced: for up to ten experts.
 fn join_tables(launches: &mut [Launch]) {
     let mut down: Option<Arc<[u64]>> = None;
     for launch in launches.iter_mut().rev() {
@@ -120,7 +121,8 @@ fn join_tables(launches: &mut [Launch]) {
 }
 
 /// Lets gate and up of one row leave what they compute in the order of the down matrices as well, so that
-/// thread blocks of down need not gather it.
+/// thread blocks of down need not gather it. It lies in the scratch memory of down, the very next launch: nothing
+/// else may use that in between.
 fn order(gate_up: &mut Launch, down: &mut Launch) {
     if !ROW.contains(&gate_up.kernel) || down.kernel != ROW_ADD_SPLIT {
         return;
@@ -132,8 +134,10 @@ fn order(gate_up: &mut Launch, down: &mut Launch) {
     // All experts have the one format of either, and their descriptors are staged.
     let joined = own.len() == 3 * next.len() && own.ends_with(next) && !own.contains(&0);
     let staged = next.len() <= MOST_ORDERED && from[EARLY_WORD] >> 48 != 0;
-    let same = from[OUT_WORD] == to[X_WORD] && from[IDS_WORD] == to[IDS_WORD];
-    if !joined || !staged || !same {
+    let [computed, read] = [from[SHAPE_WORD] >> 32, to[SHAPE_WORD] & 0xffff_ffff];
+    let same = [OUT_WORD, IDS_WORD, EXPERTS_WORD].map(|word| from[word])
+        == [X_WORD, IDS_WORD, EXPERTS_WORD].map(|word| to[word]);
+    if !joined || !staged || !same || computed != read {
         return;
     }
     // Behind the outputs of down's thread blocks (down_scratch).
@@ -251,7 +255,7 @@ impl Few {
         })
     }
 
-    /// Whether there is one row, which needs no scratch memory.
+    /// Whether there is one row, which is not prepared in scratch memory.
     pub(super) fn is_row(&self) -> bool {
         self.from == From::Row
     }

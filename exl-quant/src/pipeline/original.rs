@@ -28,7 +28,7 @@ pub(super) struct Original {
 /// One layer of it.
 #[derive(Debug)]
 pub(super) struct Beside<'a> {
-    walk: Walk<'a>,
+    pub(super) walk: Walk<'a>,
     rows: &'a [usize],
 }
 
@@ -92,11 +92,6 @@ impl Original {
 }
 
 impl Beside<'_> {
-    /// As [`Walk::arrive`].
-    pub(super) fn arrive(&mut self, stop: Stop) -> Result<Bound> {
-        self.walk.arrive(stop)
-    }
-
     /// Brings row `r` of the calibration to a stop, if it is one of its rows.
     pub(super) fn row<'s>(
         &'s mut self,
@@ -108,16 +103,6 @@ impl Beside<'_> {
             Ok(at) => self.walk.row(bound, stop, at).map(Some),
             Err(_) => Ok(None),
         }
-    }
-
-    /// As [`Walk::leave`].
-    pub(super) fn leave(&mut self, stop: Stop) {
-        self.walk.leave(stop);
-    }
-
-    /// As [`Walk::finish`].
-    pub(super) fn finish(self) -> Result<()> {
-        self.walk.finish()
     }
 }
 
@@ -188,12 +173,12 @@ mod tests {
             }
             walk.finish().unwrap();
             if beside {
-                theirs.finish().unwrap();
+                theirs.walk.finish().unwrap();
             }
         }
         let name = &spec.head.linear.key;
         let theirs = beside.then_some(&mut original);
-        let mut solver = head_solver(&source, name, (&mut machine, &hidden), theirs).unwrap();
+        let mut solver = head_solver(&source, (&mut machine, &hidden), theirs).unwrap();
         let head = source.load_module(exl_models::Module::Head).unwrap();
         round(name, head.get(name).unwrap(), solver.as_mut());
         found

@@ -55,7 +55,7 @@ pub(super) fn measure(job: &mut Job<'_>, work: &Work) -> Result<Measurement> {
     let mut solver = None;
     if survey.taken(&site, spec.layers.len())?.is_none() {
         let at = (&mut machine, &hidden);
-        solver = Some(head_solver(&job.source, &site.linears[0], at, None)?);
+        solver = Some(head_solver(&job.source, at, None)?);
     }
     let head = job.source.load_module(Module::Head)?;
     let found = Visit {

@@ -107,7 +107,7 @@ pub(super) fn quantize(
         }
         walk.finish()?;
         if let Some(beside) = beside {
-            beside.finish()?;
+            beside.walk.finish()?;
         }
     }
     job.check()?;
@@ -117,7 +117,7 @@ pub(super) fn quantize(
         let mut solver = None;
         if !journal.has(&name) {
             let at = (&mut machine, &hidden);
-            solver = Some(head_solver(&job.source, &name, at, original.as_mut())?);
+            solver = Some(head_solver(&job.source, at, original.as_mut())?);
         }
         let solver = solver.as_mut().map(|s| s.as_mut() as &mut dyn Solver);
         pass.site(job, &mut weights, &[name], solver)?;

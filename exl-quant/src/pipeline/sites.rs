@@ -214,7 +214,7 @@ impl<'a> Walk<'a> {
                 false => None,
             });
         }
-        let arrive = |beside: &mut &mut Beside<'_>| beside.arrive(stop);
+        let arrive = |beside: &mut &mut Beside<'_>| beside.walk.arrive(stop);
         let theirs = beside.as_mut().map(arrive).transpose()?;
         let bound = self.arrive(stop)?;
         for r in 0..self.hidden.len() {
@@ -235,7 +235,7 @@ impl<'a> Walk<'a> {
         drop((bound, theirs));
         self.leave(stop);
         if let Some(beside) = beside {
-            beside.leave(stop);
+            beside.walk.leave(stop);
         }
         for ((site, needed), moments) in sites.iter().zip(moments) {
             let moments = match (moments, site.expert) {
@@ -426,7 +426,6 @@ pub(super) fn embed(
 /// The Hessians of the head's inputs, with the original's rows beside as in [`Walk::solve`].
 pub(super) fn head_solver(
     source: &ModelSource,
-    name: &str,
     (machine, hidden): (&mut Machine, &Rows),
     mut beside: Option<&mut Original>,
 ) -> Result<Box<dyn Solver>> {
@@ -445,5 +444,5 @@ pub(super) fn head_solver(
             moments.add_pair(&mut slots.tap(X), &mut theirs.tap(X))?;
         }
     }
-    moments.finish(name)
+    moments.finish(&source.spec().head.linear.key)
 }

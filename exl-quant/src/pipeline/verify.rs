@@ -208,7 +208,7 @@ impl Recount<'_> {
         let name = spec.head.linear.key.clone();
         if self.of(&name).is_some() {
             let at = (&mut machine, &hidden);
-            let mut solver = head_solver(self.quantized, &name, at, None)?;
+            let mut solver = head_solver(self.quantized, at, None)?;
             let original = job.source.load_module(Module::Head)?;
             self.linear(job, (&name, &original), &mut weights, solver.as_mut())?;
         }

@@ -2,13 +2,11 @@
 //! what the ops one by one leave.
 
 use exl_kernels::cuda::CudaOps;
-use exl_kernels::ops::{
-    Activation, Linear, LinearPart, Matrix, MoeDown, MoeGateUp, MoeRoute, Op, RmsNorm, RouteNorm,
-};
-use exl_kernels::{DType, Mem, QuantMatrix, reference};
+use exl_kernels::ops::{Linear, LinearPart, Matrix, MoeRoute, Op, RmsNorm, RouteNorm};
+use exl_kernels::{DType, Mem, reference};
 use half::{bf16, f16};
 
-use super::overlap::{Buffer, exl2, floats};
+use super::overlap::{Buffer, DIM, Experts, TOP_K, WIDE, floats};
 use super::{Rng, device, modes};
 
 /// Weights of 16 bits.
@@ -185,17 +183,11 @@ fn gpu_routers_take_norms_and_choices_along() {
 /// Gate and up leave their outputs a second time, in the order of down, whose input is long enough on large GPUs.
 #[test]
 fn gpu_experts_hand_their_outputs_on_in_order() {
-    const DIM: usize = 544;
-    const WIDE: usize = 4224;
-    const EXPERTS: usize = 8;
-    const TOP_K: usize = 2;
     let Some(device) = device() else { return };
     let large = device.props().sms >= 128 && device.props().capability.0 == 9;
     let mut ops = CudaOps::new(device).unwrap();
     let mut rng = Rng(23);
-    let experts: Vec<[QuantMatrix; 3]> = (0..EXPERTS)
-        .map(|_| [(DIM, WIDE), (DIM, WIDE), (WIDE, DIM)].map(|(k, n)| exl2(k, n, &mut rng)))
-        .collect();
+    let experts = Experts::new(&mut rng);
     let x = floats(rng.floats(DIM, 1.0));
     let (wide, out) = (vec![f32::NAN; TOP_K * WIDE], vec![f32::NAN; DIM]);
     let (wide, out) = (floats(wide), floats(out));
@@ -203,34 +195,8 @@ fn gpu_experts_hand_their_outputs_on_in_order() {
         let ids = Buffer::new(chosen.to_vec(), DType::I32);
         let weights = floats(vec![0.75, 0.25]);
         let list = || {
-            vec![
-                Op::MoeGateUp(MoeGateUp {
-                    x: x.read(),
-                    ids: ids.read(),
-                    experts: experts
-                        .iter()
-                        .map(|e| (Matrix::Quant(&e[0]), Matrix::Quant(&e[1])))
-                        .collect(),
-                    out: wide.write(),
-                    rows: 1,
-                    top_k: TOP_K,
-                    inputs: DIM,
-                    outputs: WIDE,
-                    act: Activation::Silu,
-                }),
-                Op::MoeDown(MoeDown {
-                    x: wide.read(),
-                    ids: ids.read(),
-                    weights: weights.read(),
-                    experts: experts.iter().map(|e| Matrix::Quant(&e[2])).collect(),
-                    residual: None,
-                    out: out.write(),
-                    rows: 1,
-                    top_k: TOP_K,
-                    inputs: WIDE,
-                    outputs: DIM,
-                }),
-            ]
+            let choice = (&ids, &weights);
+            Vec::from(experts.ops(x.read(), choice, &wide, (None, out.write())))
         };
         let values = || vec![wide.values(), out.values()];
         check(

@@ -16,11 +16,11 @@ use half::f16;
 
 use super::{Rng, compare, device, in_every_mode};
 
-const DIM: usize = 544;
+pub(super) const DIM: usize = 544;
 /// So long that on large GPUs thread blocks divide the rows of down.
-const WIDE: usize = 4224;
+pub(super) const WIDE: usize = 4224;
 const EXPERTS: usize = 8;
-const TOP_K: usize = 2;
+pub(super) const TOP_K: usize = 2;
 const HEADS: usize = 4;
 const KV_HEADS: usize = 2;
 const HEAD_DIM: usize = 64;
@@ -66,7 +66,7 @@ pub(super) fn floats(values: Vec<f32>) -> Buffer<f32> {
     Buffer::new(values, DType::F32)
 }
 
-pub(super) fn exl2(inputs: usize, outputs: usize, rng: &mut Rng) -> QuantMatrix {
+fn exl2(inputs: usize, outputs: usize, rng: &mut Rng) -> QuantMatrix {
     let mut rest = inputs as u32;
     let mut groups = Vec::new();
     while rest > 0 {
@@ -94,6 +94,56 @@ pub(super) fn exl2(inputs: usize, outputs: usize, rng: &mut Rng) -> QuantMatrix 
     .unwrap()
 }
 
+/// Gate, up and down of each expert.
+pub(super) struct Experts(Vec<[QuantMatrix; 3]>);
+
+impl Experts {
+    pub(super) fn new(rng: &mut Rng) -> Self {
+        let sizes = [(DIM, WIDE), (DIM, WIDE), (WIDE, DIM)];
+        let all = (0..EXPERTS).map(|_| sizes.map(|(k, n)| exl2(k, n, rng)));
+        Self(all.collect())
+    }
+
+    /// Gate and up of the row `x` by the experts `ids` into `inner`, and down of that, by `weights` and with
+    /// a residual, into `out`.
+    pub(super) fn ops<'a>(
+        &'a self,
+        x: Mem<'a>,
+        (ids, weights): (&'a Buffer<i32>, &'a Buffer<f32>),
+        inner: &'a Buffer<f32>,
+        (residual, out): (Option<Mem<'a>>, MemMut<'a>),
+    ) -> [Op<'a>; 2] {
+        let pairs = self.0.iter();
+        let pairs = pairs.map(|[gate, up, _]| (Matrix::Quant(gate), Matrix::Quant(up)));
+        let downs = self.0.iter().map(|[_, _, down]| Matrix::Quant(down));
+        [
+            Op::MoeGateUp(MoeGateUp {
+                x,
+                ids: ids.read(),
+                experts: pairs.collect(),
+                out: inner.write(),
+                rows: 1,
+                top_k: TOP_K,
+                inputs: DIM,
+                outputs: WIDE,
+                act: Activation::Silu,
+            }),
+            Op::MoeDown(MoeDown {
+                x: inner.read(),
+                ids: ids.read(),
+                weights: weights.read(),
+                experts: downs.collect(),
+                residual,
+                out,
+                rows: 1,
+                top_k: TOP_K,
+                inputs: WIDE,
+                outputs: DIM,
+            }),
+        ]
+    }
+}
+
 /// One row through layers of attention and experts, all with the same buffers.
 struct Step {
     kv: KvType,
@@ -101,7 +151,7 @@ struct Step {
     qkv: [Vec<f32>; 3],
     out: Vec<f32>,
     routers: Vec<Vec<f32>>,
-    experts: Vec<[QuantMatrix; 3]>,
+    experts: Experts,
     frequencies: Vec<f32>,
     centers: Vec<f16>,
     table: [i32; PAGES],
@@ -121,9 +171,7 @@ impl Step {
             matrix(DIM, HEADS * HEAD_DIM),
             (0..LAYERS).map(|_| matrix(EXPERTS, DIM)).collect(),
         );
-        let expert =
-            |rng: &mut Rng| [(DIM, WIDE), (DIM, WIDE), (WIDE, DIM)].map(|(k, n)| exl2(k, n, rng));
-        let experts = (0..EXPERTS).map(|_| expert(&mut rng)).collect();
+        let experts = Experts::new(&mut rng);
         let [k_cells, v_cells] = [
             kv.key_page_bytes(KV_HEADS, HEAD_DIM),
             kv.page_bytes(KV_HEADS, HEAD_DIM),
@@ -280,8 +328,9 @@ impl Step {
 
     fn experts<'a>(&'a self, router: &'a [f32]) -> [Op<'a>; 5] {
         let [n, _, _, _, _, logits, shares, inner] = &self.between;
-        let pairs = self.experts.iter();
-        let down = self.experts.iter().map(|[_, _, down]| Matrix::Quant(down));
+        let sum = (Some(self.x.read()), self.x.write());
+        let experts = &self.experts;
+        let [gate_up, down] = experts.ops(n.read(), (&self.ids, shares), inner, sum);
         [
             self.norm(),
             Op::Linear(Linear {
@@ -305,31 +354,8 @@ impl Step {
                 top_k: TOP_K,
                 norm: RouteNorm::Sum,
             }),
-            Op::MoeGateUp(MoeGateUp {
-                x: n.read(),
-                ids: self.ids.read(),
-                experts: pairs
-                    .map(|[gate, up, _]| (Matrix::Quant(gate), Matrix::Quant(up)))
-                    .collect(),
-                out: inner.write(),
-                rows: 1,
-                top_k: TOP_K,
-                inputs: DIM,
-                outputs: WIDE,
-                act: Activation::Silu,
-            }),
-            Op::MoeDown(MoeDown {
-                x: inner.read(),
-                ids: self.ids.read(),
-                weights: shares.read(),
-                experts: down.collect(),
-                residual: Some(self.x.read()),
-                out: self.x.write(),
-                rows: 1,
-                top_k: TOP_K,
-                inputs: WIDE,
-                outputs: DIM,
-            }),
+            gate_up,
+            down,
         ]
     }
 

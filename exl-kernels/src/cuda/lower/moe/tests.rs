@@ -72,6 +72,16 @@ fn with_ops(
     look(&gate_up, &down);
 }
 
+/// The launches of ops, which know of each other.
+fn linked(ops: &[&Op<'_>], target: &Target<'_>) -> Vec<Launch> {
+    let mut list = Vec::new();
+    for op in ops {
+        lower(op, target, &mut list).unwrap();
+    }
+    link(&mut list, target);
+    list
+}
+
 fn names(op: &Op<'_>, target: &Target<'_>) -> Vec<&'static str> {
     let mut list = Vec::new();
     lower(op, target, &mut list).unwrap();
@@ -270,11 +280,7 @@ fn down_behind_gate_and_up_knows_its_experts() {
     for shape in [SHAPES[0], SHAPES[1]] {
         with_ops(1, shape, |gate_up, down| {
             let early = |ops: &[&Op<'_>]| {
-                let mut list = Vec::new();
-                for op in ops {
-                    lower(op, &target(&samples[5], false), &mut list).unwrap();
-                }
-                link(&mut list, &target(&samples[5], false));
+                let list = linked(ops, &target(&samples[5], false));
                 let word = |l: &Launch| l.args.words().get(19).map_or(0, |w| w >> 32 & 0xffff);
                 let words = list.iter().map(word);
                 words.collect::<Vec<u64>>()
@@ -291,16 +297,13 @@ fn down_behind_gate_and_up_knows_its_experts() {
 }
 
 /// The launches of gate and up and of down, which know of each other.
-fn linked(rows: usize, shape: (usize, usize, usize, usize), fixed: bool) -> Vec<Launch> {
+fn layer(rows: usize, shape: (usize, usize, usize, usize), fixed: bool) -> Vec<Launch> {
     let samples = DeviceProps::samples();
     let target = target(&samples[5], fixed);
     let mut list = Vec::new();
     with_ops(rows, shape, |gate_up, down| {
-        for op in [gate_up, down] {
-            lower(op, &target, &mut list).unwrap();
-        }
+        list = linked(&[gate_up, down], &target);
         let scratch = scratch_bytes(down, target.props);
-        link(&mut list, &target);
         // What gate and up leave for down lies in its scratch memory, behind what it leaves there itself.
         if let [.., down] = &list[..]
             && let ordered @ 1.. = ordered(down)
@@ -321,12 +324,12 @@ fn ordered(launch: &Launch) -> u64 {
 
 #[test]
 fn gate_and_up_of_one_row_leave_what_down_reads_in_its_order() {
-    let one = linked(1, SHAPES[0], false);
+    let one = layer(1, SHAPES[0], false);
     assert!(ordered(&one[0]) > 0);
     assert_eq!(ordered(&one[0]), ordered(&one[1]));
     // Not where blocks of down gather all of a short input, the table would be too long, or nothing is divided.
     for (shape, fixed) in [(SHAPES[1], false), (SHAPES[2], false), (SHAPES[0], true)] {
-        let list = linked(1, shape, fixed);
+        let list = layer(1, shape, fixed);
         let rows = list
             .iter()
             .filter(|l| l.kernel.entry.starts_with("exl_moe_row1"));
@@ -339,7 +342,7 @@ fn gate_and_up_of_one_row_leave_what_down_reads_in_its_order() {
 fn tables_are_shared_by_plans() {
     for (shape, words) in [(SHAPES[0], [24, 8]), (SHAPES[2], [32, 16])] {
         for rows in [1, 5, 300] {
-            let list = linked(rows, shape, false);
+            let list = layer(rows, shape, false);
             let mut tables: Vec<_> = list.iter().filter_map(|l| l.args.table()).collect();
             tables.dedup();
             let lengths: Vec<usize> = tables.iter().map(|t| t.len()).collect();

@@ -45,13 +45,13 @@ __device__ __forceinline__ void prefetch_permutations(const ExpertsTask& task, c
     }
 }
 
-// Copies all descriptors to shared memory. ORDERS: also, in front of them at the end of the task's bytes, where
+// Copies all descriptors to shared memory. GATE_UP: also, in front of them at the end of the task's bytes, where
 // the matrices of down, whose table follows that of gate and up, have their inputs. By the whole block.
-template <bool ORDERS>
+template <bool GATE_UP>
 __device__ __forceinline__ Experts stage_descriptors(const ExpertsTask& task, char* to) {
     constexpr int WORDS = sizeof(QMatrix) / 8;
     const int parts = task.gated ? 2 : 1;
-    const bool orders = ORDERS && task.ordered;
+    const bool orders = GATE_UP && task.ordered;
     const u32** inverses = reinterpret_cast<const u32**>(to) - MOST_ORDERED;
     if (orders && threadIdx.x < task.experts) {
         const QMatrix* down = task.table[task.experts * parts + threadIdx.x];
@@ -78,7 +78,7 @@ __device__ __forceinline__ void row(const ExpertsTask& task) {
     const Share share = Share::even(blockIdx.x % each, task.columns, each);
     Experts experts = {task.table, nullptr, task.gated ? 2 : 1, nullptr};
     if (task.staged) {
-        experts = stage_descriptors<Own::ORDERS>(task, shared + TASK_BYTES);
+        experts = stage_descriptors<!ADDS>(task, shared + TASK_BYTES);
         if (!ADDS) prefetch_permutations(task, experts, share);
     } else {
         task.prefetch_descriptors();

@@ -92,8 +92,8 @@ struct Experts {
 template <bool ADDS, int SPLIT_BLOCKS = 1>
 struct SegmentTask {
     static constexpr int MOST = 2, ROUNDS = 3, SPLIT = SPLIT_BLOCKS;
-    static constexpr bool X_THERE = !ADDS;   // as the experts are known, what they multiply is
-    static constexpr bool ORDERS = !ADDS;    // whether outputs may go to two places
+    // Gate and up: as the experts are known, what they multiply is; and their outputs may go to two places.
+    static constexpr bool X_THERE = !ADDS;
 
     QMatrix matrix[MOST];      // gate and up, or one and none
     const float* x;            // one row
@@ -108,6 +108,7 @@ struct SegmentTask {
 
     // Where the product that follows has a column of this one's output.
     __device__ __forceinline__ u32 place(int index, int column) const {
+        if (ADDS) return 0;
         column += index * 32;
         return inverse && column < whole->n ? inverse[column] : column;
     }
@@ -118,7 +119,7 @@ struct SegmentTask {
         const Epilogue e = {whole->out, nullptr, nullptr, whole->n, 0};
         if (gated) {
             const float v = finish_gated(e, e, whole->act, slot[r], index * 32 + column, s, up);
-            if (ORDERS && whole->ordered && index * 32 + column < e.n) {
+            if (!ADDS && whole->ordered && index * 32 + column < e.n) {
                 whole->ordered[(long long)slot[r] * e.n + place] = v;
             }
         } else if (ADDS) {
@@ -172,6 +173,6 @@ struct SegmentTask {
 
 // Bytes of shared memory before what a product uses (lower/moe/few.rs: TASK_BYTES).
 constexpr int TASK_BYTES = 1024;
-// Most experts whose descriptors are staged when the order of down is wanted (lower/moe/few.rs).
+// Of experts whose descriptors are staged, at most (lower/moe/few.rs: MOST_STAGED).
 constexpr int MOST_ORDERED = 32;
 static_assert(sizeof(SegmentTask<true>) + 8 * MOST_ORDERED <= TASK_BYTES, "both fit");

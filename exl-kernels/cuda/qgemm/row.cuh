@@ -107,23 +107,17 @@ struct RowProduct {
         walk.zero = zeros;
     }
 
-    // Adds up and stores the tiles of a turn. By the whole block.
+    // Adds up and stores the tiles of a turn. `place`: of the lane's column of the warp's first. By the whole block.
     __device__ __forceinline__ void finish(const Turn& turn, u32 place) const {
         constexpr int HALF = OWN / 2;
         for (int j = warp; j < turn.to - turn.from; j += ROW_WARPS) {
-            if (T::ORDERS && j != warp) place = place_of(turn, j);
+            if (j != warp) place = task.place(turn.from + j, lane);
             const float* at = sums + j * OWN * 32 + lane;
             float s = add_up_row<HALF>(at), up = add_up_row<HALF>(at + HALF * 32);
             if (!task.gated) s += up;
             task.finish(0, turn.from + j, lane, s, up, place);
         }
     }
-    // Of the lane's column of a tile.
-    __device__ __forceinline__ u32 place_of(const Turn& turn, int j) const {
-        if constexpr (T::ORDERS) return task.place(turn.from + j, lane);
-        return 0;
-    }
-
     // Column tiles `mine` of all parts.
     __device__ __forceinline__ void run(const Turn& mine) {
 #pragma unroll 1
@@ -155,7 +149,8 @@ struct RowProduct {
                 walk.run(way, supply, ring, at);
             }
             // Known before the sums are.
-            const u32 place = warp < turn.to - turn.from ? place_of(turn, warp) : 0;
+            const bool finishes = warp < turn.to - turn.from;
+            const u32 place = finishes ? task.place(turn.from + warp, lane) : 0;
             __syncthreads();
             finish(turn, place);
             if (turn.to < mine.to) __syncthreads();

@@ -60,7 +60,9 @@ struct RowSlice {
     __device__ __forceinline__ float4 values(const float* x, const Columns& own) const {
         if (own.k >= own.to) return {};
         if (ordered) return *reinterpret_cast<const float4*>(x + own.k);
-        return make_float4(x[own.features.x], x[own.features.y], x[own.features.z], x[own.features.w]);
+        float v[4];
+        gather(v, x, own.features, own.k, own.to);
+        return make_float4(v[0], v[1], v[2], v[3]);
     }
     // By the whole block; a barrier must follow.
     __device__ __forceinline__ void round(const QMatrix& m, const float* x, char* bytes,

@@ -16,7 +16,6 @@ struct Task {
     static constexpr int MOST = PARTS;
     static constexpr int ROUNDS = 4;   // of loads that overlap when one row is staged
     static constexpr int SPLIT = 1;    // thread blocks that divide the rows of the same columns
-    static constexpr bool ORDERS = false;    // whether outputs may go to two places
     static constexpr bool X_THERE = false;   // whether x is loaded before weights are asked for
 
     QMatrix matrix[PARTS];
@@ -37,6 +36,8 @@ struct Task {
         while (part < PARTS - 1 && index >= matrix[part].columns) index -= matrix[part++].columns;
         return {part, index};
     }
+    // Outputs go to one place.
+    __device__ __forceinline__ u32 place(int, int) const { return 0; }
     // Stores the sum of row r in a column of the tile with this index among those of all parts; gate and
     // up: with the sum of up.
     __device__ __forceinline__ void finish(int r, int index, int column, float s, float up,

@@ -60,8 +60,6 @@ const TASK_BYTES: usize = 1024;
 /// Bytes of a matrix's descriptor, and most descriptors that thread blocks copy to shared memory.
 const DESCRIPTOR_BYTES: usize = 8 * crate::cuda::lower::linear::MATRIX_WORDS;
 const MOST_STAGED: usize = 32;
-/// Most experts whose down matrices' orders gate and up follow (cuda/moe/task.cuh).
-const MOST_ORDERED: usize = 32;
 /// Words of the task (`ExpertsTask` of task.cuh): the ids of one row, its x, the outputs, those in down's order,
 /// experts and segments, inputs and outputs, whether ids are there early and descriptors staged.
 const IDS_WORD: usize = 5;
@@ -133,7 +131,7 @@ fn order(gate_up: &mut Launch, down: &mut Launch) {
     };
     // All experts have the one format of either, and their descriptors are staged.
     let joined = own.len() == 3 * next.len() && own.ends_with(next) && !own.contains(&0);
-    let staged = next.len() <= MOST_ORDERED && from[EARLY_WORD] >> 48 != 0;
+    let staged = from[EARLY_WORD] >> 48 != 0;
     let [computed, read] = [from[SHAPE_WORD] >> 32, to[SHAPE_WORD] & 0xffff_ffff];
     let same = [OUT_WORD, IDS_WORD, EXPERTS_WORD].map(|word| from[word])
         == [X_WORD, IDS_WORD, EXPERTS_WORD].map(|word| to[word]);

@@ -110,14 +110,11 @@ pub(in crate::cuda::lower) struct RowNorm {
 impl RowNorm {
     /// What a launch computes, if it is that.
     pub(in crate::cuda::lower) fn of(launch: &Launch) -> Option<Self> {
-        let dtypes = [DType::F16, DType::Bf16].into_iter();
-        let dtype = dtypes
-            .filter(|&dtype| {
-                RMS.iter()
-                    .any(|kernels| kernels[instance(dtype)] == launch.kernel)
-            })
-            .map(dtype_code)
-            .next()?;
+        let is = |dtype| {
+            let mut all = RMS.iter().map(|kernels| kernels[instance(dtype)]);
+            all.any(|kernel| kernel == launch.kernel)
+        };
+        let dtype = [DType::F16, DType::Bf16].into_iter().find(|&t| is(t))?;
         let &[x, weight, out, rows, dim, eps, offset] = launch.args.words() else {
             return None;
         };
@@ -127,7 +124,7 @@ impl RowNorm {
             weight,
             out,
             dim: dim as usize,
-            dtype,
+            dtype: dtype_code(dtype),
             eps,
             offset,
         })

@@ -23,6 +23,8 @@ use half::f16;
 mod fused;
 #[path = "gpu_conformance/overlap.rs"]
 mod overlap;
+#[path = "gpu_conformance/rotated.rs"]
+mod rotated;
 
 fn device() -> Option<Arc<Device>> {
     match probe() {

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use exl_tensor::{
     Activation, AttnArgs, Bound, Buffer, CostReport, Cpu, CpuOptions, DType, Executor, GateUpArgs,
     HostExecutor, Isa, KvBuffers, KvPages, KvShape, KvType, Part, Phase, Plan, PlanBuilder,
-    PlanKey, RopeArgs, RopeStyle, SampleParams, SampleShape, Side, SlidingLayers, StepBlock,
-    StepDraw, StepExtras, StepSeq, Weight, Weights, check,
+    PlanKey, PlanOp, RopeArgs, RopeStyle, SampleParams, SampleShape, Side, SlidingLayers,
+    StepBlock, StepDraw, StepExtras, StepSeq, Weight, Weights, check,
 };
 
 const DIM: usize = 64;
@@ -519,4 +519,23 @@ fn a_plan_prints_one_line_per_op() {
         "{text}"
     );
     assert!(text.contains(&format!("= sample(%10) {shape}")), "{text}");
+}
+
+#[test]
+fn keys_of_single_rows_live_as_long_as_attention() {
+    for (rows, at_once) in [(1, 1), (5, 0)] {
+        let plan = record(&key(rows, 1));
+        let rope = |op: &PlanOp| match *op {
+            PlanOp::RopeAppend { k, v, .. } => Some([k, v]),
+            _ => None,
+        };
+        let found = plan.ops().iter().enumerate();
+        let (at, slots) = found
+            .filter_map(|(i, op)| Some((i, rope(op)?)))
+            .next()
+            .unwrap();
+        for slot in slots {
+            assert_eq!(plan.slot(slot).last, at + at_once, "{rows} rows");
+        }
+    }
 }

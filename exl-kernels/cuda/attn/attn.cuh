@@ -238,10 +238,13 @@ struct Query {
 
 // How products of stored queries become scores in units of log2(e): product * factor, or with a
 // soft-cap capped(product, factor). `down` is from Query::store.
+__device__ __forceinline__ float score_unit(const Attention& a) {
+    return a.softcap > 0.0f ? 2.0f * LOG2_E / a.softcap : LOG2_E;
+}
 __device__ __forceinline__ float score_factor(const Attention& a, float down) {
     // Positive, so that the largest product is the largest score.
     const float scale = fmaxf(fabsf(a.scale) * down, 1e-37f);
-    return scale * (a.softcap > 0.0f ? 2.0f * LOG2_E / a.softcap : LOG2_E);
+    return scale * score_unit(a);
 }
 // cap tanh(x) with tanh(x) = 1 - 2 / (1 + e^(2 x)), within 2e-7.
 __device__ __forceinline__ float capped(const Attention& a, float product, float factor) {

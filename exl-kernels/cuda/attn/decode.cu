@@ -5,6 +5,10 @@
 // its keys; the last block of a tile to arrive merges the chunks. Where chunks have fixed places it does so in
 // order, and with one block per tile (splits 1) that block goes through them and folds them in the same
 // order: the same bits.
+// exl_attn_decode_rope_*: also what exl_rope_append_f16 does, of sequences with one row each (fresh.cuh); rotated
+// queries are not left in memory. Their code is short where it can be: at one row it is executed once, and most
+// of it has to come from L2.
+//
 // Queries and weights are two 16-bit terms each, sums are 32-bit floats: about the accuracy of 32-bit
 // arithmetic.
 //
@@ -17,6 +21,7 @@
 //
 // exl: spills-allowed exl_attn_decode_256 two registers from 10.0 on, stored before and read after
 // the loop over keys
+// exl: spills-allowed exl_attn_decode_rope_256 the same
 
 #include "decode.cuh"
 
@@ -56,7 +61,15 @@ __device__ __forceinline__ void copy_keys(__half* tile, const __half* rows, int 
     }
 }
 
-template <int D, int WARPS, int STAGES>
+// The key and the value of the last position, which are not in the cache yet, in shared memory.
+template <bool SOME_FRESH>
+struct FreshRows {
+    const __half *key = nullptr, *value = nullptr;
+};
+template <>
+struct FreshRows<false> {};
+
+template <int D, int WARPS, int STAGES, bool SOME_FRESH = false>
 struct Decode {
     using S = Shape<D, WARPS, STAGES>;
     static constexpr int DIM = D, BLOCK_WARPS = WARPS, TILE_ROWS = ROWS, STRIDE = S::STRIDE;
@@ -70,6 +83,7 @@ struct Decode {
     // Of rows lane / 4 and lane / 4 + 8: maximum, sum of the weights of this lane's keys, values of
     // columns 8 n + 2 (lane % 4), + 1.
     float most[2], sum[2], values[D / 8][4];
+    FreshRows<SOME_FRESH> fresh;
 
     __device__ __forceinline__ Decode(const Attention& a, const Tile& tile, __half* shared)
         : a(a), tile(tile), kv_head(blockIdx.y), warp(threadIdx.x / WARP),
@@ -166,10 +180,21 @@ struct Decode {
         if (turn < t.count) {
             const int key = t.first + turn * KEYS * WARPS;
             copy_keys<D>(to, rows(cache, pages, key), a.kv_heads * a.dim, key,
-                         tile.keys_from, tile.keys_to, a.dim);
+                         tile.keys_from, tile.keys_to - (SOME_FRESH ? 1 : 0), a.dim);
         }
         // Empty groups keep the count of what is under way the same.
         cp_async_commit();
+    }
+
+    // Puts what is not in the cache into a tile that has been copied, if the turn has it. By the whole warp.
+    __device__ __forceinline__ void complete(__half* tile_rows, const __half* row, const Turns& t,
+                                             int turn) const {
+        const int at = tile.keys_to - 1 - (t.first + turn * KEYS * WARPS);
+        if (at < 0 || at >= KEYS) return;
+        for (int i = lane; i < D / 8; i += WARP) {
+            reinterpret_cast<uint4*>(tile_rows + at * S::STRIDE)[i] = reinterpret_cast<const uint4*>(row)[i];
+        }
+        __syncwarp();
     }
 
     // Behind the last key of which fill() loads something.
@@ -189,6 +214,7 @@ struct Decode {
             float raw[2][4], keep[2];
             cp_async_wait<2 * STAGES - 1>();
             __syncwarp();
+            if constexpr (SOME_FRESH) complete(k_tile(turn), fresh.key, t, turn);
             products(k_tile(turn), raw);
             __syncwarp();
             start(k_tile(turn), a.k_cache, pages, t, turn + STAGES);
@@ -207,6 +233,7 @@ struct Decode {
             }
             cp_async_wait<2 * STAGES - 1>();
             __syncwarp();
+            if constexpr (SOME_FRESH) complete(v_tile(turn), fresh.value, t, turn);
             weigh(v_tile(turn), raw, keep);
             __syncwarp();
             start(v_tile(turn), a.v_cache, pages, t, turn + STAGES);
@@ -253,6 +280,13 @@ struct Decode {
         ATTENTION_PARAMETERS) {                                                                   \
         attend<Decode<D, WARPS, STAGES>>(ATTENTION_ARGUMENTS);                                            \
     }
+#define DECODE_ROPE(D, WARPS, BLOCKS)                                                             \
+    extern "C" __global__ void __launch_bounds__(WARPS* WARP, BLOCKS) exl_attn_decode_rope_##D(    \
+        ATTENTION_PARAMETERS, const __grid_constant__ Rotation rotation) {                         \
+        typedef Fresh<D, WARPS * WARP> Own;                                                        \
+        __shared__ __align__(16) char own[Own::BYTES];                                             \
+        attend<Decode<D, WARPS, 2, true>>(ATTENTION_ARGUMENTS, Own(rotation, own));                \
+    }
 // Heads of up to D values.
 DECODE(64, 64, 4, 2, 3)
 DECODE(96, 96, 4, 2, 2)
@@ -260,3 +294,8 @@ DECODE(128, 128, 4, 2, 2)
 DECODE(256, 256, 2, 2, 2)
 // The same with blocks half as large, for many sequences.
 DECODE(128_many, 128, 2, 2, 4)
+// With rotation and append.
+DECODE_ROPE(64, 4, 3)
+DECODE_ROPE(96, 4, 2)
+DECODE_ROPE(128, 4, 2)
+DECODE_ROPE(256, 2, 2)

@@ -2,7 +2,7 @@
 // (decode.cu, decode_quantized.cu).
 #pragma once
 
-#include "attn.cuh"
+#include "fresh.cuh"
 
 constexpr int KEYS = 16;   // keys of a warp at a time
 
@@ -136,9 +136,10 @@ __device__ __forceinline__ void merge(const Attention& a, __half* shared, int ro
     }
 }
 
-// The kernel: Walk goes through the keys of a warp (decode.cu says what it has).
-template <class Walk>
-__device__ __forceinline__ void attend(const Attention& a) {
+// The kernel: Walk goes through the keys of a warp (decode.cu says what it has). `fresh`: what it rotates and
+// appends.
+template <class Walk, class Fresh = AllStored>
+__device__ __forceinline__ void attend(const Attention& a, const Fresh& fresh = {}) {
     constexpr int D = Walk::DIM, WARPS = Walk::BLOCK_WARPS, ROWS = Walk::TILE_ROWS;
     extern __shared__ __align__(16) unsigned char memory[];
     __half* shared = reinterpret_cast<__half*>(memory);
@@ -146,9 +147,11 @@ __device__ __forceinline__ void attend(const Attention& a) {
     // Here, not in registers, which are scarce.
     __shared__ Chunks chunks;
     __shared__ int query_rows;
-    pdl_launch();
+    if (!Fresh::SOME_FRESH) pdl_launch();
     // The step block is there before the first kernel of a step.
-    const Tile tile = find_tile<ROWS>(a, blockIdx.x);
+    const Tile tile = Fresh::template find<ROWS>(a, blockIdx.x);
+    Pages pages;
+    if constexpr (Fresh::SOME_FRESH) pages.load(a, tile.seq, 0);
     const Chunks found = find_chunks(a, tile.keys_from, tile.keys_to);
     const int split = blockIdx.z;
     if (tile.count <= 0 || split >= found.count) {
@@ -166,17 +169,36 @@ __device__ __forceinline__ void attend(const Attention& a) {
         query_rows = tile.count;
     }
     auto turns = d.turns(found, split);
-    Pages pages;
-    pages.load(a, tile.seq, turns.first / PAGE_TOKENS);
-    // So are, in the cache itself, the keys in front of the sequence's rows (ops.rs: PagedAttn).
-    const int there = tile.len - (tile.end - tile.start);
-    const bool early = a.stored && d.fill_end(turns) <= there;
-    if (early) d.fill(pages, turns);
-    pdl_wait();
-    if (!early) d.fill(pages, turns);
+    if constexpr (!Fresh::SOME_FRESH) pages.load(a, tile.seq, turns.first / PAGE_TOKENS);
     constexpr int EACH = ROWS / WARPS, AT_ONCE = D > 128 || EACH < 4 ? 2 : 4;
-    store_rows<D, WARPS, EACH, AT_ONCE>(a, tile, d.kv_head, d.warp, Walk::query_rows(shared));
+    // So are, in the cache itself, the keys in front of the sequence's rows (ops.rs: PagedAttn).
+    if constexpr (Fresh::SOME_FRESH) {
+        const long long slot = fresh.r.slots[tile.start];
+        d.fill(pages, turns);
+        fresh.prepare(a, tile.start);
+        const float unit = score_unit(a);
+        __syncthreads();
+        pdl_wait();
+        typename Fresh::Part parts[Fresh::EACH];
+#pragma unroll
+        for (int i = 0; i < Fresh::EACH; ++i) parts[i] = fresh.part(a, tile.start, d.kv_head, i);
+        fresh.template store_rows<ROWS>(a, tile, d.kv_head, unit, Walk::query_rows(shared));
+        // Who has the last key appends it.
+        const bool appends = tile.from == 0 && (a.splits == 1 || split == found.count - 1);
+#pragma unroll
+        for (int i = 0; i < Fresh::EACH; ++i) fresh.put(a, parts[i], i, slot, d.kv_head, appends);
+        d.fresh = {fresh.key(), fresh.value()};
+    } else {
+        const int there = tile.len - (tile.end - tile.start);
+        const bool early = a.stored && d.fill_end(turns) <= there;
+        if (early) d.fill(pages, turns);
+        pdl_wait();
+        if (!early) d.fill(pages, turns);
+        store_rows<D, WARPS, EACH, AT_ONCE>(a, tile, d.kv_head, d.warp, Walk::query_rows(shared));
+    }
     __syncthreads();
+    // Not before: what is loaded here would come behind the weights that the next launch asks for.
+    if (Fresh::SOME_FRESH) pdl_launch();
     for (int chunk = split;; ++chunk) {
         d.clear();
         d.run(pages, turns);
@@ -192,7 +214,7 @@ __device__ __forceinline__ void attend(const Attention& a) {
             const long long cell = row_at<D>(shared + r * Walk::STRIDE).cell;
             float most = minus_infinity(), sum = 0.0f;
             float4 value = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll
+#pragma unroll(Fresh::SOME_FRESH ? 1 : WARPS)
             for (int w = 0; w < WARPS; ++w) {
                 const float* sums = Walk::sums(shared, w);
                 const float2 f = fold(most, sum, states[w][r][0], states[w][r][1]);

@@ -36,6 +36,17 @@ __device__ __forceinline__ void barrier_arrive_at(u32 at, u32 rank) {
         "r"(rank)
         : "memory");
 }
+// Stores a float where block `rank` of the cluster has the same place.
+__device__ __forceinline__ void store_at(u32 at, u32 rank, float v) {
+    asm volatile(
+        "{\n"
+        ".reg .b32 remote;\n"
+        "mapa.shared::cluster.u32 remote, %0, %1;\n"
+        "st.shared::cluster.f32 [remote], %2;\n"
+        "}" ::"r"(at),
+        "r"(rank), "f"(v)
+        : "memory");
+}
 // Waits until the phase of this parity has ended.
 __device__ __forceinline__ void barrier_wait(u32 at, u32 parity) {
     asm volatile(

@@ -26,7 +26,9 @@ __device__ __forceinline__ void rows(const ExpertsTask& task) {
         const int s = unit / task.columns, first = unit - s * task.columns;
         const Turn turn = {first, min(task.columns, first + units - unit)};
         unit += turn.to - turn.from;
-        if (own.take(task, task.sorted.segments[s], experts)) {
+        const Segment segment = task.sorted.segments[s];
+        own.begin(task, segment.first, segment.rows);
+        if (own.take(task, segment.expert, experts)) {
             __syncthreads();
             few_rows<KIND, NT>(own, turn, shared + TASK_BYTES);
         }

@@ -2,12 +2,16 @@
 //
 // exl: spills-allowed exl_moe_row1_exl2 on 8.x, before the loop over weights
 // exl: spills-allowed exl_moe_row1_gptq before the loop over weights, and behind it
+// exl: spills-allowed exl_moe_row1_routed_f16 before the loop over weights
+// exl: spills-allowed exl_moe_row1_routed_bf16 before the loop over weights
 // exl: spills-allowed exl_moe_row1_add_exl2 before the loop over weights
 // exl: spills-allowed exl_moe_row1_add_split_exl2 before the loop over weights
 //
 // What: gate and up with the activation between them, or down with the weighted sum of the experts'
 // outputs and the residual. Reads the packed weights of the row's experts and no others; which ones is
 // known on the GPU alone. Expected bound: memory, as qgemm/row.cu, whose arithmetic this is.
+//
+// exl_moe_row1_routed_*: gate and up with what exl_moe_router_* does before them.
 //
 // A thread block has column tiles of one of the row's experts: it looks up the matrices in device
 // memory, then goes on as a block of qgemm/row.cu. Nothing of the weights can be asked for before it is known
@@ -17,6 +21,7 @@
 // with the part of the input that it needs. Behind gate and up of up to ten experts that lies together: those
 // leave what they compute in the order of down as well, so that nobody gathers it.
 
+#include "moe/router.cuh"
 #include "moe/task.cuh"
 #include "qgemm/row.cuh"
 
@@ -52,7 +57,7 @@ __device__ __forceinline__ Experts stage_descriptors(const ExpertsTask& task, ch
     constexpr int WORDS = sizeof(QMatrix) / 8;
     const int parts = task.gated ? 2 : 1;
     const bool orders = GATE_UP && task.ordered;
-    const u32** inverses = reinterpret_cast<const u32**>(to) - MOST_ORDERED;
+    const u32** inverses = reinterpret_cast<const u32**>(to) - MOST_STAGED;
     if (orders && threadIdx.x < task.experts) {
         const QMatrix* down = task.table[task.experts * parts + threadIdx.x];
         inverses[threadIdx.x] = down && down->perm ? down->perm + task.n : nullptr;
@@ -66,16 +71,35 @@ __device__ __forceinline__ Experts stage_descriptors(const ExpertsTask& task, ch
     return {task.table, reinterpret_cast<const QMatrix*>(to), parts, orders ? inverses : nullptr};
 }
 
+// What a thread block has: column tiles of one of the row's experts, which have as many blocks each.
+struct Block {
+    int group;       // of those with the same columns
+    int s, rank;     // of the row's experts; of the SPLIT that divide the rows
+    Share share;
+
+    __device__ __forceinline__ Block(const ExpertsTask& task, int split) {
+        const int each = gridDim.x / (task.segments * split);
+        group = blockIdx.x / each;
+        s = group / split;
+        rank = group % split;
+        share = Share::even(blockIdx.x % each, task.columns, each);
+    }
+};
+
+// Where what a product has in shared memory begins: behind the task and what is staged.
+__device__ __forceinline__ char* product_space(const ExpertsTask& task, char* shared) {
+    return shared + TASK_BYTES + (task.staged ? task.experts * (task.gated ? 2 : 1) * int(sizeof(QMatrix)) : 0);
+}
+
 template <int KIND, bool ADDS, int SPLIT>
 __device__ __forceinline__ void row(const ExpertsTask& task) {
     extern __shared__ __align__(1024) char shared[];
     typedef SegmentTask<ADDS, SPLIT> Own;
     if (ADDS) pdl_launch();
     Own& own = *reinterpret_cast<Own*>(shared);
-    // As many blocks for every expert.
-    const int each = gridDim.x / (task.segments * SPLIT), group = blockIdx.x / each;
-    const int s = group / SPLIT, rank = group % SPLIT;
-    const Share share = Share::even(blockIdx.x % each, task.columns, each);
+    const Block block(task, SPLIT);
+    const Share share = block.share;
+    own.begin(task, block.s, 1, block.rank);
     Experts experts = {task.table, nullptr, task.gated ? 2 : 1, nullptr};
     if (task.staged) {
         experts = stage_descriptors<!ADDS>(task, shared + TASK_BYTES);
@@ -86,27 +110,72 @@ __device__ __forceinline__ void row(const ExpertsTask& task) {
     if (!task.early) pdl_wait();
     // What follows gate and up may rely on the ids: they were there before it could begin.
     if (!ADDS) pdl_launch();
-    const int expert = __ldcg(task.ids + s);
+    // The same in all lanes, and known to be.
+    const int expert = __shfl_sync(FULL_MASK, __ldcg(task.ids + block.s), 0);
     // x is there as well.
     typename RowInput<KIND, Own>::Row x;
     x.inputs = task.inputs;
-    if (Own::X_THERE) x.load(task.x + (task.by_slot ? (long long)s * task.inputs : 0));
-    if (own.take(task, {expert, s, 1, 0, 1}, experts, rank)) {
-#if __CUDA_ARCH__ >= 900
-        shared_written();   // the rings will be where descriptors were
-#endif
-        __syncthreads();
-        const int held = SPLIT > 1 ? task.held : task.inputs;
-        RowProduct<KIND, Own> product(own, task.slots, task.inputs, held, shared + TASK_BYTES);
-        if constexpr (Own::X_THERE) product.input.row = x;
-        product.run({share.from, share.to});
-    } else if (ADDS) {
+    if (Own::X_THERE) x.load(task.x + (task.by_slot ? (long long)block.s * task.inputs : 0));
+    const bool there = own.take(task, expert, experts);
+    __syncthreads();
+    if (!there) {
         // No expert: the output shows it.
-        pdl_wait();
-        for (int tile = share.from + threadIdx.x / WARP; tile < share.to; tile += ROW_WARPS) {
-            add_segments<SPLIT>(task, group, tile, threadIdx.x % WARP, __int_as_float(0x7fc00000));
+        if (ADDS) pdl_wait();
+        for (int tile = share.from + threadIdx.x / WARP; ADDS && tile < share.to; tile += ROW_WARPS) {
+            add_segments<SPLIT>(task, block.group, tile, __int_as_float(0x7fc00000), 0.0f);
         }
+        return;
     }
+    const int held = SPLIT > 1 ? task.held : task.inputs;
+    RowProduct<KIND, Own> product(own, task.slots, task.inputs, held, product_space(task, shared));
+    if constexpr (Own::X_THERE) product.input.row = x;
+    product.run({share.from, share.to});
+}
+
+constexpr int ROUTED_GROUPS = 2;   // of four columns of a thread: for up to 4096 inputs
+
+// Gate and up behind the norm and the choice of the experts, by routers of type W: every block does that for
+// itself, so that it has x and asks for weights one launch sooner. The last one leaves it in memory.
+template <typename W>
+__device__ __forceinline__ void routed_row(const ExpertsTask& task, const routing::RouterTask& router) {
+    extern __shared__ __align__(1024) char shared[];
+    typedef SegmentTask<false, 1, ROUTED_GROUPS> Own;
+    typedef typename RowInput<KIND_EXL2, Own>::Row Row;
+    static_assert(Row::LOADS == ROUTED_GROUPS, "a thread has the columns of x that it loads");
+    const routing::Columns<W, ROUTED_GROUPS> columns(router);
+    Own& own = *reinterpret_cast<Own*>(shared);
+    const Block block(task, 1);
+    own.begin(task, block.s, 1);
+    const Experts experts = stage_descriptors<true>(task, shared + TASK_BYTES);
+    prefetch_permutations(task, experts, block.share);
+    char* space = product_space(task, shared);
+    // Where the product's sums will be.
+    routing::Sums& sums = *reinterpret_cast<routing::Sums*>(space);
+    Row x;
+    x.inputs = task.inputs;
+    pdl_wait();
+#pragma unroll
+    for (int g = 0; g < ROUTED_GROUPS; ++g) x.values[g] = x.value(router.x, columns.first(g));
+    columns.add_up(sums, x.values);
+    __syncthreads();
+    const float factor = routing::factor_of(router, sums), logit = sums.dot() * factor;
+    const int expert = __shfl_sync(
+        FULL_MASK, choose<false>(logit, router.experts, router.top_k, 0.0f).id, block.s);
+    const bool there = own.take(task, expert, experts);
+    columns.normalize(x.values, factor);
+    const bool leaves = blockIdx.x == gridDim.x - 1;
+    if (leaves && threadIdx.x < WARP) {
+        routing::decide(router, logit);
+        __threadfence();
+    }
+    // What follows may rely on the ids. The first thread of a block to call lets it begin.
+    if (!leaves || threadIdx.x < WARP) pdl_launch();
+    if (leaves) columns.store(router, x.values);
+    __syncthreads();
+    if (!there) return;
+    RowProduct<KIND_EXL2, Own> product(own, task.slots, task.inputs, task.inputs, space);
+    product.input.row = x;
+    product.run({block.share.from, block.share.to});
 }
 
 }  // namespace
@@ -120,3 +189,12 @@ ENTRY(exl_moe_row1_exl2, KIND_EXL2, false, 1)
 ENTRY(exl_moe_row1_gptq, KIND_GPTQ, false, 1)
 ENTRY(exl_moe_row1_add_exl2, KIND_EXL2, true, 1)
 ENTRY(exl_moe_row1_add_split_exl2, KIND_EXL2, true, 4)
+
+#define ENTRY_ROUTED(NAME, W)                                                                      \
+    extern "C" __global__ void __launch_bounds__(ROW_WARPS* WARP, 1)                              \
+        NAME(const __grid_constant__ ExpertsTask task,                                             \
+             const __grid_constant__ routing::RouterTask router) {                                 \
+        routed_row<W>(task, router);                                                               \
+    }
+ENTRY_ROUTED(exl_moe_row1_routed_f16, __half)
+ENTRY_ROUTED(exl_moe_row1_routed_bf16, __nv_bfloat16)

@@ -17,7 +17,7 @@ struct ExpertsTask {
     float* out;                    // [slots, n]
     const float* weights;          // one row, down: [segments]
     const float* residual;         // [n], or 0; may be `sum`
-    float* sum;                    // [n]; 0: nothing is added up
+    float* sum;                    // [n]; 0: nothing is added up, or by the launch behind (sum_norm.cu)
     u32* counters;                 // of each column tile
     float* ordered;                // one row, or 0: the outputs of gate and up once more, [segments, n], in the
                                    // order of down's matrices, which down reads instead of x
@@ -42,14 +42,15 @@ struct ExpertsTask {
 };
 
 // Stores part of an output of one row: a segment's, or what one of the SPLIT thread blocks that divide its rows
-// has of it. Whoever comes last of those of a column tile adds them, in their order, and the residual. By a
-// whole warp.
+// has of it. Whoever comes last of those of a column tile adds them, in their order, and the residual of the lane's
+// column. By a whole warp.
 template <int SPLIT>
-__device__ __forceinline__ void add_segments(const ExpertsTask& task, int part, int tile, int lane,
-                                             float s) {
-    const int column = tile * 32 + lane;
+__device__ __forceinline__ void add_segments(const ExpertsTask& task, int part, int tile, float s,
+                                             float residual) {
+    const int lane = threadIdx.x % WARP, column = tile * 32 + lane;
     const bool inside = column < task.n;
     if (inside) task.out[(long long)part * task.n + column] = s;
+    if (!task.sum) return;
     __threadfence();
     __syncwarp();
     u32 before = 0;
@@ -60,15 +61,28 @@ __device__ __forceinline__ void add_segments(const ExpertsTask& task, int part, 
     if (lane == 0) task.counters[tile] = 0;
     if (!inside) return;
     float sum = 0.0f;
+    // Two at a time: this is all latency.
 #pragma unroll 1
-    for (int j = 0; j < task.segments; ++j) {
-        const float* own = task.out + (long long)j * SPLIT * task.n + column;
-        float output = __ldcg(own);
+    for (int from = 0; from < task.segments; from += 2) {
+        float weight[2], part[2][SPLIT];
 #pragma unroll
-        for (int r = 1; r < SPLIT; ++r) output += __ldcg(own + (long long)r * task.n);
-        sum = fmaf(task.weights[j], output, sum);
+        for (int i = 0; i < 2; ++i) {
+            if (from + i >= task.segments) break;
+            const float* own = task.out + (long long)(from + i) * SPLIT * task.n + column;
+#pragma unroll
+            for (int r = 0; r < SPLIT; ++r) part[i][r] = __ldcg(own + (long long)r * task.n);
+            weight[i] = task.weights[from + i];
+        }
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            if (from + i >= task.segments) break;
+            float output = part[i][0];
+#pragma unroll
+            for (int r = 1; r < SPLIT; ++r) output += part[i][r];
+            sum = fmaf(weight[i], output, sum);
+        }
     }
-    task.sum[column] = sum + (task.residual ? task.residual[column] : 0.0f);
+    task.sum[column] = sum + residual;
 }
 
 // Where the matrices of a layer's experts are described: their table in device memory, or copies of all
@@ -87,15 +101,34 @@ struct Experts {
     }
 };
 
+// Two matrices, by where their descriptors lie in shared memory.
+struct Matrices {
+    int at[2];
+
+    __device__ __forceinline__ const QMatrix& operator[](int i) const {
+        extern __shared__ __align__(1024) char shared[];
+        return *reinterpret_cast<const QMatrix*>(shared + at[i]);
+    }
+    __device__ __forceinline__ static int place(const void* p) {
+        return smem_address(p) - smem_address(start());
+    }
+    __device__ __forceinline__ static const void* start() {
+        extern __shared__ __align__(1024) char shared[];
+        return shared;
+    }
+};
+
 // What a thread block computes of a segment: in shared memory, in the form that the products of few rows
 // take (Task). ADDS: the outputs of the segments are added up; SPLIT thread blocks divide the rows.
-template <bool ADDS, int SPLIT_BLOCKS = 1>
+// LOADS: of x, that overlap.
+template <bool ADDS, int SPLIT_BLOCKS = 1, int LOADS = 3>
 struct SegmentTask {
-    static constexpr int MOST = 2, ROUNDS = 3, SPLIT = SPLIT_BLOCKS;
+    static constexpr int MOST = 2, ROUNDS = LOADS, SPLIT = SPLIT_BLOCKS;
     // Gate and up: as the experts are known, what they multiply is; and their outputs may go to two places.
     static constexpr bool X_THERE = !ADDS;
 
-    QMatrix matrix[MOST];      // gate and up, or one and none
+    Matrices matrix;           // gate and up, or one and none
+    QMatrix copy[MOST];        // of what is not staged
     const float* x;            // one row
     const char* blocks[MOST];  // several rows, by order
     const ExpertsTask* whole;
@@ -106,66 +139,76 @@ struct SegmentTask {
     int slot[16];              // of each row
     const u32* inverse;        // one row, or 0: of Experts
 
-    // Where the product that follows has a column of this one's output.
-    __device__ __forceinline__ u32 place(int index, int column) const {
-        if (ADDS) return 0;
+    // As those of Task. `place`: where the product that follows has a column of this one's output.
+    struct Known {
+        u32 place;
+        float residual;
+    };
+    __device__ __forceinline__ Known known(int, int index, int column) const {
         column += index * 32;
-        return inverse && column < whole->n ? inverse[column] : column;
+        Known known = {u32(column), 0.0f};
+        if (column >= whole->n) return known;
+        if (!ADDS && inverse) known.place = inverse[column];
+        if (ADDS && whole->residual) known.residual = whole->residual[column];
+        return known;
     }
-
-    // `place`: of the column.
     __device__ __forceinline__ void finish(int r, int index, int column, float s, float up,
-                                           u32 place = 0) const {
+                                           const Known& known) const {
         const Epilogue e = {whole->out, nullptr, nullptr, whole->n, 0};
         if (gated) {
-            const float v = finish_gated(e, e, whole->act, slot[r], index * 32 + column, s, up);
+            const float v = finish_gated(e, whole->act, slot[r], index * 32 + column, s, up, {});
             if (!ADDS && whole->ordered && index * 32 + column < e.n) {
-                whole->ordered[(long long)slot[r] * e.n + place] = v;
+                whole->ordered[(long long)slot[r] * e.n + known.place] = v;
             }
         } else if (ADDS) {
-            add_segments<SPLIT>(*whole, slot[r] * SPLIT + rank, index, column, s);
+            add_segments<SPLIT>(*whole, slot[r] * SPLIT + rank, index, s, known.residual);
         } else {
-            finish_linear(e, slot[r], index * 32 + column, s);
+            finish_linear(e, slot[r], index * 32 + column, s, {});
         }
     }
 
-    // Fills the struct for a segment, unless it is another kernel's. By the whole block, behind a
-    // barrier; another one must follow.
-    __device__ __forceinline__ bool take(const ExpertsTask& task, const Segment& s,
-                                         const Experts& experts, int split_rank = 0) {
+    // Fills what does not depend on the expert: `count` sorted slots from `first` on, of one row slot `first`. By
+    // the whole block; a barrier must follow.
+    __device__ __forceinline__ void begin(const ExpertsTask& task, int first, int count,
+                                          int split_rank = 0) {
+        if (!task.ids && int(threadIdx.x) < count) slot[threadIdx.x] = task.sorted.slots[first + threadIdx.x];
+        if (threadIdx.x != blockDim.x - 1) return;
+        if (task.ids) slot[0] = first;
+        const float* from = ADDS && task.ordered ? task.ordered : task.x;
+        x = from + (task.by_slot ? (long long)first * task.inputs : 0);
+        blocks[0] = task.blocks + (long long)first * task.row_bytes;
+        blocks[1] = blocks[0] + task.part_bytes;
+        whole = &task;
+        rows = count;
+        inputs = task.inputs;
+        slots = task.slots;
+        gated = task.gated;
+        streams = task.streams;
+        order[0] = order[2] = order[3] = 0;
+        rank = split_rank;
+        // Where there is one part, the other has no columns.
+        if (!task.gated) copy[1].columns = 0;
+    }
+    // Fills the rest, unless the expert is another kernel's. By the whole block, behind a barrier; another one
+    // must follow.
+    __device__ __forceinline__ bool take(const ExpertsTask& task, int expert, const Experts& experts) {
         constexpr int WORDS = sizeof(QMatrix) / 8;
-        if (u32(s.expert) >= u32(task.experts)) return false;
-        const QMatrix* first = experts.of(s.expert, 0);
+        if (u32(expert) >= u32(task.experts)) return false;
+        const QMatrix* first = experts.of(expert, 0);
         if (!first) return false;
-        for (int i = threadIdx.x; i < experts.parts * WORDS; i += blockDim.x) {
-            const QMatrix* from = i < WORDS ? first : experts.of(s.expert, 1);
-            reinterpret_cast<u64*>(&matrix[i / WORDS])[i % WORDS] =
+        for (int i = threadIdx.x; !experts.staged && i < experts.parts * WORDS; i += blockDim.x) {
+            const QMatrix* from = i < WORDS ? first : experts.of(expert, 1);
+            reinterpret_cast<u64*>(&copy[i / WORDS])[i % WORDS] =
                 reinterpret_cast<const u64*>(from)[i % WORDS];
         }
-        if (s.rows == 1 && task.ids) {
-            if (threadIdx.x == 0) slot[0] = s.first;
-        } else if (int(threadIdx.x) < s.rows) {
-            slot[threadIdx.x] = task.sorted.slots[s.first + threadIdx.x];
-        }
         if (threadIdx.x == blockDim.x - 1) {
-            if (experts.parts == 1) matrix[1].columns = 0;
-            const bool apart = experts.parts == 2 && first->perm != experts.of(s.expert, 1)->perm;
-            const float* from = ADDS && task.ordered ? task.ordered : task.x;
-            x = from + (task.by_slot ? (long long)s.first * task.inputs : 0);
-            inverse = experts.inverses ? experts.inverses[s.expert] : nullptr;
-            blocks[0] = task.blocks + (long long)s.first * task.row_bytes;
-            blocks[1] = blocks[0] + task.part_bytes;
-            whole = &task;
-            rows = s.rows;
-            inputs = task.inputs;
-            slots = task.slots;
-            gated = task.gated;
-            streams = task.streams;
+            const QMatrix* own = experts.staged ? first : copy;
+            const bool both = experts.parts == 2;
+            matrix = {Matrices::place(own), Matrices::place(both ? own + 1 : copy + 1)};
+            const bool apart = both && first->perm != experts.of(expert, 1)->perm;
             orders = apart ? 2 : 1;
-            order[0] = 0;
             order[1] = apart ? 1 : 0;
-            order[2] = order[3] = 0;
-            rank = split_rank;
+            inverse = experts.inverses ? experts.inverses[expert] : nullptr;
         }
         return true;
     }
@@ -173,6 +216,6 @@ struct SegmentTask {
 
 // Bytes of shared memory before what a product uses (lower/moe/few.rs: TASK_BYTES).
 constexpr int TASK_BYTES = 1024;
-// Of experts whose descriptors are staged, at most (lower/moe/few.rs: MOST_STAGED).
-constexpr int MOST_ORDERED = 32;
-static_assert(sizeof(SegmentTask<true>) + 8 * MOST_ORDERED <= TASK_BYTES, "both fit");
+// Descriptors that are staged, at most (lower/moe/few.rs: MOST_STAGED).
+constexpr int MOST_STAGED = 32;
+static_assert(sizeof(SegmentTask<true>) + 8 * MOST_STAGED <= TASK_BYTES, "both fit");

@@ -83,3 +83,9 @@ __device__ __forceinline__ float block_sum(float v) {
 __device__ __forceinline__ float factor_of(float sum, int dim, float eps) {
     return 1.0f / sqrtf(sum / float(dim) + eps);
 }
+
+// Four normalised values.
+__device__ __forceinline__ float4 scaled(float4 v, float factor, float4 w, float offset) {
+    return make_float4(v.x * factor * (w.x + offset), v.y * factor * (w.y + offset),
+                       v.z * factor * (w.z + offset), v.w * factor * (w.w + offset));
+}

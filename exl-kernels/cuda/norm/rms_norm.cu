@@ -9,11 +9,6 @@
 
 namespace {
 
-__device__ __forceinline__ float4 scaled(float4 v, float factor, float4 w, float offset) {
-    return make_float4(v.x * factor * (w.x + offset), v.y * factor * (w.y + offset),
-                       v.z * factor * (w.z + offset), v.w * factor * (w.w + offset));
-}
-
 template <int STRIDE, int V>
 __device__ __forceinline__ float load_row(float4 (&v)[V], const float* row, int at, int vectors) {
     load_vectors<STRIDE>(v, row, at, vectors);

@@ -127,11 +127,12 @@ __device__ __forceinline__ void few_rows(const T& task, const Turn& mine, char* 
 
         const int stride = rows * 32;   // between the sums of warps
         for (int i = warp; i < (turn.to - turn.from) * rows; i += warps) {
-            const int j = i / rows, r = i % rows;
+            const int j = i / rows, r = i % rows, tile = turn.from + j;
+            const auto known = task.known(r, tile, walk.lane);
             const float* at = sums + j * (task.gated ? 2 : 1) * warps * stride + r * 32 + walk.lane;
             const float s = add_up<warps>(at, stride);
             const float up = task.gated ? add_up<warps>(at + warps * stride, stride) : 0.0f;
-            task.finish(r, turn.from + j, walk.lane, s, up);
+            task.finish(r, tile, walk.lane, s, up, known);
         }
         if (turn.to < mine.to) __syncthreads();
     }

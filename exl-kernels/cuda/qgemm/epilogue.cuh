@@ -33,21 +33,44 @@ __device__ __forceinline__ float activate(float v, int act) {
     return 0.5f * v * (1.0f + erff(v * 0.7071067811865476f));
 }
 
-__device__ __forceinline__ void finish_linear(const Epilogue& e, int row, int column, float s) {
-    if (column >= e.n) return;
-    long long at = (long long)row * e.n + column;
-    float v = s + bias_at(e.bias, e.bias_type, column);
-    if (e.add) v += e.add[at];
-    e.out[at] = v;
+// What is added to a sum, which can be loaded before the sum is known: the bias, and what the output is added to;
+// of gate and up the biases of both.
+struct Addends {
+    float bias, other;
+};
+
+__device__ __forceinline__ Addends addends_of(const Epilogue& e, int row, int column) {
+    if (column >= e.n) return {};
+    const float other = e.add ? e.add[(long long)row * e.n + column] : 0.0f;
+    return {bias_at(e.bias, e.bias_type, column), other};
+}
+// `other` as in finish_gated.
+__device__ __forceinline__ Addends addends_of(const Epilogue& e, const Epilogue& other, int column) {
+    if (column >= e.n) return {};
+    return {bias_at(e.bias, e.bias_type, column), bias_at(other.bias, other.bias_type, column)};
 }
 
-// `e` is the gate's; `up` has the bias of the other branch. Returns the output.
-__device__ __forceinline__ float finish_gated(const Epilogue& e, const Epilogue& other, int act,
-                                              int row, int column, float gate, float up) {
+__device__ __forceinline__ void finish_linear(const Epilogue& e, int row, int column, float s,
+                                              const Addends& addends) {
+    if (column >= e.n) return;
+    float v = s + addends.bias;
+    if (e.add) v += addends.other;
+    e.out[(long long)row * e.n + column] = v;
+}
+__device__ __forceinline__ void finish_linear(const Epilogue& e, int row, int column, float s) {
+    finish_linear(e, row, column, s, addends_of(e, row, column));
+}
+
+// Returns the output.
+__device__ __forceinline__ float finish_gated(const Epilogue& e, int act, int row, int column,
+                                              float gate, float up, const Addends& biases) {
     if (column >= e.n) return 0.0f;
-    gate += bias_at(e.bias, e.bias_type, column);
-    up += bias_at(other.bias, other.bias_type, column);
-    return e.out[(long long)row * e.n + column] = activate(gate, act) * up;
+    return e.out[(long long)row * e.n + column] = activate(gate + biases.bias, act) * (up + biases.other);
+}
+// `e` is the gate's; `other` has the bias of the other branch.
+__device__ __forceinline__ void finish_gated(const Epilogue& e, const Epilogue& other, int act,
+                                             int row, int column, float gate, float up) {
+    finish_gated(e, act, row, column, gate, up, addends_of(e, other, column));
 }
 
 // Four columns from `column` on, a multiple of four. Where a row of the output has a multiple of four

@@ -32,6 +32,13 @@ struct Quantized {
     int sum;
 };
 
+// 1 / x within a unit in the last place, by one instruction.
+__device__ __forceinline__ float reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 // One warp rounds up to 128 values to 16-bit integers with a common scale. Values beyond the input
 // are 0. Anything that is not finite makes the scale so. Every thread block of a product does this for
 // all of x, so instructions count here.
@@ -45,7 +52,7 @@ __device__ __forceinline__ Quantized quantize_chunk(const float (&v)[4]) {
     Quantized q;
     // 127 * 256 + 127: what the two bytes can hold on both sides of 0.
     q.scale = most * (1.0f / 32639.0f);
-    float inverse = 32639.0f * __frcp_rn(most);
+    float inverse = 32639.0f * reciprocal(most);
     if (most < 1e-30f) inverse = q.scale = 0.0f;   // its inverse might overflow: as good as 0
     if (bits >= 0x7f800000u) q.scale = __int_as_float(0x7fc00000);
     // The sum with 1.5 2^23 has the rounded integer in its low bits.
@@ -91,6 +98,8 @@ constexpr int ROW_CHUNK = 512;   // bytes of the floats of a chunk
 // until places are known.
 template <int ROUNDS, bool KEEPS>
 struct RowStage {
+    static constexpr int LOADS = ROUNDS;
+
     int inputs;
     uint4 first[ROUNDS];   // places of the first features, known before x is
     float4 values[KEEPS ? ROUNDS : 1];

@@ -100,22 +100,23 @@ struct RowProduct {
           sums(reinterpret_cast<float*>(shared)),
           ring(shared + slots * OWN * 128 + warp * R::BYTES, lane),
           input(task, inputs, held, shared + slots * OWN * 128 + ROW_WARPS * R::BYTES + ZEROS),
-          way(task, warp), supply(way) {
+          supply(task) {
         char* zeros = shared + slots * OWN * 128 + ROW_WARPS * R::BYTES;
         if (threadIdx.x < ZEROS / 16) reinterpret_cast<uint4*>(zeros)[threadIdx.x] = uint4{};
         walk.lane = lane;
         walk.zero = zeros;
     }
 
-    // Adds up and stores the tiles of a turn. `place`: of the lane's column of the warp's first. By the whole block.
-    __device__ __forceinline__ void finish(const Turn& turn, u32 place) const {
+    typedef typename T::Known Known;
+    // Adds up and stores the tiles of a turn. `known`: of the lane's column of the warp's first. By the whole block.
+    __device__ __forceinline__ void finish(const Turn& turn, Known known) const {
         constexpr int HALF = OWN / 2;
         for (int j = warp; j < turn.to - turn.from; j += ROW_WARPS) {
-            if (j != warp) place = task.place(turn.from + j, lane);
+            if (j != warp) known = task.known(0, turn.from + j, lane);
             const float* at = sums + j * OWN * 32 + lane;
             float s = add_up_row<HALF>(at), up = add_up_row<HALF>(at + HALF * 32);
             if (!task.gated) s += up;
-            task.finish(0, turn.from + j, lane, s, up, place);
+            task.finish(0, turn.from + j, lane, s, up, known);
         }
     }
     // Column tiles `mine` of all parts.
@@ -125,9 +126,9 @@ struct RowProduct {
             const Turn turn = {from, min(from + task.slots, mine.to)};
             if (from == mine.from) input.prepare();
             // The first copies start before x is there. Who uses them begins where who asks for them does.
-            supply.start(turn);
+            supply.start(turn, warp);
             bool more = supply.tiles > 0;
-            way.follow(supply.way);
+            way = supply.way;
 #pragma unroll 1
             for (u32 i = 0, slot = at.slot; i < R::SLOTS; ++i) {
                 supply.ask(ring, slot);
@@ -141,28 +142,37 @@ struct RowProduct {
             } else {
                 __syncthreads();
             }
-            for (; more; more = way.next()) {
-                walk.m = &task.matrix[way.part];
-                walk.sums = sums + way.tiles.step * 32;
+            for (; more; more = way.next(task, supply.path)) {
+                walk.m = &task.matrix[way.leg.part];
+                walk.sums = sums + way.leg.sums * 32;
                 walk.step = T::SPLIT * OWN * 32;
-                input.point(walk, way.part);
-                walk.run(way, supply, ring, at);
+                input.point(walk, way.leg.part);
+                walk.run(way.leg, supply, ring, at);
             }
-            // Known before the sums are.
-            const bool finishes = warp < turn.to - turn.from;
-            const u32 place = finishes ? task.place(turn.from + warp, lane) : 0;
+            Known known = {};
+            if (warp < turn.to - turn.from) known = task.known(0, turn.from + warp, lane);
             __syncthreads();
-            finish(turn, place);
+            finish(turn, known);
             if (turn.to < mine.to) __syncthreads();
         }
     }
 };
 
+// Bytes of shared memory for the task (lower/linear/few/config.rs: TASK_BYTES).
+constexpr int ROW_TASK_BYTES = 1024;
+static_assert(sizeof(Task) <= ROW_TASK_BYTES, "it fits");
+
 template <int KIND, typename R>
 __device__ __forceinline__ void multiply_row(const Task& task) {
     extern __shared__ __align__(1024) char shared[];
     pdl_launch();
-    RowProduct<KIND, Task, R> product(task, task.slots, task.inputs, task.inputs, shared);
+    // Lanes look up different parts of it, and later it would be loaded behind the weights.
+    Task& own = *reinterpret_cast<Task*>(shared);
+    for (int i = threadIdx.x; i < int(sizeof(Task) / 8); i += blockDim.x) {
+        reinterpret_cast<u64*>(&own)[i] = reinterpret_cast<const u64*>(&task)[i];
+    }
+    __syncthreads();
+    RowProduct<KIND, Task, R> product(own, task.slots, task.inputs, task.inputs, shared + ROW_TASK_BYTES);
     // The thread block's tiles are consecutive, so that most belong to one matrix.
     product.run(Turn::of(blockIdx.x, task.tiles, task.each, gridDim.x));
 }

@@ -7,14 +7,24 @@
 
 #include "qgemm/row_walk.cuh"
 
-// The blocks of a chunk, at most X_CHUNK_BLOCKS of one run.
+// The same in all lanes, and known to be.
+__device__ __forceinline__ int uniform(int v) { return __shfl_sync(FULL_MASK, v, 0); }
+
+// The number of the first chunk that blocks from `block` on belong to. By a whole warp.
+__device__ __forceinline__ int own_chunk_at(const QMatrix& m, int block) {
+    const int lane = threadIdx.x % WARP;
+    const int r = __popc(__ballot_sync(FULL_MASK, lane < RUNS && lane < m.runs && block >= m.run[lane].end));
+    return uniform(own_chunk_of(m.run[r], block));
+}
+
+// The blocks of a chunk, at most X_CHUNK_BLOCKS of one run. By a whole warp.
 struct OwnChunk {
     int first, end;
 
     __device__ __forceinline__ OwnChunk(const QMatrix& m, int chunk) {
-        int r = 0;
-#pragma unroll 1
-        while (r + 1 < m.runs && chunk >= m.run[r + 1].chunk) ++r;
+        const int lane = threadIdx.x % WARP;
+        const int r = __popc(__ballot_sync(
+            FULL_MASK, lane > 0 && lane < RUNS && lane < m.runs && chunk >= m.run[lane].chunk));
         first = m.run[r].first + X_CHUNK_BLOCKS * (chunk - m.run[r].chunk);
         end = min(first + X_CHUNK_BLOCKS, int(m.run[r].end));
     }
@@ -31,13 +41,14 @@ struct RowSlice {
         int k, to;
         uint4 features;
     };
+    int warp;
     int from;                  // block
     int chunk, chunks;         // the first one, and how many
     bool ordered;              // x is in the order of the matrix
     Columns first[ROUNDS];     // of the first rounds
 
     __device__ __forceinline__ int index(int round) const {
-        return round * (blockDim.x / WARP) + threadIdx.x / WARP;
+        return round * (blockDim.x / WARP) + warp;
     }
     __device__ __forceinline__ Columns columns(const QMatrix& m, int round) const {
         if (index(round) >= chunks) return {};
@@ -47,11 +58,12 @@ struct RowSlice {
     }
     __device__ __forceinline__ void prepare(const QMatrix& m, int begin, int end, bool in_order) {
         ordered = in_order;
+        warp = uniform(threadIdx.x / WARP);
         from = begin;
         chunk = chunks = 0;
         if (begin < end) {
-            chunk = own_chunk_of(run_of(m, begin), begin);
-            chunks = own_chunk_of(run_of(m, end - 1), end - 1) + 1 - chunk;
+            chunk = own_chunk_at(m, begin);
+            chunks = own_chunk_at(m, end - 1) + 1 - chunk;
         }
 #pragma unroll
         for (int i = 0; i < ROUNDS; ++i) first[i] = columns(m, i);
@@ -110,12 +122,12 @@ struct SliceInput {
         walk.x = base - row.from * X_ROW + x_place(walk.lane);
         walk.scales = scales() - row.chunk;
     }
-    // As those of RowInput.
-    __device__ __forceinline__ void prepare() {
-        const u16* shares = task.matrix[0].shares + task.rank * SPLIT_SHARES<T>;
-        row.prepare(task.matrix[0], shares[0], shares[SPLIT_SHARES<T>], task.whole->ordered);
-    }
+    // As those of RowInput. Weights are asked for first: where x is in order, nothing else has to be loaded.
+    __device__ __forceinline__ void prepare() {}
     __device__ __forceinline__ void stage() {
+        const u16* shares = task.matrix[0].shares + task.rank * SPLIT_SHARES<T>;
+        row.prepare(task.matrix[0], uniform(shares[0]), uniform(shares[SPLIT_SHARES<T>]),
+                    uniform(task.whole->ordered != nullptr));
         // Every run may end with a part of a chunk (lower/moe/few.rs).
         const int scale_bytes = round_16(4 * (held / (32 * X_CHUNK_BLOCKS) + RUNS));
         float* all = reinterpret_cast<float*>(base + 2 * held + scale_bytes);

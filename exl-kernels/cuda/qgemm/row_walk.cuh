@@ -36,81 +36,114 @@ constexpr int SPLIT_SHARES = SHARES / T::SPLIT;
 template <typename T>
 constexpr bool own_chunks = T::SPLIT > 1;
 
-// A warp's blocks in all parts of a turn, one Fold after the other.
+// What a warp does without a change of width or fold: blocks of a run in column tiles `column`, + T::SPLIT ... of a
+// part. Their sums begin at `sums`.
+struct Leg {
+    int part, column, tiles, sums;
+    Fold fold;
+};
+
+// What a warp does in a turn: lane part * RUNS + run knows what it has of that run. So this is found out at once for
+// all of them, and in few instructions, which every warp has to go through before it asks for weights.
 //
 // A warp has one share of the rows of all tiles; where there are more warps than shares (SPLIT) they take turns
 // at the tiles. Of gate and up a warp has one, and two shares of it, so that what is done once for a tile and
 // share is done half as often. Shares are whole chunks and not equally long, the first ones, which have more
-// bits, often the longest: so for half of the tiles a warp has two of the first, for the others two of the last.
+// bits, often the longest: so for half of the tiles a warp has two of the first, for the others two of the last,
+// which count as parts here.
 //
-// Tiles::step is where sums are: slot of the tile in the turn * SPLIT_SHARES + place of the share.
+// Sums of a tile are at its slot in the turn * SPLIT_SHARES + place of the share.
+template <typename T>
+struct Path {
+    static constexpr int OWN = SPLIT_SHARES<T>, HALF = SHARES / 2;
+    static_assert(T::MOST * RUNS <= WARP && 2 * RUNS <= WARP, "a lane for each");
+
+    u32 blocks;   // of the lane: the first block, and 2^16 times their number
+    u32 how;      // part, run, fold: eight bits each
+    u32 tiles;    // the first column tile, and 2^16 times their number
+    u32 sums;
+    u32 there;    // lanes that have any
+
+    __device__ __forceinline__ void find(const T& task, const Turn& turn, int warp) {
+        const int lane = threadIdx.x % WARP, index = lane / RUNS, r = lane % RUNS;
+        int part = index, column, count, slot, from, to;
+        if (task.gated) {
+            const int all = turn.to - turn.from, half = (all + 1) / 2;
+            const int share = index == 0 ? warp % HALF : HALF - 1 - warp % HALF;
+            part = warp / HALF;
+            slot = index == 0 ? 0 : half;
+            column = turn.from + slot;
+            count = index == 0 ? half : all - half;
+            if (index > 1) count = 0;
+            slot = slot * OWN + part * HALF + share;
+            from = 2 * share;
+            to = from + 2;
+        } else {
+            int before = 0;
+#pragma unroll
+            for (int p = 0; p + 1 < T::MOST; ++p) before += p < part ? task.matrix[p].columns : 0;
+            if (part >= T::MOST) part = 0;
+            Tiles own = turn.tiles(before, index < T::MOST ? task.matrix[part].columns : 0);
+            from = warp;
+            if constexpr (T::SPLIT > 1) {
+                const int side = warp / OWN;
+                from = task.rank * OWN + warp % OWN;
+                own.column += side;
+                own.step += side;
+                own.count = (own.count - side + T::SPLIT - 1) / T::SPLIT;
+            }
+            to = from + 1;
+            column = own.column;
+            count = own.count;
+            slot = own.step * OWN + warp % OWN;
+        }
+        const QMatrix& m = task.matrix[part];
+        const Run run = m.run[r];
+        const int first = max(m.shares[from], run.first), end = min(m.shares[to], run.end);
+        const bool has = count > 0 && r < m.runs && first < end;
+        blocks = first | (end - first) << 16;
+        how = part | r << 8 | (own_chunks<T> ? run.own_fold : run.fold) << 16;
+        tiles = column | count << 16;
+        sums = slot;
+        there = __ballot_sync(FULL_MASK, has);
+    }
+};
+
+// Where in a path one is. Of a run whole folds come first, then the blocks that are left, one by one.
 template <typename T>
 struct Way {
-    static constexpr int OWN = SPLIT_SHARES<T>, HALF = SHARES / 2;
+    u32 left;    // lanes of the path whose legs come
+    bool rest;   // whole folds of the first one have been
+    Leg leg;
 
-    const T& task;
-    Turn turn;
-    int warp;
-    int part, first;   // and the part's first tile; of gate and up: the first of the next tiles
-    Tiles tiles;
-    Cursor cursor;
-    Fold fold;
-
-    __device__ __forceinline__ Way(const T& task, int warp) : task(task), warp(warp) {}
-
-    __device__ __forceinline__ void start(const Turn& at) {
-        turn = at;
-        part = -1;
-        first = task.gated ? turn.from : 0;
-        cursor = {};
+    __device__ __forceinline__ void start(const Path<T>& path) {
+        left = path.there;
+        rest = false;
     }
-    // To where another one is.
-    __device__ __forceinline__ void follow(const Way& other) {
-        turn = other.turn;
-        part = other.part;
-        first = other.first;
-        tiles = other.tiles;
-        cursor = other.cursor;
-        fold = other.fold;
-    }
-    // To the next fold, if there is one.
-    __device__ __forceinline__ bool next() {
-        while (cursor.at >= cursor.end) {
-            if (!(task.gated ? enter_pair() : enter_part())) return false;
+    // To the next leg, if there is one.
+    __device__ __forceinline__ bool next(const T& task, const Path<T>& path) {
+        if (left == 0) return false;
+        const int lane = __ffs(left) - 1;
+        const u32 blocks = __shfl_sync(FULL_MASK, path.blocks, lane);
+        const u32 how = __shfl_sync(FULL_MASK, path.how, lane);
+        const u32 tiles = __shfl_sync(FULL_MASK, path.tiles, lane);
+        leg.sums = __shfl_sync(FULL_MASK, path.sums, lane);
+        leg.part = how & 0xff;
+        leg.column = tiles & 0xffff;
+        leg.tiles = tiles >> 16;
+        Fold& fold = leg.fold;
+        fold.run = task.matrix[leg.part].run[how >> 8 & 0xff];
+        fold.first = blocks & 0xffff;
+        fold.fold = how >> 16;
+        const int count = blocks >> 16, whole = count & -fold.fold;
+        fold.count = whole;
+        if (rest || whole == 0) {
+            fold.first += whole;
+            fold.count = count - whole;
+            fold.fold = 1;
         }
-        fold = cursor.template next<own_chunks<T>>();
-        return true;
-    }
-    // To the next half of the tiles, of gate or up.
-    __device__ __forceinline__ bool enter_pair() {
-        const int left = turn.to - first;
-        if (left <= 0) return false;
-        const bool begins = part < 0;
-        part = warp / HALF;
-        const QMatrix& m = task.matrix[part];
-        const int share = begins ? warp % HALF : HALF - 1 - warp % HALF;
-        const int count = begins ? (left + 1) / 2 : left;
-        tiles = {first, count, 1, nullptr, (first - turn.from) * OWN + part * HALF + share};
-        cursor.enter(m, m.shares[2 * share], m.shares[2 * share + 2]);
-        first += count;
-        return true;
-    }
-    // To the tiles of the next part.
-    __device__ __forceinline__ bool enter_part() {
-        if (part >= 0) first += task.matrix[part].columns;
-        if (++part == T::MOST) return false;
-        const QMatrix& m = task.matrix[part];
-        tiles = turn.tiles(first, m.columns);
-        int share = warp;
-        if constexpr (T::SPLIT > 1) {
-            const int side = warp / OWN;
-            share = task.rank * OWN + warp % OWN;
-            tiles.column += side;
-            tiles.step += side;
-            tiles.count = (tiles.count - side + T::SPLIT - 1) / T::SPLIT;
-        }
-        tiles.step = tiles.step * OWN + warp % OWN;
-        if (tiles.count > 0) cursor.enter(m, m.shares[share], m.shares[share + 1]);
+        rest = !rest && whole > 0 && whole < count;
+        if (!rest) left &= left - 1;
         return true;
     }
 };
@@ -118,6 +151,8 @@ struct Way {
 // Asks for the units of a way, which go through a ring R.
 template <typename T, typename R>
 struct Supply {
+    const T& task;
+    Path<T> path;
     Way<T> way;
     const char* at;
     u64 next_tile;   // from a tile's last unit to the next one's first
@@ -125,21 +160,22 @@ struct Supply {
     u32 unit, bytes;   // blocks of a unit, bytes of a block
     int tiles;         // 0: nothing is left
 
-    __device__ __forceinline__ explicit Supply(const Way<T>& way) : way(way), tiles(0) {}
+    __device__ __forceinline__ explicit Supply(const T& task) : task(task), tiles(0) {}
 
-    __device__ __forceinline__ void start(const Turn& turn) {
-        way.start(turn);
+    __device__ __forceinline__ void start(const Turn& turn, int warp) {
+        path.find(task, turn, warp);
+        way.start(path);
         enter();
     }
     __device__ __forceinline__ void enter() {
-        if (!way.next()) return;
-        const Run& run = way.fold.run;
-        const QMatrix& m = way.task.matrix[way.part];
-        bytes = 128 * run.bits;
-        unit = row_unit<R>(run.bits);
-        left = count = way.fold.count;
-        tiles = way.tiles.count;
-        at = m.tiles + m.column_bytes * way.tiles.column + offset_of(run, way.fold.first);
+        if (!way.next(task, path)) return;
+        const Fold& fold = way.leg.fold;
+        const QMatrix& m = task.matrix[way.leg.part];
+        bytes = 128 * fold.run.bits;
+        unit = row_unit<R>(fold.run.bits);
+        left = count = fold.count;
+        tiles = way.leg.tiles;
+        at = m.tiles + m.column_bytes * way.leg.column + offset_of(fold.run, fold.first);
         next_tile = m.column_bytes * T::SPLIT - count * bytes;
     }
     // Starts the copy of the next unit.
@@ -251,27 +287,25 @@ struct RowWalk {
 
     // All tiles of a fold.
     template <u32 B, u32 FOLD, typename T, typename R>
-    __device__ __forceinline__ void pass(const Way<T>& way, Supply<T, R>& supply, const R& ring,
+    __device__ __forceinline__ void pass(const Leg& leg, Supply<T, R>& supply, const R& ring,
                                          typename R::Place& at) {
         constexpr u32 UNIT = row_unit<R>(B), STEP = FOLD < UNIT ? FOLD : UNIT, ROUND = 4 * FOLD;
         constexpr u32 BYTES = Sections<B>::BYTES;
-        const Fold f = way.fold;
+        const Fold f = leg.fold;
         const u32 count = f.count;
         const char* x_first = x + f.first * X_ROW;
         float* to = sums;
-        int tile = way.tiles.column;
+        int tile = leg.column;
         clear();
         clear_parts();
         load_scales<FOLD, own_chunks<T>>(f, tile, 0);
 #pragma unroll 1
-        for (int left = way.tiles.count; left > 0; --left) {
+        for (int left = leg.tiles; left > 0; --left) {
             const auto end_round = [&](u32 done) {
                 fold<B>();
-                if (done < count) {
-                    load_scales<FOLD, own_chunks<T>>(f, tile, done);
-                } else if (left > 1) {
-                    load_scales<FOLD, own_chunks<T>>(f, tile + T::SPLIT, 0);
-                }
+                const bool ends = done >= count;
+                if (ends && left == 1) return;
+                load_scales<FOLD, own_chunks<T>>(f, ends ? tile + T::SPLIT : tile, ends ? 0 : done);
             };
             u32 done = 0;
 #pragma unroll 1
@@ -324,27 +358,27 @@ struct RowWalk {
         }
     }
     template <u32 B, typename T, typename R>
-    __device__ __forceinline__ void folds(const Way<T>& way, Supply<T, R>& supply, const R& ring,
+    __device__ __forceinline__ void folds(const Leg& leg, Supply<T, R>& supply, const R& ring,
                                           typename R::Place& at) {
         if constexpr (fold_blocks(B) == 4) {
-            if (way.fold.fold == 4) return pass<B, 4>(way, supply, ring, at);
+            if (leg.fold.fold == 4) return pass<B, 4>(leg, supply, ring, at);
         }
-        if (way.fold.fold == 2) return pass<B, 2>(way, supply, ring, at);
-        pass<B, 1>(way, supply, ring, at);
+        if (leg.fold.fold == 2) return pass<B, 2>(leg, supply, ring, at);
+        pass<B, 1>(leg, supply, ring, at);
     }
     template <typename T, typename R>
-    __device__ __forceinline__ void run(const Way<T>& way, Supply<T, R>& supply, const R& ring,
+    __device__ __forceinline__ void run(const Leg& leg, Supply<T, R>& supply, const R& ring,
                                         typename R::Place& at) {
         if constexpr (KIND == KIND_GPTQ) {
-            folds<4>(way, supply, ring, at);
+            folds<4>(leg, supply, ring, at);
         } else {
-            switch (way.fold.run.bits) {
-                case 2: folds<2>(way, supply, ring, at); break;
-                case 3: folds<3>(way, supply, ring, at); break;
-                case 4: folds<4>(way, supply, ring, at); break;
-                case 5: folds<5>(way, supply, ring, at); break;
-                case 6: folds<6>(way, supply, ring, at); break;
-                default: folds<8>(way, supply, ring, at); break;
+            switch (leg.fold.run.bits) {
+                case 2: folds<2>(leg, supply, ring, at); break;
+                case 3: folds<3>(leg, supply, ring, at); break;
+                case 4: folds<4>(leg, supply, ring, at); break;
+                case 5: folds<5>(leg, supply, ring, at); break;
+                case 6: folds<6>(leg, supply, ring, at); break;
+                default: folds<8>(leg, supply, ring, at); break;
             }
         }
     }

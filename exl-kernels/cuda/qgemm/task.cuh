@@ -36,17 +36,22 @@ struct Task {
         while (part < PARTS - 1 && index >= matrix[part].columns) index -= matrix[part++].columns;
         return {part, index};
     }
-    // Outputs go to one place.
-    __device__ __forceinline__ u32 place(int, int) const { return 0; }
-    // Stores the sum of row r in a column of the tile with this index among those of all parts; gate and
-    // up: with the sum of up.
+    // What finish() needs beside the sum, of row r in a column of the tile with this index among those of all
+    // parts.
+    typedef Addends Known;
+    __device__ __forceinline__ Known known(int r, int index, int column) const {
+        if (gated) return addends_of(epilogue[0], epilogue[1], index * 32 + column);
+        const PartTile own = tile(index);
+        return addends_of(epilogue[own.part], r, own.index * 32 + column);
+    }
+    // Stores the sum; gate and up: with the sum of up.
     __device__ __forceinline__ void finish(int r, int index, int column, float s, float up,
-                                           u32 = 0) const {
+                                           const Known& known) const {
         if (gated) {
-            finish_gated(epilogue[0], epilogue[1], act, r, index * 32 + column, s, up);
+            finish_gated(epilogue[0], act, r, index * 32 + column, s, up, known);
             return;
         }
         const PartTile own = tile(index);
-        finish_linear(epilogue[own.part], r, own.index * 32 + column, s);
+        finish_linear(epilogue[own.part], r, own.index * 32 + column, s, known);
     }
 };

@@ -65,14 +65,12 @@ struct Cursor {
         end = to;
         r = 0;
     }
-    // OWN_CHUNKS: chunks of x begin with the runs.
-    template <bool OWN_CHUNKS = false>
     __device__ __forceinline__ Fold next() {
         Run run = m->run[r];
         while (at >= run.end) run = m->run[++r];
         const int left = min(int(run.end), end) - at;
         // Whole folds; the blocks that are left one by one.
-        int fold = OWN_CHUNKS ? run.own_fold : run.fold, count = left & -fold;
+        int fold = run.fold, count = left & -fold;
         if (count == 0) {
             count = left;
             fold = 1;

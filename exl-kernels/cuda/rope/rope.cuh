@@ -12,6 +12,12 @@ __device__ __forceinline__ float2 rotation(int position, float frequency, float 
     return make_float2(cosine * factor, sine * factor);
 }
 
+// A pair of values, turned.
+__device__ __forceinline__ float2 turned(float x, float y, float2 turn) {
+    return make_float2(__fmaf_rn(x, turn.x, -__fmul_rn(y, turn.y)),
+                       __fmaf_rn(y, turn.x, __fmul_rn(x, turn.y)));
+}
+
 // Positions are [axes, rows]. Frequencies from `second` and from `third` on go by the position on the
 // second and on the third axis; where there is one axis they are larger than any.
 struct Positions {

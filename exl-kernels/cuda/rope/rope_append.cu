@@ -98,14 +98,13 @@ __device__ __forceinline__ void rope_append(float* q, const float* k, const floa
 #pragma unroll
                 for (int i = 0; i < HEADS; ++i) {
                     const int h = from + i;
-                    const float a = x[i] * turn.x - y[i] * turn.y;
-                    const float b = y[i] * turn.x + x[i] * turn.y;
+                    const float2 pair = turned(x[i], y[i], turn);
                     if (h < heads) {
-                        q_row[h * head_dim + at] = a;
-                        q_row[h * head_dim + other] = b;
+                        q_row[h * head_dim + at] = pair.x;
+                        q_row[h * head_dim + other] = pair.y;
                     } else if (h < all) {
-                        store(k_to + (h - heads) * head_dim + at, a);
-                        store(k_to + (h - heads) * head_dim + other, b);
+                        store(k_to + (h - heads) * head_dim + at, pair.x);
+                        store(k_to + (h - heads) * head_dim + other, pair.y);
                     }
                 }
             }

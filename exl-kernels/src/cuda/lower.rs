@@ -12,8 +12,6 @@ use super::{DeviceProps, Kernel, Launch};
 use crate::Result;
 use crate::ops::{self, Op};
 pub(super) use linear::{CLUSTER, CLUSTER_ARCHITECTURES, CLUSTER_KERNEL};
-#[cfg(test)]
-pub(super) use moe::ROUTERS;
 
 /// Device memory that the launches of one op may use. Ops run one after the other, so all of
 /// them share it. Gate and up of experts may leave something there for down, the very next launch (moe/few.rs).
@@ -41,6 +39,15 @@ pub struct Target<'a> {
     /// Fixed order of all sums and the same kernels for every number of rows.
     pub deterministic: bool,
 }
+
+/// Kernels that stand for several ops, which [`link`] brings in.
+#[cfg(test)]
+pub(super) const JOINT: [&[Kernel]; 4] = [
+    &attention::ROTATING,
+    &moe::ROUTERS,
+    &moe::ROUTED,
+    &moe::SUM_NORM,
+];
 
 /// Every kernel that lowering may choose.
 pub fn kernels() -> impl Iterator<Item = Kernel> {
@@ -93,11 +100,16 @@ pub fn lower(op: &Op<'_>, target: &Target<'_>, list: &mut Vec<Launch>) -> Result
 }
 
 /// What is known only when all launches of a plan are: call it once, with those of all ops in their
-/// order, for the target that they are made for. Routers of one row become one launch, and experts learn what they
-/// need not wait for and in which order down wants what gate and up compute.
+/// order, for the target that they are made for. Neighbours become one launch: rotation with append and attention,
+/// whose rotated queries nothing else may read; a norm of one row, its router and the experts' gate and up; the sum
+/// of the experts and the next norm. Experts learn what they need not wait for and in which order down wants what
+/// gate and up compute.
 pub fn link(launches: &mut Vec<Launch>, target: &Target<'_>) {
+    attention::fuse(launches);
     moe::fuse(launches, target);
     moe::link(launches);
+    moe::join(launches);
+    moe::take_sums(launches, target);
 }
 
 /// Bytes of device memory that tables of the launches of an op take (`Args::with_table`). Equal tables of

@@ -275,6 +275,11 @@ impl CudaMatrix {
         self.inputs / BLOCK_ROWS
     }
 
+    /// Bytes of a column tile.
+    pub(crate) fn column_bytes(&self) -> usize {
+        self.descriptor.column_bytes as usize
+    }
+
     /// The struct that kernels read, as words.
     pub(crate) fn words(&self) -> &[u64] {
         bytemuck::cast_slice(std::slice::from_ref(&*self.descriptor))

@@ -6,8 +6,8 @@ use exl_kernels::ops::{Linear, LinearPart, Matrix, MoeRoute, Op, RmsNorm, RouteN
 use exl_kernels::{DType, Mem, reference};
 use half::{bf16, f16};
 
-use super::overlap::{Buffer, DIM, Experts, TOP_K, WIDE, floats};
-use super::{Rng, device, modes};
+use super::overlap::{Buffer, DIM, EXPERTS, Experts, TOP_K, WIDE, floats};
+use super::{Rng, device, modes, quick};
 
 /// Weights of 16 bits.
 enum Half {
@@ -56,8 +56,13 @@ impl Normed {
     }
 
     fn op(&self) -> Op<'_> {
+        self.op_on(self.x.read())
+    }
+
+    /// Of another row.
+    fn op_on<'a>(&'a self, x: Mem<'a>) -> Op<'a> {
         Op::RmsNorm(RmsNorm {
-            x: self.x.read(),
+            x,
             weight: self.weight.mem(),
             residual: None,
             out: self.out.write(),
@@ -80,7 +85,7 @@ fn assert_close(what: &str, tested: &[Vec<f32>], exact: &[Vec<f32>], tolerance: 
 }
 
 /// Runs ops on a GPU in every mode, and one by one in 64-bit floats; compares what `values` says.
-fn check<'a>(
+pub(super) fn check<'a>(
     ops: &mut CudaOps,
     (what, tolerance): (&str, f32),
     list: impl Fn() -> Vec<Op<'a>>,
@@ -101,7 +106,7 @@ fn check<'a>(
     }
 }
 
-fn assert_ran(ops: &CudaOps, kernels: &[&str]) {
+pub(super) fn assert_ran(ops: &CudaOps, kernels: &[&str]) {
     for kernel in kernels {
         assert!(ops.kernels().iter().any(|k| k.entry == *kernel), "{kernel}");
     }
@@ -117,12 +122,74 @@ fn part<'a>(matrix: Matrix<'a>, out: &'a Buffer<f32>, outputs: usize) -> LinearP
     }
 }
 
+/// A router of one row and what it leaves.
+struct Router {
+    norm: Normed,
+    weight: Half,
+    logits: Buffer<f32>,
+    ids: Buffer<i32>,
+    weights: Buffer<f32>,
+    route: RouteNorm,
+}
+
+impl Router {
+    fn new(
+        (dim, experts, top_k): (usize, usize, usize),
+        (brain, route): (bool, RouteNorm),
+        rng: &mut Rng,
+    ) -> Self {
+        let weight = rng.floats(experts * dim, 2.0 / (dim as f32).sqrt());
+        Self {
+            norm: Normed::new(dim, brain, rng),
+            weight: Half::new(&weight, brain),
+            logits: floats(vec![f32::NAN; experts]),
+            ids: Buffer::new(vec![-1; top_k], DType::I32),
+            weights: floats(vec![f32::NAN; top_k]),
+            route,
+        }
+    }
+
+    fn ops(&self) -> Vec<Op<'_>> {
+        let [experts, top_k] = [&self.logits, &self.weights].map(|b| b.values().len());
+        vec![
+            self.norm.op(),
+            Op::Linear(Linear {
+                x: self.norm.out.read(),
+                rows: 1,
+                inputs: self.norm.dim,
+                parts: vec![part(
+                    Matrix::Dense(self.weight.mem()),
+                    &self.logits,
+                    experts,
+                )],
+            }),
+            Op::MoeRoute(MoeRoute {
+                logits: self.logits.read(),
+                ids: self.ids.write(),
+                weights: self.weights.write(),
+                rows: 1,
+                experts,
+                top_k,
+                norm: self.route,
+            }),
+        ]
+    }
+
+    fn left(&self) -> Vec<Vec<f32>> {
+        let ids = self.ids.values().iter().map(|&id| id as f32).collect();
+        let [normed, logits, weights] =
+            [&self.norm.out, &self.logits, &self.weights].map(Buffer::values);
+        vec![normed, logits, weights, ids]
+    }
+}
+
+const NORMS: [RouteNorm; 3] = [RouteNorm::None, RouteNorm::Sum, RouteNorm::Norm(2.5)];
+
 #[test]
 fn gpu_routers_take_norms_and_choices_along() {
     let Some(device) = device() else { return };
     let mut ops = CudaOps::new(device).unwrap();
     let mut rng = Rng(22);
-    let norms = [RouteNorm::None, RouteNorm::Sum, RouteNorm::Norm(2.5)];
     let sizes = [
         (544, 3, 2),
         (1024, 8, 8),
@@ -130,43 +197,11 @@ fn gpu_routers_take_norms_and_choices_along() {
         (6144, 8, 3),
         (8192, 5, 1),
     ];
-    for (i, (dim, experts, top_k)) in sizes.into_iter().enumerate() {
+    for (i, size) in sizes.into_iter().enumerate() {
         for brain in [false, true] {
-            let norm = Normed::new(dim, brain, &mut rng);
-            let router = Half::new(&rng.floats(experts * dim, 2.0 / (dim as f32).sqrt()), brain);
-            let (logits, weights) = (vec![f32::NAN; experts], vec![f32::NAN; top_k]);
-            let (logits, weights) = (floats(logits), floats(weights));
-            let ids = Buffer::new(vec![-1; top_k], DType::I32);
-            let list = || {
-                vec![
-                    norm.op(),
-                    Op::Linear(Linear {
-                        x: norm.out.read(),
-                        rows: 1,
-                        inputs: dim,
-                        parts: vec![part(Matrix::Dense(router.mem()), &logits, experts)],
-                    }),
-                    Op::MoeRoute(MoeRoute {
-                        logits: logits.read(),
-                        ids: ids.write(),
-                        weights: weights.write(),
-                        rows: 1,
-                        experts,
-                        top_k,
-                        norm: norms[i % 3],
-                    }),
-                ]
-            };
-            let values = || {
-                let ids: Vec<f32> = ids.values().iter().map(|&id| id as f32).collect();
-                vec![norm.out.values(), logits.values(), weights.values(), ids]
-            };
-            check(
-                &mut ops,
-                (&format!("{experts} experts, {dim} inputs"), 1e-4),
-                list,
-                values,
-            );
+            let router = Router::new(size, (brain, NORMS[i % 3]), &mut rng);
+            let what = format!("{} experts, {} inputs", size.1, size.0);
+            check(&mut ops, (&what, 1e-4), || router.ops(), || router.left());
         }
     }
     assert_ran(
@@ -180,6 +215,57 @@ fn gpu_routers_take_norms_and_choices_along() {
     );
 }
 
+/// Gate and up choose the experts, down relies on the choice, and a norm adds up what down leaves.
+#[test]
+fn gpu_experts_choose_themselves() {
+    let Some(device) = device() else { return };
+    let large = device.props().capability.0 == 9;
+    let mut ops = CudaOps::new(device).unwrap();
+    let mut rng = Rng(24);
+    let sizes = [
+        (DIM, WIDE, EXPERTS),
+        (4096, 544, EXPERTS),
+        (6144, WIDE, 3),
+        (6144, 256, 3),
+    ];
+    let some = if quick() { 1 } else { sizes.len() };
+    for (i, (dim, wide, different)) in sizes.into_iter().enumerate().take(some) {
+        let experts = Experts::new((dim, wide), different, &mut rng);
+        let [inner, out] = [TOP_K * wide, dim].map(|n| floats(vec![f32::NAN; n]));
+        for brain in [false, true] {
+            let router = Router::new((dim, EXPERTS, TOP_K), (brain, NORMS[i % 3]), &mut rng);
+            let behind = Normed::new(dim, brain, &mut rng);
+            let list = || {
+                let choice = (&router.ids, &router.weights);
+                let sum = (Some(router.norm.x.read()), out.write());
+                let mut list = router.ops();
+                list.extend(experts.ops(router.norm.out.read(), choice, &inner, sum));
+                list.push(behind.op_on(out.read()));
+                list
+            };
+            let values = || {
+                let mut left = router.left();
+                left.extend([inner.values(), out.values(), behind.out.values()]);
+                left
+            };
+            check(&mut ops, (&format!("{dim} inputs"), 2e-3), list, values);
+        }
+    }
+    if large && !quick() {
+        assert_ran(
+            &ops,
+            &[
+                "exl_moe_row1_routed_f16",
+                "exl_moe_row1_routed_bf16",
+                "exl_moe_sum_norm_1",
+                "exl_moe_sum_norm_4",
+                "exl_moe_sum_norm_long_1",
+                "exl_moe_sum_norm_long_4",
+            ],
+        );
+    }
+}
+
 /// Gate and up leave their outputs a second time, in the order of down, whose input is long enough on large GPUs.
 #[test]
 fn gpu_experts_hand_their_outputs_on_in_order() {
@@ -187,7 +273,7 @@ fn gpu_experts_hand_their_outputs_on_in_order() {
     let large = device.props().sms >= 128 && device.props().capability.0 == 9;
     let mut ops = CudaOps::new(device).unwrap();
     let mut rng = Rng(23);
-    let experts = Experts::new(&mut rng);
+    let experts = Experts::new((DIM, WIDE), EXPERTS, &mut rng);
     let x = floats(rng.floats(DIM, 1.0));
     let (wide, out) = (vec![f32::NAN; TOP_K * WIDE], vec![f32::NAN; DIM]);
     let (wide, out) = (floats(wide), floats(out));

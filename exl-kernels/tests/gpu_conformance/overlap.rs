@@ -19,7 +19,7 @@ use super::{Rng, compare, device, in_every_mode};
 pub(super) const DIM: usize = 544;
 /// So long that on large GPUs thread blocks divide the rows of down.
 pub(super) const WIDE: usize = 4224;
-const EXPERTS: usize = 8;
+pub(super) const EXPERTS: usize = 8;
 pub(super) const TOP_K: usize = 2;
 const HEADS: usize = 4;
 const KV_HEADS: usize = 2;
@@ -95,13 +95,19 @@ fn exl2(inputs: usize, outputs: usize, rng: &mut Rng) -> QuantMatrix {
 }
 
 /// Gate, up and down of each expert.
-pub(super) struct Experts(Vec<[QuantMatrix; 3]>);
+pub(super) struct Experts {
+    all: Vec<[QuantMatrix; 3]>,
+    dim: usize,
+    wide: usize,
+}
 
 impl Experts {
-    pub(super) fn new(rng: &mut Rng) -> Self {
-        let sizes = [(DIM, WIDE), (DIM, WIDE), (WIDE, DIM)];
-        let all = (0..EXPERTS).map(|_| sizes.map(|(k, n)| exl2(k, n, rng)));
-        Self(all.collect())
+    /// So many different ones, by turns.
+    pub(super) fn new((dim, wide): (usize, usize), different: usize, rng: &mut Rng) -> Self {
+        let sizes = [(dim, wide), (dim, wide), (wide, dim)];
+        let all = (0..different).map(|_| sizes.map(|(k, n)| exl2(k, n, rng)));
+        let all = all.collect();
+        Self { all, dim, wide }
     }
 
     /// Gate and up of the row `x` by the experts `ids` into `inner`, and down of that, by `weights` and with
@@ -113,9 +119,10 @@ impl Experts {
         inner: &'a Buffer<f32>,
         (residual, out): (Option<Mem<'a>>, MemMut<'a>),
     ) -> [Op<'a>; 2] {
-        let pairs = self.0.iter();
+        let all = || self.all.iter().cycle().take(EXPERTS);
+        let pairs = all();
         let pairs = pairs.map(|[gate, up, _]| (Matrix::Quant(gate), Matrix::Quant(up)));
-        let downs = self.0.iter().map(|[_, _, down]| Matrix::Quant(down));
+        let downs = all().map(|[_, _, down]| Matrix::Quant(down));
         [
             Op::MoeGateUp(MoeGateUp {
                 x,
@@ -124,8 +131,8 @@ impl Experts {
                 out: inner.write(),
                 rows: 1,
                 top_k: TOP_K,
-                inputs: DIM,
-                outputs: WIDE,
+                inputs: self.dim,
+                outputs: self.wide,
                 act: Activation::Silu,
             }),
             Op::MoeDown(MoeDown {
@@ -137,8 +144,8 @@ impl Experts {
                 out,
                 rows: 1,
                 top_k: TOP_K,
-                inputs: WIDE,
-                outputs: DIM,
+                inputs: self.wide,
+                outputs: self.dim,
             }),
         ]
     }
@@ -171,7 +178,7 @@ impl Step {
             matrix(DIM, HEADS * HEAD_DIM),
             (0..LAYERS).map(|_| matrix(EXPERTS, DIM)).collect(),
         );
-        let experts = Experts::new(&mut rng);
+        let experts = Experts::new((DIM, WIDE), EXPERTS, &mut rng);
         let [k_cells, v_cells] = [
             kv.key_page_bytes(KV_HEADS, HEAD_DIM),
             kv.page_bytes(KV_HEADS, HEAD_DIM),

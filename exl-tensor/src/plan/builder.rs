@@ -306,7 +306,8 @@ impl PlanBuilder {
         out
     }
 
-    /// Rotates q (in place) and k and appends k and v to the layer's cache.
+    /// Rotates q (in place) and k and appends k and v to the layer's cache. What is rotated is for
+    /// [`Self::attention`] alone, and need not be left in memory.
     pub fn rope_append(&mut self, qkv: [Slot; 3], layer: usize, args: &RopeArgs) {
         let [q, k, v] = qkv;
         let args = RopeOp {
@@ -338,6 +339,17 @@ impl PlanBuilder {
             softcap: args.softcap,
             window: args.window,
         };
+        // Where each sequence has one row, a GPU does both ops at once: other blocks may still read k and v when one
+        // writes its outputs.
+        let at_once = match self.ops.last() {
+            Some(&PlanOp::RopeAppend { q: own, k, v, .. }) if own == q => Some([k, v]),
+            _ => None,
+        };
+        let at_once = at_once.filter(|_| self.key.rows == self.key.seqs);
+        let at = self.ops.len();
+        for slot in at_once.into_iter().flatten() {
+            self.slots[slot.0 as usize].last = at;
+        }
         self.push(PlanOp::PagedAttn {
             q,
             out,

@@ -123,7 +123,8 @@ FAMILIES
     unset EXL_GPU_OPS
     for tool in memcheck racecheck initcheck; do
         step "$tool-fused" 300 compute-sanitizer --tool $tool --error-exitcode 1 \
-            --launch-timeout 100 "$here/gpu_tests" --test-threads 1 conformance::fused </dev/null
+            --launch-timeout 100 "$here/gpu_tests" --test-threads 1 conformance::fused \
+            conformance::rotated </dev/null
     done
 fi
 finish

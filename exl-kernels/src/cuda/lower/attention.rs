@@ -7,6 +7,7 @@
 //! [`Target::deterministic`] there is one kernel for every number of rows, and chunks of keys end at
 //! fixed positions, so that a row's result is the same in every batch.
 
+mod fresh;
 mod quantized;
 #[cfg(test)]
 mod tests;
@@ -16,6 +17,7 @@ use crate::cuda::launch::Args;
 use crate::cuda::{DeviceProps, Kernel, Launch};
 use crate::ops::{PAGE_TOKENS, PagedAttn, RopeAppend, RopeStyle};
 use crate::{DType, Error, Result};
+pub(super) use fresh::{ROTATING, fuse};
 use quantized::FUSED;
 
 /// Entry points of this family.
@@ -27,6 +29,10 @@ pub(crate) static KERNELS: &[Kernel] = &[
     TILES[2].decode,
     TILES[3].decode,
     MANY.decode,
+    ROTATING[0],
+    ROTATING[1],
+    ROTATING[2],
+    ROTATING[3],
     TILES[0].prefill,
     TILES[1].prefill,
     TILES[2].prefill,

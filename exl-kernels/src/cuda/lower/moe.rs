@@ -9,6 +9,7 @@ mod dense;
 mod few;
 mod router;
 mod sort;
+mod sum;
 mod tile;
 
 #[cfg(test)]
@@ -28,8 +29,13 @@ use crate::ops::{Matrix, MoeDown, MoeGateUp, MoeRoute};
 use crate::{DType, Error, Result};
 
 pub(super) use few::link;
-pub(in crate::cuda) use router::ROUTERS;
-pub(super) use router::fuse;
+pub(super) use router::{fuse, join};
+pub(super) use sum::take_sums;
+#[cfg(test)]
+pub(super) use {
+    router::{ROUTED, ROUTERS},
+    sum::SUM_NORM,
+};
 
 /// Most experts of a layer (cuda/moe/experts.cuh).
 const MOST_EXPERTS: usize = 1024;
@@ -50,15 +56,21 @@ pub(crate) static KERNELS: &[Kernel] = &[
     ROUTE[0].1,
     ROUTE[1].1,
     ROUTE[2].1,
-    ROUTERS[0],
-    ROUTERS[1],
-    ROUTERS[2],
-    ROUTERS[3],
+    router::ROUTERS[0],
+    router::ROUTERS[1],
+    router::ROUTERS[2],
+    router::ROUTERS[3],
+    sum::SUM_NORM[0],
+    sum::SUM_NORM[1],
+    sum::SUM_NORM[2],
+    sum::SUM_NORM[3],
     sort::SORT,
     sort::COMBINE,
     few::BLOCK_X,
     few::ROW[0],
     few::ROW[1],
+    router::ROUTED[0],
+    router::ROUTED[1],
     few::ROW_ADD,
     few::ROW_ADD_SPLIT,
     few::ROWS[0].1[0],

@@ -124,7 +124,7 @@ pub fn covering(cases: Vec<Case>, places: &[Place<'_>]) -> Result<Cover> {
 mod tests {
     use super::*;
     use crate::conformance::cases;
-    use crate::cuda::lower::ROUTERS;
+    use crate::cuda::lower::JOINT;
     use crate::cuda::{kernels, matrix};
 
     /// Every kernel has a case on some GPU, and few cases launch them all.
@@ -154,7 +154,7 @@ mod tests {
         // Of the uploader, which every case with a quantized matrix runs; in place of several ops, of which a
         // case runs one at a time (gpu_conformance/fused.rs runs all).
         reached.extend(matrix::KERNELS);
-        reached.extend(ROUTERS);
+        reached.extend(JOINT.into_iter().flatten());
         let missing = kernels().filter(|kernel| !reached.contains(kernel));
         let missing: Vec<Kernel> = missing.collect();
         assert!(missing.is_empty(), "no case runs {missing:?}");

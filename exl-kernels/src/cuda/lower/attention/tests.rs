@@ -3,28 +3,28 @@ use crate::cuda::lower::{Scratch, lower};
 use crate::ops::Op;
 use crate::{KvType, Mem, MemMut, Place};
 
-const BASE: usize = 0x7000_0000;
+pub(super) const BASE: usize = 0x7000_0000;
 
-fn read(at: usize, elements: usize, dtype: DType) -> Mem<'static> {
+pub(super) fn read(at: usize, elements: usize, dtype: DType) -> Mem<'static> {
     let pointer = std::ptr::without_provenance(at);
     // SAFETY: lowering reads no memory.
     unsafe { Mem::from_raw(pointer, elements * dtype.bytes(), dtype, Place::Device(0)) }
 }
 
-fn write(at: usize, elements: usize, dtype: DType) -> MemMut<'static> {
+pub(super) fn write(at: usize, elements: usize, dtype: DType) -> MemMut<'static> {
     let pointer = std::ptr::without_provenance_mut(at);
     let bytes = elements * dtype.bytes();
     // SAFETY: lowering touches no memory.
     unsafe { MemMut::from_raw(pointer, bytes, dtype, Place::Device(0)) }
 }
 
-fn sample(name: &str) -> DeviceProps {
+pub(super) fn sample(name: &str) -> DeviceProps {
     let found = DeviceProps::samples().into_iter().find(|p| p.name == name);
     found.unwrap()
 }
 
 /// Heads, KV heads, head size.
-type Heads = (usize, usize, usize);
+pub(super) type Heads = (usize, usize, usize);
 
 fn shape((heads, kv_heads, dim): Heads, rows: usize, seqs: usize, tokens: usize) -> Shape {
     Shape {
@@ -44,7 +44,7 @@ fn entry(s: &Shape, props: &DeviceProps, deterministic: bool) -> &'static str {
 }
 
 const LLAMA2: Heads = (32, 32, 128);
-const LLAMA3: Heads = (32, 8, 128);
+pub(super) const LLAMA3: Heads = (32, 8, 128);
 const GEMMA: Heads = (16, 8, 256);
 const TINY: Heads = (32, 4, 64);
 

@@ -60,14 +60,17 @@ const TASK_BYTES: usize = 1024;
 /// Bytes of a matrix's descriptor, and most descriptors that thread blocks copy to shared memory.
 const DESCRIPTOR_BYTES: usize = 8 * crate::cuda::lower::linear::MATRIX_WORDS;
 const MOST_STAGED: usize = 32;
-/// Words of the task (`ExpertsTask` of task.cuh): the ids of one row, its x, the outputs, those in down's order,
-/// experts and segments, inputs and outputs, whether ids are there early and descriptors staged.
+/// Words of the task (`ExpertsTask` of task.cuh): the ids of one row, its x, the outputs, three for their sum, those
+/// in down's order, experts and segments, inputs and outputs, whether each expert has an x of its own, whether ids are there early
+/// and descriptors staged.
 const IDS_WORD: usize = 5;
 const X_WORD: usize = 6;
 const OUT_WORD: usize = 9;
+const SUM_WORDS: usize = 10;
 const ORDERED_WORD: usize = 14;
 const EXPERTS_WORD: usize = 15;
 const SHAPE_WORD: usize = 16;
+const MODES_WORD: usize = 18;
 const EARLY_WORD: usize = 19;
 
 const ROW_ADDS: [Kernel; 2] = [ROW_ADD, ROW_ADD_SPLIT];
@@ -146,6 +149,73 @@ fn order(gate_up: &mut Launch, down: &mut Launch) {
     down.args.patch(ORDERED_WORD, &[ordered]);
 }
 
+/// What gate and up of one row read and write, which may choose the experts as well.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct RowTask {
+    pub(super) x: u64,
+    pub(super) ids: u64,
+    pub(super) out: u64,
+    pub(super) experts: u64,
+    pub(super) segments: u64,
+    pub(super) inputs: u64,
+    pub(super) outputs: u64,
+}
+
+impl RowTask {
+    /// What a launch computes, if it is that, and has the descriptors of all experts at hand.
+    pub(super) fn of(launch: &Launch) -> Option<Self> {
+        let words = launch.args.words();
+        let staged = || words[EARLY_WORD] >> 48 != 0;
+        // One x for all experts.
+        let shared = || words[MODES_WORD] >> 32 & 0xffff == 0;
+        let [low, high] = [|word: u64| word & 0xffff_ffff, |word: u64| word >> 32];
+        (launch.kernel == ROW[0] && staged() && shared()).then(|| Self {
+            x: words[X_WORD],
+            ids: words[IDS_WORD],
+            out: words[OUT_WORD],
+            experts: low(words[EXPERTS_WORD]),
+            segments: high(words[EXPERTS_WORD]),
+            inputs: low(words[SHAPE_WORD]),
+            outputs: high(words[SHAPE_WORD]),
+        })
+    }
+}
+
+/// What a product with the experts' last matrices adds up, of one row.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct RowSum {
+    /// The outputs of thread blocks: `[segments, SPLIT or 1, columns]`.
+    pub(super) parts: u64,
+    /// Whether thread blocks divide the rows.
+    pub(super) split: bool,
+    pub(super) weights: u64,
+    pub(super) residual: u64,
+    pub(super) out: u64,
+    pub(super) segments: u64,
+    pub(super) columns: u64,
+}
+
+impl RowSum {
+    /// What a launch adds up, if it does that.
+    pub(super) fn of(launch: &Launch) -> Option<Self> {
+        let words = launch.args.words();
+        ROW_ADDS.contains(&launch.kernel).then(|| Self {
+            parts: words[OUT_WORD],
+            split: launch.kernel == ROW_ADD_SPLIT,
+            weights: words[SUM_WORDS],
+            residual: words[SUM_WORDS + 1],
+            out: words[SUM_WORDS + 2],
+            segments: words[EXPERTS_WORD] >> 32,
+            columns: words[SHAPE_WORD] >> 32,
+        })
+    }
+
+    /// Lets the launch leave it to another one.
+    pub(super) fn leave(launch: &mut Launch) {
+        launch.args.patch(SUM_WORDS, &[0; 3]);
+    }
+}
+
 /// How launches divide their work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Few {
@@ -162,6 +232,18 @@ pub(super) struct Few {
     held: usize,
     /// Thread blocks that divide the rows of a matrix.
     split: usize,
+    /// One row: thread blocks have the descriptors of all experts at hand.
+    staged: bool,
+}
+
+/// Bytes of shared memory for the descriptors of all experts of one row, where they are that few.
+fn staged_bytes(layer: &Layer<'_>) -> usize {
+    let count = layer.experts * layer.parts();
+    if count <= MOST_STAGED {
+        DESCRIPTOR_BYTES * count
+    } else {
+        0
+    }
 }
 
 impl Few {
@@ -177,9 +259,10 @@ impl Few {
             ScaleKind::Columns => 1,
         };
         let find = |rows: usize, kernel: Kernel, wanted: &[From]| {
-            let apart = layer.act.is_some() && !wanted.contains(&From::Row);
-            let slot = slot_bytes(rows, apart);
-            let free = (props.shared_per_block as usize).checked_sub(TASK_BYTES)?;
+            let alone = wanted.contains(&From::Row);
+            let slot = slot_bytes(rows, layer.act.is_some() && !alone);
+            let fixed = TASK_BYTES + if alone { staged_bytes(layer) } else { 0 };
+            let free = (props.shared_per_block as usize).checked_sub(fixed)?;
             let ways = ways((rows, layer.inputs), format.orders, kind, props).into_iter();
             let (from, used, most) = ways
                 .filter(|(from, _)| wanted.contains(from))
@@ -192,10 +275,15 @@ impl Few {
                 rows,
                 kernel,
                 from,
-                shared: TASK_BYTES + used + tiles * slot,
-                slots: if apart { 2 * tiles } else { tiles },
+                shared: fixed + used + tiles * slot,
+                slots: if layer.act.is_some() && !alone {
+                    2 * tiles
+                } else {
+                    tiles
+                },
                 held: layer.inputs,
                 split: 1,
+                staged: fixed > TASK_BYTES,
             })
         };
         // The sums of one row have another order.
@@ -236,7 +324,8 @@ impl Few {
         let (_, used) = ways((1, 0), 1, ScaleKind::Codes, props)[0];
         let used = used + x;
         let slot = slot_bytes(1, false) / SPLIT;
-        let free = (props.shared_per_block as usize).checked_sub(TASK_BYTES + used)?;
+        let fixed = TASK_BYTES + staged_bytes(layer);
+        let free = (props.shared_per_block as usize).checked_sub(fixed + used)?;
         let most = free / slot / SPLIT * SPLIT;
         let slots = match most {
             0 => return None,
@@ -246,10 +335,11 @@ impl Few {
             rows: 1,
             kernel: ROW_ADD_SPLIT,
             from: From::Row,
-            shared: TASK_BYTES + used + slots * slot,
+            shared: fixed + used + slots * slot,
             slots,
             held,
             split: SPLIT,
+            staged: fixed > TASK_BYTES,
         })
     }
 
@@ -396,10 +486,7 @@ impl<'l> Task<'l> {
         words.push(pair(l.outputs.div_ceil(TILE_COLUMNS), few.slots));
         let modes = flag(l.by == 1) | flag(few.from == From::Rings) << 16;
         words.push(pair(row_bytes(l.inputs), modes));
-        // Their copies lie where sums, rings and x will be.
-        let bytes = DESCRIPTOR_BYTES * l.experts * l.parts();
-        let staged = l.experts * l.parts() <= MOST_STAGED && TASK_BYTES + bytes <= few.shared;
-        words.push(pair(few.held, flag(staged) << 16));
+        words.push(pair(few.held, flag(few.staged) << 16));
         let (gated, act) = (flag(l.act.is_some()), l.act.unwrap_or(0));
         words.push(pair(gated | act << 16, 0));
         words

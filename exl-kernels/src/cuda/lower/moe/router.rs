@@ -1,5 +1,6 @@
 //! The norm of one row, a router of few experts and their choice by one launch (cuda/moe/router.cu).
 
+use super::few::RowTask;
 use super::{ROUTE, pair};
 use crate::cuda::launch::Args;
 use crate::cuda::lower::Target;
@@ -8,12 +9,19 @@ use crate::cuda::lower::rows::RowNorm;
 use crate::cuda::{Kernel, Launch};
 
 /// For routers of F16 and BF16, and the same for more inputs.
-pub(in crate::cuda) const ROUTERS: [Kernel; 4] = [
+pub(in crate::cuda::lower) const ROUTERS: [Kernel; 4] = [
     Kernel::new("moe/router", "exl_moe_router_f16"),
     Kernel::new("moe/router", "exl_moe_router_bf16"),
     Kernel::new("moe/router", "exl_moe_router_long_f16"),
     Kernel::new("moe/router", "exl_moe_router_long_bf16"),
 ];
+/// For routers of F16 and BF16: the same by every thread block of gate and up of one row (cuda/moe/row.cu).
+pub(in crate::cuda::lower) const ROUTED: [Kernel; 2] = [
+    Kernel::new("moe/row", "exl_moe_row1_routed_f16"),
+    Kernel::new("moe/row", "exl_moe_row1_routed_bf16"),
+];
+/// Most inputs there: threads keep all of x in registers.
+const ROUTED_INPUTS: u64 = 4096;
 /// Most inputs of both.
 const INPUTS: [usize; 2] = [4096, 8192];
 /// Most experts, and threads of the one block.
@@ -73,7 +81,7 @@ fn router(launches: &[Launch]) -> Option<Launch> {
         pair(product.inputs, experts as usize),
         pair(top_k as usize, norm.dtype),
         norm.floats(),
-        exponent,
+        exponent | u64::from((1.0 / product.inputs as f32).to_bits()) << 32,
     ];
     Some(Launch {
         kernel: ROUTERS[2 * length + usize::from(product.bf16)],
@@ -81,6 +89,37 @@ fn router(launches: &[Launch]) -> Option<Launch> {
         block: [THREADS, 1, 1],
         shared_bytes: 0,
         args: Args::new().block(&task),
+    })
+}
+
+/// Lets gate and up of one row choose the experts, where the launch before does that and nothing else.
+pub(in crate::cuda::lower) fn join(launches: &mut Vec<Launch>) {
+    let mut from = 0;
+    while from + 1 < launches.len() {
+        if let Some(both) = routed(&launches[from], &launches[from + 1]) {
+            launches.splice(from..from + 2, [both]);
+        }
+        from += 1;
+    }
+}
+
+/// The launch for two, if there is one.
+fn routed(router: &Launch, gate_up: &Launch) -> Option<Launch> {
+    let at = ROUTERS.iter().position(|&kernel| kernel == router.kernel)?;
+    let row = RowTask::of(gate_up)?;
+    let words = router.args.words();
+    let [out, logits, ids, sizes, choice] = [2, 4, 5, 7, 8].map(|i| words[i]);
+    let [low, high] = [|word: u64| word & 0xffff_ffff, |word: u64| word >> 32];
+    let fits = low(sizes) <= ROUTED_INPUTS;
+    let same = row.x == out && row.ids == ids && row.inputs == low(sizes);
+    let same = same && row.experts == high(sizes) && row.segments == low(choice);
+    // The block that leaves the logits may come behind others' outputs.
+    let end = row.out + 4 * row.segments * row.outputs;
+    let apart = end <= logits || logits + 4 * row.experts <= row.out;
+    (fits && same && apart).then(|| Launch {
+        kernel: ROUTED[at % 2],
+        args: gate_up.args.clone().block(words),
+        ..*gate_up
     })
 }
 
@@ -180,7 +219,11 @@ mod tests {
         assert_eq!(places, [1, 2, 3, 4, 5, 6, 7]);
         let sizes = [pair(4096, 8), pair(2, 1), u64::from(1e-5f32.to_bits())];
         assert_eq!(words[7..10], sizes);
-        assert_eq!(words[10], u64::from(1f32.to_bits()));
+        let share = (1f32 / 4096.0).to_bits();
+        assert_eq!(
+            words[10],
+            u64::from(1f32.to_bits()) | u64::from(share) << 32
+        );
         let (inputs, dtype) = (6144, DType::Bf16);
         let long = Chain {
             inputs,

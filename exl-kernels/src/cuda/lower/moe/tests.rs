@@ -1,6 +1,6 @@
 use super::*;
 use crate::cuda::lower::{Scratch, link, lower, scratch_bytes, table_bytes};
-use crate::ops::{Activation, Op, RouteNorm};
+use crate::ops::{Activation, Linear, LinearPart, Op, RmsNorm, RouteNorm};
 use crate::{Mem, MemMut, Place};
 
 /// Experts, experts of a row, hidden size and intermediate size of models from 30 to 140 billion.
@@ -348,5 +348,102 @@ fn tables_are_shared_by_plans() {
             let lengths: Vec<usize> = tables.iter().map(|t| t.len()).collect();
             assert_eq!(lengths, words, "{shape:?} x {rows}");
         }
+    }
+}
+
+/// To write what an op reads. The regions are never touched: lowering looks at addresses only.
+fn to<'a>(region: &Mem<'a>) -> MemMut<'a> {
+    let at = region.as_ptr().cast_mut();
+    // SAFETY: as said.
+    unsafe { MemMut::from_raw(at, region.bytes(), region.dtype(), region.place()) }
+}
+
+/// One row through a norm, a router, its experts and the next norm: the launches, and where the experts leave their
+/// sum. `apart`: the next norm is of another row.
+fn chain(apart: bool, props: &DeviceProps) -> (Vec<Launch>, u64) {
+    let (experts, top_k, hidden, _) = SHAPES[0];
+    let mut found = None;
+    with_ops(1, SHAPES[0], |gate_up, down| {
+        let (Op::MoeGateUp(wide), Op::MoeDown(sum)) = (gate_up, down) else {
+            panic!("other ops");
+        };
+        let (x, normed, weight) = (
+            vec![0f32; hidden],
+            vec![0f32; hidden],
+            vec![half::f16::ZERO; hidden],
+        );
+        let (router, logits) = (vec![half::f16::ZERO; experts * hidden], vec![0f32; experts]);
+        let (x, logits, out) = (Mem::host(&x), Mem::host(&logits), sum.out.as_mem());
+        let norm = |x: Mem<'_>, out: &Mem<'_>| {
+            let op = Op::RmsNorm(RmsNorm {
+                x,
+                weight: Mem::host(&weight),
+                residual: None,
+                out: to(out),
+                rows: 1,
+                dim: hidden,
+                eps: 1e-5,
+                offset: 0.0,
+            });
+            let mut list = Vec::new();
+            lower(&op, &target(props, false), &mut list).unwrap();
+            list
+        };
+        let product = Op::Linear(Linear {
+            x: wide.x,
+            rows: 1,
+            inputs: hidden,
+            parts: vec![LinearPart {
+                matrix: Matrix::Dense(Mem::host(&router)),
+                bias: None,
+                residual: None,
+                out: to(&logits),
+                outputs: experts,
+            }],
+        });
+        let route = Op::MoeRoute(MoeRoute {
+            logits,
+            ids: to(&wide.ids),
+            weights: to(&sum.weights),
+            rows: 1,
+            experts,
+            top_k,
+            norm: RouteNorm::Sum,
+        });
+        let mut list = norm(x, &wide.x);
+        for op in [&product, &route, gate_up, down] {
+            lower(op, &target(props, false), &mut list).unwrap();
+        }
+        list.extend(norm(if apart { x } else { out }, &Mem::host(&normed)));
+        link(&mut list, &target(props, false));
+        found = Some((list, out.as_ptr() as u64));
+    });
+    found.unwrap()
+}
+
+#[test]
+fn one_row_goes_through_experts_in_three_launches() {
+    for props in &DeviceProps::samples()[4..7] {
+        let (list, out) = chain(false, props);
+        let names: Vec<&str> = list.iter().map(|l| l.kernel.entry).collect();
+        let down = "exl_moe_row1_add_split_exl2";
+        assert_eq!(
+            names,
+            ["exl_moe_row1_routed_f16", down, "exl_moe_sum_norm_4"]
+        );
+        // The experts of the row behind those of the product; down waits for no number and adds up nothing.
+        let words = list.iter().map(|l| l.args.words()).collect::<Vec<_>>();
+        assert_eq!(words[0].len(), 21 + 11);
+        assert_eq!(words[0][21 + 5], words[0][5]);
+        assert_eq!(
+            (words[1][10..13].to_vec(), words[1][19] >> 32 & 1),
+            (vec![0; 3], 1)
+        );
+        assert_eq!((words[2][0], words[2][3]), (words[1][9], out));
+        assert_eq!((list[2].grid[0], list[2].block[0]), (4, 256));
+        // A norm of something else is one.
+        let (list, out) = chain(true, props);
+        assert_eq!(list[2].kernel.entry, "exl_rms_norm_256x4_f16");
+        assert_eq!(list[1].args.words()[12], out);
     }
 }

@@ -103,8 +103,9 @@ pub(in crate::cuda::lower) struct RowNorm {
     pub(in crate::cuda::lower) dim: usize,
     /// Of the weights: [`dtype_code`].
     pub(in crate::cuda::lower) dtype: usize,
-    eps: u64,
-    offset: u64,
+    /// Bits of 32-bit floats.
+    pub(in crate::cuda::lower) eps: u64,
+    pub(in crate::cuda::lower) offset: u64,
 }
 
 impl RowNorm {

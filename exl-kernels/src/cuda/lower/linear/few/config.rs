@@ -21,6 +21,10 @@ const X_ROW: usize = 2 * X_BLOCK;
 const ROW_CHUNK: usize = 4 * X_CHUNK;
 /// Bytes of zeros beside one row of x (row.cuh: ZEROS).
 const ZEROS: usize = 16 * X_ROW;
+/// Bytes of the task beside one row of x (row.cuh: ROW_TASK_BYTES).
+const TASK_BYTES: usize = 1024;
+/// Bytes of the rings of weights of a thread block with one row of x on large GPUs (common/ring.cuh).
+const LARGE_RINGS: usize = SHARES * 2 * 4096;
 /// Blocks of x in a slot of a warp's ring (walk.cuh).
 const X_UNIT: usize = 2;
 const ALIGN: usize = 256;
@@ -175,15 +179,33 @@ impl Config {
         let props = target.props;
         let inputs = matrices.first()?.inputs();
         let orders = Orders::new(matrices);
-        let grid = tiles.min(props.sms as usize);
-        let mine = tiles.div_ceil(grid);
         // The sums of one row have another order.
         let alone = rows == 1 && !target.deterministic;
+        let grid = tiles.min(props.sms as usize);
+        // Where all weights of a thread block are under way before its input is there, more blocks than the
+        // longest ones need would only keep the next launch from multiprocessors.
+        let most = tiles.div_ceil(grid);
+        let tile = matrices.iter().map(|m| m.column_bytes()).max()?;
+        let grid = match alone && is_large(props) && !gated && most * tile <= LARGE_RINGS {
+            true => tiles.div_ceil(most),
+            false => grid,
+        };
+        let mine = tiles.div_ceil(grid);
         let free = |used: usize| (props.shared_per_block as usize).saturating_sub(used);
         let slot = |from: From| slot_bytes(rows, gated && !from.is_row());
         let (from, used, most) = ways((rows, inputs), orders.count, matrices[0].kind(), props)
             .into_iter()
             .filter(|(from, _)| alone || !from.is_row())
+            .map(|(from, used)| {
+                (
+                    from,
+                    if from.is_row() {
+                        used + TASK_BYTES
+                    } else {
+                        used
+                    },
+                )
+            })
             .map(|(from, used)| (from, used, free(used) / slot(from)))
             .find(|&(_, _, slots)| slots > 0)?;
         // Turns of equal length.
@@ -257,7 +279,7 @@ pub(in crate::cuda::lower) fn ways(
     // The warps' rings: Ring::BYTES of common/ring.cuh.
     let mut ways = match is_large(props) {
         true => vec![
-            (From::Row, warps * (2 * 4096 + 32) + gathered),
+            (From::Row, LARGE_RINGS + warps * 32 + gathered),
             (From::LongRow, warps * (3 * 2048 + 32) + gathered),
         ],
         false => vec![(From::Row, warps * (2 * 1024 + 32) + gathered)],

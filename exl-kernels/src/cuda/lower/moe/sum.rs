@@ -1,0 +1,66 @@
+//! The weighted sum of the experts of one row and the norm behind it by one launch (cuda/moe/sum_norm.cu).
+
+use super::few::RowSum;
+use super::pair;
+use crate::cuda::launch::Args;
+use crate::cuda::lower::Target;
+use crate::cuda::lower::rows::RowNorm;
+use crate::cuda::{Kernel, Launch};
+
+/// By the thread blocks that divide the rows of down, 1 or more; and the same for more columns.
+pub(in crate::cuda::lower) const SUM_NORM: [Kernel; 4] = [
+    Kernel::new("moe/sum_norm", "exl_moe_sum_norm_1"),
+    Kernel::new("moe/sum_norm", "exl_moe_sum_norm_4"),
+    Kernel::new("moe/sum_norm", "exl_moe_sum_norm_long_1"),
+    Kernel::new("moe/sum_norm", "exl_moe_sum_norm_long_4"),
+];
+/// Most columns of both.
+const COLUMNS: [usize; 2] = [4096, 8192];
+/// Threads of all blocks, and blocks where there are clusters.
+const THREADS: u32 = 1024;
+const CLUSTER: u32 = 4;
+
+/// Lets the norm behind experts of one row add up their outputs, which down then leaves as they are.
+pub(in crate::cuda::lower) fn take_sums(launches: &mut [Launch], target: &Target<'_>) {
+    for i in 1..launches.len() {
+        if let [down, norm] = &mut launches[i - 1..=i]
+            && let Some(both) = summing(down, norm, target)
+        {
+            RowSum::leave(down);
+            *norm = both;
+        }
+    }
+}
+
+/// What takes the place of a norm, if it can.
+fn summing(down: &Launch, norm: &Launch, target: &Target<'_>) -> Option<Launch> {
+    let sum = RowSum::of(down)?;
+    let norm = RowNorm::of(norm)?;
+    let length = COLUMNS.iter().position(|&most| norm.dim <= most)?;
+    if norm.x != sum.out || norm.dim as u64 != sum.columns {
+        return None;
+    }
+    let task = [
+        sum.parts,
+        sum.weights,
+        sum.residual,
+        sum.out,
+        norm.weight,
+        norm.out,
+        pair(norm.dim, sum.segments as usize),
+        norm.dtype as u64 | norm.eps << 32,
+        norm.offset,
+    ];
+    let blocks = if target.props.clusters > 0 {
+        CLUSTER
+    } else {
+        1
+    };
+    Some(Launch {
+        kernel: SUM_NORM[2 * length + usize::from(sum.split)],
+        grid: [blocks, 1, 1],
+        block: [THREADS / blocks, 1, 1],
+        shared_bytes: 0,
+        args: Args::new().block(&task),
+    })
+}

@@ -290,7 +290,8 @@ pub struct PagedAttn<'a> {
     /// I32 `[seqs, pages_per_seq]`: pages of each sequence in order. Those before the page in which the
     /// window of its first row begins are not read: any page stands there.
     pub block_table: Mem<'a>,
-    /// I32 `[seqs + 1]`: rows `q_start[s]..q_start[s + 1]` belong to sequence `s`.
+    /// I32 `[seqs + 1]`: rows `q_start[s]..q_start[s + 1]` belong to sequence `s`. In a plan no sequence of a step
+    /// is without rows: where there are as many as sequences, each has one.
     pub q_start: Mem<'a>,
     /// I32 `[seqs]`: tokens in the cache, the new rows included.
     pub kv_len: Mem<'a>,

@@ -235,6 +235,10 @@ impl StepBlock {
             )));
         }
         for (i, seq) in seqs.iter().enumerate() {
+            // Where there are as many rows as sequences, a GPU relies on each having one.
+            if seq.tokens.is_empty() {
+                return Err(Error::Step(format!("sequence {i} has no tokens")));
+            }
             let end = seq.start.saturating_add(seq.tokens.len());
             let pages = end.div_ceil(PAGE_TOKENS);
             if seq.pages.len() < pages || pages > key.pages_per_seq {

@@ -139,6 +139,15 @@ fn refuses_what_does_not_fit() {
     assert!(refused(&[]).starts_with("step: 0 sequences"));
     let mut far = |start| refused(&[StepSeq { start, ..fits }]);
     assert!(far(255).contains("needs 2 pages, has 1"));
+    // As many rows as sequences, but not one in each.
+    let mut step = StepBlock::new(&key(2, 2, 1, 1)).unwrap();
+    let none = StepSeq {
+        tokens: &[],
+        logits: (0, 0),
+        ..fits
+    };
+    let message = step.fill(&[none, fits]).unwrap_err().to_string();
+    assert!(message.contains("sequence 0 has no tokens"), "{message}");
 }
 
 #[test]

@@ -141,7 +141,9 @@ __device__ __forceinline__ void routed_row(const ExpertsTask& task, const routin
     extern __shared__ __align__(1024) char shared[];
     typedef SegmentTask<false, 1, ROUTED_GROUPS> Own;
     typedef typename RowInput<KIND_EXL2, Own>::Row Row;
-    static_assert(Row::LOADS == ROUTED_GROUPS, "a thread has the columns of x that it loads");
+    static_assert(Row::LOADS == ROUTED_GROUPS && routing::THREADS == ROW_WARPS * WARP,
+                  "a thread has the columns of x that it loads");
+    static_assert(sizeof(routing::Sums) <= SHARES * 128, "sums of a tile are larger");
     const routing::Columns<W, ROUTED_GROUPS> columns(router);
     Own& own = *reinterpret_cast<Own*>(shared);
     const Block block(task, 1);
@@ -167,8 +169,9 @@ __device__ __forceinline__ void routed_row(const ExpertsTask& task, const routin
     if (leaves && threadIdx.x < WARP) {
         routing::decide(router, logit);
         __threadfence();
+        __syncwarp();
     }
-    // What follows may rely on the ids. The first thread of a block to call lets it begin.
+    // What follows may rely on the ids, which are in L2 by then. The first thread of a block to call lets it begin.
     if (!leaves || threadIdx.x < WARP) pdl_launch();
     if (leaves) columns.store(router, x.values);
     __syncthreads();

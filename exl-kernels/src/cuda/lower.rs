@@ -14,7 +14,8 @@ use crate::ops::{self, Op};
 pub(super) use linear::{CLUSTER, CLUSTER_ARCHITECTURES, CLUSTER_KERNEL};
 
 /// Device memory that the launches of one op may use. Ops run one after the other, so all of
-/// them share it. Gate and up of experts may leave something there for down, the very next launch (moe/few.rs).
+/// them share it. Gate and up of experts may leave something there for down, the very next launch (moe/few.rs), and
+/// down for the norm behind it (moe/sum.rs).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Scratch {
     /// Address of the first byte, aligned to 256.

@@ -224,6 +224,12 @@ fn gpu_attention_takes_rotation_and_append_along() {
         let layer = Layer::new(shape, &mut rng);
         let what = format!("{} x {} heads, {:?}", shape.heads, shape.dim, shape.lens);
         check(&mut ops, (&what, 1e-3), || layer.ops(), || layer.left());
+        // The same bits as of two launches.
+        let joint = layer.left();
+        for op in &mut layer.ops() {
+            ops.run_all(std::slice::from_mut(op)).unwrap();
+        }
+        assert!(layer.left() == joint, "{what}: other bits by two launches");
     }
     if quick() {
         return;

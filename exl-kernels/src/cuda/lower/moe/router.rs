@@ -20,7 +20,7 @@ pub(in crate::cuda::lower) const ROUTED: [Kernel; 2] = [
     Kernel::new("moe/row", "exl_moe_row1_routed_f16"),
     Kernel::new("moe/row", "exl_moe_row1_routed_bf16"),
 ];
-/// Most inputs there: threads keep all of x in registers.
+/// Most inputs there: threads keep all of x in registers (row.cu: ROUTED_GROUPS).
 const ROUTED_INPUTS: u64 = 4096;
 /// Most inputs of both.
 const INPUTS: [usize; 2] = [4096, 8192];
@@ -108,14 +108,22 @@ fn routed(router: &Launch, gate_up: &Launch) -> Option<Launch> {
     let at = ROUTERS.iter().position(|&kernel| kernel == router.kernel)?;
     let row = RowTask::of(gate_up)?;
     let words = router.args.words();
-    let [out, logits, ids, sizes, choice] = [2, 4, 5, 7, 8].map(|i| words[i]);
+    let [x, normed, logits, ids, weights] = [0, 2, 4, 5, 6].map(|i| words[i]);
+    let [sizes, choice] = [words[7], words[8]];
     let [low, high] = [|word: u64| word & 0xffff_ffff, |word: u64| word >> 32];
     let fits = low(sizes) <= ROUTED_INPUTS;
-    let same = row.x == out && row.ids == ids && row.inputs == low(sizes);
+    let same = row.x == normed && row.ids == ids && row.inputs == low(sizes);
     let same = same && row.experts == high(sizes) && row.segments == low(choice);
-    // The block that leaves the logits may come behind others' outputs.
-    let end = row.out + 4 * row.segments * row.outputs;
-    let apart = end <= logits || logits + 4 * row.experts <= row.out;
+    // The block that leaves logits and choice may come behind others' outputs, and before others have x.
+    let left = [
+        (normed, row.inputs),
+        (logits, row.experts),
+        (ids, row.segments),
+        (weights, row.segments),
+    ];
+    let (x, out) = ((x, row.inputs), (row.out, row.segments * row.outputs));
+    let apart = |(a, n): (u64, u64), (b, m): (u64, u64)| a + 4 * n <= b || b + 4 * m <= a;
+    let apart = apart(out, x) && left.iter().all(|&l| apart(l, out) && apart(l, x));
     (fits && same && apart).then(|| Launch {
         kernel: ROUTED[at % 2],
         args: gate_up.args.clone().block(words),

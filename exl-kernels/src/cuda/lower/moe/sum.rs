@@ -1,13 +1,13 @@
 //! The weighted sum of the experts of one row and the norm behind it by one launch (cuda/moe/sum_norm.cu).
 
-use super::few::RowSum;
+use super::few::{RowSum, SPLIT};
 use super::pair;
 use crate::cuda::launch::Args;
-use crate::cuda::lower::Target;
 use crate::cuda::lower::rows::RowNorm;
+use crate::cuda::lower::{CLUSTER_ARCHITECTURES, Target};
 use crate::cuda::{Kernel, Launch};
 
-/// By the thread blocks that divide the rows of down, 1 or more; and the same for more columns.
+/// By the thread blocks that divide the rows of down, 1 or [`SPLIT`]; and the same for more columns.
 pub(in crate::cuda::lower) const SUM_NORM: [Kernel; 4] = [
     Kernel::new("moe/sum_norm", "exl_moe_sum_norm_1"),
     Kernel::new("moe/sum_norm", "exl_moe_sum_norm_4"),
@@ -19,6 +19,7 @@ const COLUMNS: [usize; 2] = [4096, 8192];
 /// Threads of all blocks, and blocks where there are clusters.
 const THREADS: u32 = 1024;
 const CLUSTER: u32 = 4;
+const _: () = assert!(SPLIT == 4, "the kernels say so");
 
 /// Lets the norm behind experts of one row add up their outputs, which down then leaves as they are.
 pub(in crate::cuda::lower) fn take_sums(launches: &mut [Launch], target: &Target<'_>) {
@@ -37,7 +38,11 @@ fn summing(down: &Launch, norm: &Launch, target: &Target<'_>) -> Option<Launch> 
     let sum = RowSum::of(down)?;
     let norm = RowNorm::of(norm)?;
     let length = COLUMNS.iter().position(|&most| norm.dim <= most)?;
-    if norm.x != sum.out || norm.dim as u64 != sum.columns {
+    // What is added up and what is normalised have places of their own.
+    let bytes = 4 * sum.columns;
+    let apart = norm.out + bytes <= sum.out || sum.out + bytes <= norm.out;
+    let aligned = sum.residual.is_multiple_of(16);
+    if norm.x != sum.out || norm.dim as u64 != sum.columns || !apart || !aligned {
         return None;
     }
     let task = [
@@ -51,11 +56,9 @@ fn summing(down: &Launch, norm: &Launch, target: &Target<'_>) -> Option<Launch> 
         norm.dtype as u64 | norm.eps << 32,
         norm.offset,
     ];
-    let blocks = if target.props.clusters > 0 {
-        CLUSTER
-    } else {
-        1
-    };
+    // As the kernel is compiled, whatever clusters other kernels get.
+    let clusters = CLUSTER_ARCHITECTURES.contains(&target.props.capability.0);
+    let blocks = if clusters { CLUSTER } else { 1 };
     Some(Launch {
         kernel: SUM_NORM[2 * length + usize::from(sum.split)],
         grid: [blocks, 1, 1],

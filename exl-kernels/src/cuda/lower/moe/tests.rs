@@ -358,9 +358,23 @@ fn to<'a>(region: &Mem<'a>) -> MemMut<'a> {
     unsafe { MemMut::from_raw(at, region.bytes(), region.dtype(), region.place()) }
 }
 
+/// What is odd about a chain.
+#[derive(Clone, Copy, PartialEq)]
+enum Odd {
+    Nothing,
+    /// The next norm is of another row.
+    Behind,
+    /// It is in place.
+    InPlace,
+    /// Logits lie where gate and up write.
+    Logits,
+    /// The first norm is in place.
+    X,
+}
+
 /// One row through a norm, a router, its experts and the next norm: the launches, and where the experts leave their
-/// sum. `apart`: the next norm is of another row.
-fn chain(apart: bool, props: &DeviceProps) -> (Vec<Launch>, u64) {
+/// sum.
+fn chain(odd: Odd, props: &DeviceProps) -> (Vec<Launch>, u64) {
     let (experts, top_k, hidden, _) = SHAPES[0];
     let mut found = None;
     with_ops(1, SHAPES[0], |gate_up, down| {
@@ -374,6 +388,13 @@ fn chain(apart: bool, props: &DeviceProps) -> (Vec<Launch>, u64) {
         );
         let (router, logits) = (vec![half::f16::ZERO; experts * hidden], vec![0f32; experts]);
         let (x, logits, out) = (Mem::host(&x), Mem::host(&logits), sum.out.as_mem());
+        let x = if odd == Odd::X { wide.x } else { x };
+        let inside = wide.out.as_mem().as_ptr();
+        // SAFETY: lowering looks at addresses only.
+        let inside = unsafe { Mem::from_raw(inside, 4 * experts, DType::F32, Place::Host) };
+        let logits = if odd == Odd::Logits { inside } else { logits };
+        let normed = Mem::host(&normed);
+        let behind = if odd == Odd::InPlace { out } else { normed };
         let norm = |x: Mem<'_>, out: &Mem<'_>| {
             let op = Op::RmsNorm(RmsNorm {
                 x,
@@ -414,7 +435,7 @@ fn chain(apart: bool, props: &DeviceProps) -> (Vec<Launch>, u64) {
         for op in [&product, &route, gate_up, down] {
             lower(op, &target(props, false), &mut list).unwrap();
         }
-        list.extend(norm(if apart { x } else { out }, &Mem::host(&normed)));
+        list.extend(norm(if odd == Odd::Behind { x } else { out }, &behind));
         link(&mut list, &target(props, false));
         found = Some((list, out.as_ptr() as u64));
     });
@@ -424,7 +445,7 @@ fn chain(apart: bool, props: &DeviceProps) -> (Vec<Launch>, u64) {
 #[test]
 fn one_row_goes_through_experts_in_three_launches() {
     for props in &DeviceProps::samples()[4..7] {
-        let (list, out) = chain(false, props);
+        let (list, out) = chain(Odd::Nothing, props);
         let names: Vec<&str> = list.iter().map(|l| l.kernel.entry).collect();
         let down = "exl_moe_row1_add_split_exl2";
         assert_eq!(
@@ -442,8 +463,19 @@ fn one_row_goes_through_experts_in_three_launches() {
         assert_eq!((words[2][0], words[2][3]), (words[1][9], out));
         assert_eq!((list[2].grid[0], list[2].block[0]), (4, 256));
         // A norm of something else is one.
-        let (list, out) = chain(true, props);
+        let (list, out) = chain(Odd::Behind, props);
         assert_eq!(list[2].kernel.entry, "exl_rms_norm_256x4_f16");
         assert_eq!(list[1].args.words()[12], out);
+        for odd in [Odd::Logits, Odd::X] {
+            assert_eq!(chain(odd, props).0[0].kernel.entry, "exl_moe_router_f16");
+        }
+        let (list, _) = chain(Odd::InPlace, props);
+        assert_eq!(list[2].kernel.entry, "exl_rms_norm_256x4_f16");
+        // Clusters are for this kernel whatever others get.
+        let few = DeviceProps {
+            clusters: 0,
+            ..props.clone()
+        };
+        assert_eq!(chain(Odd::Nothing, &few).0[2].grid[0], 4);
     }
 }

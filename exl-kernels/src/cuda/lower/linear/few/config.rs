@@ -182,7 +182,7 @@ impl Config {
         // The sums of one row have another order.
         let alone = rows == 1 && !target.deterministic;
         let grid = tiles.min(props.sms as usize);
-        // Where all weights of a thread block are under way before its input is there, more blocks than the
+        // Where about all weights of a thread block are under way before its input is there, more blocks than the
         // longest ones need would only keep the next launch from multiprocessors.
         let most = tiles.div_ceil(grid);
         let tile = matrices.iter().map(|m| m.column_bytes()).max()?;

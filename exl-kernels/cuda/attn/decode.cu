@@ -5,6 +5,7 @@
 // its keys; the last block of a tile to arrive merges the chunks. Where chunks have fixed places it does so in
 // order, and with one block per tile (splits 1) that block goes through them and folds them in the same
 // order: the same bits.
+//
 // exl_attn_decode_rope_*: also what exl_rope_append_f16 does, of sequences with one row each (fresh.cuh); rotated
 // queries are not left in memory. Their code is short where it can be: at one row it is executed once, and most
 // of it has to come from L2.

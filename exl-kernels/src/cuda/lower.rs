@@ -106,11 +106,27 @@ pub fn lower(op: &Op<'_>, target: &Target<'_>, list: &mut Vec<Launch>) -> Result
 /// of the experts and the next norm. Experts learn what they need not wait for and in which order down wants what
 /// gate and up compute.
 pub fn link(launches: &mut Vec<Launch>, target: &Target<'_>) {
-    attention::fuse(launches);
+    join(launches, attention::rotating);
     moe::fuse(launches, target);
     moe::link(launches);
-    moe::join(launches);
+    join(launches, moe::routed);
     moe::take_sums(launches, target);
+}
+
+/// Puts one launch in place of two neighbours wherever there is one for both.
+fn join(launches: &mut Vec<Launch>, both: impl Fn(&Launch, &Launch) -> Option<Launch>) {
+    let mut from = 0;
+    while from + 1 < launches.len() {
+        if let Some(both) = both(&launches[from], &launches[from + 1]) {
+            launches.splice(from..from + 2, [both]);
+        }
+        from += 1;
+    }
+}
+
+/// Whether two regions of 32-bit values, each an address and a length, have nothing in common.
+fn apart((a, n): (u64, u64), (b, m): (u64, u64)) -> bool {
+    a + 4 * n <= b || b + 4 * m <= a
 }
 
 /// Bytes of device memory that tables of the launches of an op take (`Args::with_table`). Equal tables of

@@ -341,14 +341,11 @@ impl PlanBuilder {
         };
         // Where each sequence has one row, a GPU does both ops at once: other blocks may still read k and v when one
         // writes its outputs.
-        let at_once = match self.ops.last() {
-            Some(&PlanOp::RopeAppend { q: own, k, v, .. }) if own == q => Some([k, v]),
-            _ => None,
-        };
-        let at_once = at_once.filter(|_| self.key.rows == self.key.seqs);
-        let at = self.ops.len();
-        for slot in at_once.into_iter().flatten() {
-            self.slots[slot.0 as usize].last = at;
+        if let Some(&PlanOp::RopeAppend { q: own, k, v, .. }) = self.ops.last()
+            && own == q
+            && self.key.rows == self.key.seqs
+        {
+            self.keep_for_next(&[k, v]);
         }
         self.push(PlanOp::PagedAttn {
             q,
@@ -459,6 +456,14 @@ impl PlanBuilder {
             last: at,
         });
         slot
+    }
+
+    /// Keeps what the last op read or wrote through the next one as well.
+    fn keep_for_next(&mut self, slots: &[Slot]) {
+        let at = self.ops.len();
+        for slot in slots {
+            self.slots[slot.0 as usize].last = at;
+        }
     }
 
     fn push(&mut self, op: PlanOp) {

@@ -17,7 +17,7 @@ use crate::cuda::launch::Args;
 use crate::cuda::{DeviceProps, Kernel, Launch};
 use crate::ops::{PAGE_TOKENS, PagedAttn, RopeAppend, RopeStyle};
 use crate::{DType, Error, Result};
-pub(super) use fresh::{ROTATING, fuse};
+pub(super) use fresh::{ROTATING, rotating};
 use quantized::FUSED;
 
 /// Entry points of this family.

@@ -29,7 +29,7 @@ use crate::ops::{Matrix, MoeDown, MoeGateUp, MoeRoute};
 use crate::{DType, Error, Result};
 
 pub(super) use few::link;
-pub(super) use router::{fuse, join};
+pub(super) use router::{fuse, routed};
 pub(super) use sum::take_sums;
 #[cfg(test)]
 pub(super) use {
@@ -106,6 +106,11 @@ fn is_route(kernel: Kernel) -> bool {
 
 fn pair(low: usize, high: usize) -> u64 {
     low as u64 | (high as u64) << 32
+}
+
+/// The halves of [`pair`].
+fn unpair(word: u64) -> [u64; 2] {
+    [word & 0xffff_ffff, word >> 32]
 }
 
 fn unsupported<T>(op: &'static str, what: impl Into<String>) -> Result<T> {

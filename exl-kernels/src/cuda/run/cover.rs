@@ -152,7 +152,7 @@ mod tests {
             reached.extend(here);
         }
         // Of the uploader, which every case with a quantized matrix runs; in place of several ops, of which a
-        // case runs one at a time (gpu_conformance/fused.rs runs all).
+        // case runs one at a time (gpu_conformance/fused.rs and rotated.rs run all).
         reached.extend(matrix::KERNELS);
         reached.extend(JOINT.into_iter().flatten());
         let missing = kernels().filter(|kernel| !reached.contains(kernel));

@@ -65,9 +65,8 @@ impl PlanBuilder {
             act,
         };
         // A GPU may choose the experts of a row here: the logits are left while outputs are written.
-        let at = self.ops.len();
         if let Some(&PlanOp::MoeRoute { logits, .. }) = self.ops.last() {
-            self.slots[logits.0 as usize].last = at;
+            self.keep_for_next(&[logits]);
         }
         self.push(PlanOp::MoeGateUp {
             x,

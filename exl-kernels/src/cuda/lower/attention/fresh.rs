@@ -1,6 +1,7 @@
 //! Rotation, append and attention of sequences with one row each by one launch (cuda/attn/fresh.cuh).
 
 use super::{ROPE, TILES};
+use crate::cuda::lower::apart;
 use crate::cuda::{Kernel, Launch};
 
 /// By [`TILES`].
@@ -11,20 +12,9 @@ pub(in crate::cuda::lower) const ROTATING: [Kernel; 4] = [
     Kernel::new("attn/decode", "exl_attn_decode_rope_256"),
 ];
 
-/// Puts one launch in place of rotation with append and the attention behind it, where each sequence has one
-/// row. The same bits, but for the rotated queries, which are not left in memory.
-pub(in crate::cuda::lower) fn fuse(launches: &mut Vec<Launch>) {
-    let mut from = 0;
-    while from + 1 < launches.len() {
-        if let Some(both) = rotating(&launches[from], &launches[from + 1]) {
-            launches.splice(from..from + 2, [both]);
-        }
-        from += 1;
-    }
-}
-
-/// The launch for two, if there is one.
-fn rotating(rope: &Launch, attention: &Launch) -> Option<Launch> {
+/// The launch for rotation with append and the attention behind it, if each sequence has one row. The same bits, but
+/// for the rotated queries, which are not left in memory.
+pub(in crate::cuda::lower) fn rotating(rope: &Launch, attention: &Launch) -> Option<Launch> {
     let tiles = TILES.iter().position(|t| t.decode == attention.kernel)?;
     if rope.kernel != ROPE[0] {
         return None;
@@ -61,9 +51,8 @@ fn rotating(rope: &Launch, attention: &Launch) -> Option<Launch> {
     let whole = pairs.is_multiple_of(if interleaved == 1 { 2 } else { 4 });
     let aligned = [k, v].iter().all(|at| at.is_multiple_of(16));
     // Some blocks write what attention computes while others still read k and v.
-    let (out, inner) = (words[6], 4 * rows * kv_heads * dim);
-    let end = out + 4 * rows * heads * dim;
-    let apart = [k, v].iter().all(|&at| end <= at || at + inner <= out);
+    let (out, inner) = ((words[6], rows * heads * dim), rows * kv_heads * dim);
+    let apart = [k, v].iter().all(|&at| apart(out, (at, inner)));
     if !(same && stored && whole && aligned && apart) {
         return None;
     }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::sort::Space;
-use super::{ALIGN, Format, Layer, Sum, pair};
+use super::{ALIGN, Format, Layer, Sum, pair, unpair};
 use crate::cuda::launch::Args;
 use crate::cuda::lower::Target;
 use crate::cuda::lower::linear::{From, X_CHUNK, row_bytes, slot_bytes, warps, ways};
@@ -61,8 +61,8 @@ const TASK_BYTES: usize = 1024;
 const DESCRIPTOR_BYTES: usize = 8 * crate::cuda::lower::linear::MATRIX_WORDS;
 const MOST_STAGED: usize = 32;
 /// Words of the task (`ExpertsTask` of task.cuh): the ids of one row, its x, the outputs, three for their sum, those
-/// in down's order, experts and segments, inputs and outputs, whether each expert has an x of its own, whether ids are there early
-/// and descriptors staged.
+/// in down's order, experts and segments, inputs and outputs, whether each expert has an x of its own, whether ids
+/// are there early and descriptors staged.
 const IDS_WORD: usize = 5;
 const X_WORD: usize = 6;
 const OUT_WORD: usize = 9;
@@ -164,19 +164,23 @@ pub(super) struct RowTask {
 impl RowTask {
     /// What a launch computes, if it is that, and has the descriptors of all experts at hand.
     pub(super) fn of(launch: &Launch) -> Option<Self> {
+        if launch.kernel != ROW[0] {
+            return None;
+        }
         let words = launch.args.words();
-        let staged = || words[EARLY_WORD] >> 48 != 0;
+        let staged = words[EARLY_WORD] >> 48 != 0;
         // One x for all experts.
-        let shared = || words[MODES_WORD] >> 32 & 0xffff == 0;
-        let [low, high] = [|word: u64| word & 0xffff_ffff, |word: u64| word >> 32];
-        (launch.kernel == ROW[0] && staged() && shared()).then(|| Self {
+        let shared = words[MODES_WORD] >> 32 & 0xffff == 0;
+        let [experts, segments] = unpair(words[EXPERTS_WORD]);
+        let [inputs, outputs] = unpair(words[SHAPE_WORD]);
+        (staged && shared).then_some(Self {
             x: words[X_WORD],
             ids: words[IDS_WORD],
             out: words[OUT_WORD],
-            experts: low(words[EXPERTS_WORD]),
-            segments: high(words[EXPERTS_WORD]),
-            inputs: low(words[SHAPE_WORD]),
-            outputs: high(words[SHAPE_WORD]),
+            experts,
+            segments,
+            inputs,
+            outputs,
         })
     }
 }
@@ -260,7 +264,8 @@ impl Few {
         };
         let find = |rows: usize, kernel: Kernel, wanted: &[From]| {
             let alone = wanted.contains(&From::Row);
-            let slot = slot_bytes(rows, layer.act.is_some() && !alone);
+            let apart = layer.act.is_some() && !alone;
+            let slot = slot_bytes(rows, apart);
             let fixed = TASK_BYTES + if alone { staged_bytes(layer) } else { 0 };
             let free = (props.shared_per_block as usize).checked_sub(fixed)?;
             let ways = ways((rows, layer.inputs), format.orders, kind, props).into_iter();
@@ -276,11 +281,7 @@ impl Few {
                 kernel,
                 from,
                 shared: fixed + used + tiles * slot,
-                slots: if layer.act.is_some() && !alone {
-                    2 * tiles
-                } else {
-                    tiles
-                },
+                slots: if apart { 2 * tiles } else { tiles },
                 held: layer.inputs,
                 split: 1,
                 staged: fixed > TASK_BYTES,

@@ -1,11 +1,11 @@
 //! The norm of one row, a router of few experts and their choice by one launch (cuda/moe/router.cu).
 
 use super::few::RowTask;
-use super::{ROUTE, pair};
+use super::{ROUTE, pair, unpair};
 use crate::cuda::launch::Args;
-use crate::cuda::lower::Target;
 use crate::cuda::lower::gemm::DenseRow;
 use crate::cuda::lower::rows::RowNorm;
+use crate::cuda::lower::{Target, apart};
 use crate::cuda::{Kernel, Launch};
 
 /// For routers of F16 and BF16, and the same for more inputs.
@@ -92,28 +92,16 @@ fn router(launches: &[Launch]) -> Option<Launch> {
     })
 }
 
-/// Lets gate and up of one row choose the experts, where the launch before does that and nothing else.
-pub(in crate::cuda::lower) fn join(launches: &mut Vec<Launch>) {
-    let mut from = 0;
-    while from + 1 < launches.len() {
-        if let Some(both) = routed(&launches[from], &launches[from + 1]) {
-            launches.splice(from..from + 2, [both]);
-        }
-        from += 1;
-    }
-}
-
-/// The launch for two, if there is one.
-fn routed(router: &Launch, gate_up: &Launch) -> Option<Launch> {
+/// The launch for a router and gate and up of its row, if every thread block of those can choose the experts.
+pub(in crate::cuda::lower) fn routed(router: &Launch, gate_up: &Launch) -> Option<Launch> {
     let at = ROUTERS.iter().position(|&kernel| kernel == router.kernel)?;
     let row = RowTask::of(gate_up)?;
     let words = router.args.words();
     let [x, normed, logits, ids, weights] = [0, 2, 4, 5, 6].map(|i| words[i]);
-    let [sizes, choice] = [words[7], words[8]];
-    let [low, high] = [|word: u64| word & 0xffff_ffff, |word: u64| word >> 32];
-    let fits = low(sizes) <= ROUTED_INPUTS;
-    let same = row.x == normed && row.ids == ids && row.inputs == low(sizes);
-    let same = same && row.experts == high(sizes) && row.segments == low(choice);
+    let ([inputs, experts], [top_k, _]) = (unpair(words[7]), unpair(words[8]));
+    let fits = inputs <= ROUTED_INPUTS;
+    let same = row.x == normed && row.ids == ids && row.inputs == inputs;
+    let same = same && row.experts == experts && row.segments == top_k;
     // The block that leaves logits and choice may come behind others' outputs, and before others have x.
     let left = [
         (normed, row.inputs),
@@ -122,7 +110,6 @@ fn routed(router: &Launch, gate_up: &Launch) -> Option<Launch> {
         (weights, row.segments),
     ];
     let (x, out) = ((x, row.inputs), (row.out, row.segments * row.outputs));
-    let apart = |(a, n): (u64, u64), (b, m): (u64, u64)| a + 4 * n <= b || b + 4 * m <= a;
     let apart = apart(out, x) && left.iter().all(|&l| apart(l, out) && apart(l, x));
     (fits && same && apart).then(|| Launch {
         kernel: ROUTED[at % 2],

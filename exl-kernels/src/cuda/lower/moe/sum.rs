@@ -4,7 +4,7 @@ use super::few::{RowSum, SPLIT};
 use super::pair;
 use crate::cuda::launch::Args;
 use crate::cuda::lower::rows::RowNorm;
-use crate::cuda::lower::{CLUSTER_ARCHITECTURES, Target};
+use crate::cuda::lower::{CLUSTER_ARCHITECTURES, Target, apart};
 use crate::cuda::{Kernel, Launch};
 
 /// By the thread blocks that divide the rows of down, 1 or [`SPLIT`]; and the same for more columns.
@@ -39,8 +39,7 @@ fn summing(down: &Launch, norm: &Launch, target: &Target<'_>) -> Option<Launch> 
     let norm = RowNorm::of(norm)?;
     let length = COLUMNS.iter().position(|&most| norm.dim <= most)?;
     // What is added up and what is normalised have places of their own.
-    let bytes = 4 * sum.columns;
-    let apart = norm.out + bytes <= sum.out || sum.out + bytes <= norm.out;
+    let apart = apart((norm.out, sum.columns), (sum.out, sum.columns));
     let aligned = sum.residual.is_multiple_of(16);
     if norm.x != sum.out || norm.dim as u64 != sum.columns || !apart || !aligned {
         return None;

@@ -197,16 +197,9 @@ impl Config {
             .into_iter()
             .filter(|(from, _)| alone || !from.is_row())
             .map(|(from, used)| {
-                (
-                    from,
-                    if from.is_row() {
-                        used + TASK_BYTES
-                    } else {
-                        used
-                    },
-                )
+                let used = used + if from.is_row() { TASK_BYTES } else { 0 };
+                (from, used, free(used) / slot(from))
             })
-            .map(|(from, used)| (from, used, free(used) / slot(from)))
             .find(|&(_, _, slots)| slots > 0)?;
         // Turns of equal length.
         let slots = mine.div_ceil(mine.div_ceil(most));

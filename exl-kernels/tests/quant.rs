@@ -167,6 +167,29 @@ fn error(x: &[f32], w: &[f32], n: usize, outputs: usize, y: &[f32]) -> f64 {
     worst
 }
 
+/// Largest difference from the f64 product, relative to the row's largest input times the norm of
+/// the output's weights: what independent roundings of inputs or weights are in proportion to,
+/// whatever the products cancel to.
+fn rounding_error(x: &[f32], w: &[f32], n: usize, y: &[f32]) -> f64 {
+    let norms: Vec<f64> = (0..n)
+        .map(|c| {
+            let column = w.iter().skip(c).step_by(n);
+            column.map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt()
+        })
+        .collect();
+    let mut worst = 0f64;
+    for (row, y) in x.chunks_exact(w.len() / n).zip(y.chunks_exact(n)) {
+        let most = row.iter().fold(0f32, |m, v| m.max(v.abs()));
+        for (c, (y, norm)) in y.iter().zip(&norms).enumerate() {
+            let products = row.iter().zip(w.iter().skip(c).step_by(n));
+            let exact: f64 = products.map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
+            let scale = (f64::from(most) * norm).max(1e-30);
+            worst = worst.max((exact - f64::from(*y)).abs() / scale);
+        }
+    }
+    worst
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(40))]
 
@@ -198,13 +221,15 @@ proptest! {
         let (w, n) = (owned.decode(), owned.outputs);
         for isa in Isa::available() {
             let y = product(&cpu(isa, 2, Activations::Exact16), &matrix, &x, n);
-            let e = error(&x, &w, n, n, &y);
-            // Measured up to 2.3e-4: weights are d * scale here, not rounded to 16 bits once
-            // more; see the next test for the arithmetic alone.
-            prop_assert!(e < 1e-3, "{isa:?} {e:e}");
+            let e = rounding_error(&x, &w, n, &y);
+            // Measured up to 7.0e-4 in 3000 cases: weights are d * scale here, not rounded to 16
+            // bits once more (2^-11 each); see the next test for the arithmetic alone.
+            prop_assert!(e < 3e-3, "{isa:?} {e:e}");
             let y = product(&cpu(isa, 2, Activations::Fast8), &matrix, &x, n);
-            let e = error(&x, &w, n, n, &y);
-            prop_assert!(e < 2e-2, "{isa:?} fast {e:e}");
+            let e = rounding_error(&x, &w, n, &y);
+            // Measured up to 1.2e-2 in 3000 cases. An input is off by at most 1/254 of the largest
+            // one; by Hoeffding's inequality one output in 2e10 is off by seven times that.
+            prop_assert!(e < 7.0 / 254.0, "{isa:?} fast {e:e}");
         }
     }
 }

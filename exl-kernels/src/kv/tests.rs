@@ -208,13 +208,15 @@ proptest! {
             let v = (state >> 33) as f32 / 2f32.powi(30) - 1.0;
             v * v * v * 4f32.powi(power)
         }).collect();
-        let mut y: Vec<f64> = head.iter().map(|v| f64::from(*v)).collect();
-        reference::rotate(&mut y);
         let layout = PageLayout::values(format, 1, dim);
         let mut outputs = Vec::new();
         for isa in Isa::available() {
             let codec = codec(format, dim, isa);
             let stored = encode(&codec, &head);
+            // What it encodes, as it rotates: a scale beside a tie is rounded as there.
+            let mut rotated = head.clone();
+            codec.rotate(&mut rotated);
+            let y: Vec<f64> = rotated.iter().map(|v| f64::from(*v)).collect();
             // The same bytes where a page has them.
             let mut page = vec![0u8; format.page_bytes(1, dim)];
             for ((at, len), bytes) in layout.planes(77, 0).into_iter().zip(&stored) {
@@ -234,17 +236,25 @@ proptest! {
                 let mine = error(&y[from..to], &exact[from..to]);
                 let (word, codes) = reference::encode(format, &y[from..to]);
                 let best = error(&y[from..to], &reference::values(format, word, &codes));
-                prop_assert!((mine - best).abs() <= 1e-4 * best + 1e-9 * most * most, "{} {}", mine, best);
-                // No value is off by more than a step, on the side that has fewer codes; of 4 bits
-                // the largest may be cut.
                 let steps = f64::from(1u32 << (format.code_bits().unwrap() - 1));
+                // A code beside a tie may be either; rounded to 16 bits, they are not equally far.
+                let tie = most * most / steps * 2f64.powi(-10);
+                prop_assert!((mine - best).abs() <= 1e-4 * best + tie, "{} {}", mine, best);
+                // No value is off by more than a step, on the side that has fewer codes; of 4 bits
+                // the largest may be cut. Steps are multiples of 2^-24; those of 4 bits end at 2^-16.
                 let worst = y[from..to].iter().zip(&exact[from..to]).map(|(a, b)| (a - b).abs());
-                let limit = if format == KvFormat::Q4 { 4.0 } else { 1.01 };
-                prop_assert!(worst.fold(0.0, f64::max) <= limit * most / steps + 1e-3 * most);
+                let (limit, tiny) = match format {
+                    KvFormat::Q4 => (4.0, 2f64.powi(-16)),
+                    _ => (1.01, steps * 2f64.powi(-25)),
+                };
+                let limit = limit * most / steps + 1e-3 * most + tiny;
+                prop_assert!(worst.fold(0.0, f64::max) <= limit);
             }
             outputs.push(decode(&codec, &stored));
         }
         // The transform and its inverse are one another's.
+        let mut y: Vec<f64> = head.iter().map(|v| f64::from(*v)).collect();
+        reference::rotate(&mut y);
         let rotor = codec(format, dim, Isa::detect());
         let mut there = head.clone();
         rotor.rotate(&mut there);

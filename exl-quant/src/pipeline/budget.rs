@@ -279,7 +279,8 @@ pub(super) fn check_memory(
     let streams = exchanged.min(side_by_side(spec, PROBE_POSITIONS)) as u64;
     let states = (streams + 2) * PROBE_POSITIONS as u64 * spec.hidden as u64 * 4;
     let probe = packed + measured.max(states);
-    let needed = hidden.max(probe) + hessian + matrix + logits;
+    let decoded = decoded(source);
+    let needed = hidden.max(probe) + decoded + hessian + matrix + logits;
     if needed <= allowed {
         return Ok(());
     }
@@ -288,8 +289,9 @@ pub(super) fn check_memory(
         needed_gib: gib(needed),
         allowed_gib: gib(allowed),
         what: format!(
-            "hidden states {:.2}, Hessian {:.2}, largest matrix {:.2}",
+            "hidden states {:.2}, decoded weights of a layer {:.2}, Hessian {:.2}, largest matrix {:.2}",
             gib(hidden.max(probe)),
+            gib(decoded),
             gib(hessian),
             gib(matrix)
         ),
@@ -312,6 +314,19 @@ pub(super) fn check_device_memory(
         _ => (free, "free"),
     };
     need.check(allowed, limit)
+}
+
+/// Bytes of the largest layer's linears, or the head, as 32-bit floats: what is quantized is decoded, and takes the
+/// place of the original's until the layer ends.
+fn decoded(source: &ModelSource) -> u64 {
+    let of = |modules: &[Module]| -> u64 {
+        let keys = source.layout().iter().filter(|k| k.is_linear());
+        let keys = keys.filter(|k| modules.contains(&k.module));
+        keys.map(|k| 4 * k.parameters()).sum()
+    };
+    let layers = 0..source.spec().layers.len();
+    let layers = layers.map(|l| of(&[Module::Attention(l), Module::Mlp(l)]));
+    layers.chain([of(&[Module::Head])]).max().unwrap_or(0)
 }
 
 /// Bytes of the linears of a layer that one plan has, at most, as 32-bit floats.
@@ -408,6 +423,25 @@ impl DeviceNeed {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn decoded_weights_are_those_of_both_halves_of_a_layer() {
+        let golden = concat!(env!("CARGO_MANIFEST_DIR"), "/../exl-models/tests/golden");
+        let open = |name: &str| {
+            let dir = std::path::Path::new(golden).join(name);
+            ModelSource::open(&dir, &exl_models::LoadOptions::default()).unwrap()
+        };
+        // q and o, k and v, three matrices of eight experts; the head is smaller.
+        let linears = 2 * 32 * 64 + 2 * 32 * 32 + 8 * 3 * 32 * 32;
+        assert_eq!(decoded(&open("mixtral-tiny")), 4 * linears);
+        // One layer is smaller than the head.
+        let source = open("llama-plain-tiny");
+        let head = source
+            .layout()
+            .iter()
+            .filter(|k| k.module == Module::Head && k.is_linear());
+        assert!(decoded(&source) >= head.map(|k| 4 * k.parameters()).sum());
+    }
 
     #[test]
     fn device_memory_is_counted_before_the_work() {

@@ -16,6 +16,7 @@ mod tidy;
 
 use anyhow::{Context, Result};
 use flags::XtaskCmd;
+use std::io::Write as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use xshell::Shell;
@@ -31,7 +32,15 @@ fn main() -> ExitCode {
 }
 
 fn run() -> Result<()> {
-    let flags = flags::Xtask::from_env_or_exit();
+    let flags = match flags::Xtask::from_env() {
+        Ok(flags) => flags,
+        Err(help) if help.is_help() => {
+            // Whoever reads may have had enough.
+            let _ = writeln!(std::io::stdout(), "{help}");
+            return Ok(());
+        }
+        Err(error) => error.exit(),
+    };
     let sh = Shell::new()?;
     sh.change_dir(root()?);
     match flags.subcommand {

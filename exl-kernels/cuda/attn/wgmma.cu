@@ -24,7 +24,7 @@ constexpr int WARP_ROWS = 16, GROUP_ROWS = 4 * WARP_ROWS, ROWS = CONSUMERS * GRO
 constexpr int STAGES = 2;
 constexpr int PANEL = 64, PANEL_ROW = 128;   // values and bytes of a row of a panel
 
-// Shared memory (lower/attention.rs): queries, K, V, aligned to 1024, what is to know of the rows,
+// Shared memory (lower/attention/tiles.rs): queries, K, V, aligned to 1024, what is to know of the rows,
 // barriers.
 template <int D, int KEYS>
 struct Shared {

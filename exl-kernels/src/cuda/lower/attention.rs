@@ -9,16 +9,24 @@
 
 mod fresh;
 mod quantized;
+mod rope;
 #[cfg(test)]
 mod tests;
+mod tiles;
 
 use super::{COUNTERS, Scratch, Target};
 use crate::cuda::launch::Args;
 use crate::cuda::{DeviceProps, Kernel, Launch};
-use crate::ops::{PAGE_TOKENS, PagedAttn, RopeAppend, RopeStyle};
+use crate::ops::{PAGE_TOKENS, PagedAttn};
 use crate::{DType, Error, Result};
 pub(super) use fresh::{ROTATING, rotating};
 use quantized::FUSED;
+use rope::ROPE;
+pub(super) use rope::rope_append;
+use tiles::{
+    DECODE_ROWS, MANY, MANY_TILES, PREFILL_ROWS, PREFILL_THREADS, SHARED_OVERHEAD, TILES, Tiles,
+    WGMMA, WGMMA_ROWS, WGMMA_THREADS,
+};
 
 /// Entry points of this family.
 pub(crate) static KERNELS: &[Kernel] = &[
@@ -64,15 +72,6 @@ pub(crate) static KERNELS: &[Kernel] = &[
     FUSED[7].kernel,
 ];
 
-/// For caches of 16-bit and 32-bit floats.
-const ROPE: [Kernel; 2] = [
-    Kernel::new("rope/rope_append", "exl_rope_append_f16"),
-    Kernel::new("rope/rope_append", "exl_rope_append_f32"),
-];
-/// Threads of a block of the rotation, and heads that one takes at a time.
-const ROPE_THREADS: usize = 256;
-const ROPE_HEADS: usize = 4;
-
 /// By head size, as [`ROWS_DIMS`].
 const ROWS_F16: [Kernel; 4] = [
     Kernel::new("attn/simt", "exl_attn_rows_f16_32"),
@@ -95,127 +94,6 @@ const ANY: [Kernel; 2] = [
 const ROWS_THREADS: usize = 128;
 /// Blocks of these kernels that share a multiprocessor.
 const ROWS_BLOCKS: usize = 4;
-
-/// Kernels on tensor cores for heads of up to `dim` values.
-struct Tiles {
-    dim: usize,
-    decode: Kernel,
-    /// Warps of a decode block, and blocks that fit a multiprocessor's registers.
-    warps: usize,
-    blocks: usize,
-    prefill: Kernel,
-    /// Keys of a prefill block at a time.
-    keys: usize,
-}
-
-const TILES: [Tiles; 4] = [
-    Tiles {
-        dim: 64,
-        decode: Kernel::new("attn/decode", "exl_attn_decode_64"),
-        warps: 4,
-        blocks: 3,
-        prefill: Kernel::new("attn/prefill", "exl_attn_prefill_64"),
-        keys: 64,
-    },
-    Tiles {
-        dim: 96,
-        decode: Kernel::new("attn/decode", "exl_attn_decode_96"),
-        warps: 4,
-        blocks: 2,
-        prefill: Kernel::new("attn/prefill", "exl_attn_prefill_96"),
-        keys: 64,
-    },
-    Tiles {
-        dim: 128,
-        decode: Kernel::new("attn/decode", "exl_attn_decode_128"),
-        warps: 4,
-        blocks: 2,
-        prefill: Kernel::new("attn/prefill", "exl_attn_prefill_128"),
-        keys: 64,
-    },
-    Tiles {
-        dim: 256,
-        decode: Kernel::new("attn/decode", "exl_attn_decode_256"),
-        warps: 2,
-        blocks: 2,
-        prefill: Kernel::new("attn/prefill", "exl_attn_prefill_256"),
-        keys: 32,
-    },
-];
-
-/// For 128 values when there are many tiles: blocks half as large, twice as many at a time.
-const MANY: Tiles = Tiles {
-    decode: Kernel::new("attn/decode", "exl_attn_decode_128_many"),
-    warps: 2,
-    blocks: 4,
-    ..TILES[2]
-};
-/// Tiles for each multiprocessor from which on that is faster.
-const MANY_TILES: usize = 4;
-
-/// Query rows of a decode tile, keys of its warps at a time, tiles of K and V that a warp keeps.
-const DECODE_ROWS: usize = 16;
-const DECODE_KEYS: usize = 16;
-const DECODE_STAGES: usize = 2;
-/// Query rows and threads of a prefill block.
-const PREFILL_ROWS: usize = 64;
-const PREFILL_THREADS: usize = 128;
-/// Bytes that a block takes from a multiprocessor beside its dynamic shared memory.
-const SHARED_OVERHEAD: usize = 2 << 10;
-
-impl Tiles {
-    /// Rows in shared memory are padded by 8 values against bank conflicts.
-    fn row_bytes(&self) -> usize {
-        2 * (self.dim + 8)
-    }
-
-    /// Both terms of the queries, then the rings of all warps.
-    fn decode_shared(&self) -> usize {
-        let ring = 2 * DECODE_STAGES * DECODE_KEYS;
-        self.row_bytes() * (2 * DECODE_ROWS + self.warps * ring)
-    }
-
-    /// Queries, then K and V.
-    fn prefill_shared(&self) -> usize {
-        self.row_bytes() * (PREFILL_ROWS + 2 * self.keys)
-    }
-}
-
-/// Prompts by warpgroups on compute capability 9.0, for heads of up to `dim` values.
-struct Wgmma {
-    dim: usize,
-    kernel: Kernel,
-    /// Keys of a block at a time.
-    keys: usize,
-}
-
-const WGMMA: [Wgmma; 3] = [
-    Wgmma {
-        dim: 64,
-        kernel: Kernel::new("attn/wgmma", "exl_attn_wgmma_64"),
-        keys: 128,
-    },
-    Wgmma {
-        dim: 128,
-        kernel: Kernel::new("attn/wgmma", "exl_attn_wgmma_128"),
-        keys: 128,
-    },
-    Wgmma {
-        dim: 256,
-        kernel: Kernel::new("attn/wgmma", "exl_attn_wgmma_256"),
-        keys: 64,
-    },
-];
-/// Query rows and threads of a block.
-const WGMMA_ROWS: usize = 128;
-const WGMMA_THREADS: usize = 384;
-
-impl Wgmma {
-    /// Alignment, queries, two tiles each of K and V, 12 bytes for each row, barriers.
-    fn shared(&self) -> usize {
-        1024 + 2 * self.dim * (WGMMA_ROWS + 4 * self.keys) + 12 * WGMMA_ROWS + 64
-    }
-}
 
 /// Fewest keys of a block that are worth it (attn.cuh: LEAST_CHUNK).
 const LEAST_CHUNK: usize = 128;
@@ -529,63 +407,4 @@ pub(super) fn paged_attn_scratch(o: &PagedAttn<'_>, props: &DeviceProps) -> u64 
     let all = [(true, true), (true, false), (false, true), (false, false)];
     let most = all.map(|(aligned, fixed)| bytes(aligned, fixed));
     most.into_iter().max().unwrap_or(0) as u64
-}
-
-/// First frequencies of the second and of the third axis; beyond all where there is one.
-fn axis_starts(o: &RopeAppend<'_>) -> [usize; 2] {
-    let [a, b, _] = o.sections.unwrap_or([i32::MAX as usize, 0, 0]);
-    [a, a + b]
-}
-
-pub(super) fn rope_append(
-    o: &RopeAppend<'_>,
-    target: &Target<'_>,
-    list: &mut Vec<Launch>,
-) -> Result<()> {
-    if o.kv.k.is_quantized() {
-        return quantized::rope_append(o, target.props, list);
-    }
-    let heads = o.heads + o.kv_heads;
-    if [o.rows, heads.saturating_mul(o.head_dim)]
-        .iter()
-        .any(|&n| i32::try_from(n).is_err())
-    {
-        return Err(Error::Unsupported {
-            op: "rope_append",
-            what: format!("{} rows of {heads} heads on a GPU", o.rows),
-        });
-    }
-    if o.rows == 0 || heads * o.head_dim == 0 {
-        return Ok(());
-    }
-    let pairs = o.inv_freq.len();
-    let [second, third] = axis_starts(o);
-    // Several blocks per row while that gives the GPU more to do.
-    let side = ROPE_THREADS / pairs.clamp(1, ROPE_THREADS);
-    let useful = heads.div_ceil(side * ROPE_HEADS);
-    let blocks = (8 * target.props.sms as usize).div_ceil(o.rows);
-    list.push(Launch {
-        kernel: ROPE[usize::from(o.k_cache.dtype() != DType::F16)],
-        grid: [o.rows as u32, useful.min(blocks) as u32, 1],
-        block: [ROPE_THREADS as u32, 1, 1],
-        shared_bytes: 0,
-        args: Args::new()
-            .ptr(o.q.as_mem().as_ptr() as u64)
-            .ptr(o.k.as_ptr() as u64)
-            .ptr(o.v.as_ptr() as u64)
-            .ptr(o.positions.as_ptr() as u64)
-            .ptr(o.slots.as_ptr() as u64)
-            .ptr(o.inv_freq.as_ptr() as u64)
-            .ptr(o.k_cache.as_mem().as_ptr() as u64)
-            .ptr(o.v_cache.as_mem().as_ptr() as u64)
-            .int(o.heads)
-            .int(o.kv_heads)
-            .int(o.head_dim)
-            .int(pairs)
-            .int(usize::from(o.style == RopeStyle::GptJ))
-            .float(o.attention_factor)
-            .int(second)
-            .int(third),
-    });
-    Ok(())
 }

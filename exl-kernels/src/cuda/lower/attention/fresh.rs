@@ -1,6 +1,7 @@
 //! Rotation, append and attention of sequences with one row each by one launch (cuda/attn/fresh.cuh).
 
-use super::{ROPE, TILES};
+use super::rope::ROPE;
+use super::tiles::TILES;
 use crate::cuda::lower::apart;
 use crate::cuda::{Kernel, Launch};
 

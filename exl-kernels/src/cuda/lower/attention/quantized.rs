@@ -4,10 +4,9 @@
 //! other heads the pages of the step are unpacked into scratch memory, one page there for each of the
 //! cache, and the kernels for 16-bit floats read them; their output is transformed back.
 
-use super::{
-    Choice, SHARED_OVERHEAD, Shape, Work, attention_launch, axis_starts, choose, many_rows, select,
-    split,
-};
+use super::rope::axis_starts;
+use super::tiles::SHARED_OVERHEAD;
+use super::{Choice, Shape, Work, attention_launch, choose, many_rows, select, split};
 use crate::cuda::launch::Args;
 use crate::cuda::lower::{Scratch, Target};
 use crate::cuda::{DeviceProps, Kernel, Launch};

@@ -1,6 +1,6 @@
 use super::*;
 use crate::cuda::lower::{Scratch, lower};
-use crate::ops::Op;
+use crate::ops::{Op, RopeAppend, RopeStyle};
 use crate::{KvType, Mem, MemMut, Place};
 
 pub(super) const BASE: usize = 0x7000_0000;

@@ -59,27 +59,29 @@ pub enum Error {
     },
     /// More memory needed than allowed.
     #[error(
-        "--max-ram {allowed_gib:.2} GiB is too small: this conversion needs about \
-         {needed_gib:.2} GiB ({what}); raise it, or lower --rows or --length"
+        "--max-ram {allowed_gb:.2} is too small: this conversion needs about {} GB ({what}); raise it, or \
+         lower --rows or --length",
+        enough(*needed_gb)
     )]
     Memory {
-        /// Computed need.
-        needed_gib: f64,
+        /// Computed need, in 10^9 bytes, as the flag.
+        needed_gb: f64,
         /// The promise.
-        allowed_gib: f64,
+        allowed_gb: f64,
         /// Largest parts.
         what: String,
     },
     /// More device memory needed than allowed or free.
     #[error(
-        "this conversion needs about {needed_gib:.2} GiB of device memory and {allowed_gib:.2} are \
-         {limit} ({what}); raise it, lower --length, or use --device cpu"
+        "this conversion needs about {} GB of device memory and {allowed_gb:.2} are {limit} ({what}); \
+         raise it, lower --length, or use --device cpu",
+        enough(*needed_gb)
     )]
     DeviceMemory {
-        /// Computed need.
-        needed_gib: f64,
+        /// Computed need, in 10^9 bytes, as the flag.
+        needed_gb: f64,
         /// The promise, or what is free.
-        allowed_gib: f64,
+        allowed_gb: f64,
         /// Which of the two.
         limit: &'static str,
         /// Largest parts.
@@ -150,5 +152,27 @@ impl Error {
             path: path.into(),
             source,
         }
+    }
+}
+
+/// With two digits, never less: what a flag can be raised to.
+fn enough(gb: f64) -> String {
+    format!("{:.2}", (gb * 100.0).ceil() / 100.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_needed_is_told_in_the_unit_of_the_flag() {
+        let error = Error::Memory {
+            needed_gb: 9.301,
+            allowed_gb: 8.0,
+            what: "hidden states 7.00".to_owned(),
+        };
+        let text = error.to_string();
+        let parts = ["--max-ram 8.00 is too small", "about 9.31 GB (hidden"];
+        assert!(parts.iter().all(|part| text.contains(part)), "{text}");
     }
 }

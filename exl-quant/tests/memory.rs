@@ -52,10 +52,10 @@ fn no_more_memory_is_taken_than_announced() {
     };
     let stop = AtomicBool::new(false);
     let refused = convert(&options, &calibration, &mut |_| {}, &stop).unwrap_err();
-    let Error::Memory { needed_gib, .. } = refused else {
+    let Error::Memory { needed_gb, .. } = refused else {
         panic!("{refused}");
     };
-    let needed = (needed_gib * f64::from(1 << 30)) as u64;
+    let needed = (needed_gb * 1e9) as u64;
     let options = ConvertOptions {
         max_ram: Some(needed + 1),
         ..options

@@ -284,16 +284,16 @@ pub(super) fn check_memory(
     if needed <= allowed {
         return Ok(());
     }
-    let gib = |b: u64| b as f64 / (1u64 << 30) as f64;
+    let gb = |b: u64| b as f64 / 1e9;
     Err(Error::Memory {
-        needed_gib: gib(needed),
-        allowed_gib: gib(allowed),
+        needed_gb: gb(needed),
+        allowed_gb: gb(allowed),
         what: format!(
             "hidden states {:.2}, decoded weights of a layer {:.2}, Hessian {:.2}, largest matrix {:.2}",
-            gib(hidden.max(probe)),
-            gib(decoded),
-            gib(hessian),
-            gib(matrix)
+            gb(hidden.max(probe)),
+            gb(decoded),
+            gb(hessian),
+            gb(matrix)
         ),
     })
 }
@@ -405,16 +405,16 @@ impl DeviceNeed {
         if self.total() <= allowed {
             return Ok(());
         }
-        let gib = |b: u64| b as f64 / (1u64 << 30) as f64;
+        let gb = |b: u64| b as f64 / 1e9;
         Err(Error::DeviceMemory {
-            needed_gib: gib(self.total()),
-            allowed_gib: gib(allowed),
+            needed_gb: gb(self.total()),
+            allowed_gb: gb(allowed),
             limit,
             what: format!(
                 "weights of layers and heads {:.2}, activations of a row {:.2}, Hessians and a matrix {:.2}",
-                gib(self.weights),
-                gib(self.row),
-                gib(self.solver)
+                gb(self.weights),
+                gb(self.row),
+                gb(self.solver)
             ),
         })
     }

@@ -174,7 +174,10 @@ fn taking_back_more_than_a_window_changes_nothing() {
         ..noisy([vec![BOS], ids(2, 350)].concat(), 4, 900)
     };
     let run = |window, speculation: Option<Speculation>| {
-        let backend = SimBackend::new(VOCAB, 40, script).with_limits(80, 4);
+        let (gate, hook) = Gate::hook();
+        let backend = SimBackend::new(VOCAB, 40, script)
+            .with_limits(80, 4)
+            .with_hook(hook);
         let engine = start_chunks(windowed(backend, window), 80);
         let other = |n| Request {
             ignore_eos: true,
@@ -187,6 +190,9 @@ fn taking_back_more_than_a_window_changes_nothing() {
             ..banned.clone()
         };
         let mut stream = engine.submit(request).unwrap();
+        // All are there from the first step on: how many steps it takes does not depend on when they come.
+        gate.wait();
+        drop(gate);
         let events: Vec<Event> = stream.by_ref().collect();
         let suppressed = |event: &&Event| matches!(event, Event::Suppressed { .. });
         let taken = events.iter().filter(suppressed).count();

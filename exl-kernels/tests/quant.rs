@@ -147,18 +147,24 @@ fn cpu(isa: Isa, threads: usize, activations: Activations) -> Cpu {
     })
 }
 
+/// A row of the product in f64.
+fn exact(row: &[f32], w: &[f32], n: usize, outputs: usize) -> Vec<f64> {
+    let column = |c: usize| w.iter().skip(c).step_by(n);
+    let products = |c: usize| row.iter().zip(column(c));
+    let sum = |c: usize| {
+        products(c)
+            .map(|(a, b)| f64::from(*a) * f64::from(*b))
+            .sum()
+    };
+    (0..outputs).map(sum).collect()
+}
+
 /// Largest difference from the f64 product, relative to the row's largest output.
 fn error(x: &[f32], w: &[f32], n: usize, outputs: usize, y: &[f32]) -> f64 {
     let k = w.len() / n;
     let mut worst = 0f64;
     for (row, y) in x.chunks_exact(k).zip(y.chunks_exact(outputs)) {
-        let exact: Vec<f64> = (0..outputs)
-            .map(|c| {
-                (0..k)
-                    .map(|i| f64::from(row[i]) * f64::from(w[i * n + c]))
-                    .sum()
-            })
-            .collect();
+        let exact = exact(row, w, n, outputs);
         let scale = exact.iter().fold(1e-30, |m: f64, v| m.max(v.abs()));
         for (a, b) in exact.iter().zip(y) {
             worst = worst.max((a - f64::from(*b)).abs() / scale);
@@ -168,23 +174,18 @@ fn error(x: &[f32], w: &[f32], n: usize, outputs: usize, y: &[f32]) -> f64 {
 }
 
 /// Largest difference from the f64 product, relative to the row's largest input times the norm of
-/// the output's weights: what independent roundings of inputs or weights are in proportion to,
-/// whatever the products cancel to.
+/// the output's weights: what independent roundings of inputs are in proportion to, whatever the
+/// products cancel to.
 fn rounding_error(x: &[f32], w: &[f32], n: usize, y: &[f32]) -> f64 {
-    let norms: Vec<f64> = (0..n)
-        .map(|c| {
-            let column = w.iter().skip(c).step_by(n);
-            column.map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt()
-        })
-        .collect();
+    let square = |v: &f32| f64::from(*v).powi(2);
+    let norm = |c: usize| w.iter().skip(c).step_by(n).map(square).sum::<f64>().sqrt();
+    let norms: Vec<f64> = (0..n).map(norm).collect();
     let mut worst = 0f64;
     for (row, y) in x.chunks_exact(w.len() / n).zip(y.chunks_exact(n)) {
         let most = row.iter().fold(0f32, |m, v| m.max(v.abs()));
-        for (c, (y, norm)) in y.iter().zip(&norms).enumerate() {
-            let products = row.iter().zip(w.iter().skip(c).step_by(n));
-            let exact: f64 = products.map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
+        for ((a, b), norm) in exact(row, w, n, n).iter().zip(y).zip(&norms) {
             let scale = (f64::from(most) * norm).max(1e-30);
-            worst = worst.max((exact - f64::from(*y)).abs() / scale);
+            worst = worst.max((a - f64::from(*b)).abs() / scale);
         }
     }
     worst
@@ -222,14 +223,13 @@ proptest! {
         for isa in Isa::available() {
             let y = product(&cpu(isa, 2, Activations::Exact16), &matrix, &x, n);
             let e = rounding_error(&x, &w, n, &y);
-            // Measured up to 7.0e-4 in 3000 cases: weights are d * scale here, not rounded to 16
-            // bits once more (2^-11 each); see the next test for the arithmetic alone.
-            prop_assert!(e < 3e-3, "{isa:?} {e:e}");
+            // Measured up to 8.1e-4 in 40,000 cases: weights are d * scale here, not rounded to 16
+            // bits once more; see the next test for the arithmetic alone.
+            prop_assert!(e < 1e-3, "{isa:?} {e:e}");
             let y = product(&cpu(isa, 2, Activations::Fast8), &matrix, &x, n);
             let e = rounding_error(&x, &w, n, &y);
-            // Measured up to 1.2e-2 in 3000 cases. An input is off by at most 1/254 of the largest
-            // one; by Hoeffding's inequality one output in 2e10 is off by seven times that.
-            prop_assert!(e < 7.0 / 254.0, "{isa:?} fast {e:e}");
+            // Measured up to 1.2e-2.
+            prop_assert!(e < 2e-2, "{isa:?} fast {e:e}");
         }
     }
 }

@@ -117,13 +117,11 @@ pub(crate) fn encode(format: KvFormat, y: &[f64]) -> (u16, Vec<u8>) {
     (word, quantize(format, y, word).0)
 }
 
-/// What a group decodes to.
-#[cfg(test)]
+/// What a group decodes to, before that is rounded to 16 bits.
 pub(crate) fn values(format: KvFormat, word: u16, codes: &[u8]) -> Vec<f64> {
     let value = |(i, code): (usize, &u8)| {
         let (step, offset) = block(format, word, i / block_len(codes.len()));
-        let code = f64::from(*code) - zero(format);
-        f16::from_f64(code * step + offset).to_f64()
+        (f64::from(*code) - zero(format)) * step + offset
     };
     codes.iter().enumerate().map(value).collect()
 }
@@ -176,28 +174,33 @@ pub(super) fn store_token(
     Ok(())
 }
 
+/// The word and the codes of a stored group, which [`encode`] makes.
+pub(crate) fn group_at(
+    bytes: &[u8],
+    layout: &PageLayout,
+    (slot, head): (usize, usize),
+    group: usize,
+) -> (u16, Vec<u8>) {
+    let [(low, _), (high, _), (words, _)] = layout.planes(slot, head);
+    let at = words + 2 * group;
+    let nibble = |i: usize| bytes[low + i / 2] >> (i % 2 * 4) & 15;
+    let code = |i: usize| match layout.format {
+        KvFormat::Q8 => bytes[low + i],
+        KvFormat::Q6 => nibble(i) | (bytes[high + i / 4] >> (i % 4 * 2) & 3) << 4,
+        _ => nibble(i),
+    };
+    let (from, to) = group_range(group, layout.head_dim);
+    let word = u16::from_le_bytes([bytes[at], bytes[at + 1]]);
+    (word, (from..to).map(code).collect())
+}
+
 /// A head's rotated values.
 pub(crate) fn rotated(bytes: &[u8], layout: &PageLayout, slot: usize, head: usize) -> Vec<f64> {
-    let (format, d) = (layout.format, layout.head_dim);
-    let [(low, _), (high, _), (words, _)] = layout.planes(slot, head);
-    let mut y = vec![0.0; d];
-    for group in 0..groups(d) {
-        let (from, to) = group_range(group, d);
-        let at = words + 2 * group;
-        let word = u16::from_le_bytes([bytes[at], bytes[at + 1]]);
-        for i in from..to {
-            let code = match format {
-                KvFormat::Q8 => bytes[low + i],
-                _ => bytes[low + i / 2] >> (i % 2 * 4) & 15,
-            };
-            let upper = match format {
-                KvFormat::Q6 => bytes[high + i / 4] >> (i % 4 * 2) & 3,
-                _ => 0,
-            };
-            let (step, offset) = block(format, word, (i - from) / block_len(to - from));
-            let code = f64::from(code | upper << 4) - zero(format);
-            y[i] = f16::from_f64(code * step + offset).to_f64();
-        }
+    let mut y = Vec::with_capacity(layout.head_dim);
+    for group in 0..groups(layout.head_dim) {
+        let (word, codes) = group_at(bytes, layout, (slot, head), group);
+        let values = values(layout.format, word, &codes).into_iter();
+        y.extend(values.map(|v| f16::from_f64(v).to_f64()));
     }
     if let Some((at, len)) = layout.center(slot, head) {
         for (y, c) in y.iter_mut().zip(bytes[at..at + len].chunks_exact(2)) {

@@ -3,7 +3,9 @@
 use std::path::PathBuf;
 
 use exl_format::{Dtype, Exl2Linear, TensorSpec};
-use exl_models::{BlockPart, LayerSpec, MlpSpec, ModelSource, Module, WeightKind, block_plan};
+use exl_models::{
+    BlockPart, LayerSpec, MlpSpec, ModelSource, Module, WeightKey, WeightKind, block_plan,
+};
 use exl_tensor::KvType;
 
 use super::logits::Head;
@@ -316,17 +318,27 @@ pub(super) fn check_device_memory(
     need.check(allowed, limit)
 }
 
+/// Bytes of some weights as 32-bit floats.
+fn float_bytes(source: &ModelSource, wanted: impl Fn(&WeightKey) -> bool) -> u64 {
+    let keys = source.layout().iter().filter(|k| wanted(k));
+    keys.map(|k| 4 * k.parameters()).sum()
+}
+
+/// Those of the largest layer.
+fn layer_bytes(source: &ModelSource, wanted: impl Fn(&WeightKey) -> bool) -> u64 {
+    let of = |l: usize| {
+        let halves = [Module::Attention(l), Module::Mlp(l)];
+        float_bytes(source, |k| halves.contains(&k.module) && wanted(k))
+    };
+    let layers = 0..source.spec().layers.len();
+    layers.map(of).max().unwrap_or(0)
+}
+
 /// Bytes of the largest layer's linears, or the head, as 32-bit floats: what is quantized is decoded, and takes the
 /// place of the original's until the layer ends.
 fn decoded(source: &ModelSource) -> u64 {
-    let of = |modules: &[Module]| -> u64 {
-        let keys = source.layout().iter().filter(|k| k.is_linear());
-        let keys = keys.filter(|k| modules.contains(&k.module));
-        keys.map(|k| 4 * k.parameters()).sum()
-    };
-    let layers = 0..source.spec().layers.len();
-    let layers = layers.map(|l| of(&[Module::Attention(l), Module::Mlp(l)]));
-    layers.chain([of(&[Module::Head])]).max().unwrap_or(0)
+    let head = float_bytes(source, |k| k.module == Module::Head && k.is_linear());
+    layer_bytes(source, WeightKey::is_linear).max(head)
 }
 
 /// Bytes of the linears of a layer that one plan has, at most, as 32-bit floats.
@@ -354,17 +366,12 @@ impl DeviceNeed {
     fn new(source: &ModelSource, length: usize) -> Self {
         let spec = source.spec();
         let linears: Vec<_> = source.layout().iter().filter(|k| k.is_linear()).collect();
-        let outputs = |k: &exl_models::WeightKey| k.shape[0].next_multiple_of(32) as u64;
+        let outputs = |k: &WeightKey| k.shape[0].next_multiple_of(32) as u64;
         let largest = linears.iter().map(|k| outputs(k) * k.shape[1] as u64).max();
         let columns = linears.iter().map(|k| outputs(k)).max();
         // Decoded weights are 32-bit floats, and beside them so are those they are mixed with.
-        let of = |module: Module| -> u64 {
-            let keys = source.layout().iter().filter(|k| k.module == module);
-            keys.map(|k| 4 * k.parameters()).sum()
-        };
-        let layers = (0..spec.layers.len())
-            .map(|l| of(Module::Attention(l)) + of(Module::Mlp(l)))
-            .max();
+        let of = |module: Module| float_bytes(source, |k| k.module == module);
+        let layers = layer_bytes(source, |_| true);
         let stops = spec.layers.iter().map(|layer| widest_stop(source, layer));
         let stops = stops.max();
         // The heads of the original, of the model compared with it, and of the one before that.
@@ -391,7 +398,7 @@ impl DeviceNeed {
         Self {
             // The weights of a plan leave when those of the next one are there: layers while measuring, and
             // while quantizing the linears of a stop, with those of the original beside.
-            weights: (2 * layers.unwrap_or(0)).max(4 * stops.unwrap_or(0)) + ends,
+            weights: (2 * layers).max(4 * stops.unwrap_or(0)) + ends,
             row: 2 * row as u64,
             solver: gpu_bytes(widest(source), largest.unwrap_or(0), columns.unwrap_or(0)),
         }

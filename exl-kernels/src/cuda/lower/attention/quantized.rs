@@ -4,7 +4,7 @@
 //! other heads the pages of the step are unpacked into scratch memory, one page there for each of the
 //! cache, and the kernels for 16-bit floats read them; their output is transformed back.
 
-use super::rope::axis_starts;
+use super::rope::{axis_starts, regions};
 use super::tiles::SHARED_OVERHEAD;
 use super::{Choice, Shape, Work, attention_launch, choose, many_rows, select, split};
 use crate::cuda::launch::Args;
@@ -262,15 +262,7 @@ pub(super) fn rope_append(
         grid: [o.rows as u32, heads as u32, 1],
         block: [threads as u32, 1, 1],
         shared_bytes: 4 * (o.head_dim + PADDING) as u32,
-        args: Args::new()
-            .ptr(o.q.as_mem().as_ptr() as u64)
-            .ptr(o.k.as_ptr() as u64)
-            .ptr(o.v.as_ptr() as u64)
-            .ptr(o.positions.as_ptr() as u64)
-            .ptr(o.slots.as_ptr() as u64)
-            .ptr(o.inv_freq.as_ptr() as u64)
-            .ptr(o.k_cache.as_mem().as_ptr() as u64)
-            .ptr(o.v_cache.as_mem().as_ptr() as u64)
+        args: regions(o)
             .ptr(o.k_centers.as_ptr() as u64)
             .int(o.k_centers.len() / width)
             .int(o.heads)

@@ -22,6 +22,19 @@ pub(super) fn axis_starts(o: &RopeAppend<'_>) -> [usize; 2] {
     [a, a + b]
 }
 
+/// The first arguments, whatever the cache is.
+pub(super) fn regions(o: &RopeAppend<'_>) -> Args {
+    Args::new()
+        .ptr(o.q.as_mem().as_ptr() as u64)
+        .ptr(o.k.as_ptr() as u64)
+        .ptr(o.v.as_ptr() as u64)
+        .ptr(o.positions.as_ptr() as u64)
+        .ptr(o.slots.as_ptr() as u64)
+        .ptr(o.inv_freq.as_ptr() as u64)
+        .ptr(o.k_cache.as_mem().as_ptr() as u64)
+        .ptr(o.v_cache.as_mem().as_ptr() as u64)
+}
+
 pub(in crate::cuda::lower) fn rope_append(
     o: &RopeAppend<'_>,
     target: &Target<'_>,
@@ -54,15 +67,7 @@ pub(in crate::cuda::lower) fn rope_append(
         grid: [o.rows as u32, useful.min(blocks) as u32, 1],
         block: [ROPE_THREADS as u32, 1, 1],
         shared_bytes: 0,
-        args: Args::new()
-            .ptr(o.q.as_mem().as_ptr() as u64)
-            .ptr(o.k.as_ptr() as u64)
-            .ptr(o.v.as_ptr() as u64)
-            .ptr(o.positions.as_ptr() as u64)
-            .ptr(o.slots.as_ptr() as u64)
-            .ptr(o.inv_freq.as_ptr() as u64)
-            .ptr(o.k_cache.as_mem().as_ptr() as u64)
-            .ptr(o.v_cache.as_mem().as_ptr() as u64)
+        args: regions(o)
             .int(o.heads)
             .int(o.kv_heads)
             .int(o.head_dim)

@@ -241,10 +241,12 @@ struct Query {
 __device__ __forceinline__ float score_unit(const Attention& a) {
     return a.softcap > 0.0f ? 2.0f * LOG2_E / a.softcap : LOG2_E;
 }
+// Positive, so that the largest product is the largest score.
+__device__ __forceinline__ float score_scale(const Attention& a, float down) {
+    return fmaxf(fabsf(a.scale) * down, 1e-37f);
+}
 __device__ __forceinline__ float score_factor(const Attention& a, float down) {
-    // Positive, so that the largest product is the largest score.
-    const float scale = fmaxf(fabsf(a.scale) * down, 1e-37f);
-    return scale * score_unit(a);
+    return score_scale(a, down) * score_unit(a);
 }
 // cap tanh(x) with tanh(x) = 1 - 2 / (1 + e^(2 x)), within 2e-7.
 __device__ __forceinline__ float capped(const Attention& a, float product, float factor) {

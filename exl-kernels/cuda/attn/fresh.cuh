@@ -120,7 +120,7 @@ struct Fresh {
                 const float down = query.store(
                     a.scale < 0.0f, [&](int at, uint2 high, uint2 low) { to.put(r, at, high, low); });
                 // score_factor(), which would divide by the soft-cap.
-                row.factor = fmaxf(fabsf(a.scale) * down, 1e-37f) * unit;
+                row.factor = score_scale(a, down) * unit;
             }
             if (threadIdx.x % WARP == 0) to.put(r, row);
         }
@@ -147,9 +147,7 @@ struct Fresh {
                                         int kv_head, bool appends) const {
         if (int(threadIdx.x) + round * THREADS >= D / 2) return;
         const float4 v = p.is_value ? p.four.own : rotated(p.four, p.at);
-        const __half2 low = __floats2half2_rn(v.x, v.y), high = __floats2half2_rn(v.z, v.w);
-        const uint2 four =
-            make_uint2(*reinterpret_cast<const u32*>(&low), *reinterpret_cast<const u32*>(&high));
+        const uint2 four = four_halves(v.x, v.y, v.z, v.w);
         *reinterpret_cast<uint2*>(rows + (p.is_value ? D : 0) + p.at) = four;
         if (!appends || p.at >= a.dim) return;
         __half* to = (p.is_value ? r.v_cache : r.k_cache) + (slot * a.kv_heads + kv_head) * a.dim;

@@ -55,7 +55,7 @@ __device__ __forceinline__ void prefetch_permutations(const ExpertsTask& task, c
 template <bool GATE_UP>
 __device__ __forceinline__ Experts stage_descriptors(const ExpertsTask& task, char* to) {
     constexpr int WORDS = sizeof(QMatrix) / 8;
-    const int parts = task.gated ? 2 : 1;
+    const int parts = task.parts();
     const bool orders = GATE_UP && task.ordered;
     const u32** inverses = reinterpret_cast<const u32**>(to) - MOST_STAGED;
     if (orders && threadIdx.x < task.experts) {
@@ -88,7 +88,7 @@ struct Block {
 
 // Where what a product has in shared memory begins: behind the task and what is staged.
 __device__ __forceinline__ char* product_space(const ExpertsTask& task, char* shared) {
-    return shared + TASK_BYTES + (task.staged ? task.experts * (task.gated ? 2 : 1) * int(sizeof(QMatrix)) : 0);
+    return shared + TASK_BYTES + (task.staged ? task.experts * task.parts() * int(sizeof(QMatrix)) : 0);
 }
 
 template <int KIND, bool ADDS, int SPLIT>
@@ -100,7 +100,7 @@ __device__ __forceinline__ void row(const ExpertsTask& task) {
     const Block block(task, SPLIT);
     const Share share = block.share;
     own.begin(task, block.s, 1, block.rank);
-    Experts experts = {task.table, nullptr, task.gated ? 2 : 1, nullptr};
+    Experts experts = {task.table, nullptr, task.parts(), nullptr};
     if (task.staged) {
         experts = stage_descriptors<!ADDS>(task, shared + TASK_BYTES);
         if (!ADDS) prefetch_permutations(task, experts, share);
@@ -110,8 +110,7 @@ __device__ __forceinline__ void row(const ExpertsTask& task) {
     if (!task.early) pdl_wait();
     // What follows gate and up may rely on the ids: they were there before it could begin.
     if (!ADDS) pdl_launch();
-    // The same in all lanes, and known to be.
-    const int expert = __shfl_sync(FULL_MASK, __ldcg(task.ids + block.s), 0);
+    const int expert = uniform(__ldcg(task.ids + block.s));
     // x is there as well.
     typename RowInput<KIND, Own>::Row x;
     x.inputs = task.inputs;

@@ -30,9 +30,11 @@ struct ExpertsTask {
     short early, staged;           // one row: `ids` are there before the launch; see Experts
     short gated, act;
 
+    // Matrices of an expert.
+    __device__ __forceinline__ int parts() const { return gated ? 2 : 1; }
     // Asks for the descriptors of all experts: they are used as soon as the experts of a row are known.
     __device__ __forceinline__ void prefetch_descriptors() const {
-        const int all = experts * (gated ? 2 : 1);
+        const int all = experts * parts();
         const int i = blockIdx.x + threadIdx.x * gridDim.x;
         if (i >= all || !table[i]) return;
         const char* at = reinterpret_cast<const char*>(table[i]);

@@ -95,8 +95,7 @@ struct RowProduct {
     // and `inputs` are those of the task, which need not be there yet.
     __device__ __forceinline__ RowProduct(const T& task, int slots, int inputs, int held, char* shared)
         : task(task), lane(threadIdx.x % WARP),
-          // The same in all lanes, and known to be.
-          warp(__shfl_sync(FULL_MASK, threadIdx.x / WARP, 0)),
+          warp(uniform(threadIdx.x / WARP)),
           sums(reinterpret_cast<float*>(shared)),
           ring(shared + slots * OWN * 128 + warp * R::BYTES, lane),
           input(task, inputs, held, shared + slots * OWN * 128 + ROW_WARPS * R::BYTES + ZEROS),

@@ -18,6 +18,11 @@ __device__ __forceinline__ float2 turned(float x, float y, float2 turn) {
                        __fmaf_rn(y, turn.x, __fmul_rn(x, turn.y)));
 }
 
+// Four values as the cache keeps them.
+__device__ __forceinline__ uint2 four_halves(float x, float y, float z, float w) {
+    return make_uint2(as_u32(__floats2half2_rn(x, y)), as_u32(__floats2half2_rn(z, w)));
+}
+
 // Positions are [axes, rows]. Frequencies from `second` and from `third` on go by the position on the
 // second and on the third axis; where there is one axis they are larger than any.
 struct Positions {

@@ -37,9 +37,7 @@ __device__ __forceinline__ void store(float* to, const float (&v)[4], bool four)
 }
 __device__ __forceinline__ void store(__half* to, const float (&v)[4], bool four) {
     if (four) {
-        const __half2 low = __floats2half2_rn(v[0], v[1]), high = __floats2half2_rn(v[2], v[3]);
-        *reinterpret_cast<uint2*>(to) = make_uint2(*reinterpret_cast<const u32*>(&low),
-                                                   *reinterpret_cast<const u32*>(&high));
+        *reinterpret_cast<uint2*>(to) = four_halves(v[0], v[1], v[2], v[3]);
     } else {
         *to = __float2half_rn(v[0]);
     }

@@ -188,8 +188,8 @@ __device__ __forceinline__ bool arrives_last(u32* counter, int count) {
 __device__ __forceinline__ void split(float a, float b, u32& hi, u32& lo) {
     const __half2 h = __floats2half2_rn(a, b);
     const __half2 l = __floats2half2_rn(a - __low2float(h), b - __high2float(h));
-    hi = *reinterpret_cast<const u32*>(&h);
-    lo = *reinterpret_cast<const u32*>(&l);
+    hi = as_u32(h);
+    lo = as_u32(l);
 }
 
 // A lane's part of a query of D values, zeros beyond `dim` and for a query that is not there (null).

@@ -121,8 +121,7 @@ struct Rows {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const int h = i % 2, j = 4 * k + i / 2 * 2;
-                const __half2 pair = __floats2half2_rn(weights[h][j], weights[h][j + 1]);
-                a[k][i] = *reinterpret_cast<const u32*>(&pair);
+                a[k][i] = as_u32(__floats2half2_rn(weights[h][j], weights[h][j + 1]));
             }
         }
 #pragma unroll

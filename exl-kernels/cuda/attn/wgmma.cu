@@ -183,8 +183,7 @@ struct Consumer {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const float* pair = scores[2 * k + i / 2] + i % 2 * 2;
-                const __half2 halves = __floats2half2_rn(pair[0], pair[1]);
-                weights[k][i] = *reinterpret_cast<const u32*>(&halves);
+                weights[k][i] = as_u32(__floats2half2_rn(pair[0], pair[1]));
             }
         }
     }

@@ -37,6 +37,8 @@ __device__ __forceinline__ __half to_half_sat(float v) {
     return __ushort_as_half(h);
 }
 
+// The same in all lanes, and known to be.
+__device__ __forceinline__ int uniform(int v) { return __shfl_sync(FULL_MASK, v, 0); }
 __device__ __forceinline__ float warp_sum(float v) {
 #pragma unroll
     for (int d = WARP / 2; d > 0; d >>= 1) v += __shfl_xor_sync(FULL_MASK, v, d);

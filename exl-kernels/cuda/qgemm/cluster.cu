@@ -93,8 +93,7 @@ __device__ __forceinline__ void qgemm(const Task& task) {
     extern __shared__ __align__(1024) char shared[];
     pdl_launch();
     const int rows = task.rows;
-    // The same in all lanes, and known to be.
-    const int warp = __shfl_sync(FULL_MASK, threadIdx.x / WARP, 0);
+    const int warp = uniform(threadIdx.x / WARP);
     const int rank = cluster_rank(), cluster = blockIdx.x / CLUSTER;
     const int clusters = gridDim.x / CLUSTER;
     const Slice slice(task, rank);

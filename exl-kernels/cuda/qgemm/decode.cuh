@@ -29,8 +29,7 @@ template <int KIND, int NT, typename T>
 __device__ __forceinline__ void few_rows(const T& task, const Turn& mine, char* shared) {
     const int rows = task.rows;
     constexpr int warps = WARPS<NT>, each = SHARES / warps;
-    // The same in all lanes, and known to be.
-    const int warp = __shfl_sync(FULL_MASK, threadIdx.x / WARP, 0);
+    const int warp = uniform(threadIdx.x / WARP);
     const XBytes x_bytes(rows, task.inputs);
     float* sums = reinterpret_cast<float*>(shared);
     char* rings = shared + task.slots * warps * rows * 128;

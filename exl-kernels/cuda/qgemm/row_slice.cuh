@@ -7,9 +7,6 @@
 
 #include "qgemm/row_walk.cuh"
 
-// The same in all lanes, and known to be.
-__device__ __forceinline__ int uniform(int v) { return __shfl_sync(FULL_MASK, v, 0); }
-
 // The number of the first chunk that blocks from `block` on belong to. By a whole warp.
 __device__ __forceinline__ int own_chunk_at(const QMatrix& m, int block) {
     const int lane = threadIdx.x % WARP;

@@ -59,16 +59,14 @@ __device__ __forceinline__ Experts stage_descriptors(const ExpertsTask& task, ch
     const bool orders = GATE_UP && task.ordered;
     const u32** inverses = reinterpret_cast<const u32**>(to) - MOST_STAGED;
     if (orders && threadIdx.x < task.experts) {
-        const QMatrix* down = task.table[task.experts * parts + threadIdx.x];
-        inverses[threadIdx.x] = down && down->perm ? down->perm + task.n : nullptr;
+        const u32* perm = task.records[task.experts * parts + threadIdx.x].perm;
+        inverses[threadIdx.x] = perm ? perm + task.n : nullptr;
     }
     u64* all = reinterpret_cast<u64*>(to);
-    for (int i = threadIdx.x; i < task.experts * parts * WORDS; i += blockDim.x) {
-        const QMatrix* from = task.table[i / WORDS];
-        all[i] = from ? reinterpret_cast<const u64*>(from)[i % WORDS] : 0;
-    }
+    const u64* from = reinterpret_cast<const u64*>(task.records);
+    for (int i = threadIdx.x; i < task.experts * parts * WORDS; i += blockDim.x) all[i] = from[i];
     __syncthreads();
-    return {task.table, reinterpret_cast<const QMatrix*>(to), parts, orders ? inverses : nullptr};
+    return {nullptr, reinterpret_cast<const QMatrix*>(to), parts, orders ? inverses : nullptr};
 }
 
 // What a thread block has: column tiles of one of the row's experts, which have as many blocks each.
@@ -100,6 +98,8 @@ __device__ __forceinline__ void row(const ExpertsTask& task) {
     const Block block(task, SPLIT);
     const Share share = block.share;
     own.begin(task, block.s, 1, block.rank);
+    // Beside the descriptors.
+    int expert = task.early ? __ldcg(task.ids + block.s) : 0;
     Experts experts = {task.table, nullptr, task.parts(), nullptr};
     if (task.staged) {
         experts = stage_descriptors<!ADDS>(task, shared + TASK_BYTES);
@@ -107,10 +107,13 @@ __device__ __forceinline__ void row(const ExpertsTask& task) {
     } else {
         task.prefetch_descriptors();
     }
-    if (!task.early) pdl_wait();
+    if (!task.early) {
+        pdl_wait();
+        expert = __ldcg(task.ids + block.s);
+    }
+    expert = uniform(expert);
     // What follows gate and up may rely on the ids: they were there before it could begin.
     if (!ADDS) pdl_launch();
-    const int expert = uniform(__ldcg(task.ids + block.s));
     // x is there as well.
     typename RowInput<KIND, Own>::Row x;
     x.inputs = task.inputs;

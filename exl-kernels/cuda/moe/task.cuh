@@ -7,8 +7,11 @@
 
 // The host fills this struct word by word: lower/moe/few.rs.
 struct ExpertsTask {
-    const QMatrix* const* table;   // [experts][gate and up, or one]; 0: not this kernel's. Behind gate and up
-                                   // with `ordered`: [experts] of down
+    union {
+        const QMatrix* const* table;   // [experts][gate and up, or one]; 0: not this kernel's
+        const QMatrix* records;        // `staged`: the same, but the matrices themselves, of those that are not this
+                                       // kernel's zeros. Behind gate and up with `ordered`: [experts] of down
+    };
     Sorted sorted;                 // several rows
     const int* ids;                // one row: [segments]
     const float* x;                // one row: [inputs], or with `by_slot` [segments, inputs]
@@ -91,7 +94,7 @@ __device__ __forceinline__ void add_segments(const ExpertsTask& task, int part, 
 // descriptors in shared memory, made before it was known which ones matter.
 struct Experts {
     const QMatrix* const* table;
-    const QMatrix* staged;   // 0: the table
+    const QMatrix* staged;   // or 0
     int parts;               // of an expert
     const u32* const* inverses;   // shared, or 0: by expert, where the matrix of down has its inputs
 

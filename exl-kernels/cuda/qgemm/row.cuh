@@ -38,8 +38,10 @@ struct RowInput {
     }
     // What can be loaded before x is there, and before weights are asked for: it would be served after them.
     __device__ __forceinline__ void prepare() { row.prepare(task.matrix[0].perm); }
-    // Waits for x, if it is not there yet, gathers and rounds it. By the whole block.
-    __device__ __forceinline__ void stage() {
+    // Waits for x, if it is not there yet, gathers and rounds it; `arrived()` is called when it has been loaded. By
+    // the whole block.
+    template <class Arrived>
+    __device__ __forceinline__ void stage(const Arrived& arrived) {
         if (!T::X_THERE) pdl_wait();
 #pragma unroll 1
         for (int order = 0; order < task.orders; ++order) {
@@ -50,6 +52,7 @@ struct RowInput {
             if (order > 0) row.prepare(perm);
             float* floats = reinterpret_cast<float*>(at);
             row.gather(task.x, perm, floats);
+            if (order == 0) arrived();
             __syncthreads();
             row.template round<KIND == KIND_GPTQ>(floats, reinterpret_cast<float*>(at + bytes.scales),
                                                   reinterpret_cast<int*>(at + bytes.sums));
@@ -118,6 +121,16 @@ struct RowProduct {
             task.finish(0, turn.from + j, lane, s, up, known);
         }
     }
+    // Asks for what slots FROM to TO will have, counted from the one that is used next.
+    template <u32 FROM, u32 TO>
+    __device__ __forceinline__ void ask() {
+        u32 slot = (at.slot + FROM) % R::SLOTS;
+#pragma unroll 1
+        for (u32 i = FROM; i < TO; ++i) {
+            supply.ask(ring, slot);
+            slot = slot + 1 == R::SLOTS ? 0 : slot + 1;
+        }
+    }
     // Column tiles `mine` of all parts.
     __device__ __forceinline__ void run(const Turn& mine) {
 #pragma unroll 1
@@ -128,17 +141,16 @@ struct RowProduct {
             supply.start(turn, warp);
             bool more = supply.tiles > 0;
             way = supply.way;
-#pragma unroll 1
-            for (u32 i = 0, slot = at.slot; i < R::SLOTS; ++i) {
-                supply.ask(ring, slot);
-                slot = slot + 1 == R::SLOTS ? 0 : slot + 1;
-            }
+            // Where x is there nothing has to be loaded before weights.
+            constexpr u32 EARLY = T::X_THERE ? R::SLOTS : R::EARLY;
+            ask<0, EARLY>();
             // Not unrolled: instructions that are not at hand would come behind the weights.
 #pragma unroll 1
             for (int i = warp; i < (turn.to - turn.from) * OWN; i += ROW_WARPS) sums[i * 32 + lane] = 0.0f;
             if (from == mine.from) {
-                input.stage();
+                input.stage([&] { ask<EARLY, R::SLOTS>(); });
             } else {
+                ask<EARLY, R::SLOTS>();
                 __syncthreads();
             }
             for (; more; more = way.next(task, supply.path)) {

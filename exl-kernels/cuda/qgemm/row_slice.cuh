@@ -121,7 +121,8 @@ struct SliceInput {
     }
     // As those of RowInput. Weights are asked for first: where x is in order, nothing else has to be loaded.
     __device__ __forceinline__ void prepare() {}
-    __device__ __forceinline__ void stage() {
+    template <class Arrived>
+    __device__ __forceinline__ void stage(const Arrived& arrived) {
         const u16* shares = task.matrix[0].shares + task.rank * SPLIT_SHARES<T>;
         row.prepare(task.matrix[0], uniform(shares[0]), uniform(shares[SPLIT_SHARES<T>]),
                     uniform(task.whole->ordered != nullptr));
@@ -138,6 +139,7 @@ struct SliceInput {
             __syncthreads();
         }
         row.round(task.matrix[0], row.ordered ? task.x : all, base, scales());
+        arrived();
         __syncthreads();
     }
 };

@@ -126,6 +126,7 @@ impl CudaMatrix {
         let columns = outputs.div_ceil(TILE_COLUMNS);
         let pieces = [(inputs / BLOCK_ROWS, 4)];
         let mut descriptor = Descriptor::new(ScaleKind::Codes, columns, &pieces);
+        descriptor.tiles = address + 256;
         descriptor.perm = address + 512;
         Self {
             inputs,

@@ -2,7 +2,8 @@
 //! choice of experts.
 //!
 //! The address of every expert's matrix lies in a table in device memory ([`Args::with_table`]); kernels
-//! read the experts of the rows and look there. Experts may differ in format: then each format has
+//! read the experts of the rows and look there. For one row and few experts the table has the matrices' descriptors
+//! themselves, which a launch needs before anything else. Experts may differ in format: then each format has
 //! launches of its own, with a table that has no others.
 
 mod dense;
@@ -20,7 +21,7 @@ use std::sync::Arc;
 use self::few::Few;
 use self::sort::Space;
 use self::tile::Tile;
-use super::linear::activation_code;
+use super::linear::{MATRIX_WORDS, activation_code};
 use super::{COUNTERS, Target};
 use crate::cuda::launch::Args;
 use crate::cuda::matrix::{CudaMatrix, SHARES, ScaleKind};
@@ -155,6 +156,8 @@ struct Format {
     kind: Kind,
     /// `[experts, parts]`: addresses of matrices, 0 for those of another format.
     table: Arc<[u64]>,
+    /// The same with the words of their descriptors, where there are few: for one row.
+    records: Option<Arc<[u64]>>,
     /// Orders that the inputs of an expert have, at most.
     orders: usize,
     /// Most blocks of rows of any matrix that one of [`few::SPLIT`] thread blocks has.
@@ -217,7 +220,9 @@ fn formats<'m>(
     if experts > MOST_EXPERTS {
         return unsupported(op, format!("{experts} experts"));
     }
-    let mut found: Vec<(Kind, Vec<u64>, usize, usize)> = Vec::new();
+    // By format: addresses, words, orders, slice.
+    let mut found: Vec<(Kind, [Vec<u64>; 2], usize, usize)> = Vec::new();
+    let staged = experts * parts <= few::MOST_STAGED;
     for e in 0..experts {
         let own = (0..parts).map(|p| locate(op, matrix(e, p)));
         let own = own.collect::<Result<Vec<_>>>()?;
@@ -226,12 +231,17 @@ fn formats<'m>(
             return unsupported(op, "gate and up of different formats");
         }
         let at = found.iter().position(|f| f.0 == kind).unwrap_or_else(|| {
-            found.push((kind, vec![0; experts * parts], 1, 0));
+            let words = experts * parts * MATRIX_WORDS;
+            found.push((kind, [vec![0; experts * parts], vec![0; words]], 1, 0));
             found.len() - 1
         });
-        let (_, table, orders, slice) = &mut found[at];
+        let (_, [table, records], orders, slice) = &mut found[at];
         for (p, (_, address, order)) in own.iter().enumerate() {
-            table[e * parts + p] = *address;
+            let i = e * parts + p;
+            table[i] = *address;
+            if let Matrix::Cuda(m) = matrix(e, p) {
+                records[i * MATRIX_WORDS..][..MATRIX_WORDS].copy_from_slice(m.words());
+            }
             *slice = (*slice).max(slice_of(matrix(e, p)));
             if *order != own[0].2 {
                 *orders = parts;
@@ -240,9 +250,10 @@ fn formats<'m>(
     }
     let formats = found
         .into_iter()
-        .map(|(kind, table, orders, slice)| Format {
+        .map(|(kind, [table, records], orders, slice)| Format {
             kind,
             table: table.into(),
+            records: (staged && matches!(kind, Kind::Quant(_))).then(|| records.into()),
             orders,
             slice,
         });
@@ -505,18 +516,21 @@ pub(super) fn down_scratch(o: &MoeDown<'_>, props: &DeviceProps) -> u64 {
     (output_bytes(o) + ways.into_iter().max().unwrap_or(0).max(ordered)) as u64
 }
 
-/// Bytes of the tables that launches of an op keep in device memory, each in a region of its own.
-fn table_bytes(formats: Result<Vec<Format>>) -> u64 {
-    let bytes = |f: &Format| (8 * f.table.len()).next_multiple_of(ALIGN) as u64;
-    formats.map_or(0, |formats| formats.iter().map(bytes).sum())
+/// Bytes of the tables that launches of an op with any number of rows keep in device memory, each in a region of its
+/// own.
+fn table_bytes(formats: Result<Vec<Format>>, records: fn(usize) -> usize) -> u64 {
+    let bytes = |words: usize| (8 * words).next_multiple_of(ALIGN) as u64;
+    let own = |f: &Format| f.records.as_ref().map_or(0, |r| bytes(records(r.len())));
+    let both = |f: &Format| bytes(f.table.len()) + own(f);
+    formats.map_or(0, |formats| formats.iter().map(both).sum())
 }
 
-/// [`table_bytes`] of gate and up.
+/// [`table_bytes`] of gate and up, with the records of down behind their own (few.rs: order).
 pub(super) fn gate_up_tables(o: &MoeGateUp<'_>) -> u64 {
-    table_bytes(gate_up_formats(o))
+    table_bytes(gate_up_formats(o), |own| own + own / 2)
 }
 
 /// [`table_bytes`] of down.
 pub(super) fn down_tables(o: &MoeDown<'_>) -> u64 {
-    table_bytes(down_formats(o))
+    table_bytes(down_formats(o), |own| own)
 }

@@ -1,12 +1,10 @@
 //! Few rows of an expert: its packed weights are read once for up to 16 rows (cuda/moe/row.cu, few.cu).
 
-use std::sync::Arc;
-
 use super::sort::Space;
 use super::{ALIGN, Format, Layer, Sum, pair, unpair};
 use crate::cuda::launch::Args;
 use crate::cuda::lower::Target;
-use crate::cuda::lower::linear::{From, X_CHUNK, row_bytes, slot_bytes, warps, ways};
+use crate::cuda::lower::linear::{From, MATRIX_WORDS, X_CHUNK, row_bytes, slot_bytes, warps, ways};
 use crate::cuda::matrix::{BLOCK_ROWS, MAX_RUNS, ScaleKind, TILE_COLUMNS};
 use crate::cuda::{DeviceProps, Kernel, Launch};
 
@@ -58,8 +56,8 @@ pub(super) const BLOCK_X: Kernel = Kernel::new("moe/input", "exl_moe_block_x");
 /// Bytes of shared memory that describe what a thread block computes (cuda/moe/task.cuh).
 const TASK_BYTES: usize = 1024;
 /// Bytes of a matrix's descriptor, and most descriptors that thread blocks copy to shared memory.
-const DESCRIPTOR_BYTES: usize = 8 * crate::cuda::lower::linear::MATRIX_WORDS;
-const MOST_STAGED: usize = 32;
+const DESCRIPTOR_BYTES: usize = 8 * MATRIX_WORDS;
+pub(super) const MOST_STAGED: usize = 32;
 /// Words of the task (`ExpertsTask` of task.cuh): the ids of one row, its x, the outputs, three for their sum, those
 /// in down's order, experts and segments, inputs and outputs, whether each expert has an x of its own, whether ids
 /// are there early and descriptors staged.
@@ -79,7 +77,6 @@ const ROW_ADDS: [Kernel; 2] = [ROW_ADD, ROW_ADD_SPLIT];
 /// the experts' numbers: those were there before gate and up let anything begin that comes behind them. And lets
 /// gate and up write in down's order.
 pub(in crate::cuda::lower) fn link(launches: &mut [Launch]) {
-    join_tables(launches);
     for i in 1..launches.len() {
         if let [gate_up, down] = &mut launches[i - 1..=i] {
             order(gate_up, down);
@@ -100,27 +97,6 @@ pub(in crate::cuda::lower) fn link(launches: &mut [Launch]) {
     }
 }
 
-/// Puts the table of down behind that of gate and up of the same layer, whatever the rows are, so that plans
-/// share tables. Where it takes no more memory, as was announced: for up to ten experts.
-fn join_tables(launches: &mut [Launch]) {
-    let mut down: Option<Arc<[u64]>> = None;
-    for launch in launches.iter_mut().rev() {
-        let Some(own) = launch.args.table().cloned() else {
-            continue;
-        };
-        match &down {
-            Some(down) if own.len() == 2 * down.len() => {
-                let bytes = |words: usize| (8 * words).next_multiple_of(ALIGN);
-                if bytes(own.len() + down.len()) == bytes(own.len()) {
-                    let both = own.iter().chain(down.iter()).copied().collect();
-                    launch.args = launch.args.clone().with_table(both);
-                }
-            }
-            _ => down = Some(own),
-        }
-    }
-}
-
 /// Lets gate and up of one row leave what they compute in the order of the down matrices as well, so that
 /// thread blocks of down need not gather it. It lies in the scratch memory of down, the very next launch: nothing
 /// else may use that in between.
@@ -132,19 +108,23 @@ fn order(gate_up: &mut Launch, down: &mut Launch) {
     let (Some(own), Some(next)) = (gate_up.args.table(), down.args.table()) else {
         return;
     };
-    // All experts have the one format of either, and their descriptors are staged.
-    let joined = own.len() == 3 * next.len() && own.ends_with(next) && !own.contains(&0);
-    let staged = from[EARLY_WORD] >> 48 != 0;
+    // All experts have the one format of either, and their descriptors are staged: no matrix lies at 0.
+    let staged = [from, to].iter().all(|words| words[EARLY_WORD] >> 48 != 0);
+    let there = |records: &[u64]| records.iter().step_by(MATRIX_WORDS).all(|&tiles| tiles != 0);
+    let all = own.len() == 2 * next.len() && there(own) && there(next);
     let [computed, read] = [from[SHAPE_WORD] >> 32, to[SHAPE_WORD] & 0xffff_ffff];
     let same = [OUT_WORD, IDS_WORD, EXPERTS_WORD].map(|word| from[word])
         == [X_WORD, IDS_WORD, EXPERTS_WORD].map(|word| to[word]);
-    if !joined || !staged || !same || computed != read {
+    if !staged || !all || !same || computed != read {
         return;
     }
     // Behind the outputs of down's thread blocks (down_scratch).
     let [segments, outputs] = [to[EXPERTS_WORD], to[SHAPE_WORD]].map(|word| (word >> 32) as usize);
     let outputs = (4 * segments * SPLIT * outputs).next_multiple_of(ALIGN);
     let ordered = to[OUT_WORD] + outputs as u64;
+    // Their records tell the order.
+    let both = own.iter().chain(next.iter()).copied().collect();
+    gate_up.args = gate_up.args.clone().with_table(both);
     gate_up.args.patch(ORDERED_WORD, &[ordered]);
     down.args.patch(ORDERED_WORD, &[ordered]);
 }
@@ -421,10 +401,15 @@ impl Few {
     }
 
     fn launch(&self, kernel: Kernel, grid: usize, format: &Format, task: &Task<'_>) -> Launch {
-        let warps = warps(self.rows);
+        let launch = format.launch(kernel, grid, 32 * warps(self.rows), &task.words());
+        let args = match &format.records {
+            Some(records) if self.staged => launch.args.with_table(records.clone()),
+            _ => launch.args,
+        };
         Launch {
             shared_bytes: self.shared as u32,
-            ..format.launch(kernel, grid, 32 * warps, &task.words())
+            args,
+            ..launch
         }
     }
 }

@@ -25,6 +25,8 @@ const ZEROS: usize = 16 * X_ROW;
 const TASK_BYTES: usize = 1024;
 /// Bytes of the rings of weights of a thread block with one row of x on large GPUs (common/ring.cuh).
 const LARGE_RINGS: usize = SHARES * 2 * 4096;
+/// About as many: what is left is asked for as soon as the input is there.
+const ABOUT_RINGS: usize = LARGE_RINGS + LARGE_RINGS / 16;
 /// Blocks of x in a slot of a warp's ring (walk.cuh).
 const X_UNIT: usize = 2;
 const ALIGN: usize = 256;
@@ -186,7 +188,7 @@ impl Config {
         // longest ones need would only keep the next launch from multiprocessors.
         let most = tiles.div_ceil(grid);
         let tile = matrices.iter().map(|m| m.column_bytes()).max()?;
-        let grid = match alone && is_large(props) && !gated && most * tile <= LARGE_RINGS {
+        let grid = match alone && is_large(props) && !gated && most * tile <= ABOUT_RINGS {
             true => tiles.div_ceil(most),
             false => grid,
         };

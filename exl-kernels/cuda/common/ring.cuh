@@ -42,8 +42,9 @@ struct Ring {
     char* base;
     int lane;
 
+    __device__ __forceinline__ Ring(char* base, int lane) : base(base), lane(lane) {}
     // By all lanes, before the first copy.
-    __device__ __forceinline__ Ring(char* base, int lane) : base(base), lane(lane) {
+    __device__ __forceinline__ void begin() const {
 #if __CUDA_ARCH__ >= 900
         if (lane < SLOTS) barrier_init(barrier(lane), 1);
         barrier_init_done();

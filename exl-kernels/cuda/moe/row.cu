@@ -40,8 +40,9 @@ __device__ __forceinline__ void prefetch_permutations(const ExpertsTask& task, c
         }
     }
     const int lines = task.inputs / WARP;   // of 128 bytes
-    for (int i = blockIdx.x + threadIdx.x * gridDim.x; i < task.experts * lines;
-         i += gridDim.x * blockDim.x) {
+    const int blocks = gridDim.x * gridDim.y;
+    for (int i = blockIdx.y * gridDim.x + blockIdx.x + threadIdx.x * blocks; i < task.experts * lines;
+         i += blocks * blockDim.x) {
         const QMatrix& m = experts.staged[i / lines * experts.parts];
         // Their inverses, behind them, are what gathers x.
         if (m.perm) {
@@ -69,18 +70,21 @@ __device__ __forceinline__ Experts stage_descriptors(const ExpertsTask& task, ch
     return {nullptr, reinterpret_cast<const QMatrix*>(to), parts, orders ? inverses : nullptr};
 }
 
-// What a thread block has: column tiles of one of the row's experts, which have as many blocks each.
+// What a thread block has: column tiles of one of the row's experts, which have as many blocks each: those of a row of
+// the grid.
+template <int SPLIT>
 struct Block {
     int group;       // of those with the same columns
     int s, rank;     // of the row's experts; of the SPLIT that divide the rows
     Share share;
 
-    __device__ __forceinline__ Block(const ExpertsTask& task, int split) {
-        const int each = gridDim.x / (task.segments * split);
-        group = blockIdx.x / each;
-        s = group / split;
-        rank = group % split;
-        share = Share::even(blockIdx.x % each, task.columns, each);
+    __device__ __forceinline__ explicit Block(const ExpertsTask& task)
+        : group(blockIdx.y), s(group / SPLIT), rank(group % SPLIT) {
+        const int i = blockIdx.x, more = task.columns - task.each * gridDim.x, from = i * task.each + min(i, more);
+        share = {from, from + task.each + (i < more ? 1 : 0)};
+    }
+    __device__ __forceinline__ static bool is_last() {
+        return blockIdx.x == gridDim.x - 1 && blockIdx.y == gridDim.y - 1;
     }
 };
 
@@ -95,7 +99,7 @@ __device__ __forceinline__ void row(const ExpertsTask& task) {
     typedef SegmentTask<ADDS, SPLIT> Own;
     if (ADDS) pdl_launch();
     Own& own = *reinterpret_cast<Own*>(shared);
-    const Block block(task, SPLIT);
+    const Block<SPLIT> block(task);
     const Share share = block.share;
     own.begin(task, block.s, 1, block.rank);
     // Beside the descriptors.
@@ -120,7 +124,8 @@ __device__ __forceinline__ void row(const ExpertsTask& task) {
     if (Own::X_THERE) x.load(task.x + (task.by_slot ? (long long)block.s * task.inputs : 0));
     const bool there = own.take(task, expert, experts);
     __syncthreads();
-    if (!there) {
+    // The same in all lanes, and known to be.
+    if (__ballot_sync(FULL_MASK, there) == 0) {
         // No expert: the output shows it.
         if (ADDS) pdl_wait();
         for (int tile = share.from + threadIdx.x / WARP; ADDS && tile < share.to; tile += ROW_WARPS) {
@@ -141,20 +146,21 @@ constexpr int ROUTED_GROUPS = 2;   // of four columns of a thread: for up to 409
 template <typename W>
 __device__ __forceinline__ void routed_row(const ExpertsTask& task, const routing::RouterTask& router) {
     extern __shared__ __align__(1024) char shared[];
-    typedef SegmentTask<false, 1, ROUTED_GROUPS> Own;
+    typedef SegmentTask<false, 1, ROUTED_GROUPS, true> Own;
     typedef typename RowInput<KIND_EXL2, Own>::Row Row;
     static_assert(Row::LOADS == ROUTED_GROUPS && routing::THREADS == ROW_WARPS * WARP,
                   "a thread has the columns of x that it loads");
     static_assert(sizeof(routing::Sums) <= SHARES * 128, "sums of a tile are larger");
     const routing::Columns<W, ROUTED_GROUPS> columns(router);
     Own& own = *reinterpret_cast<Own*>(shared);
-    const Block block(task, 1);
+    const Block<1> block(task);
     own.begin(task, block.s, 1);
     const Experts experts = stage_descriptors<true>(task, shared + TASK_BYTES);
     prefetch_permutations(task, experts, block.share);
     char* space = product_space(task, shared);
     // Where the product's sums will be.
     routing::Sums& sums = *reinterpret_cast<routing::Sums*>(space);
+    Ring<false>(space + task.slots * SHARES * 128 + uniform(threadIdx.x / WARP) * Ring<false>::BYTES, threadIdx.x % WARP).begin();
     Row x;
     x.inputs = task.inputs;
     pdl_wait();
@@ -167,7 +173,7 @@ __device__ __forceinline__ void routed_row(const ExpertsTask& task, const routin
         FULL_MASK, choose<false>(logit, router.experts, router.top_k, 0.0f).id, block.s);
     const bool there = own.take(task, expert, experts);
     columns.normalize(x.values, factor);
-    const bool leaves = blockIdx.x == gridDim.x - 1;
+    const bool leaves = block.is_last();
     if (leaves && threadIdx.x < WARP) {
         routing::decide(router, logit);
         __threadfence();

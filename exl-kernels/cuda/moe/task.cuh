@@ -32,13 +32,14 @@ struct ExpertsTask {
     int held;                      // one row: columns of x that a thread block has room for
     short early, staged;           // one row: `ids` are there before the launch; see Experts
     short gated, act;
+    int each;   // one row: column tiles of a thread block, or one more
 
     // Matrices of an expert.
     __device__ __forceinline__ int parts() const { return gated ? 2 : 1; }
     // Asks for the descriptors of all experts: they are used as soon as the experts of a row are known.
     __device__ __forceinline__ void prefetch_descriptors() const {
         const int all = experts * parts();
-        const int i = blockIdx.x + threadIdx.x * gridDim.x;
+        const int i = blockIdx.y * gridDim.x + blockIdx.x + threadIdx.x * gridDim.x * gridDim.y;
         if (i >= all || !table[i]) return;
         const char* at = reinterpret_cast<const char*>(table[i]);
         asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
@@ -126,8 +127,9 @@ struct Matrices {
 // What a thread block computes of a segment: in shared memory, in the form that the products of few rows
 // take (Task). ADDS: the outputs of the segments are added up; SPLIT thread blocks divide the rows.
 // LOADS: of x, that overlap.
-template <bool ADDS, int SPLIT_BLOCKS = 1, int LOADS = 3>
+template <bool ADDS, int SPLIT_BLOCKS = 1, int LOADS = 3, bool RING_BEGUN = false>
 struct SegmentTask {
+    static constexpr bool BEGUN = RING_BEGUN;
     static constexpr int MOST = 2, ROUNDS = LOADS, SPLIT = SPLIT_BLOCKS;
     // Gate and up: as the experts are known, what they multiply is; and their outputs may go to two places.
     static constexpr bool X_THERE = !ADDS;

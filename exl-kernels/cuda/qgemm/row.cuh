@@ -106,6 +106,7 @@ struct RowProduct {
         char* zeros = shared + slots * OWN * 128 + ROW_WARPS * R::BYTES;
         if (threadIdx.x < ZEROS / 16) reinterpret_cast<uint4*>(zeros)[threadIdx.x] = uint4{};
         walk.lane = lane;
+        if (!T::BEGUN) ring.begin();
         walk.zero = zeros;
     }
 
@@ -136,7 +137,7 @@ struct RowProduct {
 #pragma unroll 1
         for (int from = mine.from; from < mine.to; from += task.slots) {
             const Turn turn = {from, min(from + task.slots, mine.to)};
-            if (from == mine.from) input.prepare();
+            if (from == mine.from && !T::X_THERE) input.prepare();
             // The first copies start before x is there. Who uses them begins where who asks for them does.
             supply.start(turn, warp);
             bool more = supply.tiles > 0;
@@ -144,6 +145,8 @@ struct RowProduct {
             // Where x is there nothing has to be loaded before weights.
             constexpr u32 EARLY = T::X_THERE ? R::SLOTS : R::EARLY;
             ask<0, EARLY>();
+            // The weights under way keep the memory busy for longer than this has to wait for them.
+            if (from == mine.from && T::X_THERE) input.prepare();
             // Not unrolled: instructions that are not at hand would come behind the weights.
 #pragma unroll 1
             for (int i = warp; i < (turn.to - turn.from) * OWN; i += ROW_WARPS) sums[i * 32 + lane] = 0.0f;

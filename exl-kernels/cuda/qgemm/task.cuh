@@ -16,6 +16,7 @@ struct Task {
     static constexpr int MOST = PARTS;
     static constexpr int ROUNDS = 4;   // of loads that overlap when one row is staged
     static constexpr int SPLIT = 1;    // thread blocks that divide the rows of the same columns
+    static constexpr bool BEGUN = false;
     static constexpr bool X_THERE = false;   // whether x is loaded before weights are asked for
 
     QMatrix matrix[PARTS];

@@ -350,13 +350,17 @@ impl Few {
             Some(_) if self.split == 1 => ROW_ADD,
             _ => self.kernel,
         };
-        let grid = layer.top_k * self.split * blocks_of(layer, self.split, target.props);
+        let blocks = blocks_of(layer, self.split, target.props);
         let mut task = Task::new(layer, self);
+        task.each = layer.outputs.div_ceil(TILE_COLUMNS) / blocks;
         task.ids = layer.ids;
         task.segments = layer.top_k;
         task.sum = sum.copied();
         task.counters = target.scratch.counters;
-        list.push(self.launch(kernel, grid, format, &task));
+        list.push(Launch {
+            grid: [blocks as u32, (layer.top_k * self.split) as u32, 1],
+            ..self.launch(kernel, blocks, format, &task)
+        });
     }
 
     /// Segments of sorted slots.
@@ -441,6 +445,8 @@ struct Task<'l> {
     sum: Option<Sum>,
     counters: u64,
     segments: usize,
+    /// One row: least column tiles of a thread block.
+    each: usize,
 }
 
 impl<'l> Task<'l> {
@@ -455,6 +461,7 @@ impl<'l> Task<'l> {
             sum: None,
             counters: 0,
             segments: 0,
+            each: 0,
         }
     }
 
@@ -474,7 +481,7 @@ impl<'l> Task<'l> {
         words.push(pair(row_bytes(l.inputs), modes));
         words.push(pair(few.held, flag(few.staged) << 16));
         let (gated, act) = (flag(l.act.is_some()), l.act.unwrap_or(0));
-        words.push(pair(gated | act << 16, 0));
+        words.push(pair(gated | act << 16, self.each));
         words
     }
 }

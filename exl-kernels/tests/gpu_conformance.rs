@@ -688,11 +688,15 @@ fn gpu_quick_cases_touch_every_kernel() {
         kernels.flatten().copied().collect()
     };
     let (here, elsewhere) = (reached(0..2), reached(2..2 * all.len()));
-    // Every matrix that comes to the GPU goes through the first; fused.rs is for the second.
-    let elsewhere_tested = ["qgemm/repack", "moe/router"];
+    // Every matrix that comes to the GPU goes through the first; fused.rs and rotated.rs are for those of several ops.
+    let elsewhere_tested = |kernel: &Kernel| {
+        ["qgemm/repack", "moe/router", "moe/sum_norm"].contains(&kernel.module)
+            || kernel.entry == "exl_moe_row1_routed"
+            || kernel.entry.starts_with("exl_attn_decode_rope_")
+    };
     let (left, missing): (Vec<Kernel>, Vec<Kernel>) = device
         .kernels()
-        .filter(|kernel| !here.contains(kernel) && !elsewhere_tested.contains(&kernel.module))
+        .filter(|kernel| !here.contains(kernel) && !elsewhere_tested(kernel))
         .partition(|kernel| elsewhere.contains(kernel));
     let all = device.kernels().count();
     eprintln!("{} kernels have cases here, of {all}", here.len());

@@ -171,84 +171,102 @@ __device__ __forceinline__ void attend(const Attention& a, const Fresh& fresh = 
     auto turns = d.turns(found, split);
     if constexpr (!Fresh::SOME_FRESH) pages.load(a, tile.seq, turns.first / PAGE_TOKENS);
     constexpr int EACH = ROWS / WARPS, AT_ONCE = D > 128 || EACH < 4 ? 2 : 4;
-    // So are, in the cache itself, the keys in front of the sequence's rows (ops.rs: PagedAttn).
+    // The keys in front of the sequence's rows are there as well, in the cache itself (ops.rs: PagedAttn).
+    const bool rehearses = Fresh::rehearses(fresh);
     if constexpr (Fresh::SOME_FRESH) {
-        const long long slot = fresh.r.slots[tile.start];
-        d.fill(pages, turns);
+        if (!rehearses) d.fill(pages, turns);
         fresh.prepare(a, tile.start);
-        const float unit = score_unit(a);
         __syncthreads();
-        pdl_wait();
-        typename Fresh::Part parts[Fresh::EACH];
-#pragma unroll
-        for (int i = 0; i < Fresh::EACH; ++i) parts[i] = fresh.part(a, tile.start, d.kv_head, i);
-        fresh.template store_rows<ROWS>(a, tile, d.kv_head, unit, Walk::query_rows(shared));
-        // Who has the last key appends it.
-        const bool appends = tile.from == 0 && (a.splits == 1 || split == found.count - 1);
-#pragma unroll
-        for (int i = 0; i < Fresh::EACH; ++i) fresh.put(a, parts[i], i, slot, d.kv_head, appends);
-        d.fresh = {fresh.key(), fresh.value()};
-    } else {
-        const int there = tile.len - (tile.end - tile.start);
-        const bool early = a.stored && d.fill_end(turns) <= there;
-        if (early) d.fill(pages, turns);
-        pdl_wait();
-        if (!early) d.fill(pages, turns);
-        store_rows<D, WARPS, EACH, AT_ONCE>(a, tile, d.kv_head, d.warp, Walk::query_rows(shared));
     }
-    __syncthreads();
-    // Not before: what is loaded here would come behind the weights that the next launch asks for.
-    if (Fresh::SOME_FRESH) pdl_launch();
-    for (int chunk = split;; ++chunk) {
-        d.clear();
-        d.run(pages, turns);
-        d.leave(states);
+    // A rehearsal goes through all that comes once the row is there, with whatever lies there before: then the
+    // instructions are at hand when it matters. Nothing of it is kept.
+#pragma unroll 1
+    for (bool real = !rehearses;; real = true) {
+        if constexpr (Fresh::SOME_FRESH) {
+            const long long slot = fresh.r.slots[tile.start];
+            if (real) {
+                if (rehearses) {
+                    d.fill(pages, turns);
+                    // What is loaded from here on is little.
+                    pdl_launch();
+                }
+                pdl_wait();
+            }
+            const float unit = score_unit(a);
+            typename Fresh::Part parts[Fresh::EACH];
+#pragma unroll
+            for (int i = 0; i < Fresh::EACH; ++i) parts[i] = fresh.part(a, tile.start, d.kv_head, i);
+            fresh.template store_rows<ROWS>(a, tile, d.kv_head, unit, Walk::query_rows(shared));
+            // Who has the last key appends it.
+            const bool appends = real && tile.from == 0 && (a.splits == 1 || split == found.count - 1);
+#pragma unroll
+            for (int i = 0; i < Fresh::EACH; ++i) fresh.put(a, parts[i], i, slot, d.kv_head, appends);
+            d.fresh = {fresh.key(), fresh.value()};
+        } else {
+            const int there = tile.len - (tile.end - tile.start);
+            const bool early = a.stored && d.fill_end(turns) <= there;
+            if (early) d.fill(pages, turns);
+            pdl_wait();
+            if (!early) d.fill(pages, turns);
+            store_rows<D, WARPS, EACH, AT_ONCE>(a, tile, d.kv_head, d.warp, Walk::query_rows(shared));
+        }
         __syncthreads();
+        // Not before: instructions that are not at hand would come behind the weights that the next launch asks for.
+        if (Fresh::SOME_FRESH && real) pdl_launch();
+        for (int chunk = split;; ++chunk) {
+            d.clear();
+            d.run(pages, real ? turns : Turns{turns.first, min(turns.count, 1)});
+            d.leave(states);
+            __syncthreads();
 
-        // Warps in order, then what earlier chunks left in `out`.
-        const Partials partials(a);
-        const bool shares = a.splits > 1 && chunks.count > 1;
-        const bool ends = a.splits > 1 || chunk + 1 == chunks.count;
-        for (int i = threadIdx.x; i < query_rows * (a.dim / 4); i += WARPS * WARP) {
-            const int r = i / (a.dim / 4), at = i % (a.dim / 4) * 4;
-            const long long cell = row_at<D>(shared + r * Walk::STRIDE).cell;
-            float most = minus_infinity(), sum = 0.0f;
-            float4 value = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+            // Warps in order, then what earlier chunks left in `out`.
+            const Partials partials(a);
+            const bool shares = a.splits > 1 && chunks.count > 1;
+            const bool ends = a.splits > 1 || chunk + 1 == chunks.count;
+            for (int i = threadIdx.x; i < query_rows * (a.dim / 4); i += WARPS * WARP) {
+                const int r = i / (a.dim / 4), at = i % (a.dim / 4) * 4;
+                const long long cell = row_at<D>(shared + r * Walk::STRIDE).cell;
+                float most = minus_infinity(), sum = 0.0f;
+                float4 value = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll(Fresh::SOME_FRESH ? 1 : WARPS)
-            for (int w = 0; w < WARPS; ++w) {
-                const float* sums = Walk::sums(shared, w);
-                const float2 f = fold(most, sum, states[w][r][0], states[w][r][1]);
-                value = fold_value(
-                    f, value, *reinterpret_cast<const float4*>(sums + r * Walk::STRIDE + at));
+                for (int w = 0; w < WARPS; ++w) {
+                    const float* sums = Walk::sums(shared, w);
+                    const float2 f = fold(most, sum, states[w][r][0], states[w][r][1]);
+                    value = fold_value(
+                        f, value, *reinterpret_cast<const float4*>(sums + r * Walk::STRIDE + at));
+                }
+                if (shares) {
+                    if (!real) continue;
+                    const long long place = cell * a.splits + split;
+                    __stcg(reinterpret_cast<float4*>(partials.values + place * a.dim + at), value);
+                    if (at == 0) __stcg(partials.states + place, make_float2(most, sum));
+                    continue;
+                }
+                float4* to = reinterpret_cast<float4*>(a.out + cell * a.dim + at);
+                float all_most = running[r][0], all_sum = running[r][1];
+                float4 all = chunk == split ? make_float4(0.0f, 0.0f, 0.0f, 0.0f) : *to;
+                all = fold_value(fold(all_most, all_sum, most, sum), all, value);
+                if (ends) {
+                    const float n = normalizer(all_sum);
+                    all = Walk::finish(make_float4(all.x * n, all.y * n, all.z * n, all.w * n));
+                }
+                if (real) *to = all;
             }
-            if (shares) {
-                const long long place = cell * a.splits + split;
-                __stcg(reinterpret_cast<float4*>(partials.values + place * a.dim + at), value);
-                if (at == 0) __stcg(partials.states + place, make_float2(most, sum));
-                continue;
+            if (ends || !real) break;
+            __syncthreads();
+            if (threadIdx.x < ROWS) {
+                const int r = threadIdx.x;
+                float most = minus_infinity(), sum = 0.0f;
+                for (int w = 0; w < WARPS; ++w) fold(most, sum, states[w][r][0], states[w][r][1]);
+                fold(running[r][0], running[r][1], most, sum);
             }
-            float4* to = reinterpret_cast<float4*>(a.out + cell * a.dim + at);
-            float all_most = running[r][0], all_sum = running[r][1];
-            float4 all = chunk == split ? make_float4(0.0f, 0.0f, 0.0f, 0.0f) : *to;
-            all = fold_value(fold(all_most, all_sum, most, sum), all, value);
-            if (ends) {
-                const float n = normalizer(all_sum);
-                all = Walk::finish(make_float4(all.x * n, all.y * n, all.z * n, all.w * n));
-            }
-            *to = all;
+            __syncthreads();
+            turns = d.turns(chunks, chunk + 1);
+            pages.load(a, tile.seq, turns.first / PAGE_TOKENS);
+            d.fill(pages, turns);
         }
-        if (ends) break;
+        if (real) break;
         __syncthreads();
-        if (threadIdx.x < ROWS) {
-            const int r = threadIdx.x;
-            float most = minus_infinity(), sum = 0.0f;
-            for (int w = 0; w < WARPS; ++w) fold(most, sum, states[w][r][0], states[w][r][1]);
-            fold(running[r][0], running[r][1], most, sum);
-        }
-        __syncthreads();
-        turns = d.turns(chunks, chunk + 1);
-        pages.load(a, tile.seq, turns.first / PAGE_TOKENS);
-        d.fill(pages, turns);
     }
     if (a.splits == 1 || chunks.count == 1) return;
 

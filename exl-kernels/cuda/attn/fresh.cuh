@@ -15,11 +15,14 @@ struct Rotation {
     int pairs, interleaved;           // with 2, otherwise with 4 pairs a time
     int second, third;                // as in Positions
     float factor;
+    int rehearses;                    // the launch in front leaves room for all blocks of this one, which wait for it
 };
 
 // Nothing is fresh: rotated queries, and all keys are in the cache.
 struct AllStored {
     static constexpr bool SOME_FRESH = false;
+
+    __device__ __forceinline__ static bool rehearses(const AllStored&) { return false; }
 
     template <int ROWS>
     __device__ __forceinline__ static Tile find(const Attention& a, int slot) {
@@ -47,6 +50,8 @@ struct Fresh {
     // Four values each of key and value, of a thread.
     static constexpr int EACH = (D / 2 + THREADS - 1) / THREADS;
 
+    __device__ __forceinline__ static bool rehearses(const Fresh& fresh) { return fresh.r.rehearses; }
+
     const Rotation& r;
     float2* turns;
     __half* rows;
@@ -71,14 +76,18 @@ struct Fresh {
         }
     }
 
-    // Four values of a head from value `at` on, and those that they are paired with.
+    // Four values of a head from value `at` on, and those that they are paired with. From L2: a rehearsal may have
+    // loaded what was there before.
     struct Four {
         float4 own, other;
     };
+    __device__ __forceinline__ static float4 load_4(const float* at) {
+        return __ldcg(reinterpret_cast<const float4*>(at));
+    }
     __device__ __forceinline__ Four load(const float* head, int at) const {
         const bool apart = !r.interleaved && at < 2 * r.pairs;
         const int other = !apart ? at : at < r.pairs ? at + r.pairs : at - r.pairs;
-        return {*reinterpret_cast<const float4*>(head + at), *reinterpret_cast<const float4*>(head + other)};
+        return {load_4(head + at), load_4(head + other)};
     }
     __device__ __forceinline__ float4 rotated(const Four& four, int at) const {
         const float4 v = four.own, w = four.other;
@@ -137,8 +146,7 @@ struct Fresh {
         Part p = {{}, (i % (D / 4)) * 4, i >= D / 4};
         const long long from = ((long long)row * a.kv_heads + kv_head) * a.dim;
         if (i >= D / 2 || p.at >= a.dim) return p;
-        p.four = p.is_value ? Four{*reinterpret_cast<const float4*>(r.v + from + p.at), {}}
-                            : load(r.k + from, p.at);
+        p.four = p.is_value ? Four{load_4(r.v + from + p.at), {}} : load(r.k + from, p.at);
         return p;
     }
     // Rotates the key and puts both into shared memory and, if `appends`, into the cache at token `slot`. By the

@@ -64,6 +64,9 @@ __device__ __forceinline__ void cp_async_weights(void* smem, const void* global)
     asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(smem_address(smem)),
                  "l"(global));
 }
+__device__ __forceinline__ void cp_async_8(void* smem, const void* global) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(smem_address(smem)), "l"(global));
+}
 __device__ __forceinline__ void cp_async_4(void* smem, const void* global) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(smem_address(smem)), "l"(global));
 }

@@ -23,9 +23,9 @@ __device__ __forceinline__ void router(const RouterTask& task) {
         const int k = columns.first(g);
         v[g] = k < task.inputs ? load_4(task.x, k / 4) : float4{};
     }
-    columns.add_up(sums, v);
+    columns.add_up(task, sums, v);
     __syncthreads();
-    const float factor = factor_of(task, sums);
+    const float factor = factor_of(task, sums.square());
     if (threadIdx.x < WARP) decide(task, sums.dot() * factor);
     columns.normalize(v, factor);
     columns.store(task, v);

@@ -1,4 +1,5 @@
 // exl: spills-allowed exl_moe_sum_norm_long_4 on 12.0, whose one block has 1024 threads
+// exl: spills-allowed exl_moe_sum_norm_4 the same
 //
 // exl_moe_sum_norm_*: the weighted sum of a row's experts, with the residual, and the norm of that.
 //
@@ -47,7 +48,9 @@ template <int SPLIT>
 __device__ __forceinline__ float4 sum_at(const SumTask& task, int i) {
     const int stride = task.n / 4;
     const float4* parts = reinterpret_cast<const float4*>(task.parts) + i;
-    const float4 residual = task.residual ? load_4(task.residual, i) : float4{};
+    // All from L2: a rehearsal has loaded what was there before.
+    const float4* before = reinterpret_cast<const float4*>(task.residual) + i;
+    const float4 residual = task.residual ? __ldcg(before) : float4{};
     float4 sum = float4{};
     // Two at a time: this is all latency.
 #pragma unroll 1
@@ -58,8 +61,8 @@ __device__ __forceinline__ float4 sum_at(const SumTask& task, int i) {
         for (int s = 0; s < 2; ++s) {
             if (from + s >= task.segments) break;
 #pragma unroll
-            for (int r = 0; r < SPLIT; ++r) part[s][r] = parts[((from + s) * SPLIT + r) * stride];
-            weight[s] = task.weights[from + s];
+            for (int r = 0; r < SPLIT; ++r) part[s][r] = __ldcg(parts + ((from + s) * SPLIT + r) * stride);
+            weight[s] = __ldcg(task.weights + from + s);
         }
 #pragma unroll
         for (int s = 0; s < 2; ++s) {
@@ -85,29 +88,40 @@ __device__ __forceinline__ float sum_of_blocks(float own) {
 #endif
 }
 
+// All blocks, of which nobody goes on before others are there.
+__device__ __forceinline__ void meet() {
+    if constexpr (BLOCKS == 1) __syncthreads();
+#if __CUDA_ARCH__ >= 900
+    if constexpr (BLOCKS > 1) cluster_meet();
+#endif
+}
+
 template <int SPLIT, int VECTORS>
 __device__ __forceinline__ void sum_norm(const SumTask& task) {
     pdl_launch();
     const int vectors = task.n / 4, first = blockIdx.x * THREADS + threadIdx.x;
     float4 w[VECTORS], v[VECTORS];
     load_weights<STRIDE>(w, task.scale, task.type, 0, first, vectors, 0.0f);
-#if __CUDA_ARCH__ >= 900
-    if constexpr (BLOCKS > 1) cluster_meet();   // all have begun
-#endif
-    pdl_wait();
+    // First a rehearsal, as that of attention (attn/decode.cuh): this launch begins before it has anything to do.
+#pragma unroll 1
+    for (bool real = false;; real = true) {
+        meet();   // all have begun; all have read what they exchange
+        if (real) pdl_wait();
 #pragma unroll
-    for (int j = 0; j < VECTORS; ++j) {
-        const int i = first + j * STRIDE;
-        v[j] = i < vectors ? sum_at<SPLIT>(task, i) : float4{};
-    }
-    const float sum = sum_of_blocks(block_sum<THREADS>(squares_of(v)));
-    const float factor = factor_of(sum, task.n, task.eps);
+        for (int j = 0; j < VECTORS; ++j) {
+            const int i = first + j * STRIDE;
+            v[j] = i < vectors ? sum_at<SPLIT>(task, i) : float4{};
+        }
+        const float sum = sum_of_blocks(block_sum<THREADS>(squares_of(v)));
+        const float factor = factor_of(sum, task.n, task.eps);
 #pragma unroll
-    for (int j = 0; j < VECTORS; ++j) {
-        const int i = first + j * STRIDE;
-        if (i >= vectors) continue;
-        reinterpret_cast<float4*>(task.normed)[i] = scaled(v[j], factor, w[j], task.offset);
-        reinterpret_cast<float4*>(task.sum)[i] = v[j];
+        for (int j = 0; j < VECTORS; ++j) {
+            const int i = first + j * STRIDE;
+            if (i >= vectors || !real) continue;
+            reinterpret_cast<float4*>(task.normed)[i] = scaled(v[j], factor, w[j], task.offset);
+            reinterpret_cast<float4*>(task.sum)[i] = v[j];
+        }
+        if (real) return;
     }
 }
 

@@ -97,7 +97,14 @@ struct Experts {
     const QMatrix* const* table;
     const QMatrix* staged;   // or 0
     int parts;               // of an expert
-    const u32* const* inverses;   // shared, or 0: by expert, where the matrix of down has its inputs
+    const u32* const* perms;   // shared, or 0: by expert, of the matrices of down
+    int inputs;                // of those
+
+    // Where the matrix of down of an expert has its inputs; 0: where they are.
+    __device__ __forceinline__ const u32* inverse(int expert) const {
+        const u32* perm = perms ? perms[expert] : nullptr;
+        return perm ? perm + inputs : nullptr;
+    }
 
     // 0: of another format.
     __device__ __forceinline__ const QMatrix* of(int expert, int part) const {
@@ -127,9 +134,9 @@ struct Matrices {
 // What a thread block computes of a segment: in shared memory, in the form that the products of few rows
 // take (Task). ADDS: the outputs of the segments are added up; SPLIT thread blocks divide the rows.
 // LOADS: of x, that overlap.
-template <bool ADDS, int SPLIT_BLOCKS = 1, int LOADS = 3, bool RING_BEGUN = false>
+template <bool ADDS, int SPLIT_BLOCKS = 1, int LOADS = 3>
 struct SegmentTask {
-    static constexpr bool BEGUN = RING_BEGUN;
+    static constexpr bool SPARING = false;
     static constexpr int MOST = 2, ROUNDS = LOADS, SPLIT = SPLIT_BLOCKS;
     // Gate and up: as the experts are known, what they multiply is; and their outputs may go to two places.
     static constexpr bool X_THERE = !ADDS;
@@ -215,7 +222,7 @@ struct SegmentTask {
             const bool apart = both && first->perm != experts.of(expert, 1)->perm;
             orders = apart ? 2 : 1;
             order[1] = apart ? 1 : 0;
-            inverse = experts.inverses ? experts.inverses[expert] : nullptr;
+            inverse = experts.inverse(expert);
         }
         return true;
     }

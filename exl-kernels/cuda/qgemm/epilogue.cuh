@@ -50,12 +50,13 @@ __device__ __forceinline__ Addends addends_of(const Epilogue& e, const Epilogue&
     return {bias_at(e.bias, e.bias_type, column), bias_at(other.bias, other.bias_type, column)};
 }
 
-__device__ __forceinline__ void finish_linear(const Epilogue& e, int row, int column, float s,
-                                              const Addends& addends) {
-    if (column >= e.n) return;
+// Returns the output.
+__device__ __forceinline__ float finish_linear(const Epilogue& e, int row, int column, float s,
+                                               const Addends& addends) {
+    if (column >= e.n) return 0.0f;
     float v = s + addends.bias;
     if (e.add) v += addends.other;
-    e.out[(long long)row * e.n + column] = v;
+    return e.out[(long long)row * e.n + column] = v;
 }
 __device__ __forceinline__ void finish_linear(const Epilogue& e, int row, int column, float s) {
     finish_linear(e, row, column, s, addends_of(e, row, column));

@@ -1,5 +1,6 @@
 // exl_qgemm_row1_*: products of one row with quantized matrices, at the speed of the memory.
 //
+// exl: spills-allowed exl_qgemm_row1_exl2 between column tiles, not in the loop over weights
 // exl: spills-allowed exl_qgemm_row1_gptq between column tiles, not in the loop over weights
 //
 // What: up to three matrices with one input (q, k, v), or gate and up with the activation between

@@ -83,6 +83,7 @@ __device__ __forceinline__ float add_up_row(const float* at) {
 template <int KIND, typename T, typename R = Ring<false>>
 struct RowProduct {
     static constexpr int OWN = SPLIT_SHARES<T>;
+    static constexpr bool SPARING = T::SPARING && R::LARGE;
 
     const T& task;
     int lane, warp;
@@ -106,8 +107,12 @@ struct RowProduct {
         char* zeros = shared + slots * OWN * 128 + ROW_WARPS * R::BYTES;
         if (threadIdx.x < ZEROS / 16) reinterpret_cast<uint4*>(zeros)[threadIdx.x] = uint4{};
         walk.lane = lane;
-        if (!T::BEGUN) ring.begin();
         walk.zero = zeros;
+    }
+    // By all warps, before a barrier that comes before run(). `slots`, `shared`: as above.
+    __device__ __forceinline__ static void begin(int slots, char* shared) {
+        const int warp = uniform(threadIdx.x / WARP);
+        R(shared + slots * OWN * 128 + warp * R::BYTES, threadIdx.x % WARP).begin();
     }
 
     typedef typename T::Known Known;
@@ -122,40 +127,38 @@ struct RowProduct {
             task.finish(0, turn.from + j, lane, s, up, known);
         }
     }
-    // Asks for what slots FROM to TO will have, counted from the one that is used next.
-    template <u32 FROM, u32 TO>
-    __device__ __forceinline__ void ask() {
-        u32 slot = (at.slot + FROM) % R::SLOTS;
-#pragma unroll 1
-        for (u32 i = FROM; i < TO; ++i) {
-            supply.ask(ring, slot);
-            slot = slot + 1 == R::SLOTS ? 0 : slot + 1;
-        }
-    }
     // Column tiles `mine` of all parts.
     __device__ __forceinline__ void run(const Turn& mine) {
 #pragma unroll 1
         for (int from = mine.from; from < mine.to; from += task.slots) {
             const Turn turn = {from, min(from + task.slots, mine.to)};
-            if (from == mine.from && !T::X_THERE) input.prepare();
+            const bool is_first = from == mine.from;
+            if (is_first) input.prepare();
             // The first copies start before x is there. Who uses them begins where who asks for them does.
             supply.start(turn, warp);
             bool more = supply.tiles > 0;
             way = supply.way;
-            // Where x is there nothing has to be loaded before weights.
-            constexpr u32 EARLY = T::X_THERE ? R::SLOTS : R::EARLY;
-            ask<0, EARLY>();
-            // The weights under way keep the memory busy for longer than this has to wait for them.
-            if (from == mine.from && T::X_THERE) input.prepare();
+            // SPARING: the last ones when x has been loaded. What the launches in front and this one still have to load
+            // waits for all that is under way: hits of L2 are served behind misses.
+#pragma unroll 1
+            for (u32 i = 0, slot = at.slot; i < (SPARING ? R::SLOTS - 1 : R::SLOTS); ++i) {
+                supply.ask(ring, slot);
+                slot = slot + 1 == R::SLOTS ? 0 : slot + 1;
+            }
+            const auto rest = [&] {
+                if (SPARING) supply.ask(ring, (at.slot + R::SLOTS - 1) % R::SLOTS);
+            };
             // Not unrolled: instructions that are not at hand would come behind the weights.
 #pragma unroll 1
             for (int i = warp; i < (turn.to - turn.from) * OWN; i += ROW_WARPS) sums[i * 32 + lane] = 0.0f;
-            if (from == mine.from) {
-                input.stage([&] { ask<EARLY, R::SLOTS>(); });
+            if (is_first) {
+                input.stage(rest);
             } else {
-                ask<EARLY, R::SLOTS>();
+                rest();
                 __syncthreads();
             }
+            Known known = {};
+            if (warp < turn.to - turn.from) known = task.known(0, turn.from + warp, lane);
             for (; more; more = way.next(task, supply.path)) {
                 walk.m = &task.matrix[way.leg.part];
                 walk.sums = sums + way.leg.sums * 32;
@@ -163,8 +166,6 @@ struct RowProduct {
                 input.point(walk, way.leg.part);
                 walk.run(way.leg, supply, ring, at);
             }
-            Known known = {};
-            if (warp < turn.to - turn.from) known = task.known(0, turn.from + warp, lane);
             __syncthreads();
             finish(turn, known);
             if (turn.to < mine.to) __syncthreads();
@@ -185,6 +186,7 @@ __device__ __forceinline__ void multiply_row(const Task& task) {
     for (int i = threadIdx.x; i < int(sizeof(Task) / 8); i += blockDim.x) {
         reinterpret_cast<u64*>(&own)[i] = reinterpret_cast<const u64*>(&task)[i];
     }
+    RowProduct<KIND, Task, R>::begin(task.slots, shared + ROW_TASK_BYTES);
     __syncthreads();
     RowProduct<KIND, Task, R> product(own, task.slots, task.inputs, task.inputs, shared + ROW_TASK_BYTES);
     // The thread block's tiles are consecutive, so that most belong to one matrix.

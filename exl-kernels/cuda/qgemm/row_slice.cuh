@@ -122,7 +122,7 @@ struct SliceInput {
     // As those of RowInput. Weights are asked for first: where x is in order, nothing else has to be loaded.
     __device__ __forceinline__ void prepare() {}
     template <class Arrived>
-    __device__ __forceinline__ void stage(const Arrived& arrived) {
+    __device__ __forceinline__ void stage(const Arrived&) {
         const u16* shares = task.matrix[0].shares + task.rank * SPLIT_SHARES<T>;
         row.prepare(task.matrix[0], uniform(shares[0]), uniform(shares[SPLIT_SHARES<T>]),
                     uniform(task.whole->ordered != nullptr));
@@ -139,7 +139,6 @@ struct SliceInput {
             __syncthreads();
         }
         row.round(task.matrix[0], row.ordered ? task.x : all, base, scales());
-        arrived();
         __syncthreads();
     }
 };

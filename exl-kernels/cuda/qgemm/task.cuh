@@ -2,6 +2,7 @@
 #pragma once
 
 #include "qgemm/epilogue.cuh"
+#include "qgemm/router_sums.cuh"
 #include "qgemm/walk.cuh"
 
 constexpr int PARTS = 3;
@@ -16,13 +17,16 @@ struct Task {
     static constexpr int MOST = PARTS;
     static constexpr int ROUNDS = 4;   // of loads that overlap when one row is staged
     static constexpr int SPLIT = 1;    // thread blocks that divide the rows of the same columns
-    static constexpr bool BEGUN = false;
+    static constexpr bool SPARING = true;    // whether the last slot of a ring waits until x has been loaded
     static constexpr bool X_THERE = false;   // whether x is loaded before weights are asked for
 
     QMatrix matrix[PARTS];
     Epilogue epilogue[PARTS];   // gate and up: of the gate; the second holds the other bias
     const float* x;             // one row: [inputs]
-    const char* blocks[PARTS];  // several rows: what exl_block_x leaves, by order
+    union {
+        const char* blocks[PARTS];  // several rows: what exl_block_x leaves, by order
+        RouterSums router;          // one row, if `wants` has experts
+    };
     int rows, inputs;
     int tiles;                  // column tiles of all parts; pairs of them
     int slots;                  // tiles of a thread block at a time, whose sums fit shared memory
@@ -30,6 +34,7 @@ struct Task {
     u8 order[PARTS + 1];        // of the permutations, which one a part has
     int x_blocks;               // cluster.cu: blocks of x of a thread block, at most; whole chunks
     int each;                   // tiles of a thread block (of a cluster), or one more
+    RouterKind wants;           // one row of one part: the router that wants sums, if any does
 
     // Whose tile it is that has this index among those of all parts.
     __device__ __forceinline__ PartTile tile(int index) const {
@@ -43,6 +48,7 @@ struct Task {
     __device__ __forceinline__ Known known(int r, int index, int column) const {
         if (gated) return addends_of(epilogue[0], epilogue[1], index * 32 + column);
         const PartTile own = tile(index);
+        if (wants.experts > 0) router.prefetch(wants, epilogue[0].n, index);
         return addends_of(epilogue[own.part], r, own.index * 32 + column);
     }
     // Stores the sum; gate and up: with the sum of up.
@@ -53,6 +59,8 @@ struct Task {
             return;
         }
         const PartTile own = tile(index);
-        finish_linear(epilogue[own.part], r, own.index * 32 + column, s, known);
+        const float v = finish_linear(epilogue[own.part], r, own.index * 32 + column, s, known);
+        if (wants.experts == 0) return;
+        router.leave(wants, epilogue[0].n, {index, tiles}, v);
     }
 };

@@ -46,7 +46,7 @@ pub struct Target<'a> {
 pub(super) const JOINT: [&[Kernel]; 4] = [
     &attention::ROTATING,
     &moe::ROUTERS,
-    &moe::ROUTED,
+    &[moe::ROUTED],
     &moe::SUM_NORM,
 ];
 
@@ -107,9 +107,10 @@ pub fn lower(op: &Op<'_>, target: &Target<'_>, list: &mut Vec<Launch>) -> Result
 /// gate and up compute.
 pub fn link(launches: &mut Vec<Launch>, target: &Target<'_>) {
     join(launches, attention::rotating);
+    attention::rehearse(launches, target);
     moe::fuse(launches, target);
     moe::link(launches);
-    join(launches, moe::routed);
+    moe::routed(launches);
     moe::take_sums(launches, target);
 }
 

@@ -6,7 +6,7 @@ use exl_kernels::ops::{Linear, LinearPart, Matrix, MoeRoute, Op, RmsNorm, RouteN
 use exl_kernels::{DType, Mem, reference};
 use half::{bf16, f16};
 
-use super::overlap::{Buffer, DIM, EXPERTS, Experts, TOP_K, WIDE, floats};
+use super::overlap::{Buffer, DIM, EXPERTS, Experts, TOP_K, WIDE, exl2, floats};
 use super::{Rng, device, modes, quick};
 
 /// Weights of 16 bits.
@@ -215,7 +215,8 @@ fn gpu_routers_take_norms_and_choices_along() {
     );
 }
 
-/// Gate and up choose the experts, down relies on the choice, and a norm adds up what down leaves.
+/// A product leaves what the router wants of its outputs, gate and up choose the experts, down relies on the choice,
+/// and a norm adds up what down leaves.
 #[test]
 fn gpu_experts_choose_themselves() {
     let Some(device) = device() else { return };
@@ -232,19 +233,30 @@ fn gpu_experts_choose_themselves() {
     for (i, (dim, wide, different)) in sizes.into_iter().enumerate().take(some) {
         let experts = Experts::new((dim, wide), different, &mut rng);
         let [inner, out] = [TOP_K * wide, dim].map(|n| floats(vec![f32::NAN; n]));
+        let (matrix, heads) = (exl2(DIM, dim, &mut rng), floats(rng.floats(DIM, 0.1)));
         for brain in [false, true] {
             let router = Router::new((dim, EXPERTS, TOP_K), (brain, NORMS[i % 3]), &mut rng);
             let behind = Normed::new(dim, brain, &mut rng);
+            let before = floats(router.norm.x.values());
             let list = || {
                 let choice = (&router.ids, &router.weights);
                 let sum = (Some(router.norm.x.read()), out.write());
-                let mut list = router.ops();
+                let mut product = part(Matrix::Quant(&matrix), &router.norm.x, dim);
+                product.residual = Some(before.read());
+                let mut list = vec![Op::Linear(Linear {
+                    x: heads.read(),
+                    rows: 1,
+                    inputs: DIM,
+                    parts: vec![product],
+                })];
+                list.extend(router.ops());
                 list.extend(experts.ops(router.norm.out.read(), choice, &inner, sum));
                 list.push(behind.op_on(out.read()));
                 list
             };
             let values = || {
                 let mut left = router.left();
+                left.push(router.norm.x.values());
                 left.extend([inner.values(), out.values(), behind.out.values()]);
                 left
             };
@@ -255,8 +267,7 @@ fn gpu_experts_choose_themselves() {
         assert_ran(
             &ops,
             &[
-                "exl_moe_row1_routed_f16",
-                "exl_moe_row1_routed_bf16",
+                "exl_moe_row1_routed",
                 "exl_moe_sum_norm_1",
                 "exl_moe_sum_norm_4",
                 "exl_moe_sum_norm_long_1",

@@ -66,7 +66,7 @@ pub(super) fn floats(values: Vec<f32>) -> Buffer<f32> {
     Buffer::new(values, DType::F32)
 }
 
-fn exl2(inputs: usize, outputs: usize, rng: &mut Rng) -> QuantMatrix {
+pub(super) fn exl2(inputs: usize, outputs: usize, rng: &mut Rng) -> QuantMatrix {
     let mut rest = inputs as u32;
     let mut groups = Vec::new();
     while rest > 0 {

@@ -367,8 +367,13 @@ impl PlanBuilder {
         self.gather(x, (RowSet::Hidden, rows), "hidden_rows")
     }
 
-    /// What is recorded from here on works on the rows that were gathered.
+    /// What is recorded from here on works on the rows that were gathered. One of one row is that row itself, if nobody
+    /// else wants it: it is changed in place.
     fn gather(&mut self, x: Slot, (set, rows): (RowSet, usize), name: &str) -> Slot {
+        if self.rows(x) == 1 && self.key.out_rows + self.key.extras.hidden_rows == 1 {
+            self.set = set;
+            return x;
+        }
         let dim = self.dim(x);
         let out = self.new_slot(name, rows, dim);
         self.push(PlanOp::GatherRows {

@@ -19,7 +19,7 @@ use crate::cuda::launch::Args;
 use crate::cuda::{DeviceProps, Kernel, Launch};
 use crate::ops::{PAGE_TOKENS, PagedAttn};
 use crate::{DType, Error, Result};
-pub(super) use fresh::{ROTATING, rotating};
+pub(super) use fresh::{ROTATING, rehearse, rotating};
 use quantized::FUSED;
 use rope::ROPE;
 pub(super) use rope::rope_append;

@@ -15,7 +15,9 @@ use crate::ops::{self, Activation, LinearPart, Matrix};
 use crate::{DType, Error, Mem, Result};
 
 pub(in crate::cuda) use few::{CLUSTER, CLUSTER_ARCHITECTURES};
-pub(super) use few::{From, MATRIX_WORDS, X_CHUNK, row_bytes, slot_bytes, warps, ways};
+pub(super) use few::{
+    From, MATRIX_WORDS, RouterSums, X_CHUNK, is_row_product, row_bytes, slot_bytes, warps, ways,
+};
 
 /// The one of its module that takes most of a multiprocessor.
 pub(in crate::cuda) const CLUSTER_KERNEL: Kernel = few::CLUSTER_KERNELS[2];

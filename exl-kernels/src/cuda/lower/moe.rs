@@ -70,8 +70,7 @@ pub(crate) static KERNELS: &[Kernel] = &[
     few::BLOCK_X,
     few::ROW[0],
     few::ROW[1],
-    router::ROUTED[0],
-    router::ROUTED[1],
+    router::ROUTED,
     few::ROW_ADD,
     few::ROW_ADD_SPLIT,
     few::ROWS[0].1[0],
@@ -507,9 +506,10 @@ pub(super) fn down_scratch(o: &MoeDown<'_>, props: &DeviceProps) -> u64 {
     };
     let layer = down_layer(o, &formats, 0);
     let ways = [false, true].map(|fixed| layer.scratch(props, fixed));
-    // Of one row its inputs in the order of the matrices (few.rs: order).
+    // Of one row its inputs in the order of the matrices (few.rs: order), and behind them what a product in front of
+    // the router leaves (router.rs: routed).
     let ordered = if o.rows == 1 {
-        4 * o.top_k * o.inputs
+        (4 * o.top_k * o.inputs).next_multiple_of(ALIGN) + router::sum_bytes(o.outputs)
     } else {
         0
     };

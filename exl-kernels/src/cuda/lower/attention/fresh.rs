@@ -2,7 +2,8 @@
 
 use super::rope::ROPE;
 use super::tiles::TILES;
-use crate::cuda::lower::apart;
+use crate::cuda::lower::linear::is_row_product;
+use crate::cuda::lower::{Target, apart};
 use crate::cuda::{Kernel, Launch};
 
 /// By [`TILES`].
@@ -12,6 +13,27 @@ pub(in crate::cuda::lower) const ROTATING: [Kernel; 4] = [
     Kernel::new("attn/decode", "exl_attn_decode_rope_128"),
     Kernel::new("attn/decode", "exl_attn_decode_rope_256"),
 ];
+
+/// The word that holds the factor of the angles, and whether there is a rehearsal (`Rotation` of fresh.cuh), the last.
+const FACTOR_WORD: usize = 30;
+
+/// Lets attention go through its work once before its input is there, where it waits for that on multiprocessors that
+/// the product in front leaves free: otherwise there would be nothing to wait for.
+pub(in crate::cuda::lower) fn rehearse(launches: &mut [Launch], target: &Target<'_>) {
+    for i in 1..launches.len() {
+        let [product, attention] = &mut launches[i - 1..=i] else {
+            continue;
+        };
+        let blocks = |launch: &Launch| launch.grid.iter().product::<u32>();
+        if ROTATING.contains(&attention.kernel)
+            && is_row_product(product.kernel)
+            && blocks(product) + blocks(attention) <= target.props.sms
+        {
+            let factor = attention.args.words()[FACTOR_WORD];
+            attention.args.patch(FACTOR_WORD, &[factor | 1 << 32]);
+        }
+    }
+}
 
 /// The launch for rotation with append and the attention behind it, if each sequence has one row. The same bits, but
 /// for the rotated queries, which are not left in memory.
@@ -207,6 +229,36 @@ mod tests {
             };
             assert_eq!(step.launches().len(), 1, "{style:?} {pairs}");
         }
+    }
+
+    /// Attention of one sequence behind the product of its queries, keys and values, which has so many column tiles.
+    #[test]
+    fn attention_that_has_to_wait_rehearses() {
+        let props = sample("H200");
+        let target = Target {
+            props: &props,
+            scratch: Scratch::default(),
+            deterministic: false,
+        };
+        let attention = ONE_ROW.launches().remove(0);
+        let rehearses = |blocks: u32, entry: &'static str| {
+            let product = Launch {
+                kernel: Kernel::new("qgemm/row", entry),
+                grid: [blocks, 1, 1],
+                ..attention.clone()
+            };
+            let mut list = [product, attention.clone()];
+            rehearse(&mut list, &target);
+            list[1].args.words()[FACTOR_WORD] >> 32 == 1
+        };
+        let own = attention.grid.iter().product::<u32>();
+        assert!(rehearses(props.sms - own, "exl_qgemm_row1_exl2"));
+        assert!(!rehearses(props.sms - own + 1, "exl_qgemm_row1_exl2"));
+        assert!(!rehearses(1, "exl_qgemm_rows4_exl2"));
+        assert_eq!(
+            attention.args.words()[FACTOR_WORD],
+            u64::from(1f32.to_bits())
+        );
     }
 
     #[test]

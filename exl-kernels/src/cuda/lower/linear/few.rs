@@ -74,6 +74,61 @@ impl Epilogue {
 /// Words of a matrix in the task.
 pub(in crate::cuda::lower) const MATRIX_WORDS: usize = 26;
 
+/// Words of the task: of the first part its output and columns, and where one row has what a router wants of it
+/// (`RouterSums` and what follows `each` in task.cuh).
+const OUT_WORD: usize = MAX_PARTS * MATRIX_WORDS;
+const COLUMNS_WORD: usize = OUT_WORD + 3;
+const ROUTER_WORDS: usize = OUT_WORD + 4 * MAX_PARTS + 1;
+const EACH_WORD: usize = ROUTER_WORDS + MAX_PARTS + 4;
+
+/// Whether a kernel multiplies one row.
+pub(in crate::cuda::lower) fn is_row_product(kernel: Kernel) -> bool {
+    KERNELS[..2].contains(&kernel) || LONG_ROW_KERNELS.contains(&kernel)
+}
+
+/// A router behind the norm of what a product leaves of one row.
+pub(in crate::cuda::lower) struct RouterSums {
+    /// Addresses: its weights, of 16 bits, those of the norm, and where the sums are left.
+    pub(in crate::cuda::lower) router: u64,
+    pub(in crate::cuda::lower) scale: u64,
+    pub(in crate::cuda::lower) sums: u64,
+    pub(in crate::cuda::lower) experts: u64,
+    pub(in crate::cuda::lower) bf16: bool,
+    /// Type of the norm's weights (`dtype_code`), and what is added to them.
+    pub(in crate::cuda::lower) scale_type: u64,
+    pub(in crate::cuda::lower) scale_offset: u8,
+}
+
+impl RouterSums {
+    /// Lets the launch of a product leave the sums, if it is of one row with one matrix and computes `count` values
+    /// at `out`.
+    pub(in crate::cuda::lower) fn leave(
+        &self,
+        product: &Launch,
+        (out, count): (u64, u64),
+    ) -> Option<Launch> {
+        if !is_row_product(product.kernel) {
+            return None;
+        }
+        let words = product.args.words();
+        let one = words[MATRIX_WORDS..OUT_WORD].iter().all(|&word| word == 0);
+        if !one || (words[OUT_WORD], words[COLUMNS_WORD] & 0xffff_ffff) != (out, count) {
+            return None;
+        }
+        let mut product = product.clone();
+        let how = self.experts
+            | u64::from(self.bf16) << 8
+            | self.scale_type << 16
+            | u64::from(self.scale_offset) << 24;
+        let each = product.args.words()[EACH_WORD];
+        product
+            .args
+            .patch(ROUTER_WORDS, &[self.router, self.scale, self.sums]);
+        product.args.patch(EACH_WORD, &[each | how << 32]);
+        Some(product)
+    }
+}
+
 fn pair(low: usize, high: usize) -> u64 {
     low as u64 | (high as u64) << 32
 }

@@ -110,7 +110,12 @@ fn order(gate_up: &mut Launch, down: &mut Launch) {
     };
     // All experts have the one format of either, and their descriptors are staged: no matrix lies at 0.
     let staged = [from, to].iter().all(|words| words[EARLY_WORD] >> 48 != 0);
-    let there = |records: &[u64]| records.iter().step_by(MATRIX_WORDS).all(|&tiles| tiles != 0);
+    let there = |records: &[u64]| {
+        records
+            .iter()
+            .step_by(MATRIX_WORDS)
+            .all(|&tiles| tiles != 0)
+    };
     let all = own.len() == 2 * next.len() && there(own) && there(next);
     let [computed, read] = [from[SHAPE_WORD] >> 32, to[SHAPE_WORD] & 0xffff_ffff];
     let same = [OUT_WORD, IDS_WORD, EXPERTS_WORD].map(|word| from[word])
@@ -139,9 +144,17 @@ pub(super) struct RowTask {
     pub(super) segments: u64,
     pub(super) inputs: u64,
     pub(super) outputs: u64,
+    /// Where the outputs are left in down's order, or 0.
+    ordered: u64,
 }
 
 impl RowTask {
+    /// Scratch memory behind what is left in down's order, if there is any (moe.rs: down_scratch).
+    pub(super) fn behind(&self) -> Option<u64> {
+        let bytes = (4 * self.segments * self.outputs).next_multiple_of(ALIGN as u64);
+        (self.ordered != 0).then_some(self.ordered + bytes)
+    }
+
     /// What a launch computes, if it is that, and has the descriptors of all experts at hand.
     pub(super) fn of(launch: &Launch) -> Option<Self> {
         if launch.kernel != ROW[0] {
@@ -161,6 +174,7 @@ impl RowTask {
             segments,
             inputs,
             outputs,
+            ordered: words[ORDERED_WORD],
         })
     }
 }

@@ -4,8 +4,10 @@ use super::few::RowTask;
 use super::{ROUTE, pair, unpair};
 use crate::cuda::launch::Args;
 use crate::cuda::lower::gemm::DenseRow;
+use crate::cuda::lower::linear::RouterSums;
 use crate::cuda::lower::rows::RowNorm;
 use crate::cuda::lower::{Target, apart};
+use crate::cuda::matrix::TILE_COLUMNS;
 use crate::cuda::{Kernel, Launch};
 
 /// For routers of F16 and BF16, and the same for more inputs.
@@ -15,11 +17,9 @@ pub(in crate::cuda::lower) const ROUTERS: [Kernel; 4] = [
     Kernel::new("moe/router", "exl_moe_router_long_f16"),
     Kernel::new("moe/router", "exl_moe_router_long_bf16"),
 ];
-/// For routers of F16 and BF16: the same by every thread block of gate and up of one row (cuda/moe/row.cu).
-pub(in crate::cuda::lower) const ROUTED: [Kernel; 2] = [
-    Kernel::new("moe/row", "exl_moe_row1_routed_f16"),
-    Kernel::new("moe/row", "exl_moe_row1_routed_bf16"),
-];
+/// What is left of that by every thread block of gate and up of one row (cuda/moe/row.cu), where the product in front
+/// has left sums of its outputs.
+pub(in crate::cuda::lower) const ROUTED: Kernel = Kernel::new("moe/row", "exl_moe_row1_routed");
 /// Most inputs there: threads keep all of x in registers (row.cu: ROUTED_GROUPS).
 const ROUTED_INPUTS: u64 = 4096;
 /// Most inputs of both.
@@ -92,13 +92,35 @@ fn router(launches: &[Launch]) -> Option<Launch> {
     })
 }
 
-/// The launch for a router and gate and up of its row, if every thread block of those can choose the experts.
-pub(in crate::cuda::lower) fn routed(router: &Launch, gate_up: &Launch) -> Option<Launch> {
+/// Bytes that a product with so many outputs leaves for a router (router_sums.cuh).
+pub(super) fn sum_bytes(outputs: usize) -> usize {
+    4 * (1 + EXPERTS) * outputs.div_ceil(TILE_COLUMNS)
+}
+
+/// Puts two launches in place of a product, the router behind it and gate and up of its row, where the product can
+/// leave what the router wants of its outputs: so much of the choice is left to do that every thread block of gate and
+/// up does it.
+pub(in crate::cuda::lower) fn routed(launches: &mut Vec<Launch>) {
+    let mut from = 0;
+    while let Some([product, router, gate_up]) = launches.get(from..from + 3) {
+        if let Some(both) = chosen(product, router, gate_up) {
+            launches.splice(from..from + 3, both);
+        }
+        from += 1;
+    }
+}
+
+fn chosen(product: &Launch, router: &Launch, gate_up: &Launch) -> Option<[Launch; 2]> {
     let at = ROUTERS.iter().position(|&kernel| kernel == router.kernel)?;
     let row = RowTask::of(gate_up)?;
     let words = router.args.words();
-    let [x, normed, logits, ids, weights] = [0, 2, 4, 5, 6].map(|i| words[i]);
-    let ([inputs, experts], [top_k, _]) = (unpair(words[7]), unpair(words[8]));
+    let [x, scale, normed, weight, logits, ids, weights] = [0, 1, 2, 3, 4, 5, 6].map(|i| words[i]);
+    let ([inputs, experts], [top_k, scale_type]) = (unpair(words[7]), unpair(words[8]));
+    let scale_offset = match f32::from_bits((words[9] >> 32) as u32) {
+        0.0 => 0,
+        1.0 => 1,
+        _ => return None,
+    };
     let fits = inputs <= ROUTED_INPUTS;
     let same = row.x == normed && row.ids == ids && row.inputs == inputs;
     let same = same && row.experts == experts && row.segments == top_k;
@@ -109,13 +131,28 @@ pub(in crate::cuda::lower) fn routed(router: &Launch, gate_up: &Launch) -> Optio
         (ids, row.segments),
         (weights, row.segments),
     ];
-    let (x, out) = ((x, row.inputs), (row.out, row.segments * row.outputs));
-    let apart = apart(out, x) && left.iter().all(|&l| apart(l, out) && apart(l, x));
-    (fits && same && apart).then(|| Launch {
-        kernel: ROUTED[at % 2],
-        args: gate_up.args.clone().block(words),
+    let (own, out) = ((x, row.inputs), (row.out, row.segments * row.outputs));
+    let apart = apart(out, own) && left.iter().all(|&l| apart(l, out) && apart(l, own));
+    if !fits || !same || !apart {
+        return None;
+    }
+    let sums = RouterSums {
+        router: weight,
+        scale,
+        sums: row.behind()?,
+        experts,
+        bf16: at % 2 == 1,
+        scale_type,
+        scale_offset,
+    };
+    let product = sums.leave(product, own)?;
+    let words: Vec<u64> = words.iter().copied().chain([sums.sums]).collect();
+    let gate_up = Launch {
+        kernel: ROUTED,
+        args: gate_up.args.clone().block(&words),
         ..*gate_up
-    })
+    };
+    Some([product, gate_up])
 }
 
 #[cfg(test)]

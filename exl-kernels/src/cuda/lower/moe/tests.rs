@@ -240,7 +240,7 @@ fn formats_have_launches_of_their_own() {
         "exl_moe_dense_gate_up_f32",
     ];
     assert_eq!(entries, expected);
-    let (address, words) = (matrix.address(), matrix.words());
+    let words = matrix.words();
     let table = |i: usize| list[i].args.table().map(|t| t.to_vec());
     let none = vec![0; 2 * MATRIX_WORDS];
     assert_eq!(
@@ -390,10 +390,12 @@ enum Odd {
     Logits,
     /// The first norm is in place.
     X,
+    /// No product leaves the row.
+    Product,
 }
 
-/// One row through a norm, a router, its experts and the next norm: the launches, and where the experts leave their
-/// sum.
+/// One row out of a product and through a norm, a router, its experts and the next norm: the launches, and where the
+/// experts leave their sum.
 fn chain(odd: Odd, props: &DeviceProps) -> (Vec<Launch>, u64) {
     let (experts, top_k, hidden, _) = SHAPES[0];
     let mut found = None;
@@ -451,7 +453,25 @@ fn chain(odd: Odd, props: &DeviceProps) -> (Vec<Launch>, u64) {
             top_k,
             norm: RouteNorm::Sum,
         });
-        let mut list = norm(x, &wide.x);
+        let matrix = CudaMatrix::imaginary(hidden, hidden, 0x3000_0000_0000);
+        let heads = vec![0f32; hidden];
+        let before = Op::Linear(Linear {
+            x: Mem::host(&heads),
+            rows: 1,
+            inputs: hidden,
+            parts: vec![LinearPart {
+                matrix: Matrix::Cuda(&matrix),
+                bias: None,
+                residual: None,
+                out: to(&x),
+                outputs: hidden,
+            }],
+        });
+        let mut list = Vec::new();
+        if odd != Odd::Product {
+            lower(&before, &target(props, false), &mut list).unwrap();
+        }
+        list.extend(norm(x, &wide.x));
         for op in [&product, &route, gate_up, down] {
             lower(op, &target(props, false), &mut list).unwrap();
         }
@@ -470,11 +490,26 @@ fn one_row_goes_through_experts_in_three_launches() {
         let down = "exl_moe_row1_add_split_exl2";
         assert_eq!(
             names,
-            ["exl_moe_row1_routed_f16", down, "exl_moe_sum_norm_4"]
+            [
+                "exl_qgemm_row1_exl2",
+                "exl_moe_row1_routed",
+                down,
+                "exl_moe_sum_norm_4"
+            ]
         );
+        // The product leaves what the router wants behind what gate and up leave for down, F16 for both.
+        let sums = list[0].args.words()[91..94].to_vec();
+        let router = &list[1].args.words()[21..];
+        assert_eq!(sums, [router[3], router[1], router[11]]);
+        assert_eq!(
+            sums[2],
+            list[1].args.words()[14] + (4 * SHAPES[0].1 * SHAPES[0].3) as u64
+        );
+        assert_eq!(list[0].args.words()[98] >> 32, SHAPES[0].0 as u64 | 1 << 16);
+        let list = &list[1..];
         // The experts of the row behind those of the product; down waits for no number and adds up nothing.
         let words = list.iter().map(|l| l.args.words()).collect::<Vec<_>>();
-        assert_eq!(words[0].len(), 21 + 11);
+        assert_eq!(words[0].len(), 21 + 12);
         assert_eq!(words[0][21 + 5], words[0][5]);
         assert_eq!(
             (words[1][10..13].to_vec(), words[1][19] >> 32 & 1),
@@ -484,18 +519,18 @@ fn one_row_goes_through_experts_in_three_launches() {
         assert_eq!((list[2].grid[0], list[2].block[0]), (4, 256));
         // A norm of something else is one.
         let (list, out) = chain(Odd::Behind, props);
-        assert_eq!(list[2].kernel.entry, "exl_rms_norm_256x4_f16");
-        assert_eq!(list[1].args.words()[12], out);
-        for odd in [Odd::Logits, Odd::X] {
-            assert_eq!(chain(odd, props).0[0].kernel.entry, "exl_moe_router_f16");
+        assert_eq!(list[3].kernel.entry, "exl_rms_norm_256x4_f16");
+        assert_eq!(list[2].args.words()[12], out);
+        for (odd, at) in [(Odd::Logits, 1), (Odd::X, 1), (Odd::Product, 0)] {
+            assert_eq!(chain(odd, props).0[at].kernel.entry, "exl_moe_router_f16");
         }
         let (list, _) = chain(Odd::InPlace, props);
-        assert_eq!(list[2].kernel.entry, "exl_rms_norm_256x4_f16");
+        assert_eq!(list[3].kernel.entry, "exl_rms_norm_256x4_f16");
         // Clusters are for this kernel whatever others get.
         let few = DeviceProps {
             clusters: 0,
             ..props.clone()
         };
-        assert_eq!(chain(Odd::Nothing, &few).0[2].grid[0], 4);
+        assert_eq!(chain(Odd::Nothing, &few).0[3].grid[0], 4);
     }
 }

@@ -156,6 +156,20 @@ fn side<'a>(executor: &'a mut dyn Executor, bound: &'a Bound, kv: &'a mut KvBuff
     }
 }
 
+/// One row is all there is to choose from, unless it is wanted twice, as what follows changes it in place.
+#[test]
+fn one_row_is_not_gathered() {
+    let gathers = |rows: usize, out_rows: usize, hidden_rows: usize| {
+        let mut key = key(rows, out_rows);
+        key.extras.hidden_rows = hidden_rows;
+        let plan = record(&key);
+        let names: Vec<_> = plan.ops().iter().map(|op| op.name()).collect();
+        names.contains(&"gather_rows")
+    };
+    assert!(!gathers(1, 1, 0));
+    assert!(gathers(2, 1, 0) && gathers(2, 2, 0) && gathers(1, 1, 1));
+}
+
 #[test]
 fn every_isa_agrees_with_the_reference_slot_by_slot() {
     let key = key(21, 3);

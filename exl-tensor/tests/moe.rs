@@ -321,9 +321,12 @@ fn gpu_memory_is_worked_out() {
         for rows in [1, 10, 500] {
             let plan = Arc::new(record(rows));
             let used = sketch.plan(&plan, (&shape, 0.into()), &props).unwrap();
-            // Two tables of gate and up and two of down, in memory of their own.
+            // Two tables of gate and up and two of down, in memory of their own; for one row descriptors of 208 bytes
+            // of all quantized experts as well, those of gate and up with down's behind them.
             let step = StepBlock::bytes_for(plan.key()) as u64;
-            assert_eq!(used.step, step + 4 * 256, "{}", props.name);
+            let records = |count: usize| (count * 208).next_multiple_of(256) as u64;
+            let tables = 4 * 256 + records(3 * EXPERTS) + records(EXPERTS);
+            assert_eq!(used.step, step + tables, "{}", props.name);
             assert_eq!(used.arena, plan.arena().bytes() as u64);
             // The outputs of the experts, at least.
             assert!(used.scratch >= (4 * rows * TOP_K * DIM) as u64);

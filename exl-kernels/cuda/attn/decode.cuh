@@ -172,7 +172,7 @@ __device__ __forceinline__ void attend(const Attention& a, const Fresh& fresh = 
     if constexpr (!Fresh::SOME_FRESH) pages.load(a, tile.seq, turns.first / PAGE_TOKENS);
     constexpr int EACH = ROWS / WARPS, AT_ONCE = D > 128 || EACH < 4 ? 2 : 4;
     // The keys in front of the sequence's rows are there as well, in the cache itself (ops.rs: PagedAttn).
-    const bool rehearses = Fresh::rehearses(fresh);
+    const bool rehearses = fresh.rehearses();
     if constexpr (Fresh::SOME_FRESH) {
         if (!rehearses) d.fill(pages, turns);
         fresh.prepare(a, tile.start);

@@ -22,7 +22,7 @@ struct Rotation {
 struct AllStored {
     static constexpr bool SOME_FRESH = false;
 
-    __device__ __forceinline__ static bool rehearses(const AllStored&) { return false; }
+    __device__ __forceinline__ bool rehearses() const { return false; }
 
     template <int ROWS>
     __device__ __forceinline__ static Tile find(const Attention& a, int slot) {
@@ -50,8 +50,6 @@ struct Fresh {
     // Four values each of key and value, of a thread.
     static constexpr int EACH = (D / 2 + THREADS - 1) / THREADS;
 
-    __device__ __forceinline__ static bool rehearses(const Fresh& fresh) { return fresh.r.rehearses; }
-
     const Rotation& r;
     float2* turns;
     __half* rows;
@@ -64,6 +62,7 @@ struct Fresh {
     __device__ __forceinline__ Fresh(const Rotation& r, char* shared)
         : r(r), turns(reinterpret_cast<float2*>(shared)), rows(reinterpret_cast<__half*>(turns + D / 2)) {}
 
+    __device__ __forceinline__ bool rehearses() const { return r.rehearses; }
     __device__ __forceinline__ const __half* key() const { return rows; }
     __device__ __forceinline__ const __half* value() const { return rows + D; }
 

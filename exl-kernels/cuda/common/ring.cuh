@@ -17,10 +17,8 @@ template <bool SMALL>
 struct Ring {
     // The large GPUs want 32 KB under way on each multiprocessor, and have the room.
 #if __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1100
-    static constexpr bool LARGE = true;
     static constexpr u32 SLOT = SMALL ? 2048 : 4096, SLOTS = SMALL ? 3 : 2;
 #else
-    static constexpr bool LARGE = false;
     static constexpr u32 SLOT = 1024, SLOTS = 2;
 #endif
     // Bytes of shared memory for a warp: slots, and a barrier for each.

@@ -83,7 +83,7 @@ __device__ __forceinline__ float add_up_row(const float* at) {
 template <int KIND, typename T, typename R = Ring<false>>
 struct RowProduct {
     static constexpr int OWN = SPLIT_SHARES<T>;
-    static constexpr bool SPARING = T::SPARING && R::LARGE;
+    static constexpr bool SPARING = T::SPARING && LARGE;
 
     const T& task;
     int lane, warp;

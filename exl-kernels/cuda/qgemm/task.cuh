@@ -17,7 +17,7 @@ struct Task {
     static constexpr int MOST = PARTS;
     static constexpr int ROUNDS = 4;   // of loads that overlap when one row is staged
     static constexpr int SPLIT = 1;    // thread blocks that divide the rows of the same columns
-    static constexpr bool SPARING = true;    // whether the last slot of a ring waits until x has been loaded
+    static constexpr bool SPARING = true;   // whether the last slot of a ring waits until x has been loaded
     static constexpr bool X_THERE = false;   // whether x is loaded before weights are asked for
 
     QMatrix matrix[PARTS];

@@ -690,8 +690,14 @@ fn gpu_quick_cases_touch_every_kernel() {
     let (here, elsewhere) = (reached(0..2), reached(2..2 * all.len()));
     // Every matrix that comes to the GPU goes through the first; fused.rs and rotated.rs are for those of several ops.
     let elsewhere_tested = |kernel: &Kernel| {
-        ["qgemm/repack", "moe/router", "moe/sum_norm"].contains(&kernel.module)
-            || kernel.entry == "exl_moe_row1_routed"
+        [
+            "qgemm/repack",
+            "moe/router",
+            "moe/sum_norm",
+            "norm/row_norm",
+        ]
+        .contains(&kernel.module)
+            || ["exl_moe_row1_routed", "exl_qgemm_row1_ordered_exl2"].contains(&kernel.entry)
             || kernel.entry.starts_with("exl_attn_decode_rope_")
     };
     let (left, missing): (Vec<Kernel>, Vec<Kernel>) = device

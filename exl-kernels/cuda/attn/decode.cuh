@@ -49,9 +49,9 @@ __device__ __forceinline__ int keys_end(const Turns& t, int turns) {
 }
 
 // Merges the chunks of a tile one after the other: the bits of a block that goes through all of them.
-template <class Walk>
-__device__ __forceinline__ void merge_in_order(const Attention& a, const __half* shared, int rows,
-                                               int count) {
+template <class Walk, class Fresh>
+__device__ __forceinline__ void merge_in_order(const Attention& a, const Fresh& fresh, const __half* shared,
+                                               int rows, int count) {
     constexpr int D = Walk::DIM;
     const Partials partials(a);
     for (int i = threadIdx.x; i < rows * (a.dim / 4); i += Walk::BLOCK_WARPS * WARP) {
@@ -68,15 +68,17 @@ __device__ __forceinline__ void merge_in_order(const Attention& a, const __half*
             value = fold_value(fold(most, sum, state.x, state.y), value, part);
         }
         const float n = normalizer(sum);
-        *reinterpret_cast<float4*>(a.out + cell * a.dim + at) =
-            Walk::finish(make_float4(value.x * n, value.y * n, value.z * n, value.w * n));
+        fresh.leaving().four(a, cell, at).store(
+            reinterpret_cast<float4*>(a.out + cell * a.dim + at),
+            Walk::finish(make_float4(value.x * n, value.y * n, value.z * n, value.w * n)));
     }
 }
 
 // Merges the chunks of a tile, at most MAX_SPLITS. This is all latency: first what each chunk counts for, by
 // a warp for each row, then all values, many at a time.
-template <class Walk>
-__device__ __forceinline__ void merge(const Attention& a, __half* shared, int rows, int count) {
+template <class Walk, class Fresh>
+__device__ __forceinline__ void merge(const Attention& a, const Fresh& fresh, __half* shared, int rows,
+                                      int count) {
     constexpr int D = Walk::DIM, WARPS = Walk::BLOCK_WARPS, EACH = MAX_SPLITS / WARP;
     // Where the warps' sums were: of each row a factor for every chunk.
     float* factors = reinterpret_cast<float*>(shared + Walk::QUERIES);
@@ -132,7 +134,8 @@ __device__ __forceinline__ void merge(const Attention& a, __half* shared, int ro
                 if (c + j < count) value = fold_value({1.0f, factor[c + j]}, value, part[j]);
             }
         }
-        *reinterpret_cast<float4*>(a.out + cell * a.dim + at) = Walk::finish(value);
+        fresh.leaving().four(a, cell, at).store(reinterpret_cast<float4*>(a.out + cell * a.dim + at),
+                                                Walk::finish(value));
     }
 }
 
@@ -168,6 +171,7 @@ __device__ __forceinline__ void attend(const Attention& a, const Fresh& fresh = 
         chunks = found;
         query_rows = tile.count;
     }
+    fresh.leaving().prefetch(a, tile, d.kv_head);
     auto turns = d.turns(found, split);
     if constexpr (!Fresh::SOME_FRESH) pages.load(a, tile.seq, turns.first / PAGE_TOKENS);
     constexpr int EACH = ROWS / WARPS, AT_ONCE = D > 128 || EACH < 4 ? 2 : 4;
@@ -243,6 +247,7 @@ __device__ __forceinline__ void attend(const Attention& a, const Fresh& fresh = 
                     continue;
                 }
                 float4* to = reinterpret_cast<float4*>(a.out + cell * a.dim + at);
+                const Leaving::Four left = fresh.leaving().four(a, cell, at);
                 float all_most = running[r][0], all_sum = running[r][1];
                 float4 all = chunk == split ? make_float4(0.0f, 0.0f, 0.0f, 0.0f) : *to;
                 all = fold_value(fold(all_most, all_sum, most, sum), all, value);
@@ -250,7 +255,11 @@ __device__ __forceinline__ void attend(const Attention& a, const Fresh& fresh = 
                     const float n = normalizer(all_sum);
                     all = Walk::finish(make_float4(all.x * n, all.y * n, all.z * n, all.w * n));
                 }
-                if (real) *to = all;
+                if (real && ends) {
+                    left.store(to, all);
+                } else if (real) {
+                    *to = all;
+                }
             }
             if (ends || !real) break;
             __syncthreads();
@@ -272,8 +281,8 @@ __device__ __forceinline__ void attend(const Attention& a, const Fresh& fresh = 
 
     if (!arrives_last(a.counters + blockIdx.x * a.kv_heads + d.kv_head, chunks.count)) return;
     if (a.chunk > 0) {
-        merge_in_order<Walk>(a, shared, query_rows, chunks.count);
+        merge_in_order<Walk>(a, fresh, shared, query_rows, chunks.count);
     } else {
-        merge<Walk>(a, shared, query_rows, chunks.count);
+        merge<Walk>(a, fresh, shared, query_rows, chunks.count);
     }
 }

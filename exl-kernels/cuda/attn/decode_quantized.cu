@@ -424,8 +424,9 @@ struct Walk {
 
 #define DECODE(D, WARPS, BLOCKS, K_BITS, V_BITS)                                                  \
     extern "C" __global__ void __launch_bounds__(WARPS* WARP, BLOCKS)                             \
-        exl_attn_decode_##D##_q##K_BITS##_q##V_BITS(ATTENTION_PARAMETERS) {                       \
-        attend<Walk<D, WARPS, K_BITS, V_BITS>>(ATTENTION_ARGUMENTS);                              \
+        exl_attn_decode_##D##_q##K_BITS##_q##V_BITS(ATTENTION_PARAMETERS,                         \
+                                                    const __grid_constant__ Leaving leaving) {     \
+        attend<Walk<D, WARPS, K_BITS, V_BITS>>(ATTENTION_ARGUMENTS, AllStored{leaving});          \
     }
 #define DECODES(K_BITS, V_BITS, BLOCKS_128)                                                       \
     DECODE(64, 4, 4, K_BITS, V_BITS)                                                              \

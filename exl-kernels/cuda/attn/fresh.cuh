@@ -4,7 +4,36 @@
 #pragma once
 
 #include "attn.cuh"
+#include "common/places.cuh"
 #include "rope/rope.cuh"
+
+// How one row is left once more, in the order of the product behind attention; not at all by default. The host fills
+// this struct word by word: lower/attention/fresh.rs.
+struct Leaving {
+    const u32* order = nullptr;   // where that has its inputs, [heads, dim]
+    float* ordered = nullptr;     // what that reads
+
+    // Four values, those of a head from value `at` on.
+    struct Four {
+        Places places;
+        float* ordered;
+
+        __device__ __forceinline__ void store(float4* to, const float4& v) const {
+            if (ordered) places.store(ordered, v);
+            *to = v;
+        }
+    };
+    __device__ __forceinline__ Four four(const Attention& a, long long head, int at) const {
+        return {Places(order, int(head) * a.dim + at), ordered};
+    }
+    // Asks for what a tile looks up there, by the whole block.
+    __device__ __forceinline__ void prefetch(const Attention& a, const Tile& tile, int kv_head) const {
+        const int line = 32 * threadIdx.x;
+        if (!order || line >= tile.count * a.dim) return;
+        const int head = kv_head * (a.heads / a.kv_heads) + tile.from;
+        asm volatile("prefetch.global.L1 [%0];" ::"l"(order + head * a.dim + line));
+    }
+};
 
 // The host fills this struct word by word: lower/attention/fresh.rs.
 struct Rotation {
@@ -16,13 +45,16 @@ struct Rotation {
     int second, third;                // as in Positions
     float factor;
     int rehearses;                    // the launch in front leaves room for all blocks of this one, which wait for it
+    Leaving leaving;
 };
 
 // Nothing is fresh: rotated queries, and all keys are in the cache.
 struct AllStored {
     static constexpr bool SOME_FRESH = false;
+    Leaving own = {};
 
     __device__ __forceinline__ bool rehearses() const { return false; }
+    __device__ __forceinline__ const Leaving& leaving() const { return own; }
 
     template <int ROWS>
     __device__ __forceinline__ static Tile find(const Attention& a, int slot) {
@@ -63,6 +95,7 @@ struct Fresh {
         : r(r), turns(reinterpret_cast<float2*>(shared)), rows(reinterpret_cast<__half*>(turns + D / 2)) {}
 
     __device__ __forceinline__ bool rehearses() const { return r.rehearses; }
+    __device__ __forceinline__ const Leaving& leaving() const { return r.leaving; }
     __device__ __forceinline__ const __half* key() const { return rows; }
     __device__ __forceinline__ const __half* value() const { return rows + D; }
 

@@ -153,9 +153,11 @@ struct RowStage {
             }
         }
     }
-    // By the whole block, after a barrier; another one must follow.
-    template <bool SUMS>
-    __device__ __forceinline__ void round(float* at, float* scales, int* sums) const {
+    // By the whole block, after a barrier; another one must follow. `from`: packed columns, which may lie where the
+    // result will; `loaded()` is called when the first ones have been loaded.
+    template <bool SUMS, bool IN_PLACE, class Loaded>
+    __device__ __forceinline__ void round(const float* from, float* at, float* scales, int* sums,
+                                          const Loaded& loaded) const {
         const int lane = threadIdx.x % WARP, warps = blockDim.x / WARP, warp = threadIdx.x / WARP;
         const int chunks = (inputs + 127) / 128;
         for (int base = 0; base < chunks; base += ROUNDS * warps) {
@@ -163,10 +165,11 @@ struct RowStage {
 #pragma unroll
             for (int r = 0; r < ROUNDS; ++r) {
                 const int k = 128 * (base + r * warps + warp) + 4 * lane;
-                v[r] = k < inputs ? *reinterpret_cast<const float4*>(at + k) : float4{};
+                v[r] = k < inputs ? *reinterpret_cast<const float4*>(from + k) : float4{};
             }
+            if (base == 0) loaded();
             // What is written lies before what is read later, on what has been read by now.
-            __syncthreads();
+            if (IN_PLACE) __syncthreads();
 #pragma unroll
             for (int r = 0; r < ROUNDS && base + r * warps < chunks; ++r) {
                 const int chunk = base + r * warps + warp, k = 128 * chunk + 4 * lane;

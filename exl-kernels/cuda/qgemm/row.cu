@@ -18,6 +18,10 @@ extern "C" __global__ void __launch_bounds__(ROW_WARPS* WARP, 1)
     multiply_row<KIND_EXL2, Ring<false>>(task);
 }
 extern "C" __global__ void __launch_bounds__(ROW_WARPS* WARP, 1)
+    exl_qgemm_row1_ordered_exl2(const __grid_constant__ OrderedTask task) {
+    multiply_row<KIND_EXL2, Ring<false>>(task);
+}
+extern "C" __global__ void __launch_bounds__(ROW_WARPS* WARP, 1)
     exl_qgemm_row1_gptq(const __grid_constant__ Task task) {
     multiply_row<KIND_GPTQ, Ring<false>>(task);
 }

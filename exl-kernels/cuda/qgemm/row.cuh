@@ -54,9 +54,38 @@ struct RowInput {
             row.gather(task.x, perm, floats);
             if (order == 0) arrived();
             __syncthreads();
-            row.template round<KIND == KIND_GPTQ>(floats, reinterpret_cast<float*>(at + bytes.scales),
-                                                  reinterpret_cast<int*>(at + bytes.sums));
+            row.template round<KIND == KIND_GPTQ, true>(
+                floats, floats, reinterpret_cast<float*>(at + bytes.scales),
+                reinterpret_cast<int*>(at + bytes.sums), [] {});
         }
+        __syncthreads();
+    }
+};
+
+// x in the one order that all parts have, so that nothing is gathered.
+template <typename T>
+struct OrderedInput {
+    const T& task;
+    char* base;
+    XBytes bytes;
+    typedef RowStage<LARGE ? T::ROUNDS : 2, false> Row;
+    Row row;
+
+    __device__ __forceinline__ OrderedInput(const T& task, int inputs, int, char* base)
+        : task(task), base(base), bytes((inputs + 127) / 128 * ROW_CHUNK, 1, inputs) {
+        row.inputs = inputs;
+    }
+    // As those of RowInput.
+    __device__ __forceinline__ void point(RowWalk<KIND_EXL2>& walk, int) const {
+        walk.x = base + x_place(walk.lane);
+        walk.scales = reinterpret_cast<const float*>(base + bytes.scales);
+    }
+    __device__ __forceinline__ void prepare() {}
+    template <class Arrived>
+    __device__ __forceinline__ void stage(const Arrived& arrived) {
+        pdl_wait();
+        row.template round<false, false>(task.x, reinterpret_cast<float*>(base),
+                                         reinterpret_cast<float*>(base + bytes.scales), nullptr, arrived);
         __syncthreads();
     }
 };
@@ -68,6 +97,10 @@ struct InputOf {
 template <int KIND, typename T>
 struct InputOf<KIND, T, 1> {
     typedef RowInput<KIND, T> Type;
+};
+template <>
+struct InputOf<KIND_EXL2, OrderedTask, 1> {
+    typedef OrderedInput<OrderedTask> Type;
 };
 
 // Sum of a column over the COUNT shares of the rows, two at a time.
@@ -177,18 +210,18 @@ struct RowProduct {
 constexpr int ROW_TASK_BYTES = 1024;
 static_assert(sizeof(Task) <= ROW_TASK_BYTES, "it fits");
 
-template <int KIND, typename R>
-__device__ __forceinline__ void multiply_row(const Task& task) {
+template <int KIND, typename R, typename T>
+__device__ __forceinline__ void multiply_row(const T& task) {
     extern __shared__ __align__(1024) char shared[];
     pdl_launch();
     // Lanes look up different parts of it, and later it would be loaded behind the weights.
-    Task& own = *reinterpret_cast<Task*>(shared);
-    for (int i = threadIdx.x; i < int(sizeof(Task) / 8); i += blockDim.x) {
+    T& own = *reinterpret_cast<T*>(shared);
+    for (int i = threadIdx.x; i < int(sizeof(T) / 8); i += blockDim.x) {
         reinterpret_cast<u64*>(&own)[i] = reinterpret_cast<const u64*>(&task)[i];
     }
-    RowProduct<KIND, Task, R>::begin(task.slots, shared + ROW_TASK_BYTES);
+    RowProduct<KIND, T, R>::begin(task.slots, shared + ROW_TASK_BYTES);
     __syncthreads();
-    RowProduct<KIND, Task, R> product(own, task.slots, task.inputs, task.inputs, shared + ROW_TASK_BYTES);
+    RowProduct<KIND, T, R> product(own, task.slots, task.inputs, task.inputs, shared + ROW_TASK_BYTES);
     // The thread block's tiles are consecutive, so that most belong to one matrix.
     product.run(Turn::of(blockIdx.x, task.tiles, task.each, gridDim.x));
 }

@@ -26,6 +26,10 @@ struct Task {
     union {
         const char* blocks[PARTS];  // several rows: what exl_block_x leaves, by order
         RouterSums router;          // one row, if `wants` has experts
+        struct {
+            const u32* order;       // gate and up of an OrderedTask: where the product behind this one has its
+            float* ordered;         // inputs, or 0, and what that reads
+        } next;
     };
     int rows, inputs;
     int tiles;                  // column tiles of all parts; pairs of them
@@ -51,16 +55,35 @@ struct Task {
         if (wants.experts > 0) router.prefetch(wants, epilogue[0].n, index);
         return addends_of(epilogue[own.part], r, own.index * 32 + column);
     }
-    // Stores the sum; gate and up: with the sum of up.
-    __device__ __forceinline__ void finish(int r, int index, int column, float s, float up,
+    // Stores the sum, gate and up with the sum of up, and returns what is stored.
+    __device__ __forceinline__ float finish(int r, int index, int column, float s, float up,
                                            const Known& known) const {
         if (gated) {
-            finish_gated(epilogue[0], act, r, index * 32 + column, s, up, known);
-            return;
+            return finish_gated(epilogue[0], act, r, index * 32 + column, s, up, known);
         }
         const PartTile own = tile(index);
         const float v = finish_linear(epilogue[own.part], r, own.index * 32 + column, s, known);
-        if (wants.experts == 0) return;
-        router.leave(wants, epilogue[0].n, {index, tiles}, v);
+        if (wants.experts > 0) router.leave(wants, epilogue[0].n, {index, tiles}, v);
+        return v;
+    }
+};
+
+// Of one row whose x is in the order that all parts have. What gate and up compute may be left so, too.
+struct OrderedTask : Task {
+    struct Known {
+        Addends addends;
+        u32 place;
+    };
+    __device__ __forceinline__ bool has_place(int column) const {
+        return gated && next.order && column < epilogue[0].n;
+    }
+    __device__ __forceinline__ Known known(int, int index, int column) const {
+        const int at = index * 32 + column;
+        return {Task::known(0, index, column), has_place(at) ? next.order[at] : 0};
+    }
+    __device__ __forceinline__ void finish(int, int index, int column, float s, float up,
+                                           const Known& known) const {
+        const float v = Task::finish(0, index, column, s, up, known.addends);
+        if (has_place(index * 32 + column)) next.ordered[known.place] = v;
     }
 };

@@ -43,11 +43,13 @@ pub struct Target<'a> {
 
 /// Kernels that stand for several ops, which [`link`] brings in.
 #[cfg(test)]
-pub(super) const JOINT: [&[Kernel]; 4] = [
+pub(super) const JOINT: [&[Kernel]; 6] = [
     &attention::ROTATING,
     &moe::ROUTERS,
     &[moe::ROUTED],
     &moe::SUM_NORM,
+    &rows::ROW_NORM,
+    &[linear::ORDERED_KERNEL],
 ];
 
 /// Every kernel that lowering may choose.
@@ -104,7 +106,7 @@ pub fn lower(op: &Op<'_>, target: &Target<'_>, list: &mut Vec<Launch>) -> Result
 /// order, for the target that they are made for. Neighbours become one launch: rotation with append and attention,
 /// whose rotated queries nothing else may read; a norm of one row, its router and the experts' gate and up; the sum
 /// of the experts and the next norm. Experts learn what they need not wait for and in which order down wants what
-/// gate and up compute.
+/// gate and up compute, and launches in front of a product of one row in which order that wants what they compute.
 pub fn link(launches: &mut Vec<Launch>, target: &Target<'_>) {
     join(launches, attention::rotating);
     attention::rehearse(launches, target);
@@ -112,6 +114,17 @@ pub fn link(launches: &mut Vec<Launch>, target: &Target<'_>) {
     moe::link(launches);
     moe::routed(launches);
     moe::take_sums(launches, target);
+    // What is scattered by one thread block takes longer than gathering takes.
+    let clusters = CLUSTER_ARCHITECTURES.contains(&target.props.capability.0);
+    linear::hand_over(launches, &target.scratch, |front, ordered| match front {
+        [others @ .., last] if clusters => {
+            attention::leave(last, ordered)
+                || linear::leave(last, ordered)
+                || moe::leave(last, ordered)
+                || rows::leave((others, last), ordered, target)
+        }
+        _ => false,
+    });
 }
 
 /// Puts one launch in place of two neighbours wherever there is one for both.

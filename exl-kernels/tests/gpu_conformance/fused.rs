@@ -2,11 +2,13 @@
 //! what the ops one by one leave.
 
 use exl_kernels::cuda::CudaOps;
-use exl_kernels::ops::{Linear, LinearPart, Matrix, MoeRoute, Op, RmsNorm, RouteNorm};
+use exl_kernels::ops::{
+    Activation, GateUp, Linear, LinearPart, Matrix, MoeRoute, Op, RmsNorm, RouteNorm,
+};
 use exl_kernels::{DType, Mem, reference};
 use half::{bf16, f16};
 
-use super::overlap::{Buffer, DIM, EXPERTS, Experts, TOP_K, WIDE, exl2, floats};
+use super::overlap::{Buffer, DIM, EXPERTS, Experts, TOP_K, WIDE, exl2, exl2_of, floats, order};
 use super::{Rng, device, modes, quick};
 
 /// Weights of 16 bits.
@@ -112,7 +114,7 @@ pub(super) fn assert_ran(ops: &CudaOps, kernels: &[&str]) {
     }
 }
 
-fn part<'a>(matrix: Matrix<'a>, out: &'a Buffer<f32>, outputs: usize) -> LinearPart<'a> {
+pub(super) fn part<'a>(matrix: Matrix<'a>, out: &'a Buffer<f32>, outputs: usize) -> LinearPart<'a> {
     LinearPart {
         matrix,
         bias: None,
@@ -215,8 +217,87 @@ fn gpu_routers_take_norms_and_choices_along() {
     );
 }
 
+/// A product of one row.
+pub(super) fn product<'a>(x: &'a Buffer<f32>, parts: Vec<LinearPart<'a>>) -> Op<'a> {
+    Op::Linear(Linear {
+        x: x.read(),
+        rows: 1,
+        inputs: x.values().len(),
+        parts,
+    })
+}
+
+const ORDERED: &str = "exl_qgemm_row1_ordered_exl2";
+
+#[test]
+fn gpu_products_in_order_gather_nothing() {
+    let Some(device) = device() else { return };
+    let mut ops = CudaOps::new(device).unwrap();
+    let mut rng = Rng(25);
+    for inputs in [32, DIM, 4096] {
+        let order: Vec<u32> = (0..inputs as u32).collect();
+        let matrices = [96, 544].map(|outputs| exl2_of(&order, outputs, &mut rng));
+        let (x, [a, b]) = (
+            rng.floats(inputs, 1.0),
+            [96, 544].map(|n| vec![f32::NAN; n]),
+        );
+        let (x, a, b) = (floats(x), floats(a), floats(b));
+        let list = || {
+            let [first, second] = &matrices;
+            let parts = vec![
+                part(Matrix::Quant(first), &a, 96),
+                part(Matrix::Quant(second), &b, 544),
+            ];
+            vec![product(&x, parts)]
+        };
+        let values = || vec![a.values(), b.values()];
+        let what = format!("{inputs} inputs");
+        check(&mut ops, (&what, 1e-3), list, values);
+    }
+    assert_ran(&ops, &[ORDERED]);
+}
+
+/// A norm leaves its row in the order of gate and up, and they leave theirs in that of down.
+#[test]
+fn gpu_rows_are_handed_on_in_order() {
+    let Some(device) = device() else { return };
+    let large = device.props().capability.0 == 9;
+    let mut ops = CudaOps::new(device).unwrap();
+    let mut rng = Rng(26);
+    for (dim, wide) in [(DIM, WIDE), (4096, 1504), (8192, DIM)] {
+        let order = order(dim, &mut rng);
+        let [gate, up] = [(); 2].map(|()| exl2_of(&order, wide, &mut rng));
+        let down = exl2(wide, dim, &mut rng);
+        let [inner, out] = [wide, dim].map(|n| floats(vec![f32::NAN; n]));
+        for brain in [false, true] {
+            let norm = Normed::new(dim, brain, &mut rng);
+            let list = || {
+                let gate_up = Op::GateUp(GateUp {
+                    x: norm.out.read(),
+                    rows: 1,
+                    inputs: dim,
+                    outputs: wide,
+                    gate: Matrix::Quant(&gate),
+                    up: Matrix::Quant(&up),
+                    gate_bias: None,
+                    up_bias: None,
+                    act: Activation::Silu,
+                    out: inner.write(),
+                });
+                let down = part(Matrix::Quant(&down), &out, dim);
+                vec![norm.op(), gate_up, product(&inner, vec![down])]
+            };
+            let values = || [&norm.out, &inner, &out].map(Buffer::values).to_vec();
+            check(&mut ops, (&format!("{dim} inputs"), 2e-3), list, values);
+        }
+    }
+    if large {
+        assert_ran(&ops, &["exl_row_norm", "exl_row_norm_long", ORDERED]);
+    }
+}
+
 /// A product leaves what the router wants of its outputs, gate and up choose the experts, down relies on the choice,
-/// and a norm adds up what down leaves.
+/// and a norm adds up what down leaves, in the order of the product behind it.
 #[test]
 fn gpu_experts_choose_themselves() {
     let Some(device) = device() else { return };
@@ -233,31 +314,35 @@ fn gpu_experts_choose_themselves() {
     for (i, (dim, wide, different)) in sizes.into_iter().enumerate().take(some) {
         let experts = Experts::new((dim, wide), different, &mut rng);
         let [inner, out] = [TOP_K * wide, dim].map(|n| floats(vec![f32::NAN; n]));
-        let (matrix, heads) = (exl2(DIM, dim, &mut rng), floats(rng.floats(DIM, 0.1)));
+        // In order, like the product behind the norm then; and both gathered.
+        let in_order: Vec<u32> = (0..DIM as u32).collect();
+        let ordered = exl2_of(&in_order, dim, &mut rng);
+        let (gathered, heads) = (exl2(DIM, dim, &mut rng), floats(rng.floats(DIM, 0.1)));
+        let (next, queries) = (exl2(dim, 96, &mut rng), floats(vec![f32::NAN; 96]));
         for brain in [false, true] {
             let router = Router::new((dim, EXPERTS, TOP_K), (brain, NORMS[i % 3]), &mut rng);
             let behind = Normed::new(dim, brain, &mut rng);
             let before = floats(router.norm.x.values());
+            let matrix = if brain { &gathered } else { &ordered };
             let list = || {
                 let choice = (&router.ids, &router.weights);
                 let sum = (Some(router.norm.x.read()), out.write());
-                let mut product = part(Matrix::Quant(&matrix), &router.norm.x, dim);
-                product.residual = Some(before.read());
-                let mut list = vec![Op::Linear(Linear {
-                    x: heads.read(),
-                    rows: 1,
-                    inputs: DIM,
-                    parts: vec![product],
-                })];
+                let mut output = part(Matrix::Quant(matrix), &router.norm.x, dim);
+                output.residual = Some(before.read());
+                let mut list = vec![product(&heads, vec![output])];
                 list.extend(router.ops());
                 list.extend(experts.ops(router.norm.out.read(), choice, &inner, sum));
                 list.push(behind.op_on(out.read()));
+                list.push(product(
+                    &behind.out,
+                    vec![part(Matrix::Quant(&next), &queries, 96)],
+                ));
                 list
             };
             let values = || {
                 let mut left = router.left();
                 left.push(router.norm.x.values());
-                left.extend([inner.values(), out.values(), behind.out.values()]);
+                left.extend([&inner, &out, &behind.out, &queries].map(Buffer::values));
                 left
             };
             check(&mut ops, (&format!("{dim} inputs"), 2e-3), list, values);
@@ -272,6 +357,7 @@ fn gpu_experts_choose_themselves() {
                 "exl_moe_sum_norm_4",
                 "exl_moe_sum_norm_long_1",
                 "exl_moe_sum_norm_long_4",
+                ORDERED,
             ],
         );
     }

@@ -66,7 +66,22 @@ pub(super) fn floats(values: Vec<f32>) -> Buffer<f32> {
     Buffer::new(values, DType::F32)
 }
 
+/// A random one.
+pub(super) fn order(inputs: usize, rng: &mut Rng) -> Vec<u32> {
+    let mut order: Vec<u32> = (0..inputs as u32).collect();
+    for i in (1..inputs).rev() {
+        order.swap(i, rng.next() as usize % (i + 1));
+    }
+    order
+}
+
 pub(super) fn exl2(inputs: usize, outputs: usize, rng: &mut Rng) -> QuantMatrix {
+    exl2_of(&order(inputs, rng), outputs, rng)
+}
+
+/// With its inputs in an order.
+pub(super) fn exl2_of(order: &[u32], outputs: usize, rng: &mut Rng) -> QuantMatrix {
+    let inputs = order.len();
     let mut rest = inputs as u32;
     let mut groups = Vec::new();
     while rest > 0 {
@@ -76,17 +91,13 @@ pub(super) fn exl2(inputs: usize, outputs: usize, rng: &mut Rng) -> QuantMatrix 
         rest -= rows;
     }
     let words: u32 = groups.iter().map(|g| g.rows / 32 * u32::from(g.bits)).sum();
-    let mut order: Vec<u32> = (0..inputs as u32).collect();
-    for i in (1..inputs).rev() {
-        order.swap(i, rng.next() as usize % (i + 1));
-    }
     let mut random = |n: usize| -> Vec<u32> { (0..n).map(|_| rng.next()).collect() };
     QuantMatrix::from_exl2(&Exl2Parts {
         q_weight: &random(words as usize * outputs),
         q_scale: &random(groups.len() * outputs / 8),
         q_scale_max: &vec![0x2c00; groups.len()],
         groups: &groups,
-        q_invperm: &order,
+        q_invperm: order,
         inputs,
         outputs,
         prescale: 1.0,

@@ -1,13 +1,13 @@
 //! Rotation, append and attention by one launch: what it leaves is what the two ops one by one leave, but for the
-//! rotated queries.
+//! rotated queries. And it leaves one row once more in the order of the product behind it.
 
 use exl_kernels::cuda::CudaOps;
-use exl_kernels::ops::{Op, PAGE_TOKENS, PagedAttn, RopeAppend, RopeStyle};
-use exl_kernels::{DType, KvFormat, KvType, Mem};
+use exl_kernels::ops::{Linear, Matrix, Op, PAGE_TOKENS, PagedAttn, RopeAppend, RopeStyle};
+use exl_kernels::{DType, KvFormat, KvType, Mem, QuantMatrix};
 use half::f16;
 
-use super::fused::{assert_ran, check};
-use super::overlap::{Buffer, floats};
+use super::fused::{assert_ran, check, part};
+use super::overlap::{Buffer, exl2, floats};
 use super::{Rng, device, quick};
 
 /// A layer's attention in a step of one row for each sequence.
@@ -55,7 +55,12 @@ struct Layer {
     starts: Vec<i32>,
     lens: Vec<i32>,
     pages_per_seq: usize,
+    projection: QuantMatrix,
+    projected: Buffer<f32>,
 }
+
+/// Outputs of the product behind attention.
+const PROJECTED: usize = 64;
 
 impl Layer {
     fn new(shape: Shape, rng: &mut Rng) -> Self {
@@ -99,6 +104,8 @@ impl Layer {
             starts: (0..=seqs as i32).collect(),
             lens: shape.lens.iter().map(|&len| len as i32).collect(),
             pages_per_seq,
+            projection: exl2(shape.heads * shape.dim, PROJECTED, rng),
+            projected: floats(vec![f32::NAN; seqs * PROJECTED]),
             shape,
         }
     }
@@ -150,13 +157,28 @@ impl Layer {
                 softcap: s.softcap,
                 window: s.window,
             }),
+            Op::Linear(Linear {
+                x: self.out.read(),
+                rows,
+                inputs: s.heads * s.dim,
+                parts: vec![part(
+                    Matrix::Quant(&self.projection),
+                    &self.projected,
+                    PROJECTED,
+                )],
+            }),
         ]
     }
 
     fn left(&self) -> Vec<Vec<f32>> {
         let [k, v] = [&self.k_cache, &self.v_cache].map(|cache| cache.values());
         let floats = |cache: Vec<f16>| cache.iter().map(|v| v.to_f32()).collect();
-        vec![self.out.values(), floats(k), floats(v)]
+        vec![
+            self.out.values(),
+            self.projected.values(),
+            floats(k),
+            floats(v),
+        ]
     }
 }
 
@@ -224,12 +246,15 @@ fn gpu_attention_takes_rotation_and_append_along() {
         let layer = Layer::new(shape, &mut rng);
         let what = format!("{} x {} heads, {:?}", shape.heads, shape.dim, shape.lens);
         check(&mut ops, (&what, 1e-3), || layer.ops(), || layer.left());
-        // The same bits as of two launches.
+        // The same bits as of a launch for each.
         let joint = layer.left();
         for op in &mut layer.ops() {
             ops.run_all(std::slice::from_mut(op)).unwrap();
         }
-        assert!(layer.left() == joint, "{what}: other bits by two launches");
+        assert!(
+            layer.left() == joint,
+            "{what}: other bits by single launches"
+        );
     }
     if quick() {
         return;
@@ -241,6 +266,7 @@ fn gpu_attention_takes_rotation_and_append_along() {
             "exl_attn_decode_rope_96",
             "exl_attn_decode_rope_128",
             "exl_attn_decode_rope_256",
+            "exl_qgemm_row1_ordered_exl2",
         ],
     );
 }

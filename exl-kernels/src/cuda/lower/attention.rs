@@ -14,12 +14,13 @@ mod rope;
 mod tests;
 mod tiles;
 
+use super::linear::ordered_bytes;
 use super::{COUNTERS, Scratch, Target};
 use crate::cuda::launch::Args;
 use crate::cuda::{DeviceProps, Kernel, Launch};
 use crate::ops::{PAGE_TOKENS, PagedAttn};
 use crate::{DType, Error, Result};
-pub(super) use fresh::{ROTATING, rehearse, rotating};
+pub(super) use fresh::{ROTATING, leave, rehearse, rotating};
 use quantized::FUSED;
 use rope::ROPE;
 pub(super) use rope::rope_append;
@@ -406,5 +407,10 @@ pub(super) fn paged_attn_scratch(o: &PagedAttn<'_>, props: &DeviceProps) -> u64 
     };
     let all = [(true, true), (true, false), (false, true), (false, false)];
     let most = all.map(|(aligned, fixed)| bytes(aligned, fixed));
-    most.into_iter().max().unwrap_or(0) as u64
+    // And what one row leaves in the order of the product behind it (fresh.rs: leave).
+    let behind = match o.rows {
+        1 => ordered_bytes(o.heads * o.head_dim),
+        _ => 0,
+    };
+    (most.into_iter().max().unwrap_or(0) + behind) as u64
 }

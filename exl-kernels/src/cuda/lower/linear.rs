@@ -14,9 +14,12 @@ use crate::cuda::{DeviceProps, Kernel, Launch};
 use crate::ops::{self, Activation, LinearPart, Matrix};
 use crate::{DType, Error, Mem, Result};
 
+#[cfg(test)]
+pub(super) use few::ORDERED_KERNEL;
 pub(in crate::cuda) use few::{CLUSTER, CLUSTER_ARCHITECTURES};
 pub(super) use few::{
-    From, MATRIX_WORDS, RouterSums, X_CHUNK, is_row_product, row_bytes, slot_bytes, warps, ways,
+    From, MATRIX_WORDS, Ordered, ROUTER_EXPERTS, RouterSums, X_CHUNK, hand_over, is_row_product,
+    leave, ordered_bytes, product_bytes, router_sum_bytes, row_bytes, slot_bytes, warps, ways,
 };
 
 /// The one of its module that takes most of a multiprocessor.
@@ -36,6 +39,7 @@ pub(crate) static KERNELS: &[Kernel] = &[
     few::KERNELS[7],
     few::KERNELS[8],
     few::KERNELS[9],
+    few::ORDERED_KERNEL,
     few::LONG_ROW_KERNELS[0],
     few::LONG_ROW_KERNELS[1],
     few::CLUSTER_KERNELS[0],
@@ -253,7 +257,13 @@ pub(super) fn gate_up_scratch(o: &ops::GateUp<'_>, props: &DeviceProps) -> u64 {
     match (o.gate, o.up) {
         (Matrix::Cuda(gate), Matrix::Cuda(up)) => {
             let few = few::scratch(&[gate, up], o.rows, o.inputs);
-            many::scratch(&[gate, up], o.rows, true, props).max(few)
+            // One row that is read in order while what becomes of it is left so.
+            let left = if o.rows == 1 {
+                ordered_bytes(o.outputs)
+            } else {
+                0
+            };
+            many::scratch(&[gate, up], o.rows, true, props).max(few + left as u64)
         }
         _ => 0,
     }

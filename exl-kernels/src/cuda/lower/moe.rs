@@ -21,7 +21,7 @@ use std::sync::Arc;
 use self::few::Few;
 use self::sort::Space;
 use self::tile::Tile;
-use super::linear::{MATRIX_WORDS, activation_code};
+use super::linear::{MATRIX_WORDS, activation_code, ordered_bytes, router_sum_bytes};
 use super::{COUNTERS, Target};
 use crate::cuda::launch::Args;
 use crate::cuda::matrix::{CudaMatrix, SHARES, ScaleKind};
@@ -31,7 +31,7 @@ use crate::{DType, Error, Result};
 
 pub(super) use few::link;
 pub(super) use router::{fuse, routed};
-pub(super) use sum::take_sums;
+pub(super) use sum::{leave, take_sums};
 #[cfg(test)]
 pub(super) use {
     router::{ROUTED, ROUTERS},
@@ -509,11 +509,17 @@ pub(super) fn down_scratch(o: &MoeDown<'_>, props: &DeviceProps) -> u64 {
     // Of one row its inputs in the order of the matrices (few.rs: order), and behind them what a product in front of
     // the router leaves (router.rs: routed).
     let ordered = if o.rows == 1 {
-        (4 * o.top_k * o.inputs).next_multiple_of(ALIGN) + router::sum_bytes(o.outputs)
+        (4 * o.top_k * o.inputs).next_multiple_of(ALIGN) + router_sum_bytes(o.outputs)
     } else {
         0
     };
-    (output_bytes(o) + ways.into_iter().max().unwrap_or(0).max(ordered)) as u64
+    // And behind that, what the norm of the sum leaves (sum.rs: leave).
+    let behind = if o.rows == 1 {
+        ordered_bytes(o.outputs)
+    } else {
+        0
+    };
+    (output_bytes(o) + ways.into_iter().max().unwrap_or(0).max(ordered) + behind) as u64
 }
 
 /// Bytes of the tables that launches of an op with any number of rows keep in device memory, each in a region of its

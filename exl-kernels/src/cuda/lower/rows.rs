@@ -4,6 +4,7 @@
 //! is the same in every batch.
 
 mod norm;
+mod row;
 #[cfg(test)]
 mod tests;
 
@@ -13,6 +14,7 @@ use crate::cuda::launch::Args;
 use crate::cuda::{Kernel, Launch};
 use crate::{DType, Error, Mem, MemMut, Result, ops};
 pub(super) use norm::{KERNELS as NORMS, RowNorm, layer_norm, rms_norm};
+pub(super) use row::{ROW_NORM, leave, order};
 
 /// Entry points of this family, without the norms.
 pub(crate) static KERNELS: &[Kernel] = &[
@@ -23,6 +25,8 @@ pub(crate) static KERNELS: &[Kernel] = &[
     CLAMP,
     SCALE_ROWS,
     GATED,
+    ROW_NORM[0],
+    ROW_NORM[1],
 ];
 
 macro_rules! instances {

@@ -1,8 +1,9 @@
 //! Rotation, append and attention of sequences with one row each by one launch (cuda/attn/fresh.cuh).
 
+use super::quantized::FUSED;
 use super::rope::ROPE;
 use super::tiles::TILES;
-use crate::cuda::lower::linear::is_row_product;
+use crate::cuda::lower::linear::{Ordered, is_row_product};
 use crate::cuda::lower::{Target, apart};
 use crate::cuda::{Kernel, Launch};
 
@@ -14,8 +15,15 @@ pub(in crate::cuda::lower) const ROTATING: [Kernel; 4] = [
     Kernel::new("attn/decode", "exl_attn_decode_rope_256"),
 ];
 
-/// The word that holds the factor of the angles, and whether there is a rehearsal (`Rotation` of fresh.cuh), the last.
+/// The word that holds the factor of the angles, and whether there is a rehearsal (`Rotation` of fresh.cuh).
 const FACTOR_WORD: usize = 30;
+/// The last words: where the next product has the outputs, nowhere at first (`Leaving` of fresh.cuh).
+pub(super) const LEAVING: [u64; 2] = [0; 2];
+/// Of attention: its outputs, rows, heads and their length.
+const OUT_WORD: usize = 6;
+const ROWS_WORD: usize = 9;
+const HEADS_WORD: usize = 12;
+const DIM_WORD: usize = 14;
 
 /// Lets attention go through its work once before its input is there, where it waits for that on multiprocessors that
 /// the product in front leaves free: otherwise there would be nothing to wait for.
@@ -33,6 +41,22 @@ pub(in crate::cuda::lower) fn rehearse(launches: &mut [Launch], target: &Target<
             attention.args.patch(FACTOR_WORD, &[factor | 1 << 32]);
         }
     }
+}
+
+/// Lets attention of one row leave its outputs in order as well, if a launch is that and these are its outputs.
+pub(in crate::cuda::lower) fn leave(attention: &mut Launch, ordered: &Ordered) -> bool {
+    let mut others = FUSED.iter().map(|f| f.kernel);
+    if !ROTATING.contains(&attention.kernel) && !others.any(|k| k == attention.kernel) {
+        return false;
+    }
+    let words = attention.args.words();
+    let last = words.len() - LEAVING.len();
+    let outputs = words[HEADS_WORD] * words[DIM_WORD];
+    let fits = words[ROWS_WORD] == 1 && ordered.of == (words[OUT_WORD], outputs);
+    if fits {
+        attention.args.patch(last, &[ordered.order, ordered.to]);
+    }
+    fits
 }
 
 /// The launch for rotation with append and the attention behind it, if each sequence has one row. The same bits, but
@@ -67,14 +91,14 @@ pub(in crate::cuda::lower) fn rotating(rope: &Launch, attention: &Launch) -> Opt
     let words = attention.args.words();
     let rows = u64::from(rope.grid[0]);
     let shape = [rows, rows, words[11], heads, kv_heads, dim];
-    let same = words[..3] == [q, k_cache, v_cache] && words[9..15] == shape;
+    let same = words[..3] == [q, k_cache, v_cache] && words[ROWS_WORD..=DIM_WORD] == shape;
     // The keys in front of the rows are there before the launch before this one.
     let stored = words[20] == 1;
     // Four values at a time.
     let whole = pairs.is_multiple_of(if interleaved == 1 { 2 } else { 4 });
     let aligned = [k, v].iter().all(|at| at.is_multiple_of(16));
     // Some blocks write what attention computes while others still read k and v.
-    let (out, inner) = ((words[6], rows * heads * dim), rows * kv_heads * dim);
+    let (out, inner) = ((words[OUT_WORD], rows * heads * dim), rows * kv_heads * dim);
     let apart = [k, v].iter().all(|&at| apart(out, (at, inner)));
     if !(same && stored && whole && aligned && apart) {
         return None;
@@ -90,6 +114,8 @@ pub(in crate::cuda::lower) fn rotating(rope: &Launch, attention: &Launch) -> Opt
         pairs | interleaved << 32,
         second | third << 32,
         factor,
+        LEAVING[0],
+        LEAVING[1],
     ];
     Some(Launch {
         kernel: ROTATING[tiles],
@@ -259,6 +285,33 @@ mod tests {
             attention.args.words()[FACTOR_WORD],
             u64::from(1f32.to_bits())
         );
+    }
+
+    #[test]
+    fn one_row_is_left_in_order_as_well() {
+        let attention = ONE_ROW.launches().remove(0);
+        let (heads, _, dim) = LLAMA3;
+        let of = (ONE_ROW.out as u64, (heads * dim) as u64);
+        let (order, to) = (0x800, 0x900);
+        let ordered = Ordered { of, order, to };
+        let left = |launch: &Launch, ordered: &Ordered| {
+            let mut launch = launch.clone();
+            let fits = leave(&mut launch, ordered);
+            assert_eq!(fits, launch.args.words()[FACTOR_WORD + 1..] == [order, to]);
+            fits
+        };
+        assert!(left(&attention, &ordered));
+        let others = [(of.0 + 4, of.1), (of.0, of.1 - 32)];
+        for of in others {
+            assert!(!left(&attention, &Ordered { of, ..ordered }));
+        }
+        let (rows, seqs) = (2, 2);
+        let two = Step {
+            rows,
+            seqs,
+            ..ONE_ROW
+        };
+        assert!(!left(&two.launches()[0], &ordered));
     }
 
     #[test]

@@ -4,6 +4,7 @@
 //! other heads the pages of the step are unpacked into scratch memory, one page there for each of the
 //! cache, and the kernels for 16-bit floats read them; their output is transformed back.
 
+use super::fresh::LEAVING;
 use super::rope::{axis_starts, regions};
 use super::tiles::SHARED_OVERHEAD;
 use super::{Choice, Shape, Work, attention_launch, choose, many_rows, select, split};
@@ -154,7 +155,11 @@ pub(super) fn paged_attn(
     let shape = Shape::new(o);
     if let Some(c) = direct(&shape, o.kv, target.props, target.deterministic) {
         super::countable(&shape)?;
-        list.push(attention_launch(o, &c, (&target.scratch, true)));
+        let launch = attention_launch(o, &c, (&target.scratch, true));
+        list.push(Launch {
+            args: launch.args.clone().block(&LEAVING),
+            ..launch
+        });
         return Ok(());
     }
     let grid = [o.pages_per_seq, 2 * o.seqs, o.heads];

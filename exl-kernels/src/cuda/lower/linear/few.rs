@@ -2,11 +2,12 @@
 //! decode.cu, cluster.cu).
 
 mod config;
+mod ordered;
 
 use super::{LinearPart, MAX_PARTS, activation_code, address, bias_code};
 use crate::cuda::launch::Args;
 use crate::cuda::lower::Target;
-use crate::cuda::matrix::CudaMatrix;
+use crate::cuda::matrix::{CudaMatrix, TILE_COLUMNS};
 use crate::cuda::{Kernel, Launch};
 use crate::ops;
 
@@ -14,6 +15,9 @@ pub(in crate::cuda) use config::{CLUSTER, CLUSTER_ARCHITECTURES};
 pub(super) use config::{Config, scratch};
 pub(in crate::cuda::lower) use config::{From, X_CHUNK, row_bytes, slot_bytes, warps, ways};
 use config::{VARIANTS, blocks_bytes};
+pub(in crate::cuda::lower) use ordered::{
+    ORDERED_KERNEL, Ordered, hand_over, leave, ordered_bytes,
+};
 
 const MODULE: &str = "qgemm/decode";
 const ROW_MODULE: &str = "qgemm/row";
@@ -78,12 +82,34 @@ pub(in crate::cuda::lower) const MATRIX_WORDS: usize = 26;
 /// (`RouterSums` and what follows `each` in task.cuh).
 const OUT_WORD: usize = MAX_PARTS * MATRIX_WORDS;
 const COLUMNS_WORD: usize = OUT_WORD + 3;
+/// Of a matrix: bytes of a column tile, and how many there are.
+const COLUMN_BYTES_WORD: usize = 5;
+const TILES_WORD: usize = 7;
 const ROUTER_WORDS: usize = OUT_WORD + 4 * MAX_PARTS + 1;
 const EACH_WORD: usize = ROUTER_WORDS + MAX_PARTS + 4;
 
 /// Whether a kernel multiplies one row.
 pub(in crate::cuda::lower) fn is_row_product(kernel: Kernel) -> bool {
-    KERNELS[..2].contains(&kernel) || LONG_ROW_KERNELS.contains(&kernel)
+    let ordered = kernel == ORDERED_KERNEL;
+    ordered || KERNELS[..2].contains(&kernel) || LONG_ROW_KERNELS.contains(&kernel)
+}
+
+/// Bytes of weights that a launch reads if it multiplies one row, else 0.
+pub(in crate::cuda::lower) fn product_bytes(launch: &Launch) -> u64 {
+    if !is_row_product(launch.kernel) {
+        return 0;
+    }
+    let matrices = launch.args.words()[..OUT_WORD].chunks(MATRIX_WORDS);
+    matrices
+        .map(|m| m[COLUMN_BYTES_WORD] * (m[TILES_WORD] & 0xffff_ffff))
+        .sum()
+}
+
+/// Most experts of a router that takes them, and the bytes that a product with so many outputs leaves for it
+/// (router_sums.cuh).
+pub(in crate::cuda::lower) const ROUTER_EXPERTS: usize = 8;
+pub(in crate::cuda::lower) fn router_sum_bytes(outputs: usize) -> usize {
+    4 * (1 + ROUTER_EXPERTS) * outputs.div_ceil(TILE_COLUMNS)
 }
 
 /// A router behind the norm of what a product leaves of one row.
@@ -199,7 +225,12 @@ impl Product<'_> {
             words.extend(e.words(first));
         }
         words.push(x);
-        words.extend(blocks);
+        // One row has none: what others want of it.
+        words.extend(if c.from.is_row() {
+            [0; MAX_PARTS]
+        } else {
+            blocks
+        });
         words.push(pair(rows, self.inputs()));
         words.push(pair(c.tiles, c.slots));
         let flag = usize::from;

@@ -4,10 +4,9 @@ use super::few::RowTask;
 use super::{ROUTE, pair, unpair};
 use crate::cuda::launch::Args;
 use crate::cuda::lower::gemm::DenseRow;
-use crate::cuda::lower::linear::RouterSums;
+use crate::cuda::lower::linear::{ROUTER_EXPERTS as EXPERTS, RouterSums};
 use crate::cuda::lower::rows::RowNorm;
 use crate::cuda::lower::{Target, apart};
-use crate::cuda::matrix::TILE_COLUMNS;
 use crate::cuda::{Kernel, Launch};
 
 /// For routers of F16 and BF16, and the same for more inputs.
@@ -24,8 +23,7 @@ pub(in crate::cuda::lower) const ROUTED: Kernel = Kernel::new("moe/row", "exl_mo
 const ROUTED_INPUTS: u64 = 4096;
 /// Most inputs of both.
 const INPUTS: [usize; 2] = [4096, 8192];
-/// Most experts, and threads of the one block.
-const EXPERTS: usize = 8;
+/// Threads of the one block.
 const THREADS: u32 = 512;
 /// Inputs of a thread at a time.
 const COLUMNS: usize = 8;
@@ -90,11 +88,6 @@ fn router(launches: &[Launch]) -> Option<Launch> {
         shared_bytes: 0,
         args: Args::new().block(&task),
     })
-}
-
-/// Bytes that a product with so many outputs leaves for a router (router_sums.cuh).
-pub(super) fn sum_bytes(outputs: usize) -> usize {
-    4 * (1 + EXPERTS) * outputs.div_ceil(TILE_COLUMNS)
 }
 
 /// Puts two launches in place of a product, the router behind it and gate and up of its row, where the product can

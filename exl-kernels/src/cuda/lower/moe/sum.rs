@@ -1,9 +1,9 @@
 //! The weighted sum of the experts of one row and the norm behind it by one launch (cuda/moe/sum_norm.cu).
 
 use super::few::{RowSum, SPLIT};
-use super::pair;
 use crate::cuda::launch::Args;
-use crate::cuda::lower::rows::RowNorm;
+use crate::cuda::lower::linear::Ordered;
+use crate::cuda::lower::rows::{RowNorm, order};
 use crate::cuda::lower::{CLUSTER_ARCHITECTURES, Target, apart};
 use crate::cuda::{Kernel, Launch};
 
@@ -16,9 +16,9 @@ pub(in crate::cuda::lower) const SUM_NORM: [Kernel; 4] = [
 ];
 /// Most columns of both.
 const COLUMNS: [usize; 2] = [4096, 8192];
-/// Threads of all blocks, and blocks where there are clusters.
+/// Threads of all blocks, and blocks where there are clusters (cuda/norm/row.cuh).
 const THREADS: u32 = 1024;
-const CLUSTER: u32 = 4;
+const CLUSTER: u32 = 8;
 const _: () = assert!(SPLIT == 4, "the kernels say so");
 
 /// Lets the norm behind experts of one row add up their outputs, which down then leaves as they are.
@@ -33,6 +33,11 @@ pub(in crate::cuda::lower) fn take_sums(launches: &mut [Launch], target: &Target
     }
 }
 
+/// Lets the norm leave its outputs in order as well, if a launch is that and these are its outputs.
+pub(in crate::cuda::lower) fn leave(norm: &mut Launch, ordered: &Ordered) -> bool {
+    SUM_NORM.contains(&norm.kernel) && order(norm, ordered)
+}
+
 /// What takes the place of a norm, if it can.
 fn summing(down: &Launch, norm: &Launch, target: &Target<'_>) -> Option<Launch> {
     let sum = RowSum::of(down)?;
@@ -44,25 +49,16 @@ fn summing(down: &Launch, norm: &Launch, target: &Target<'_>) -> Option<Launch> 
     if norm.x != sum.out || norm.dim as u64 != sum.columns || !apart || !aligned {
         return None;
     }
-    let task = [
-        sum.parts,
-        sum.weights,
-        sum.residual,
-        sum.out,
-        norm.weight,
-        norm.out,
-        pair(norm.dim, sum.segments as usize),
-        norm.dtype as u64 | norm.eps << 32,
-        norm.offset,
-    ];
+    let split = usize::from(sum.split);
+    let sums = [sum.parts, sum.weights, sum.residual, sum.out, sum.segments];
     // As the kernel is compiled, whatever clusters other kernels get.
     let clusters = CLUSTER_ARCHITECTURES.contains(&target.props.capability.0);
     let blocks = if clusters { CLUSTER } else { 1 };
     Some(Launch {
-        kernel: SUM_NORM[2 * length + usize::from(sum.split)],
+        kernel: SUM_NORM[2 * length + split],
         grid: [blocks, 1, 1],
         block: [THREADS / blocks, 1, 1],
         shared_bytes: 0,
-        args: Args::new().block(&task),
+        args: Args::new().block(&[&norm.words()[..], &sums].concat()),
     })
 }

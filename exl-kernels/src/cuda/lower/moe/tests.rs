@@ -198,7 +198,8 @@ fn scratch_holds_what_launches_put_there() {
                     let (up, down) = (scratch_bytes(gate_up, &props), scratch_bytes(down, &props));
                     assert!(!many || up >= inputs(hidden));
                     assert!(down >= outputs + if many { inputs(inner) } else { 0 });
-                    // Little beside the inputs in either way, and the outputs.
+                    // Little beside the inputs in either way, and the outputs, once more of one row.
+                    let outputs = outputs + if rows == 1 { 4 * hidden as u64 } else { 0 };
                     let side = |k: usize| inputs(k) + (slots * (k / 4 + 64) + (1 << 16)) as u64;
                     assert!(up <= side(hidden) && down <= outputs + side(inner));
                 });
@@ -394,8 +395,11 @@ enum Odd {
     Product,
 }
 
-/// One row out of a product and through a norm, a router, its experts and the next norm: the launches, and where the
-/// experts leave their sum.
+/// Address of the products' matrix.
+const IMAGINARY: u64 = 0x3000_0000_0000;
+
+/// One row out of a product and through a norm, a router, its experts, the next norm and product: the launches, and
+/// where the experts leave their sum.
 fn chain(odd: Odd, props: &DeviceProps) -> (Vec<Launch>, u64) {
     let (experts, top_k, hidden, _) = SHAPES[0];
     let mut found = None;
@@ -453,29 +457,37 @@ fn chain(odd: Odd, props: &DeviceProps) -> (Vec<Launch>, u64) {
             top_k,
             norm: RouteNorm::Sum,
         });
-        let matrix = CudaMatrix::imaginary(hidden, hidden, 0x3000_0000_0000);
+        let matrix = CudaMatrix::imaginary(hidden, hidden, IMAGINARY);
         let heads = vec![0f32; hidden];
-        let before = Op::Linear(Linear {
-            x: Mem::host(&heads),
-            rows: 1,
-            inputs: hidden,
-            parts: vec![LinearPart {
-                matrix: Matrix::Cuda(&matrix),
-                bias: None,
-                residual: None,
-                out: to(&x),
-                outputs: hidden,
-            }],
-        });
+        let product_of = |x: &Mem<'_>, out: &Mem<'_>| {
+            let op = Op::Linear(Linear {
+                x: *x,
+                rows: 1,
+                inputs: hidden,
+                parts: vec![LinearPart {
+                    matrix: Matrix::Cuda(&matrix),
+                    bias: None,
+                    residual: None,
+                    out: to(out),
+                    outputs: hidden,
+                }],
+            });
+            let mut list = Vec::new();
+            lower(&op, &target(props, false), &mut list).unwrap();
+            list
+        };
         let mut list = Vec::new();
         if odd != Odd::Product {
-            lower(&before, &target(props, false), &mut list).unwrap();
+            list = product_of(&Mem::host(&heads), &x);
+            // In order; the one behind the norm is not.
+            list[0].args.patch(4, &[0]);
         }
         list.extend(norm(x, &wide.x));
         for op in [&product, &route, gate_up, down] {
             lower(op, &target(props, false), &mut list).unwrap();
         }
         list.extend(norm(if odd == Odd::Behind { x } else { out }, &behind));
+        list.extend(product_of(&behind, &Mem::host(&heads)));
         link(&mut list, &target(props, false));
         found = Some((list, out.as_ptr() as u64));
     });
@@ -491,10 +503,11 @@ fn one_row_goes_through_experts_in_three_launches() {
         assert_eq!(
             names,
             [
-                "exl_qgemm_row1_exl2",
+                "exl_qgemm_row1_ordered_exl2",
                 "exl_moe_row1_routed",
                 down,
-                "exl_moe_sum_norm_4"
+                "exl_moe_sum_norm_4",
+                "exl_qgemm_row1_ordered_exl2"
             ]
         );
         // The product leaves what the router wants behind what gate and up leave for down, F16 for both.
@@ -506,6 +519,7 @@ fn one_row_goes_through_experts_in_three_launches() {
             list[1].args.words()[14] + (4 * SHAPES[0].1 * SHAPES[0].3) as u64
         );
         assert_eq!(list[0].args.words()[98] >> 32, SHAPES[0].0 as u64 | 1 << 16);
+        let order = IMAGINARY + 512 + 4 * SHAPES[0].2 as u64;
         let list = &list[1..];
         // The experts of the row behind those of the product; down waits for no number and adds up nothing.
         let words = list.iter().map(|l| l.args.words()).collect::<Vec<_>>();
@@ -515,11 +529,14 @@ fn one_row_goes_through_experts_in_three_launches() {
             (words[1][10..13].to_vec(), words[1][19] >> 32 & 1),
             (vec![0; 3], 1)
         );
-        assert_eq!((words[2][0], words[2][3]), (words[1][9], out));
-        assert_eq!((list[2].grid[0], list[2].block[0]), (4, 256));
+        assert_eq!((words[2][6], words[2][9]), (words[1][9], out));
+        assert_eq!((list[2].grid[0], list[2].block[0]), (8, 128));
+        // The product behind the norm reads what that leaves in its order.
+        let read = list[3].args.words()[90];
+        assert_eq!(words[2][2..4], [order, read]);
         // A norm of something else is one.
         let (list, out) = chain(Odd::Behind, props);
-        assert_eq!(list[3].kernel.entry, "exl_rms_norm_256x4_f16");
+        assert_eq!(list[3].kernel.entry, "exl_row_norm");
         assert_eq!(list[2].args.words()[12], out);
         for (odd, at) in [(Odd::Logits, 1), (Odd::X, 1), (Odd::Product, 0)] {
             assert_eq!(chain(odd, props).0[at].kernel.entry, "exl_moe_router_f16");
@@ -531,6 +548,6 @@ fn one_row_goes_through_experts_in_three_launches() {
             clusters: 0,
             ..props.clone()
         };
-        assert_eq!(chain(Odd::Nothing, &few).0[3].grid[0], 4);
+        assert_eq!(chain(Odd::Nothing, &few).0[3].grid[0], 8);
     }
 }

@@ -1,7 +1,7 @@
 //! How a product of few rows is divided among launches, thread blocks and shared memory.
 
 use super::super::MAX_PARTS;
-use super::{BLOCK_X, BLOCK_X_F16, CLUSTER_KERNELS, KERNELS, LONG_ROW_KERNELS};
+use super::{BLOCK_X, BLOCK_X_F16, CLUSTER_KERNELS, KERNELS, LONG_ROW_KERNELS, ordered_bytes};
 use crate::cuda::lower::Target;
 use crate::cuda::matrix::{CudaMatrix, SHARES, ScaleKind};
 use crate::cuda::{DeviceProps, Kernel};
@@ -368,5 +368,7 @@ pub(super) fn blocks_bytes(rows: usize, inputs: usize) -> usize {
 pub(in super::super) fn scratch(matrices: &[&CudaMatrix], rows: usize, inputs: usize) -> u64 {
     // A pass has fewer; of more rows only fixed sums (`Target::deterministic`) are computed here.
     let rows = rows.min(MOST_ROWS);
-    (Orders::new(matrices).count * blocks_bytes(rows, inputs)) as u64
+    let all = Orders::new(matrices).count * blocks_bytes(rows, inputs);
+    // One row that the launch in front leaves in order.
+    all.max(if rows == 1 { ordered_bytes(inputs) } else { 0 }) as u64
 }

@@ -105,11 +105,11 @@ impl MemoryRequest {
         }
     }
 
-    /// The largest steps with a cache of this shape: a part of a prompt beside the other sequences, and one token of each. With
-    /// tokens, one is drawn for each sequence, without penalties and blocked ids: those make the step
-    /// block larger by 4 bytes for each token that a row looks back at and each id. Logits of more
-    /// rows are not drawn from.
-    pub fn steps(&self, shape: &KvShape, tokens: Option<usize>) -> [PlanKey; 2] {
+    /// The largest steps with a cache of this shape: a part of a prompt beside the other sequences, one token of
+    /// each, and one of a single sequence, for which a GPU may want more scratch memory than for several. With
+    /// tokens, one is drawn for each sequence, without penalties and blocked ids: those make the step block larger
+    /// by 4 bytes for each token that a row looks back at and each id. Logits of more rows are not drawn from.
+    pub fn steps(&self, shape: &KvShape, tokens: Option<usize>) -> [PlanKey; 3] {
         let pages_per_seq = self.context.div_ceil(PAGE_TOKENS).max(1);
         let (rows, seqs) = (self.rows.max(1), self.seqs.max(1));
         let sample = tokens.map(|tokens| SampleShape {
@@ -133,6 +133,7 @@ impl MemoryRequest {
         [
             step(Phase::Prefill, rows, self.out_rows.max(seqs)),
             step(Phase::Decode, seqs, seqs),
+            step(Phase::Decode, 1, 1),
         ]
     }
 }
@@ -279,9 +280,9 @@ pub fn memory_for(spec: &Spec, weights: u64, request: &MemoryRequest) -> MemoryU
     MemoryUse {
         weights,
         cache: cache_bytes(&shape, request),
-        arena: arena[0].max(arena[1]) as u64,
+        arena: arena.into_iter().max().unwrap_or(0) as u64,
         scratch: 0,
-        step: step[0].max(step[1]) as u64,
+        step: step.into_iter().max().unwrap_or(0) as u64,
     }
 }
 

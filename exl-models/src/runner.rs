@@ -409,7 +409,7 @@ impl Runner {
     }
 }
 
-/// An executor with memory for the largest steps.
+/// An executor with memory for all steps.
 fn on_gpu(
     (gpu, how): (&Gpu, CudaOptions),
     model: &Adapted,

@@ -9,7 +9,7 @@ struct Places {
     uint4 at;
 
     Places() = default;
-    // `inverse`: of all columns; 0: where they are. It never changes.
+    // `inverse`: of all columns, which never changes; 0: nowhere, and nothing may be stored.
     __device__ __forceinline__ Places(const u32* inverse, int column) : at() {
         if (inverse) at = __ldg(reinterpret_cast<const uint4*>(inverse + column));
     }

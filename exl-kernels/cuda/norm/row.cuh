@@ -22,8 +22,8 @@ constexpr int ROW_STRIDE = 1024, ROW_THREADS = ROW_STRIDE / ROW_BLOCKS;
 struct RowNorm {
     const void* scale;   // the norm's weights, [n]
     float* normed;       // [n]
-    const u32* order;    // where the product behind this one has them: [n]; 0: where they are
-    float* ordered;      // [n], what that reads; or 0
+    const u32* order;    // where the product behind this one has them, [n]; 0: they are not left for one
+    float* ordered;      // [n], what that reads
     int n, type;         // of the norm's weights
     float eps, offset;
 };

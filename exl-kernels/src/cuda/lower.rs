@@ -14,8 +14,9 @@ use crate::ops::{self, Op};
 pub(super) use linear::{CLUSTER, CLUSTER_ARCHITECTURES, CLUSTER_KERNEL};
 
 /// Device memory that the launches of one op may use. Ops run one after the other, so all of
-/// them share it. Gate and up of experts may leave something there for down, the very next launch (moe/few.rs), and
-/// down for the norm behind it (moe/sum.rs).
+/// them share it. Gate and up of experts may leave something there for down, the very next launch (moe/few.rs), down
+/// for the norm behind it (moe/sum.rs), a product for the router behind it (moe/router.rs), and at the end whatever is
+/// in front of a product of one row its input (linear/few/ordered.rs).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Scratch {
     /// Address of the first byte, aligned to 256.
@@ -114,7 +115,8 @@ pub fn link(launches: &mut Vec<Launch>, target: &Target<'_>) {
     moe::link(launches);
     moe::routed(launches);
     moe::take_sums(launches, target);
-    // What is scattered by one thread block takes longer than gathering takes.
+    // Elsewhere the sum of experts is one thread block's, and what one scatters takes longer than gathering takes;
+    // norms are compiled for no others.
     let clusters = CLUSTER_ARCHITECTURES.contains(&target.props.capability.0);
     linear::hand_over(launches, &target.scratch, |front, ordered| match front {
         [others @ .., last] if clusters => {

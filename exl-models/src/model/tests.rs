@@ -89,6 +89,26 @@ fn quantized_caches_take_their_bytes_and_room_to_unpack_one_layer() {
     }
 }
 
+/// One row has kernels of its own: what they want is there before a step of one row comes.
+#[test]
+fn memory_is_enough_for_steps_of_one_row() {
+    let (spec, props) = (llama2_7b(), &DeviceProps::samples()[5]);
+    let sketch = sketch(&spec);
+    for seqs in [1, 4] {
+        let request = MemoryRequest::new((seqs, 512), KvType::F16, 4);
+        let shape = spec.kv_shape(KvType::F16);
+        let rows = request.steps(&shape, None).map(|key| (key.rows, key.seqs));
+        assert_eq!(rows, [(4, seqs.min(4)), (seqs, seqs), (1, 1)]);
+        let all = gpu_memory_for(&spec, &sketch, props, &request).unwrap();
+        for key in request.steps(&shape, None) {
+            let plan = Arc::new(plan(&spec, &key));
+            let pages = request.kv_pages(&shape);
+            let own = sketch.plan(&plan, (&shape, pages), props).unwrap();
+            assert!(own.scratch <= all.scratch && own.arena <= all.arena);
+        }
+    }
+}
+
 #[test]
 fn equal_permutations_are_counted_once() {
     let groups = vec![Group { bits: 4, rows: 64 }];

@@ -1,6 +1,5 @@
 //! Rotation, append and attention of sequences with one row each by one launch (cuda/attn/fresh.cuh).
 
-use super::quantized::FUSED;
 use super::rope::ROPE;
 use super::tiles::TILES;
 use crate::cuda::lower::linear::{Ordered, is_row_product};
@@ -45,8 +44,7 @@ pub(in crate::cuda::lower) fn rehearse(launches: &mut [Launch], target: &Target<
 
 /// Lets attention of one row leave its outputs in order as well, if a launch is that and these are its outputs.
 pub(in crate::cuda::lower) fn leave(attention: &mut Launch, ordered: &Ordered) -> bool {
-    let mut others = FUSED.iter().map(|f| f.kernel);
-    if !ROTATING.contains(&attention.kernel) && !others.any(|k| k == attention.kernel) {
+    if !ROTATING.contains(&attention.kernel) {
         return false;
     }
     let words = attention.args.words();

@@ -8,6 +8,8 @@ use crate::cuda::{Kernel, Launch};
 
 /// Blocks of a launch.
 const BLOCKS: u32 = 8;
+/// Up to so many columns other norms add up in another order: a row's norm is to have the same bits in every step.
+const LEAST_COLUMNS: usize = 1024;
 /// By the longest row, and threads.
 pub(in crate::cuda::lower) const ROW_NORM: [Kernel; 2] = [
     Kernel::new("norm/row_norm", "exl_row_norm"),
@@ -47,7 +49,7 @@ pub(in crate::cuda::lower) fn leave(
     ordered: &Ordered,
     target: &Target<'_>,
 ) -> bool {
-    let Some(row) = RowNorm::of(norm) else {
+    let Some(row) = RowNorm::of(norm).filter(|row| row.dim > LEAST_COLUMNS) else {
         return false;
     };
     let Some(length) = COLUMNS.iter().position(|&most| row.dim <= most) else {

@@ -408,9 +408,6 @@ pub(super) fn paged_attn_scratch(o: &PagedAttn<'_>, props: &DeviceProps) -> u64 
     let all = [(true, true), (true, false), (false, true), (false, false)];
     let most = all.map(|(aligned, fixed)| bytes(aligned, fixed));
     // And what one row leaves in the order of the product behind it (fresh.rs: leave).
-    let behind = match o.rows {
-        1 => ordered_bytes(o.heads * o.head_dim),
-        _ => 0,
-    };
+    let behind = ordered_bytes(o.rows, o.heads * o.head_dim);
     (most.into_iter().max().unwrap_or(0) + behind) as u64
 }

@@ -258,11 +258,7 @@ pub(super) fn gate_up_scratch(o: &ops::GateUp<'_>, props: &DeviceProps) -> u64 {
         (Matrix::Cuda(gate), Matrix::Cuda(up)) => {
             let few = few::scratch(&[gate, up], o.rows, o.inputs);
             // One row that is read in order while what becomes of it is left so.
-            let left = if o.rows == 1 {
-                ordered_bytes(o.outputs)
-            } else {
-                0
-            };
+            let left = ordered_bytes(o.rows, o.outputs);
             many::scratch(&[gate, up], o.rows, true, props).max(few + left as u64)
         }
         _ => 0,

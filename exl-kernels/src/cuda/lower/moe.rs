@@ -514,11 +514,7 @@ pub(super) fn down_scratch(o: &MoeDown<'_>, props: &DeviceProps) -> u64 {
         0
     };
     // And behind that, what the norm of the sum leaves (sum.rs: leave).
-    let behind = if o.rows == 1 {
-        ordered_bytes(o.outputs)
-    } else {
-        0
-    };
+    let behind = ordered_bytes(o.rows, o.outputs);
     (output_bytes(o) + ways.into_iter().max().unwrap_or(0).max(ordered) + behind) as u64
 }
 

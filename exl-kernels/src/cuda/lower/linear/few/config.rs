@@ -370,5 +370,5 @@ pub(in super::super) fn scratch(matrices: &[&CudaMatrix], rows: usize, inputs: u
     let rows = rows.min(MOST_ROWS);
     let all = Orders::new(matrices).count * blocks_bytes(rows, inputs);
     // One row that the launch in front leaves in order.
-    all.max(if rows == 1 { ordered_bytes(inputs) } else { 0 }) as u64
+    all.max(ordered_bytes(rows, inputs)) as u64
 }

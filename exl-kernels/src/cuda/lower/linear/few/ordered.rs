@@ -26,14 +26,18 @@ const ORDERS_WORD: usize = ROUTER_WORDS + 5;
 pub(in crate::cuda::lower) struct Ordered {
     /// Address and number of the values that it computes.
     pub(in crate::cuda::lower) of: (u64, u64),
-    /// Addresses: where each of them goes, 32-bit numbers, and from where on.
+    /// Addresses: where each of them goes, 32-bit numbers, 0 where all stay in place; and from where on.
     pub(in crate::cuda::lower) order: u64,
     pub(in crate::cuda::lower) to: u64,
 }
 
-/// Bytes of scratch memory for that, beside what the launch in front uses there.
-pub(in crate::cuda::lower) fn ordered_bytes(values: usize) -> usize {
-    4 * values + ALIGN as usize
+/// Bytes of scratch memory for that, beside what the launch in front uses there: for rows of so many values, of which
+/// one alone is left so.
+pub(in crate::cuda::lower) fn ordered_bytes(rows: usize, values: usize) -> usize {
+    match rows {
+        1 => 4 * values + ALIGN as usize,
+        _ => 0,
+    }
 }
 
 impl Ordered {
@@ -48,14 +52,12 @@ impl Ordered {
         if words[ORDERS_WORD] >> 48 != 1 {
             return None;
         }
-        let wanted = |to| Self {
-            of: (words[X_WORD], values),
-            order: if perm == 0 { 0 } else { perm + 4 * values },
-            to,
-        };
+        let of = (words[X_WORD], values);
         if perm == 0 {
-            return Some(wanted(words[X_WORD]));
+            let (order, to) = (0, of.0);
+            return Some(Self { of, order, to });
         }
+        let order = perm + 4 * values;
         let all = scratch.address..scratch.address + scratch.bytes;
         let read = front.filter(|front| front.kernel == ORDERED_KERNEL);
         let read = read.map(|front| front.args.words()[X_WORD]);
@@ -68,7 +70,7 @@ impl Ordered {
             _ => router_sum_bytes(columns as usize) as u64 / 4,
         };
         let free = to >= scratch.address && apart((to, values), (words[ROUTER_WORDS + 2], sums));
-        free.then(|| wanted(to))
+        free.then_some(Self { of, order, to })
     }
 
     /// Lets a product read it.
